@@ -1,0 +1,17 @@
+"""CIFAR-10: 50,000 + 10,000 colour images of 10 classes (Krizhevsky, 2009)."""
+
+from gradexp.data.dataset import ImageData
+from gradexp.data.sources import Layout
+
+
+class CIFAR10(ImageData):
+    layout = Layout(
+        name="cifar10",
+        title="CIFAR-10",
+        classes=10,
+        channels=3,
+        size=32,
+        image_column="img",
+        label_column="label",
+        torchvision="CIFAR10",
+    )

@@ -1,0 +1,140 @@
+"""Batches straight from a tensor on the device: no worker processes, no Python per image.
+
+Every epoch's order and views are a function of (seed, epoch), drawn on the CPU: the same on every device,
+and the same after a resume.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gradexp.data.sources import Split
+from gradexp.errors import UserError
+
+
+class Batch(NamedTuple):
+    """images (B, C, H, W) float, labels (B,), index (B,) into the training set, view (B,): which crop and flip."""
+
+    images: Tensor
+    labels: Tensor
+    index: Tensor
+    view: Tensor
+
+
+class TensorLoader:
+    """Iterates over the images at `indices` once an epoch, normalised and augmented on the device.
+
+    mean, std (C,) of pixels in [0, 1]. flip: mirror half of the images. crop: pad by this many black pixels
+    and cut a random window of the original size. Without shuffling, order and view are the identity.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        indices: Any,
+        *,
+        batch_size: int,
+        mean: Tensor,
+        std: Tensor,
+        device: torch.device | str = "cpu",
+        shuffle: bool = False,
+        flip: bool = False,
+        crop: int = 0,
+        seed: int = 0,
+    ) -> None:
+        self.index = torch.as_tensor(indices)
+        self.images = torch.as_tensor(split.images[indices]).to(device)
+        self.labels = torch.as_tensor(split.labels[indices]).to(device)
+        self.batch_size, self.shuffle, self.flip, self.crop, self.seed = batch_size, shuffle, flip, crop, seed
+        self.scale = (1 / (255 * std)).view(-1, 1, 1).to(device)
+        self.shift = (mean / std).view(-1, 1, 1).to(device)
+        # A lone image has no batch statistics: at the end of a shuffled epoch it joins the batch before it.
+        self.lone = int(shuffle and len(self.index) > batch_size and len(self.index) % batch_size == 1)
+        if shuffle and len(self.index) < 2:
+            raise UserError("one training image has no batch statistics; raise data.per_class")
+
+    def __len__(self) -> int:
+        return -(-len(self.index) // self.batch_size) - self.lone
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self.batches(epoch=0)
+
+    def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of one pass over the images, from number `start` on."""
+        order, view = self._draw(epoch)
+        for number in range(start, len(self)):
+            end = None if number == len(self) - 1 else (number + 1) * self.batch_size
+            chosen = order[number * self.batch_size : end]
+            yield self._batch(chosen, view[chosen])
+
+    @property
+    def views(self) -> int:
+        """How many ways there are to see an image."""
+        return (1 + self.flip) * (2 * self.crop + 1) ** 2
+
+    def _draw(self, epoch: int) -> tuple[Tensor, Tensor]:
+        count = len(self.index)
+        if not self.shuffle:
+            return torch.arange(count), torch.zeros(count, dtype=torch.long)
+        generator = torch.Generator().manual_seed(mix(self.seed, epoch))
+        return torch.randperm(count, generator=generator), torch.randint(self.views, (count,), generator=generator)
+
+    def _batch(self, rows: Tensor, view: Tensor) -> Batch:
+        device = self.images.device
+        images = self.images[rows.to(device)]
+        if self.views > 1:
+            images = _see(images, view.to(device), flip=self.flip, crop=self.crop)
+        images = (images * self.scale - self.shift).contiguous(memory_format=torch.channels_last)
+        return Batch(images, self.labels[rows.to(device)], self.index[rows], view)
+
+
+class TrainingStream:
+    """A whole training as one sequence of `steps` batches, pass after pass.
+
+    To the trainer it is a single long epoch, so that short passes cost nothing, and a checkpoint can be taken
+    after any step: the state is the number of batches given so far.
+    """
+
+    def __init__(self, loader: TensorLoader, steps: int) -> None:
+        self.loader, self.steps, self.step = loader, steps, 0
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[Batch]:
+        while self.step < self.steps:
+            epoch, start = divmod(self.step, len(self.loader))
+            for batch in self.loader.batches(epoch, start):
+                if self.step == self.steps:
+                    return
+                self.step += 1
+                yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        return {"step": self.step}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.step = state["step"]
+
+
+def _see(images: Tensor, view: Tensor, *, flip: bool, crop: int) -> Tensor:
+    """images (B, C, H, W) seen through `view` (B,) = (mirrored * side + row) * side + column, side = 2 crop + 1."""
+    side = 2 * crop + 1
+    if crop:
+        size = images.shape[-2:]
+        windows = torch.nn.functional.pad(images, (crop,) * 4).unfold(2, size[0], 1).unfold(3, size[1], 1)
+        rows, columns = view // side % side, view % side
+        images = windows[torch.arange(len(images), device=view.device), :, rows, columns]
+    if flip:
+        mirrored = (view // side**2 == 1).view(-1, 1, 1, 1)
+        images = torch.where(mirrored, images.flip(3), images)
+    return images
+
+
+def mix(seed: int, number: int) -> int:
+    """One generator seed for a pair; the epochs (or steps) of neighbouring seeds do not repeat each other."""
+    return (seed * 1_000_003 + number) % 2**63

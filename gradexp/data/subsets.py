@@ -1,0 +1,47 @@
+"""Class-balanced subsets of a training set."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+
+from gradexp.errors import UserError
+
+
+def nested(labels: np.ndarray, *, per_class: int | None, seed: int) -> np.ndarray:
+    """Indices of `per_class` images of every class, in ascending order; all of them for None.
+
+    The subset of k images per class contains that of every smaller k with the same seed, and depends on
+    nothing else: every method of a table trains on the same images.
+    labels (N,) -> (K * per_class,) int64. Raises UserError when a class is too small.
+    """
+    if per_class is None:
+        return np.arange(len(labels))
+    if per_class < 1:
+        raise UserError(f"data.per_class={per_class}: ask for at least one image per class, or null for all")
+    chosen = []
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        if len(members) < per_class:
+            raise UserError(
+                f"data.per_class={per_class}: class {label} has {len(members)} training images; "
+                f"ask for at most {np.bincount(labels).min()} (data.per_class=null takes all of them)"
+            )
+        chosen.append(np.random.default_rng([seed, int(label)]).permutation(members)[:per_class])
+    return np.sort(np.concatenate(chosen))
+
+
+def split_off(labels: np.ndarray, *, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """(kept, held out): a class-balanced `fraction` of every class is held out. Indices in ascending order."""
+    held = []
+    for label in np.unique(labels):
+        members = np.random.default_rng([seed, int(label)]).permutation(np.flatnonzero(labels == label))
+        held.append(members[: round(fraction * len(members))])
+    out = np.sort(np.concatenate(held))
+    return np.setdiff1d(np.arange(len(labels)), out), out
+
+
+def fingerprint(indices: np.ndarray) -> str:
+    """Sixteen digits that name a subset."""
+    return hashlib.sha256(np.ascontiguousarray(indices, dtype=np.int64)).hexdigest()[:16]

@@ -1,0 +1,14 @@
+"""The one error that users see: what is wrong, and the mend."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class UserError(Exception):
+    """A mistake that the user can mend. Its message names the mend; it is shown without a traceback."""
+
+
+def nearest(word: str, words: Iterable[str]) -> str:
+    """', did you mean X?' for the word most like `word`, or '' when none is near."""
+    matches = get_close_matches(word, list(words), n=1, cutoff=0.5)
+    return f", did you mean {matches[0]}?" if matches else ""

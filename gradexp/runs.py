@@ -1,0 +1,325 @@
+"""Runs: one resolved config, one id, one record.
+
+The record is written last and atomically, so its presence means that the run is finished. Nothing here
+imports torch: tables and plans read records in milliseconds.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import re
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from gradexp.errors import UserError
+
+Config = dict[str, Any]
+ROOT = Path(__file__).resolve().parents[1]
+
+# What changes only where and how a run is executed is not part of its identity.
+HARDWARE = ("paths", "trainer", "logger", "launcher")
+RECORD_LIMIT = 64 * 1024  # bytes; longer curves go to a compressed file beside the record
+VERSIONED = ("torch", "torchvision", "lightning", "hydra-core", "numpy", "gradexp")
+
+
+# --- identity ---------------------------------------------------------------------------------------------
+
+
+def identity(config: Config) -> Config:
+    """The part of a config that decides its numbers.
+
+    Null values and terms of weight 0 are left out: a switch added later enters with null as "as before",
+    and keeps old records valid. Of the scale only the name counts: its settings are already where they act.
+    1 and 1.0 are one number.
+    """
+    kept = {key: value for key, value in config.items() if key not in HARDWARE}
+    upstream = {name: identity(run) for name, run in config["upstream"].items()}
+    return _canonical(kept | {"scale": config["scale"]["name"], "upstream": upstream})
+
+
+def run_id(config: Config) -> str:
+    """Twelve hexadecimal digits that name a run."""
+    text = json.dumps(identity(config), sort_keys=True, ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _canonical(value: Any) -> Any:
+    if isinstance(value, dict):
+        kept = {key: _canonical(item) for key, item in value.items() if item is not None}
+        return {key: item for key, item in kept.items() if not (isinstance(item, dict) and item.get("weight") == 0)}
+    if isinstance(value, list):
+        return [_canonical(item) for item in value]
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value
+
+
+# --- places -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Where data, records and rebuildable outputs live; relative paths start at the repository."""
+
+    data: Path
+    results: Path
+    outputs: Path
+
+    @classmethod
+    def of(cls, config: Config) -> Paths:
+        places = {name: ROOT / Path(value).expanduser() for name, value in config["paths"].items()}
+        return cls(**places)
+
+    def record(self, config: Config) -> Path:
+        return self.results / "runs" / config["name"] / f"{run_id(config)}.json"
+
+    def folder(self, config: Config) -> Path:
+        """Checkpoint, weights and logs of a run: all of it can be deleted and rebuilt."""
+        return self.outputs / "runs" / config["name"] / run_id(config)
+
+    @property
+    def cache(self) -> Path:
+        return self.outputs / "cache"
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes beside `path`, syncs, renames: a reader sees the whole content or none of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    with draft.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# --- records ----------------------------------------------------------------------------------------------
+
+
+def read_record(path: Path) -> Config:
+    """A record, its curves included even where they were moved to the compressed file beside it."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if "curves_file" in record:
+            curves = gzip.decompress((path.parent / record["curves_file"]).read_bytes())
+            record["metrics"] |= json.loads(curves)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"record {path} can't be read ({error}); delete it and run again, or restore it with git") from None
+    return record
+
+
+def write_record(path: Path, record: Config) -> None:
+    """Writes a record: sorted keys, two-space indent, NaN as null, under 64 KiB."""
+    content = _json(record)
+    if len(content) > RECORD_LIMIT:
+        curves = {name: value for name, value in record["metrics"].items() if isinstance(value, list)}
+        curves_file = path.with_name(f"{path.stem}.curves.json.gz")
+        write_atomically(curves_file, gzip.compress(_json(curves), mtime=0))
+        numbers = {name: value for name, value in record["metrics"].items() if name not in curves}
+        content = _json({**record, "metrics": numbers, "curves_file": curves_file.name})
+    write_atomically(path, content)
+
+
+def _json(value: Any) -> bytes:
+    text = json.dumps(_finite(value), sort_keys=True, indent=2, allow_nan=False)
+    flat = re.sub(r"\[\n[^][{}]*\]", lambda found: re.sub(r"\s*\n\s*", " ", found[0]).replace("[ ", "[").replace(" ]", "]"), text)
+    return (flat + "\n").encode()  # a list of numbers stays on one line
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows no NaN: a number that is not finite becomes null."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# --- runs -------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Result:
+    """What a task returns.
+
+    metrics: a flat dict of numbers, curves as lists. facts: whatever else the record should hold
+    (data fingerprint, parameters, device, precision, images_per_second).
+    """
+
+    metrics: dict[str, float | list[float]]
+    status: str = "finished"
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Run:
+    """One run: its config, its places, and the runs it stands on."""
+
+    config: Config
+    paths: Paths
+    used: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def id(self) -> str:
+        return run_id(self.config)
+
+    @property
+    def record_path(self) -> Path:
+        return self.paths.record(self.config)
+
+    @property
+    def folder(self) -> Path:
+        return self.paths.folder(self.config)
+
+    @property
+    def weights(self) -> Path:
+        """The trained parameters, as written by the train task."""
+        return self.folder / "weights.pt"
+
+    def record(self) -> Config | None:
+        return read_record(self.record_path) if self.record_path.exists() else None
+
+    def upstream(self, name: str) -> Run:
+        """The finished run that this config calls `name`, its weights at hand; trained first where missing."""
+        config = self.config["upstream"][name]
+        shared = {key: self.config[key] for key in HARDWARE if key in self.config}
+        run = Run(config | shared, self.paths)
+        ensure(run, needs=lambda: run.weights.exists())
+        self.used[name] = {"id": run.id, "experiment": config["name"], "weights_sha256": sha256(run.weights)}
+        return run
+
+
+Task = Callable[[Run], Result]
+
+
+def ensure(run: Run, needs: Callable[[], bool] = lambda: True) -> Config:
+    """The record of a run; the work is done only when the record, or what the caller `needs`, is missing.
+
+    A run whose record exists but whose files were deleted is done again; its record stays as it was.
+    """
+    record = run.record()
+    if record and needs():
+        return record
+    with _locked(run):
+        record = run.record()
+        if record and needs():
+            return record
+        if record:
+            print(f"{run.config['name']} {run.id}: its record is here, its files are not: doing it again "
+                  f"(took {record['seconds']['wall'] / 60:.0f} min)", flush=True)  # fmt: skip
+        fresh = _perform(run)
+        if record:
+            _compare(record, fresh)
+            return record
+        write_record(run.record_path, fresh)
+        return fresh
+
+
+def task_of(config: Config) -> Task:
+    """The function behind `task._target_`; imported here, so that finished runs never import torch."""
+    from gradexp.tasks.build import locate
+
+    return locate(config["task"]["_target_"])
+
+
+def _perform(run: Run) -> Config:
+    started, clock, cpu = datetime.now(UTC), time.monotonic(), time.process_time()
+    git = git_state()
+    result = task_of(run.config)(run)
+    spent = {"wall": time.monotonic() - clock, "cpu": time.process_time() - cpu}
+    earlier = result.facts.pop("earlier_seconds", {"wall": 0.0, "cpu": 0.0})
+    return {
+        "id": run.id,
+        "experiment": run.config["name"],
+        "scale": run.config["scale"]["name"],
+        "seed": run.config["seed"],
+        "status": result.status,
+        "metrics": result.metrics,
+        "config": {key: value for key, value in run.config.items() if key != "paths"},
+        "upstream": run.used,
+        "seconds": {name: round(spent[name] + earlier[name], 2) for name in spent},
+        "peak_memory_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+        "versions": versions(),
+        "git": git,
+        "started": started.isoformat(timespec="seconds"),
+        "ended": datetime.now(UTC).isoformat(timespec="seconds"),
+        **result.facts,
+    }
+
+
+def _compare(record: Config, fresh: Config) -> None:
+    """Says how a rebuilt run differs from its record (another machine rounds otherwise)."""
+    pairs = {name: (old, fresh["metrics"].get(name)) for name, old in record["metrics"].items() if not isinstance(old, list)}
+    changed = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in pairs.items() if old != new)
+    print(f"rebuilt {record['experiment']} {record['id']}: {changed or 'same numbers as its record'}", flush=True)
+
+
+@contextmanager
+def _locked(run: Run) -> Iterator[None]:
+    """One worker a run. The operating system frees the lock of a worker that dies, however it dies."""
+    path = run.paths.outputs / "locks" / f"{run.id}.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(path, poll_interval=0.5)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        print(f"{run.config['name']} {run.id}: another worker is at it; waiting for its record", flush=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+# --- where a record comes from ----------------------------------------------------------------------------
+
+
+def git_state() -> dict[str, Any]:
+    """The commit, and whether code or config differ from it (results do not count)."""
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    commit = git("rev-parse", "HEAD")
+    changes = git("status", "--porcelain", "--", ".", ":!results")
+    return {"commit": commit or None, "dirty": bool(changes) if commit else None}
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}"}
+    for package in VERSIONED:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def say(record: Config) -> None:
+    """The last line of a run."""
+    numbers = [(name, value) for name, value in sorted(record["metrics"].items()) if name.startswith("test/")]
+    shown = " ".join(f"{name}={'nan' if value is None else f'{value:.2f}'}" for name, value in numbers)
+    print(f"run {record['id']} {record['status']}: {shown}", flush=True)
+    sys.stdout.flush()

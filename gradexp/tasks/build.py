@@ -1,0 +1,62 @@
+"""From a config node to the object it names."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from gradexp.errors import UserError, nearest
+
+ALLOWED = ("gradexp", "torch", "torchvision", "lightning", "captum")
+SPECIAL = ("_target_", "_partial_")
+
+
+def locate(target: str) -> Callable[..., Any]:
+    """The class or function that `_target_` names. Raises UserError for any other package than ALLOWED."""
+    if target.split(".")[0] not in ALLOWED:
+        raise UserError(f"_target_={target} is refused: only {', '.join(ALLOWED)} may be named in a config")
+    module, _, name = target.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError):
+        raise UserError(f"_target_={target}: there is no such class or function") from None
+
+
+def build(node: dict[str, Any], *, where: str, **extra: Any) -> Any:
+    """Calls the node's `_target_` with its other keys and `extra`; nested nodes are built first.
+
+    where: the node's place in the config, named in messages. A key that the target does not take is an error.
+    """
+    if "_target_" not in node:
+        raise UserError(f"{where} has no _target_: it does not say what to build")
+    function = locate(node["_target_"])
+    given = {key: value for key, value in node.items() if key not in SPECIAL}
+    _check_keys(function, given, where)
+    arguments = {key: _built(value, f"{where}.{key}") for key, value in given.items()} | extra
+    if node.get("_partial_"):
+        return partial(function, **arguments)
+    _check_complete(function, arguments, where)
+    return function(**arguments)
+
+
+def _built(value: Any, where: str) -> Any:
+    return build(value, where=where) if isinstance(value, dict) and "_target_" in value else value
+
+
+def _check_keys(function: Callable[..., Any], given: dict[str, Any], where: str) -> None:
+    parameters = inspect.signature(function).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return
+    for key in given:
+        if key not in parameters:
+            raise UserError(f"{where}.{key}: {function.__name__} takes no such key{nearest(key, parameters)}")
+
+
+def _check_complete(function: Callable[..., Any], arguments: dict[str, Any], where: str) -> None:
+    for name, parameter in inspect.signature(function).parameters.items():
+        named = parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+        if named and parameter.default is parameter.empty and name not in arguments:
+            raise UserError(f"{where}.{name} is missing: {function.__name__} needs it")

@@ -1,0 +1,114 @@
+"""From overrides to the resolved config of a run, its upstream runs nested in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from gradexp.errors import UserError, nearest
+from gradexp.runs import HARDWARE, ROOT, Config
+
+CONF = ROOT / "conf"
+
+
+def compose_run(overrides: Sequence[str]) -> Config:
+    """The run that `python run.py OVERRIDES` stands for.
+
+    Each entry of `upstream` (experiment, model, ... as on a command line) becomes the whole config of that run
+    at the same scale; the ones that the method does not need are dropped.
+    """
+    config = _compose(tuple(overrides))
+    known = _compose(("experiment=teacher",)).keys()
+    for key in config:
+        if key not in known:
+            raise UserError(f"the experiment sets {key}, which no run reads{nearest(str(key), known)}")
+    config = dict(config)
+    config["upstream"] = {name: _upstream(config, name) for name in config["method"]["upstream"]}
+    return config
+
+
+def _upstream(config: Config, name: str) -> Config:
+    choices = config["upstream"].get(name)
+    if choices is None:
+        raise UserError(
+            f"method {config['method']['name']} needs a {name}, and experiment {config['name']} names none; "
+            f"add it: +upstream.{name}.experiment=teacher"
+        )
+    overrides = [f"{key}={value}" for key, value in choices.items() if value is not None]
+    run = compose_run([*overrides, f"scale={config['scale']['name']}"])
+    return {key: value for key, value in run.items() if key not in HARDWARE}
+
+
+def check_overrides(arguments: Sequence[str]) -> None:
+    """Composes what a command line asks for, every value of a sweep once, before anything runs.
+
+    Raises UserError with the nearest right word for a misspelt key or choice.
+    """
+    words = [word for word in arguments if not word.startswith("-") and not word.startswith("hydra")]
+    try:
+        parsed = OverridesParser.create().parse_overrides(words)
+    except OverrideParseException as error:
+        raise UserError(f"{error.override!r} is not of the form key=value") from None
+    values = [_choices(override) for override in parsed]
+    first = [choices[0] for choices in values]
+    others = [[*first[:i], other, *first[i + 1 :]] for i, choices in enumerate(values) for other in choices[1:]]
+    for overrides in [first, *others]:
+        compose_run(overrides)
+
+
+def _choices(override: Override) -> list[str]:
+    """The override as it stands, or one override for each value of a sweep."""
+    if not override.is_sweep_override() or not override.is_choice_sweep():
+        return [str(override.input_line)]
+    return [f"{override.key_or_group}={value}" for value in override.sweep_string_iterator()]
+
+
+@cache
+def _compose(overrides: tuple[str, ...]) -> Config:
+    try:
+        if GlobalHydra.instance().is_initialized():
+            composed = compose("config", overrides=list(overrides))
+        else:
+            with initialize_config_dir(str(CONF), version_base="1.3"):
+                composed = compose("config", overrides=list(overrides))
+        resolved: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    except MissingConfigException as error:
+        raise UserError(_missing_choice(error)) from error
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(_explain(error, overrides)) from error
+    return resolved
+
+
+def _missing_choice(error: MissingConfigException) -> str:
+    group, _, choice = str(error.missing_cfg_file).rpartition("/")
+    options = [option for option in error.options or [] if not option.startswith("_")]
+    if not group:
+        return str(error).splitlines()[0]
+    return f"{group}={choice}: there is no conf/{group}/{choice}.yaml{nearest(choice, options)} There is: {', '.join(options)}"
+
+
+def _explain(error: Exception, overrides: Sequence[str]) -> str:
+    text = str(error).splitlines()[0]
+    for override in overrides:
+        key = override.partition("=")[0]
+        if f"'{key}'" not in text:
+            continue
+        parent, _, name = key.lstrip("+~").rpartition(".")
+        rest = [word for word in overrides if word != override]
+        known = OmegaConf.select(OmegaConf.create(_compose(tuple(rest))), parent) if parent else _compose(tuple(rest))
+        names = list(known) if isinstance(known, Mapping) else []
+        groups = [] if parent else [folder.name for folder in CONF.iterdir() if folder.is_dir()]
+        return f"{override}: there is no key {key}{nearest(name, [*names, *groups])}"
+    if "You must specify 'experiment'" in text:
+        experiments = sorted(file.stem for file in (CONF / "experiment").glob("*.yaml"))
+        return f"name an experiment: python run.py experiment=NAME, one of {', '.join(experiments)}"
+    return text

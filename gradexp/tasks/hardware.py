@@ -1,0 +1,70 @@
+"""Where and how a run computes: nothing here is part of its identity."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from gradexp.errors import UserError
+
+LIGHTNING_PRECISION = {"32": "32-true", "bf16": "bf16-mixed"}
+
+
+class Hardware:
+    """Device, precision and memory layout of a run.
+
+    precision: `32`, `bf16`, or `auto` (bf16 where the device computes it natively). checkpoint_every: seconds.
+    threads: CPU threads, None for torch's choice.
+    """
+
+    def __init__(
+        self,
+        *,
+        accelerator: str,
+        devices: int,
+        num_nodes: int,
+        strategy: str,
+        precision: str | int,
+        channels_last: bool,
+        checkpoint_every: float,
+        threads: int | None,
+    ) -> None:
+        self.kind = ("gpu" if torch.cuda.is_available() else "cpu") if accelerator == "auto" else accelerator
+        if self.kind == "gpu" and not torch.cuda.is_available():
+            raise UserError("trainer.accelerator=gpu: torch sees no GPU here; use trainer.accelerator=cpu")
+        wanted = ("bf16" if self.has_bf16() else "32") if precision == "auto" else str(precision)
+        if wanted not in LIGHTNING_PRECISION:
+            raise UserError(f"trainer.precision={precision}: it is 32, bf16 or auto")
+        self.precision, self.channels_last, self.checkpoint_every = wanted, channels_last, checkpoint_every
+        self.devices, self.num_nodes, self.strategy, self.threads = devices, num_nodes, strategy, threads
+        self.device = torch.device("cuda" if self.kind == "gpu" else "cpu")
+
+    def has_bf16(self) -> bool:
+        """Whether the device multiplies bf16 in hardware; emulated, it is many times slower than fp32."""
+        if self.kind == "gpu":
+            return torch.cuda.is_bf16_supported(including_emulation=False)
+        return any(torch.cpu.get_capabilities().get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+
+    def apply(self) -> None:
+        if self.threads:
+            torch.set_num_threads(self.threads)
+
+    def place(self, model: nn.Module) -> nn.Module:
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        return model.to(self.device, memory_format=layout)
+
+    def trainer_options(self) -> dict[str, Any]:
+        return {
+            "accelerator": self.kind,
+            "devices": self.devices,
+            "num_nodes": self.num_nodes,
+            "strategy": self.strategy,
+            "precision": LIGHTNING_PRECISION[self.precision],
+        }
+
+    def facts(self) -> dict[str, Any]:
+        """What a record says of the machine; never its name."""
+        name = torch.cuda.get_device_name() if self.kind == "gpu" else torch.cpu.get_capabilities().get("cpu_name", "cpu")
+        return {"device": name, "precision": self.precision, "threads": torch.get_num_threads()}

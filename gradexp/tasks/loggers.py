@@ -1,0 +1,65 @@
+"""Where curves are shown while a run trains; a logger never fails a run."""
+
+from __future__ import annotations
+
+import netrc
+import os
+from typing import Any
+
+from gradexp.errors import UserError
+from gradexp.runs import Run
+from gradexp.tasks.build import build
+
+
+def make_logger(run: Run) -> Any | None:
+    """The Lightning logger that `logger` names, or None where there is none or it can't start."""
+    try:
+        return build(run.config["logger"], where="logger", run=run)
+    except UserError:
+        raise
+    except Exception as error:  # the run matters more than its curves
+        print(f"{run.config['logger']['_target_']} is not available ({error}); going on without it", flush=True)
+        return None
+
+
+def none(*, run: Run, group: str) -> None:
+    """No logger: curves are in the record anyway."""
+
+
+def csv(*, run: Run, group: str) -> Any:
+    """Curves as metrics.csv in the run's folder."""
+    from lightning.pytorch.loggers import CSVLogger
+
+    return CSVLogger(run.folder, name="", version="csv")
+
+
+def wandb(*, run: Run, group: str, project: str) -> Any:
+    """Weights & Biases: online when somebody is logged in, offline otherwise."""
+    from lightning.pytorch.loggers import WandbLogger
+
+    os.environ.setdefault("WANDB_SILENT", "true")
+    config = {key: value for key, value in run.config.items() if key != "paths"}
+    return WandbLogger(
+        project=project,
+        group=group,
+        job_type=config["name"],
+        tags=[config["scale"]["name"], config["data"]["name"], config["method"]["name"]],
+        id=run.id,
+        name=f"{config['name']}-{run.id}",
+        offline=not logged_in(),
+        save_dir=str(run.paths.outputs),
+        config=config,
+        resume="allow",
+    )
+
+
+def logged_in() -> bool:
+    """Whether W&B has a key here; without one runs are logged offline."""
+    if os.environ.get("WANDB_MODE", "online") != "online":
+        return False
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        return netrc.netrc().authenticators("api.wandb.ai") is not None
+    except (OSError, netrc.NetrcParseError):
+        return False

@@ -1,0 +1,149 @@
+"""Train one model, alone or with a teacher, and read the test set once."""
+
+from __future__ import annotations
+
+import io
+import logging
+import warnings
+from typing import Any
+
+import lightning
+import torch
+from torch import nn
+
+from gradexp.data.dataset import ImageData
+from gradexp.data.loader import TrainingStream
+from gradexp.errors import UserError
+from gradexp.evaluate.accuracy import accuracy
+from gradexp.runs import Config, Paths, Result, Run, write_atomically
+from gradexp.tasks.build import build
+from gradexp.tasks.hardware import Hardware
+from gradexp.tasks.loggers import make_logger
+from gradexp.terms import Term
+from gradexp.training.callbacks import Checkpointer, ProgressLine
+from gradexp.training.classifier import Classifier
+from gradexp.training.optim import Optim
+from gradexp.training.targets import LiveTargets
+
+EVALUATION_BATCH = 512
+
+
+def train(run: Run) -> Result:
+    """The run's model after its last step; weights in `run.weights`."""
+    hardware: Hardware = build(run.config["trainer"], where="trainer")
+    hardware.apply()
+    data = make_data(run.config, run.paths)
+    optim: Optim = build(run.config["optim"], where="optim")
+    loader = data.train_loader(batch_size=optim.batch_size, device=hardware.device)
+    lightning.seed_everything(run.config["seed"], verbose=False)
+    student = hardware.place(build(run.config["model"], where="model"))
+    terms = make_terms(run.config)
+    module = make_module(run, student, terms, optim, len(loader), hardware)
+
+    stream = TrainingStream(loader, module.total_steps)
+    checkpointer = Checkpointer(run.folder / "last.ckpt", every=hardware.checkpoint_every)
+    progress = ProgressLine(f"{run.config['name']} {run.id}", module.total_steps)
+    fit(module, stream, hardware, run, checkpointer, progress)
+
+    student.eval()
+    metrics: dict[str, Any] = dict(module.curves)
+    metrics["test/accuracy"] = (
+        float("nan")
+        if module.diverged
+        else accuracy(
+            student,
+            data.test_loader(batch_size=EVALUATION_BATCH, device=hardware.device),
+            classes=data.classes,
+            device=hardware.device,
+        )
+    )
+    save_weights(run, student)
+    checkpointer.path.unlink(missing_ok=True)
+    facts = {
+        "data": data.fingerprint(),
+        "parameters": sum(parameter.numel() for parameter in student.parameters()),
+        "steps": module.global_step or module.total_steps,
+        "images_per_second": round(progress.images_per_second, 1),
+        "earlier_seconds": checkpointer.earlier,
+        **hardware.facts(),
+    }
+    return Result(metrics, status="diverged" if module.diverged else "finished", facts=facts)
+
+
+def make_data(config: Config, paths: Paths) -> ImageData:
+    """The config's data set, checked: its files are there and its classes large enough."""
+    data: ImageData = build(config["data"], where="data", root=paths.data, cache=paths.cache, seed=config["seed"])
+    data.fingerprint()
+    return data
+
+
+def make_terms(config: Config) -> dict[str, Term]:
+    """The method's terms, those of weight 0 left out."""
+    nodes = {name: node for name, node in config["method"]["terms"].items() if node["weight"] != 0}
+    return {name: build(node, where=f"method.terms.{name}") for name, node in nodes.items()}
+
+
+def make_module(
+    run: Run, student: nn.Module, terms: dict[str, Term], optim: Optim, steps_per_pass: int, hardware: Hardware
+) -> Classifier:
+    """The LightningModule that the method names, its teacher trained first where there is none."""
+    extra: dict[str, Any] = {}
+    for name, term in terms.items():
+        if term.needs_teacher and "teacher" not in run.config["upstream"]:
+            raise UserError(f"method.terms.{name} needs a teacher, method={run.config['method']['name']} has none; "
+                            f"take a method with one, such as method=ce_a_j, and set its weights")
+    if not terms:
+        raise UserError(f"method={run.config['method']['name']} has no term of weight other than 0; set one")
+    if "teacher" in run.config["upstream"]:
+        needs_gradient = any(term.needs_input_gradient for term in terms.values())
+        extra["targets"] = LiveTargets(load_model(run.upstream("teacher"), hardware), with_gradient=needs_gradient)
+    module = {"_target_": run.config["method"]["module"]}
+    return build(
+        module,
+        where="method.module",
+        student=student,
+        terms=terms,
+        optim=optim,
+        steps_per_pass=steps_per_pass,
+        seed=run.config["seed"],
+        **extra,
+    )
+
+
+def load_model(run: Run, hardware: Hardware) -> nn.Module:
+    """A trained run's model, in eval mode."""
+    model = build(run.config["model"], where=f"the model of {run.id}")
+    model.load_state_dict(torch.load(run.weights, weights_only=True, map_location="cpu"))
+    return hardware.place(model).eval()
+
+
+def save_weights(run: Run, model: nn.Module) -> None:
+    content = io.BytesIO()
+    torch.save({name: value.cpu().contiguous() for name, value in model.state_dict().items()}, content)
+    write_atomically(run.weights, content.getvalue())
+
+
+def fit(
+    module: Classifier,
+    stream: TrainingStream,
+    hardware: Hardware,
+    run: Run,
+    checkpointer: Checkpointer,
+    progress: ProgressLine,
+) -> None:
+    """Runs the training to its end, from the last checkpoint where there is one."""
+    with warnings.catch_warnings():
+        # Lightning warns of loaders without workers and of a log interval; neither exists here.
+        warnings.simplefilter("ignore")
+        logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+        trainer = lightning.Trainer(
+            **hardware.trainer_options(),
+            max_epochs=1,
+            logger=make_logger(run) or False,
+            callbacks=[checkpointer, progress],
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        resume = checkpointer.path if checkpointer.path.exists() else None
+        trainer.fit(module, stream, ckpt_path=resume, weights_only=True)

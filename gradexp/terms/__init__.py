@@ -1,0 +1,9 @@
+"""Loss terms, one a file."""
+
+from gradexp.terms.activations import Activations
+from gradexp.terms.cross_entropy import CrossEntropy
+from gradexp.terms.jacobian import Jacobian
+from gradexp.terms.step import Step
+from gradexp.terms.term import Term
+
+__all__ = ["Activations", "CrossEntropy", "Jacobian", "Step", "Term"]

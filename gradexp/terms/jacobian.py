@@ -1,0 +1,26 @@
+from torch import Tensor
+
+from gradexp.gradients import TARGETS
+from gradexp.terms.step import Step
+from gradexp.terms.term import Term, choose, reduce
+
+
+class Jacobian(Term):
+    """Squared distance of student's and teacher's input-gradients (Proposition 1, second term).
+
+    target: whose gradient (§2.4.1); `all` is the full Jacobian of Proposition 1. reduction: `sum` or `mean`
+    over pixels (and classes); mean over the batch. student_bn: `batch` or `running` statistics.
+    """
+
+    needs_teacher = True
+    needs_input_gradient = True
+
+    def __init__(self, *, weight: float, reduction: str, target: str, student_bn: str) -> None:
+        super().__init__(weight=weight)
+        self.reduction = choose("reduction", reduction, "sum", "mean")
+        self.target = choose("target", target, *TARGETS)
+        self.student_bn = choose("student_bn", student_bn, "batch", "running")
+
+    def forward(self, step: Step) -> Tensor:
+        student = step.student_input_gradient(self.target, self.student_bn)
+        return reduce((student.float() - step.teacher_input_gradient(self.target).float()).square(), self.reduction)

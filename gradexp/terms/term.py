@@ -1,0 +1,38 @@
+"""What all loss terms have in common."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from gradexp.errors import UserError
+from gradexp.terms.step import Step
+
+
+class Term(nn.Module):
+    """A differentiable scalar of one step; the training loss is the sum of weight * term.
+
+    needs_input_gradient, needs_teacher: what the step must provide.
+    """
+
+    needs_input_gradient = False
+    needs_teacher = False
+
+    def __init__(self, *, weight: float) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, step: Step) -> Tensor:
+        raise TypeError(f"{type(self).__name__} does not define forward")
+
+
+def choose(name: str, value: str, *allowed: str) -> str:
+    """`value`, if it is allowed."""
+    if value not in allowed:
+        raise UserError(f"{name}={value}: it is one of {', '.join(allowed)}")
+    return value
+
+
+def reduce(values: Tensor, reduction: str) -> Tensor:
+    """Sum or mean over all but the first dimension, mean over the batch. (B, ...) -> scalar."""
+    each = values.flatten(1)
+    return (each.sum(1) if reduction == "sum" else each.mean(1)).mean()

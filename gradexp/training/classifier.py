@@ -1,0 +1,87 @@
+"""The training loop of every model: a step's loss is a sum of weighted terms."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import lightning
+import torch
+from torch import Tensor, nn
+
+from gradexp.data.loader import Batch, mix
+from gradexp.terms import Step, Term
+from gradexp.terms.step import Targets
+from gradexp.training.optim import Optim
+
+
+class Classifier(lightning.LightningModule):
+    """Trains `student` on the sum of its terms; with a teacher, terms may ask for the teacher's targets.
+
+    After every pass over the data, `curves` holds one more mean value per quantity.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        terms: Mapping[str, Term],
+        optim: Optim,
+        *,
+        steps_per_pass: int,
+        seed: int,
+        targets: Targets | None = None,
+    ) -> None:
+        super().__init__()
+        self.student, self.terms, self.optim, self.targets = student, nn.ModuleDict(terms), optim, targets
+        self.steps_per_pass, self.seed = steps_per_pass, seed
+        self.needs_input_gradient = any(term.needs_input_gradient for term in terms.values())
+        self.total_steps = optim.total_steps(steps_per_pass)
+        self.curves: dict[str, list[float]] = {}
+        self.diverged = False
+        self._sums: dict[str, Tensor] = {}
+        self._summed = 0
+
+    def configure_optimizers(self) -> Any:
+        optimizer, schedule = self.optim.build(list(self.student.parameters()), self.total_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_train_batch_start(self, batch: Batch, number: int) -> None:
+        torch.manual_seed(mix(self.seed, self.global_step))  # dropout draws the same after a resume
+
+    def training_step(self, batch: Batch, _: int) -> Tensor:
+        step = Step(batch, self.student, self.targets, differentiable_input=self.needs_input_gradient)
+        parts = {name: term.weight * term(step) for name, term in self.terms.items()}
+        loss = torch.stack(list(parts.values())).sum()
+        self._add({f"train/loss/{name}": part for name, part in parts.items()} | {"train/loss": loss} | self.observe(step))
+        if self._summed == self.steps_per_pass or self.global_step + 1 == self.total_steps:
+            self._end_pass()
+        return loss
+
+    def observe(self, step: Step) -> dict[str, Tensor]:
+        """Further scalars of a step whose means are worth a curve."""
+        return {}
+
+    def _add(self, values: dict[str, Tensor]) -> None:
+        for name, value in values.items():
+            value = value.detach().float()
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self._summed += 1
+
+    def _end_pass(self) -> None:
+        means = {name: float(total) / self._summed for name, total in self._sums.items()}
+        self._sums, self._summed = {}, 0
+        for name, mean in means.items():
+            self.curves.setdefault(name, []).append(float(f"{mean:.5g}"))
+        if self.logger is not None:
+            self.logger.log_metrics(means, step=self.global_step)
+        if means["train/loss"] != means["train/loss"] or means["train/loss"] == float("inf"):
+            self.diverged = True  # NaN is a result: the run ends here and says so
+            self.trainer.should_stop = True
+
+    # Everything that a resumed run must know beyond parameters and optimizer.
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["curves"], checkpoint["sums"], checkpoint["summed"] = self.curves, self._sums, self._summed
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.curves, self._sums, self._summed = checkpoint["curves"], checkpoint["sums"], checkpoint["summed"]
