@@ -28,6 +28,7 @@ from typing import Any
 import filelock
 
 from gradexp.errors import UserError
+from gradexp.registry import locate
 
 Config = dict[str, Any]
 ROOT = Path(__file__).resolve().parents[1]
@@ -143,7 +144,9 @@ def write_record(path: Path, record: Config) -> None:
 
 def _json(value: Any) -> bytes:
     text = json.dumps(_finite(value), sort_keys=True, indent=2, allow_nan=False)
-    flat = re.sub(r"\[\n[^][{}]*\]", lambda found: re.sub(r"\s*\n\s*", " ", found[0]).replace("[ ", "[").replace(" ]", "]"), text)
+    flat = re.sub(
+        r"\[\n[^][{}]*\]", lambda found: re.sub(r"\s*\n\s*", " ", found[0]).replace("[ ", "[").replace(" ]", "]"), text
+    )
     return (flat + "\n").encode()  # a list of numbers stays on one line
 
 
@@ -210,9 +213,6 @@ class Run:
         return run
 
 
-Task = Callable[[Run], Result]
-
-
 def ensure(run: Run, needs: Callable[[], bool] = lambda: True) -> Config:
     """The record of a run; the work is done only when the record, or what the caller `needs`, is missing.
 
@@ -236,17 +236,10 @@ def ensure(run: Run, needs: Callable[[], bool] = lambda: True) -> Config:
         return fresh
 
 
-def task_of(config: Config) -> Task:
-    """The function behind `task._target_`; imported here, so that finished runs never import torch."""
-    from gradexp.tasks.build import locate
-
-    return locate(config["task"]["_target_"])
-
-
 def _perform(run: Run) -> Config:
     started, clock, cpu = datetime.now(UTC), time.monotonic(), time.process_time()
     git = git_state()
-    result = task_of(run.config)(run)
+    result: Result = locate(run.config["task"]["_target_"])(run)
     spent = {"wall": time.monotonic() - clock, "cpu": time.process_time() - cpu}
     earlier = result.facts.pop("earlier_seconds", {"wall": 0.0, "cpu": 0.0})
     return {

@@ -16,7 +16,10 @@ class Digits(ImageData):
 
         bunch = load_digits()
         pictures = (bunch.images * (255 / 16)).round().astype(np.uint8)
-        large = [np.asarray(Image.fromarray(picture).resize((self.size, self.size), Image.Resampling.BILINEAR)) for picture in pictures]
+        large = [
+            np.asarray(Image.fromarray(picture).resize((self.size, self.size), Image.Resampling.BILINEAR))
+            for picture in pictures
+        ]
         images = np.stack(large)[:, None].repeat(self.channels, axis=1)
         labels = bunch.target.astype(np.int64)
         kept, held_out = subsets.split_off(labels, fraction=TEST_FRACTION, seed=0)

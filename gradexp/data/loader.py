@@ -17,11 +17,11 @@ from gradexp.errors import UserError
 
 
 class Batch(NamedTuple):
-    """images (B, C, H, W) float, labels (B,), index (B,) into the training set, view (B,): which crop and flip."""
+    """images (B, C, H, W) float, labels (B,), sample (B,): its index in the training set, view (B,): which crop and flip."""
 
     images: Tensor
     labels: Tensor
-    index: Tensor
+    sample: Tensor
     view: Tensor
 
 

@@ -47,8 +47,8 @@ class Split:
     @property
     def fingerprint(self) -> str:
         """SHA-256 of pixels and labels, shortened to 16 digits."""
-        digest = hashlib.sha256(np.ascontiguousarray(self.images))
-        digest.update(np.ascontiguousarray(self.labels))
+        digest = hashlib.sha256(self.images.tobytes())
+        digest.update(self.labels.tobytes())
         return digest.hexdigest()[:16]
 
 
@@ -92,7 +92,7 @@ def _find(layout: Layout, root: Path) -> tuple[str, list[Path], Reader]:
         try:
             splits = {split: _torchvision(layout, root, split, download) for split in SPLITS}
             files = sorted(file for file in _torchvision_folder(layout, root).rglob("*") if file.is_file())
-            return "torchvision", files, lambda split: splits[split]
+            return "torchvision", files, splits.__getitem__
         except Exception as error:  # torchvision raises RuntimeError, OSError, URLError, pickle errors, ...
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     raise UserError(

@@ -44,4 +44,4 @@ def split_off(labels: np.ndarray, *, fraction: float, seed: int) -> tuple[np.nda
 
 def fingerprint(indices: np.ndarray) -> str:
     """Sixteen digits that name a subset."""
-    return hashlib.sha256(np.ascontiguousarray(indices, dtype=np.int64)).hexdigest()[:16]
+    return hashlib.sha256(indices.astype(np.int64).tobytes()).hexdigest()[:16]

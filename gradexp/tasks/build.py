@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from gradexp.errors import UserError, nearest
+from gradexp.registry import locate
 
-ALLOWED = ("gradexp", "torch", "torchvision", "lightning", "captum")
 SPECIAL = ("_target_", "_partial_")
-
-
-def locate(target: str) -> Callable[..., Any]:
-    """The class or function that `_target_` names. Raises UserError for any other package than ALLOWED."""
-    if target.split(".")[0] not in ALLOWED:
-        raise UserError(f"_target_={target} is refused: only {', '.join(ALLOWED)} may be named in a config")
-    module, _, name = target.rpartition(".")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError):
-        raise UserError(f"_target_={target}: there is no such class or function") from None
 
 
 def build(node: dict[str, Any], *, where: str, **extra: Any) -> Any:

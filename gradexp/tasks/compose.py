@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -20,8 +22,26 @@ from gradexp.runs import HARDWARE, ROOT, Config
 CONF = ROOT / "conf"
 
 
+@dataclass(frozen=True)
+class Planned:
+    """A run before it runs: what to type, its resolved config, and the runs it stands on."""
+
+    overrides: tuple[str, ...]
+    config: Config
+    upstream: tuple[Planned, ...]
+
+    @property
+    def command(self) -> str:
+        return shlex.join(["python", "run.py", *self.overrides])
+
+
 def compose_run(overrides: Sequence[str]) -> Config:
-    """The run that `python run.py OVERRIDES` stands for.
+    """The resolved config of the run that `python run.py OVERRIDES` stands for."""
+    return plan(overrides).config
+
+
+def plan(overrides: Sequence[str]) -> Planned:
+    """The run that `python run.py OVERRIDES` stands for, with its upstream runs.
 
     Each entry of `upstream` (experiment, model, ... as on a command line) becomes the whole config of that run
     at the same scale; the ones that the method does not need are dropped.
@@ -31,21 +51,20 @@ def compose_run(overrides: Sequence[str]) -> Config:
     for key in config:
         if key not in known:
             raise UserError(f"the experiment sets {key}, which no run reads{nearest(str(key), known)}")
-    config = dict(config)
-    config["upstream"] = {name: _upstream(config, name) for name in config["method"]["upstream"]}
-    return config
+    upstream = {name: _upstream(config, name) for name in config["method"]["upstream"]}
+    nested = {name: {key: value for key, value in run.config.items() if key not in HARDWARE} for name, run in upstream.items()}
+    return Planned(tuple(overrides), config | {"upstream": nested}, tuple(upstream.values()))
 
 
-def _upstream(config: Config, name: str) -> Config:
+def _upstream(config: Config, name: str) -> Planned:
     choices = config["upstream"].get(name)
     if choices is None:
         raise UserError(
             f"method {config['method']['name']} needs a {name}, and experiment {config['name']} names none; "
             f"add it: +upstream.{name}.experiment=teacher"
         )
-    overrides = [f"{key}={value}" for key, value in choices.items() if value is not None]
-    run = compose_run([*overrides, f"scale={config['scale']['name']}"])
-    return {key: value for key, value in run.items() if key not in HARDWARE}
+    chosen = [f"{key}={value}" for key, value in choices.items() if value is not None]
+    return plan([*chosen, f"scale={config['scale']['name']}"])
 
 
 def check_overrides(arguments: Sequence[str]) -> None:

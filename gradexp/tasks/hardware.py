@@ -53,7 +53,7 @@ class Hardware:
 
     def place(self, model: nn.Module) -> nn.Module:
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
-        return model.to(self.device, memory_format=layout)
+        return model.to(self.device).to(memory_format=layout)
 
     def trainer_options(self) -> dict[str, Any]:
         return {

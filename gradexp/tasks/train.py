@@ -90,8 +90,10 @@ def make_module(
     extra: dict[str, Any] = {}
     for name, term in terms.items():
         if term.needs_teacher and "teacher" not in run.config["upstream"]:
-            raise UserError(f"method.terms.{name} needs a teacher, method={run.config['method']['name']} has none; "
-                            f"take a method with one, such as method=ce_a_j, and set its weights")
+            raise UserError(
+                f"method.terms.{name} needs a teacher, method={run.config['method']['name']} has none; "
+                f"take a method with one, such as method=ce_a_j, and set its weights"
+            )
     if not terms:
         raise UserError(f"method={run.config['method']['name']} has no term of weight other than 0; set one")
     if "teacher" in run.config["upstream"]:

@@ -1,7 +1,7 @@
 from torch import Tensor
 
 from gradexp.terms.step import Step
-from gradexp.terms.term import Term, choose, reduce
+from gradexp.terms.term import Term, choose, precise, reduce
 
 
 class Activations(Term):
@@ -17,4 +17,4 @@ class Activations(Term):
         self.reduction = choose("reduction", reduction, "sum", "mean")
 
     def forward(self, step: Step) -> Tensor:
-        return reduce((step.student_logits.float() - step.teacher_logits.float()).square(), self.reduction)
+        return reduce((precise(step.student_logits) - precise(step.teacher_logits)).square(), self.reduction)

@@ -2,11 +2,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from gradexp.terms.step import Step
-from gradexp.terms.term import Term
+from gradexp.terms.term import Term, precise
 
 
 class CrossEntropy(Term):
     """Cross-entropy with the true labels (CE of §2.12.2); mean over the batch."""
 
     def forward(self, step: Step) -> Tensor:
-        return functional.cross_entropy(step.student_logits.float(), step.labels)
+        return functional.cross_entropy(precise(step.student_logits), step.labels)

@@ -2,7 +2,7 @@ from torch import Tensor
 
 from gradexp.gradients import TARGETS
 from gradexp.terms.step import Step
-from gradexp.terms.term import Term, choose, reduce
+from gradexp.terms.term import Term, choose, precise, reduce
 
 
 class Jacobian(Term):
@@ -23,4 +23,5 @@ class Jacobian(Term):
 
     def forward(self, step: Step) -> Tensor:
         student = step.student_input_gradient(self.target, self.student_bn)
-        return reduce((student.float() - step.teacher_input_gradient(self.target).float()).square(), self.reduction)
+        teacher = step.teacher_input_gradient(self.target)
+        return reduce((precise(student) - precise(teacher)).square(), self.reduction)

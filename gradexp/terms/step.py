@@ -28,7 +28,9 @@ class Step:
     differentiable_input: whether some term needs the student's input-gradient.
     """
 
-    def __init__(self, batch: Batch, student: nn.Module, teacher: Targets | None = None, *, differentiable_input: bool = False) -> None:
+    def __init__(
+        self, batch: Batch, student: nn.Module, teacher: Targets | None = None, *, differentiable_input: bool = False
+    ) -> None:
         self.batch, self.student, self.teacher = batch, student, teacher
         self.images = batch.images.detach().requires_grad_() if differentiable_input else batch.images
         self.labels = batch.labels

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from gradexp.errors import UserError
@@ -30,6 +31,11 @@ def choose(name: str, value: str, *allowed: str) -> str:
     if value not in allowed:
         raise UserError(f"{name}={value}: it is one of {', '.join(allowed)}")
     return value
+
+
+def precise(values: Tensor) -> Tensor:
+    """At least float32: squares of bf16 numbers lose what a loss needs, float64 stays as it is."""
+    return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
 
 
 def reduce(values: Tensor, reduction: str) -> Tensor:

@@ -86,8 +86,11 @@ class ProgressLine(lightning.Callback):
             print(f"{self.title}: step {done}/{self.total}, {note}, {left / 60:.1f} min left", flush=True)
 
     def on_train_end(self, *_: Any) -> None:
-        if self._bar:
-            self._bar.update(self._task, completed=self.total)
-            self._bar.stop()
+        self._stop()
 
-    on_exception = on_train_end
+    def on_exception(self, *_: Any) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._bar:
+            self._bar.stop()

@@ -1,0 +1,1 @@
+"""Tables and figures from records; nothing here trains, and nothing imports torch."""

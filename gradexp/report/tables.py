@@ -1,0 +1,367 @@
+"""A thesis table from records: Markdown, LaTeX, CSV and plain text.
+
+A table is data: rows, columns and the run behind each cell. Every cell knows its runs, so that a number can be
+followed to its records, and an empty cell says how to fill itself.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from gradexp.errors import UserError
+from gradexp.runs import ROOT, Config, Paths, identity, read_record, run_id, write_atomically
+
+EMPTY = "–"
+COLUMNS = ("row", "column", "metric", "ours", "std", "n", "thesis", "difference", "run_ids")
+UNINTERESTING = ("scale", "_target_", "version", "channels", "classes", "size")  # said by others, or no protocol
+
+
+@dataclass(frozen=True)
+class Source:
+    """One run behind a cell: its id, its record's place, and the command that makes it."""
+
+    id: str
+    record: Path
+    command: str
+
+
+@dataclass(frozen=True)
+class Thesis:
+    """A number that the thesis prints."""
+
+    value: float
+    bold: bool
+
+
+@dataclass(frozen=True)
+class Cell:
+    row: str
+    column: str
+    sources: tuple[Source, ...]
+    thesis: Thesis | None
+    comparable: bool
+    values: tuple[float, ...]  # of the finished runs, in the order of the seeds; NaN where one diverged
+    best: bool = False
+
+    @property
+    def ours(self) -> float | None:
+        return statistics.fmean(self.values) if self.values else None
+
+    @property
+    def std(self) -> float | None:
+        """Sample standard deviation over seeds."""
+        return statistics.stdev(self.values) if len(self.values) > 1 else None
+
+    @property
+    def difference(self) -> float | None:
+        if self.ours is None or self.thesis is None or not self.comparable:
+            return None
+        return self.ours - self.thesis.value
+
+    @property
+    def missing(self) -> list[Source]:
+        return [source for source in self.sources if not source.record.exists()]
+
+
+@dataclass(frozen=True)
+class Table:
+    number: str
+    title: str
+    corner: str
+    metric: str
+    scale: str
+    caption: tuple[str, ...]
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+    cells: tuple[Cell, ...]
+
+    def cell(self, row: str, column: str) -> Cell:
+        return next(cell for cell in self.cells if (cell.row, cell.column) == (row, column))
+
+    @property
+    def missing(self) -> list[Source]:
+        return [source for cell in self.cells for source in cell.missing]
+
+
+def value_of(record: Config, metric: str) -> float:
+    """A record's metric; NaN for a diverged run."""
+    value = record["metrics"].get(metric)
+    return float("nan") if value is None else float(value)
+
+
+def values_of(sources: Iterable[Source], metric: str) -> tuple[float, ...]:
+    return tuple(value_of(read_record(source.record), metric) for source in sources if source.record.exists())
+
+
+def read_thesis(path: Path) -> dict[tuple[str, str, str], Thesis]:
+    """results/thesis.csv as {(item, row, column): number}."""
+    with path.open(newline="", encoding="utf-8") as file:
+        lines = list(csv.DictReader(file))
+    return {(x["item"], x["row"], x["column"]): Thesis(float(x["value"]), x["bold"] == "1") for x in lines}
+
+
+def mark_best(cells: Sequence[Cell], best: str) -> tuple[Cell, ...]:
+    """Bold as in the thesis: the best of each column, where at least two of its cells are filled."""
+    pick = max if best == "max" else min
+    winners: dict[str, float] = {}
+    for column in {cell.column for cell in cells}:
+        numbers = [c.ours for c in cells if c.column == column and c.ours is not None and c.ours == c.ours]
+        if len(numbers) > 1:
+            winners[column] = pick(numbers)
+    return tuple(replace(cell, best=cell.ours is not None and cell.ours == winners.get(cell.column)) for cell in cells)
+
+
+def departures(here: Config, paper: Config) -> dict[str, tuple[Any, Any]]:
+    """Where a run's protocol differs from the paper scale's: {key: (here, paper)}."""
+    ours, theirs = _flat(identity(here)), _flat(identity(paper))
+    return {
+        key: (ours.get(key), theirs.get(key)) for key in sorted(ours.keys() | theirs.keys()) if ours.get(key) != theirs.get(key)
+    }
+
+
+def _flat(config: Config, prefix: str = "") -> dict[str, Any]:
+    items: dict[str, Any] = {}
+    for key, value in config.items():
+        if key in UNINTERESTING:
+            continue
+        name = f"{prefix}{key}"
+        if isinstance(value, dict) and value.get("_partial_"):
+            given = ", ".join(f"{k}={v}" for k, v in value.items() if not k.startswith("_"))
+            items[name] = f"{value['_target_'].rpartition('.')[2]}({given})"
+        elif isinstance(value, dict):
+            items |= _flat(value, f"{name}.")
+        else:
+            items[name] = value
+    return items
+
+
+def origins(records: Sequence[Config]) -> str:
+    """One sentence on where numbers were computed: precision, device, commits."""
+    if not records:
+        return "No run has finished yet."
+    devices = sorted({f"{r['precision']} on {r['device']}" for r in records})
+    commits = sorted({(r["git"]["commit"] or "no commit")[:8] + (" (dirty)" if r["git"]["dirty"] else "") for r in records})
+    hours = sum(r["seconds"]["wall"] for r in records) / 3600
+    return f"{len(records)} runs, {hours:.1f} h; precision {', '.join(devices)}; commit {', '.join(commits)}."
+
+
+# --- from a spec to a table -------------------------------------------------------------------------------
+
+
+class Planned(Protocol):
+    """A run before it runs (gradexp.tasks.compose.Planned)."""
+
+    @property
+    def config(self) -> Config: ...
+    @property
+    def command(self) -> str: ...
+
+
+Planner = Callable[[Sequence[str]], Planned]
+
+
+def overrides_of(spec: Config, row: Config, column: Config, scale: str, seed: int) -> list[str]:
+    """What to type for one cell and one seed."""
+    experiment = [f"experiment={spec['experiment']}", f"scale={scale}"]
+    return [*experiment, *row["overrides"], *column["overrides"], f"seed={seed}"]
+
+
+def cells_of(spec: Config, scale: str) -> Iterator[tuple[Config, Config, list[list[str]]]]:
+    """(row, column, overrides of each seed) for all cells that the scale has."""
+    if scale not in spec["seeds"]:
+        raise UserError(f"scale={scale}: table {spec['number']} has {', '.join(spec['seeds'])}")
+    columns = [column for column in spec["columns"] if scale in column["scales"]]
+    for row in spec["rows"]:
+        for column in columns:
+            yield row, column, [overrides_of(spec, row, column, scale, seed) for seed in spec["seeds"][scale]]
+
+
+def build(spec: Config, scale: str, plan: Planner, paths: Paths) -> Table:
+    """The table that `conf/table/NUMBER.yaml` describes, filled with whatever records there are."""
+    thesis = read_thesis(ROOT / "results" / "thesis.csv")
+
+    def source(overrides: Sequence[str]) -> Source:
+        run = plan(overrides)
+        return Source(run_id(run.config), paths.record(run.config), run.command)
+
+    cells = []
+    changes: dict[str, tuple[Any, Any]] = {}
+    for row, column, seeds in cells_of(spec, scale):
+        sources = tuple(source(overrides) for overrides in seeds)
+        printed = thesis.get((spec["number"], row["thesis"], column["label"]))
+        values = values_of(sources, spec["metric"])
+        cells.append(Cell(row["label"], column["label"], sources, printed, scale in spec["comparable"], values))
+        paper = [word if word != f"scale={scale}" else "scale=paper" for word in seeds[0]]
+        changes |= departures(plan(seeds[0]).config, plan(paper).config)
+    upstream = [(line, source([*line["overrides"], f"scale={scale}"])) for line in spec.get("upstream", [])]
+    caption = [
+        *([spec["note"]] if spec.get("note") else []),
+        _departure_sentence(scale, changes),
+        *(_upstream_sentence(line, run, spec, thesis) for line, run in upstream),
+        *(
+            []
+            if scale in spec["comparable"]
+            else ["The thesis's numbers mark their places; at this scale they can't be compared."]
+        ),
+        f"Seeds: {', '.join(map(str, spec['seeds'][scale]))}. The test set is read once, after the last step.",
+        origins([read_record(s.record) for cell in cells for s in cell.sources if s.record.exists()]),
+    ]
+    return Table(
+        number=spec["number"],
+        title=spec["title"],
+        corner=spec["corner"],
+        metric=spec["metric"],
+        scale=scale,
+        caption=tuple(caption),
+        rows=tuple(row["label"] for row in spec["rows"]),
+        columns=tuple(dict.fromkeys(cell.column for cell in cells)),
+        cells=mark_best(cells, spec["best"]),
+    )
+
+
+def _departure_sentence(scale: str, changes: dict[str, tuple[Any, Any]]) -> str:
+    if not changes:
+        return f"Scale {scale}: the protocol of scale=paper."
+    listed = "; ".join(f"`{key}` {_word(here)} (paper: {_word(paper)})" for key, (here, paper) in changes.items())
+    return f"Scale {scale} departs from scale=paper in: {listed}."
+
+
+def _word(value: Any) -> str:
+    return "none" if value is None else str(value)
+
+
+def _upstream_sentence(line: Config, source: Source, spec: Config, thesis: dict[tuple[str, str, str], Thesis]) -> str:
+    found = values_of([source], spec["metric"])
+    mine = f"{found[0]:.2f} (run {source.id})" if found else "not run yet"
+    printed = thesis.get((spec["number"], *line["thesis"]))
+    return f"{line['label'].capitalize()}: {mine}" + (f"; the thesis's {printed.value:g}." if printed else ".")
+
+
+# --- formats ----------------------------------------------------------------------------------------------
+
+
+def number(value: float | None) -> str:
+    return EMPTY if value is None else "NaN" if value != value else f"{value:.2f}"
+
+
+def signed(value: float | None) -> str:
+    return "" if value is None or value != value else f"{value:+.2f}".replace("-", "−")
+
+
+def ours(cell: Cell) -> str:
+    """Mean, ± standard deviation and number of seeds where there are several."""
+    spread = f" ± {cell.std:.2f} (n={len(cell.values)})" if cell.std is not None else ""
+    return number(cell.ours) + spread
+
+
+def to_csv(table: Table) -> str:
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for c in table.cells:
+        done = [source.id for source in c.sources if source.record.exists()]
+        plain = [("" if x is None else f"{x:.4f}") for x in (c.ours, c.std)]
+        thesis = "" if c.thesis is None else f"{c.thesis.value:g}"
+        difference = "" if c.difference is None else f"{c.difference:.4f}"
+        writer.writerow([c.row, c.column, table.metric, *plain, len(c.values), thesis, difference, " ".join(done)])
+    return out.getvalue()
+
+
+def to_markdown(table: Table) -> str:
+    def cell(c: Cell) -> str:
+        mine = f"**{ours(c)}**" if c.best else ours(c)
+        if c.thesis is None:
+            return mine
+        printed = f"**{c.thesis.value:g}**" if c.thesis.bold else f"{c.thesis.value:g}"
+        return f"{mine}<br>thesis {printed}" + (f" ({signed(c.difference)})" if c.difference is not None else "")
+
+    lines = [f"**Table {table.number}, scale={table.scale}.** {table.title}", ""]
+    lines += ["| " + " | ".join([table.corner, *table.columns]) + " |", "|---" * (len(table.columns) + 1) + "|"]
+    lines += [
+        "| " + " | ".join([row, *(cell(table.cell(row, column)) for column in table.columns)]) + " |" for row in table.rows
+    ]
+    lines += ["", *(f"- {sentence}" for sentence in table.caption)]
+    filled = [(c, s) for c in table.cells for s in c.sources if s.record.exists()]
+    if filled:
+        lines += ["", "<details><summary>Records</summary>", "", "| row | column | records |", "|---|---|---|"]
+        for c in table.cells:
+            links = [f"[{s.id}](../../runs/{s.record.parent.name}/{s.record.name})" for s in c.sources if s.record.exists()]
+            if links:
+                lines.append(f"| {c.row} | {c.column} | {' '.join(links)} |")
+        lines += ["", "</details>"]
+    if table.missing:
+        lines += ["", "Empty cells are filled by", "", "```", *(source.command for source in table.missing), "```"]
+    return "\n".join(lines) + "\n"
+
+
+def to_latex(table: Table) -> str:
+    def text(words: str) -> str:
+        for plain, escaped in (("\\", r"\textbackslash "), *((x, "\\" + x) for x in "&%$#_{}")):
+            words = words.replace(plain, escaped)
+        return words.replace("→", r"$\rightarrow$").replace("−", "$-$").replace("±", r"$\pm$").replace("–", "--")
+
+    def cell(c: Cell) -> str:
+        mine = text(ours(c))
+        mine = rf"\textbf{{{mine}}}" if c.best else mine
+        if c.thesis is None:
+            return mine
+        printed = rf"\textbf{{{c.thesis.value:g}}}" if c.thesis.bold else f"{c.thesis.value:g}"
+        return f"{mine} ({printed})"
+
+    body = [
+        " & ".join([text(row), *(cell(table.cell(row, column)) for column in table.columns)]) + r" \\" for row in table.rows
+    ]
+    caption = " ".join([text(table.title), "In parentheses: the thesis.", *(text(x.replace("`", "")) for x in table.caption)])
+    return "\n".join(
+        [
+            r"\begin{table}",
+            r"\centering",
+            rf"\caption{{{caption}}}",
+            rf"\begin{{tabular}}{{l{'c' * len(table.columns)}}}",
+            r"\toprule",
+            " & ".join([text(table.corner), *map(text, table.columns)]) + r" \\",
+            r"\midrule",
+            *body,
+            r"\bottomrule",
+            r"\end{tabular}",
+            r"\end{table}",
+            "",
+        ]
+    )
+
+
+def to_text(table: Table) -> str:
+    """For the terminal: ours above, the thesis's number below in parentheses; * marks the best of a column."""
+    heads = [table.corner, *table.columns]
+    lines: list[list[str]] = []
+    for row in table.rows:
+        cells = [table.cell(row, column) for column in table.columns]
+        lines.append([row, *(ours(c) + ("*" if c.best else "") for c in cells)])
+        if any(c.thesis for c in cells):
+            lines.append(["", *(f"({c.thesis.value:g})" if c.thesis else "" for c in cells)])
+    widths = [max(len(line[i]) for line in [heads, *lines]) for i in range(len(heads))]
+    shown = [
+        line[0].ljust(widths[0]) + "".join("  " + x.rjust(w) for x, w in zip(line[1:], widths[1:], strict=True))
+        for line in [heads, *lines]
+    ]
+    rule = "-" * len(shown[0])
+    body = [f"Table {table.number}, scale={table.scale}. {table.title}", rule, shown[0], rule, *shown[1:], rule]
+    body += ["* best of its column; in parentheses: the thesis's number", *table.caption]
+    if table.missing:
+        body += ["", "Empty cells are filled by", *(f"  {source.command}" for source in table.missing)]
+    return "\n".join(body) + "\n"
+
+
+def write(table: Table, results: Path) -> list[Path]:
+    """Writes the three files of a table under results/tables/<scale>/."""
+    stem = results / "tables" / table.scale / f"table_{table.number.replace('.', '_')}"
+    files = {".md": to_markdown(table), ".csv": to_csv(table), ".tex": to_latex(table)}
+    for suffix, content in files.items():
+        write_atomically(stem.with_suffix(suffix), content.encode())
+    return [stem.with_suffix(suffix) for suffix in files]

@@ -1,0 +1,40 @@
+"""Small, exact things to test with."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from gradexp.runs import ROOT
+
+TINY = ["model.layers=[4,M,6,M]", "model.width=1", "optim.passes=2", "trainer.threads=1", "logger=none"]
+
+
+torch.set_num_threads(1)  # the networks here are tiny
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def places(tmp_path: Path) -> list[str]:
+    """Overrides that keep records and outputs of a test in its own folder."""
+    return [f"paths.results={tmp_path}/results", f"paths.outputs={tmp_path}/outputs"]
+
+
+@pytest.fixture
+def run_py(places: list[str]) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`python run.py ...` as a user types it, in a process of its own."""
+
+    def call(*words: str, **options: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(ROOT / "run.py"), *words, *places]
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("HYDRA")}
+        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, **options)  # type: ignore[call-overload]
+
+    return call

@@ -1,0 +1,219 @@
+"""Gradients and terms as mathematics: identities, finite differences, Monte-Carlo equality with noise."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gradexp import gradients
+from gradexp.data.loader import Batch
+from gradexp.errors import UserError
+from gradexp.models.vgg import VGG
+from gradexp.terms import Activations, CrossEntropy, Jacobian, Step
+from gradexp.training.targets import LiveTargets
+
+CLASSES = 3
+
+
+def net(seed: int) -> nn.Module:
+    """A small VGG in float64 whose batch normalisation has random statistics, in eval mode."""
+    torch.manual_seed(seed)
+    model = VGG(name="tiny", layers=[4, "M", 5], width=1, channels=2, classes=CLASSES, dropout=None).double()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_()  # type: ignore[union-attr]
+            module.running_var.uniform_(0.5, 2)  # type: ignore[union-attr]
+            nn.init.uniform_(module.weight, 0.5, 2)
+            nn.init.normal_(module.bias)
+    return model.eval()
+
+
+def batch(count: int = 4) -> Batch:
+    generator = torch.Generator().manual_seed(7)
+    images = torch.randn(count, 2, 6, 6, dtype=torch.float64, generator=generator)
+    labels = torch.randint(CLASSES, (count,), generator=generator)
+    return Batch(images, labels, torch.arange(count), torch.zeros(count, dtype=torch.long))
+
+
+def step(student: nn.Module, teacher: nn.Module | None = None, data: Batch | None = None) -> Step:
+    targets = LiveTargets(teacher, with_gradient=True) if teacher else None
+    return Step(data or batch(), student, targets, differentiable_input=True)
+
+
+def finite_difference(function: Callable[[Tensor], Tensor], point: Tensor, epsilon: float = 1e-6) -> Tensor:
+    """Central differences of a scalar function, entry by entry."""
+    slope = torch.zeros_like(point).flatten()
+    for i in range(point.numel()):
+        shift = torch.zeros_like(point).flatten()
+        shift[i] = epsilon
+        shift = shift.view_as(point)
+        slope[i] = (function(point + shift) - function(point - shift)) / (2 * epsilon)
+    return slope.view_as(point)
+
+
+@pytest.mark.parametrize("target", ["label", "top", "logprob"])
+def test_input_gradient_is_the_slope(target: str) -> None:
+    model, data = net(0), batch(2)
+    gradient = gradients.input_gradient(model, data.images, data.labels, target=target)
+    slope = finite_difference(lambda x: gradients.scalar(model(x), data.labels, target).sum().detach(), data.images)
+    torch.testing.assert_close(gradient, slope, rtol=1e-6, atol=1e-8)
+
+
+def test_all_stacks_the_gradient_of_every_logit() -> None:
+    model, data = net(0), batch()
+    jacobian = gradients.input_gradient(model, data.images, data.labels, target="all")
+    assert jacobian.shape == (4, CLASSES, 2, 6, 6)
+    for k in range(CLASSES):
+        row = gradients.input_gradient(model, data.images, torch.full((4,), k))
+        torch.testing.assert_close(jacobian[:, k], row)
+
+
+def test_unknown_target_names_the_choices() -> None:
+    with pytest.raises(UserError, match="label, top, logprob, all"):
+        gradients.scalar(torch.zeros(1, 2), torch.zeros(1, dtype=torch.long), "loss")
+
+
+def test_angle() -> None:
+    first = torch.tensor([[1.0, 0.0], [1.0, 0.0], [2.0, 0.0]])
+    second = torch.tensor([[3.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
+    torch.testing.assert_close(gradients.angle(first, second), torch.tensor([0.0, 90.0, 180.0]), atol=1e-2, rtol=0)
+
+
+def jacobian(**changes: str) -> Jacobian:
+    options = {"reduction": "sum", "target": "label", "student_bn": "batch"}
+    return Jacobian(weight=1, **{**options, **changes})
+
+
+@pytest.mark.parametrize("student_bn", ["batch", "running"])
+def test_parameter_gradient_of_the_jacobian_term(student_bn: str) -> None:
+    """Double backward against finite differences, through batch statistics too."""
+    teacher, data = net(1), batch()
+
+    def loss(weight: Tensor) -> Tensor:
+        student = copy.deepcopy(net(0)).train()
+        parameters = {"features.conv2.weight": weight}
+        module = _Patched(student, parameters)
+        return jacobian(student_bn=student_bn)(step(module, teacher, data))
+
+    weight = net(0).get_parameter("features.conv2.weight").detach().clone().requires_grad_()
+    (exact,) = torch.autograd.grad(loss(weight), weight)
+    slope = finite_difference(lambda w: loss(w).detach(), weight.detach(), epsilon=1e-5)
+    torch.testing.assert_close(exact, slope, rtol=1e-5, atol=1e-6)
+
+
+class _Patched(nn.Module):
+    """A model with some parameters replaced by given tensors."""
+
+    def __init__(self, model: nn.Module, parameters: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.model, self.given = model, parameters
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.func.functional_call(self.model, self.given, (images,))
+
+
+def test_terms_vanish_for_a_student_that_is_its_teacher() -> None:
+    same = step(net(0), net(0))
+    assert Activations(weight=1, reduction="sum")(same).item() == 0
+    assert jacobian()(same).item() == pytest.approx(0, abs=1e-25)
+
+
+def test_activations_against_a_loop() -> None:
+    student, teacher, data = net(0), net(1), batch()
+    by_hand = sum(
+        (student(data.images)[i, k] - teacher(data.images)[i, k]).item() ** 2 for i in range(4) for k in range(CLASSES)
+    )
+    assert Activations(weight=1, reduction="sum")(step(student, teacher)).item() == pytest.approx(by_hand / 4, rel=1e-6)
+    assert Activations(weight=1, reduction="mean")(step(student, teacher)).item() == pytest.approx(by_hand / 12, rel=1e-6)
+
+
+def test_cross_entropy_against_its_definition() -> None:
+    data = batch()
+    probability = net(0)(data.images).softmax(1)[torch.arange(4), data.labels]
+    assert CrossEntropy(weight=1)(step(net(0))).item() == pytest.approx(-probability.log().mean().item(), rel=1e-6)
+
+
+def test_jacobian_term_against_two_gradients() -> None:
+    student, teacher, data = net(0), net(1), batch()
+    pair = [gradients.input_gradient(model, data.images, data.labels) for model in (student, teacher)]
+    expected = ((pair[0] - pair[1]) ** 2).sum() / 4
+    assert jacobian()(step(student, teacher)).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert jacobian(reduction="mean")(step(student, teacher)).item() == pytest.approx(expected.item() / 72, rel=1e-5)
+
+
+def test_running_statistics_leave_the_student_as_it_was() -> None:
+    student = net(0).train()
+    before = copy.deepcopy(student.state_dict())
+    jacobian(student_bn="running")(step(student, net(1)))
+    assert student.training
+    assert all(torch.equal(before[name], value) for name, value in student.state_dict().items())
+
+
+def test_the_teacher_is_not_trained() -> None:
+    student, teacher = net(0).train(), net(1)
+    (jacobian()(step(student, teacher)) + Activations(weight=1, reduction="mean")(step(student, teacher))).backward()
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+    assert not teacher.training
+
+
+def test_a_step_runs_each_network_once() -> None:
+    calls = {"student": 0, "teacher": 0}
+    student, teacher = net(0).train(), net(1)
+    for name, model in (("student", student), ("teacher", teacher)):
+        model.register_forward_hook(lambda *_, name=name: calls.__setitem__(name, calls[name] + 1))
+    one = step(student, teacher)
+    for term in (CrossEntropy(weight=1), Activations(weight=1, reduction="mean"), jacobian()):
+        term(one)
+    assert one.angle() is not None
+    assert calls == {"student": 1, "teacher": 1}
+
+
+# --- Propositions 1 and 2 ---------------------------------------------------------------------------------
+
+
+def noisy_mean(loss: Callable[[Tensor], Tensor], images: Tensor, sigma: float, pairs: int) -> tuple[float, float]:
+    """Mean and standard error of E loss(x + noise), over pairs of opposite Gaussian noise.
+
+    loss: (N, B, ...) images -> (N,) batch means.
+    """
+    generator = torch.Generator().manual_seed(3)
+    noise = sigma * torch.randn((pairs, *images.shape), dtype=images.dtype, generator=generator)
+    values = (loss(images + noise) + loss(images - noise)) / 2
+    return values.mean().item(), (values.std() / pairs**0.5).item()
+
+
+def many(model: nn.Module, images: Tensor) -> Tensor:
+    """(N, B, C, H, W) -> logits (N, B, K), as constants."""
+    with torch.no_grad():
+        return model(images.flatten(0, 1)).unflatten(0, images.shape[:2])
+
+
+def test_proposition_1() -> None:
+    """Squared error under input noise = activations + sigma^2 * (full) Jacobian term; exact for piecewise-linear nets."""
+    student, teacher, data, sigma = net(0), net(1), batch(2), 1e-4
+    one = step(student, teacher, data)
+    clean = Activations(weight=1, reduction="sum")(one).item()
+    matched = jacobian(target="all", student_bn="batch")(one).item()
+
+    def loss(images: Tensor) -> Tensor:
+        return (many(teacher, images) - many(student, images)).square().sum(2).mean(1)
+
+    mean, error = noisy_mean(loss, data.images, sigma, pairs=4000)
+    assert error < 0.05 * sigma**2 * matched  # the interval is narrow enough to refute a wrong constant
+    assert abs(mean - clean - sigma**2 * matched) < 4 * error
+
+
+def test_proposition_2() -> None:
+    """Squared error to fixed targets under input noise = squared error + sigma^2 * squared norm of the Jacobian."""
+    student, data, sigma = net(0), batch(2), 1e-4
+    truth = torch.randn(2, CLASSES, dtype=torch.float64)
+    norm = gradients.input_gradient(student, data.images, data.labels, target="all").square().flatten(1).sum(1).mean().item()
+
+    def loss(images: Tensor) -> Tensor:
+        return (truth - many(student, images)).square().sum(2).mean(1)
+
+    mean, error = noisy_mean(loss, data.images, sigma, pairs=4000)
+    assert error < 0.05 * sigma**2 * norm
+    assert abs(mean - loss(data.images[None]).item() - sigma**2 * norm) < 4 * error

@@ -1,0 +1,68 @@
+"""Who may import whom: every arrow points downwards."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gradexp.runs import ROOT
+
+MAY_IMPORT = {
+    "errors": set(),
+    "registry": {"errors"},
+    "runs": {"errors", "registry"},
+    "models": {"errors"},
+    "data": {"errors"},
+    "gradients": {"errors"},
+    "terms": {"errors", "gradients", "data"},
+    "saliency": {"errors", "gradients"},
+    "sampling": {"errors", "gradients"},
+    "training": {"errors", "gradients", "terms", "data"},
+    "evaluate": {"errors", "gradients", "saliency", "sampling", "data"},
+    "tasks": {"errors", "registry", "runs", "gradients", "terms", "saliency", "sampling", "training", "evaluate", "data", "models"},
+    "report": {"errors", "runs"},
+}
+ONLY_IN = {"lightning": {"training", "tasks"}, "hydra": {"tasks"}}
+
+
+def modules() -> list[Path]:
+    return sorted((ROOT / "gradexp").rglob("*.py"))
+
+
+def room(path: Path) -> str:
+    inside = path.relative_to(ROOT / "gradexp")
+    return inside.parts[0].removesuffix(".py")
+
+
+def imported(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_arrows_point_downwards(path: Path) -> None:
+    here = room(path)
+    if here == "__init__":
+        return
+    for name in imported(path):
+        package, *rest = name.split(".")
+        if package == "gradexp" and rest and rest[0] != here:
+            assert rest[0] in MAY_IMPORT[here], f"{here} may not import {name}"
+        if package in ONLY_IN:
+            assert here in ONLY_IN[package], f"{here} may not import {name}"
+
+
+def test_every_room_has_a_rule() -> None:
+    assert {room(path) for path in modules()} - {"__init__"} <= MAY_IMPORT.keys()
+
+
+def test_tables_need_no_torch() -> None:
+    code = "import sys, gradexp.report.tables, gradexp.tasks.compose; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -1,0 +1,63 @@
+"""Architectures: exactly the parameters that their description implies."""
+
+import pytest
+import torch
+
+from gradexp.errors import UserError
+from gradexp.models.vgg import VGG
+from gradexp.tasks.build import build
+from gradexp.tasks.compose import compose_run
+
+
+def expected(layers: list[int | str], channels: int, classes: int) -> int:
+    """Convolution 9 c_in c_out + c_out; batch normalisation 2 c_out; linear c_in K + K."""
+    count = 0
+    for out in (layer for layer in layers if isinstance(layer, int)):
+        count += 9 * channels * out + out + 2 * out
+        channels = out
+    return count + channels * classes + classes
+
+
+# The thesis's §2.12.1 for VGG-4 and 9, the author's code for VGG-6 and 11.
+THESIS = {
+    "vgg4": [64, "M", 128, "M", 512, "M"],
+    "vgg6": [64, "M", 128, "M", 256, "M", 512, "M", 512, "M"],
+    "vgg9": [64, "M", 128, "M", 256, 256, "M", 512, 512, "M", 512, 512, "M"],
+    "vgg11": [64, 64, "M", 128, 128, "M", 256, 256, "M", 512, 512, "M", 512, 512, "M"],
+}
+
+
+@pytest.mark.parametrize("name", THESIS)
+def test_parameter_counts(name: str) -> None:
+    config = compose_run(["experiment=teacher", f"model={name}", "scale=paper"])
+    model = build(config["model"], where="model")
+    assert sum(parameter.numel() for parameter in model.parameters()) == expected(THESIS[name], 3, 100)
+    weighted = [module for module in model.modules() if isinstance(module, torch.nn.Conv2d | torch.nn.Linear)]
+    assert len(weighted) == int(name.removeprefix("vgg"))
+
+
+def test_vgg4_by_hand() -> None:
+    assert expected(THESIS["vgg4"], 3, 100) == 1_920 + 74_112 + 591_360 + 51_300
+
+
+def tiny(**changes: object) -> VGG:
+    options = {"name": "t", "layers": [4, "M", 8], "width": 1, "channels": 3, "classes": 5, "dropout": None}
+    return VGG(**{**options, **changes})  # type: ignore[arg-type]
+
+
+def test_width_scales_channels() -> None:
+    assert [m.out_channels for m in tiny(width=0.5).modules() if isinstance(m, torch.nn.Conv2d)] == [2, 4]
+    assert [m.out_channels for m in tiny(width=0.01).modules() if isinstance(m, torch.nn.Conv2d)] == [1, 1]
+
+
+def test_channels_classes_and_size() -> None:
+    assert tiny(channels=1)(torch.zeros(2, 1, 9, 7)).shape == (2, 5)
+
+
+def test_no_relu_is_in_place() -> None:
+    assert not any(module.inplace for module in tiny().modules() if isinstance(module, torch.nn.ReLU))
+
+
+def test_an_image_that_vanishes_is_an_error_with_its_mend() -> None:
+    with pytest.raises(UserError, match="at least 4 pixels"):
+        tiny(layers=[4, "M", "M"])(torch.zeros(2, 3, 3, 3))
