@@ -11,9 +11,6 @@ import torch
 
 from gradexp.runs import ROOT
 
-TINY = ["model.layers=[4,M,6,M]", "model.width=1", "optim.passes=2", "trainer.threads=1", "logger=none"]
-
-
 torch.set_num_threads(1)  # the networks here are tiny
 
 

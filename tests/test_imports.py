@@ -21,7 +21,19 @@ MAY_IMPORT = {
     "sampling": {"errors", "gradients"},
     "training": {"errors", "gradients", "terms", "data"},
     "evaluate": {"errors", "gradients", "saliency", "sampling", "data"},
-    "tasks": {"errors", "registry", "runs", "gradients", "terms", "saliency", "sampling", "training", "evaluate", "data", "models"},
+    "tasks": {
+        "errors",
+        "registry",
+        "runs",
+        "gradients",
+        "terms",
+        "saliency",
+        "sampling",
+        "training",
+        "evaluate",
+        "data",
+        "models",
+    },
     "report": {"errors", "runs"},
 }
 ONLY_IN = {"lightning": {"training", "tasks"}, "hydra": {"tasks"}}

@@ -113,12 +113,13 @@ def _read_parquet(layout: Layout, files: Iterable[Path]) -> Rows:
     labels: list[int] = []
     for file in files:
         try:
-            table = pyarrow.parquet.read_table(file, columns=[layout.image_column, layout.label_column])
-        except pyarrow.ArrowException as error:
+            columns = {layout.image_column, layout.label_column}
+            missing = columns - set(pyarrow.parquet.read_schema(file).names)
+            if missing:
+                raise _damaged(file, f"it has no column {', '.join(sorted(missing))}")
+            table = pyarrow.parquet.read_table(file, columns=sorted(columns))
+        except (pyarrow.ArrowException, OSError) as error:
             raise _damaged(file, str(error).splitlines()[0]) from None
-        missing = {layout.image_column, layout.label_column} - set(table.column_names)
-        if missing:
-            raise _damaged(file, f"it has no column {', '.join(sorted(missing))}")
         for row, value in enumerate(table[layout.image_column].to_pylist()):
             images.append(_decode(layout, file, row, value))
         labels += table[layout.label_column].to_pylist()

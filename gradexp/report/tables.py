@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -62,7 +63,8 @@ class Cell:
     def difference(self) -> float | None:
         if self.ours is None or self.thesis is None or not self.comparable:
             return None
-        return self.ours - self.thesis.value
+        difference = self.ours - self.thesis.value
+        return difference if math.isfinite(difference) else None
 
     @property
     def missing(self) -> list[Source]:
@@ -251,13 +253,14 @@ def number(value: float | None) -> str:
 
 
 def signed(value: float | None) -> str:
-    return "" if value is None or value != value else f"{value:+.2f}".replace("-", "−")
+    return "" if value is None else f"{value:+.2f}".replace("-", "−")
 
 
 def ours(cell: Cell) -> str:
-    """Mean, ± standard deviation and number of seeds where there are several."""
-    spread = f" ± {cell.std:.2f} (n={len(cell.values)})" if cell.std is not None else ""
-    return number(cell.ours) + spread
+    """Mean, ± standard deviation over seeds, and their number where the table has several."""
+    spread = f" ± {cell.std:.2f}" if cell.std is not None else ""
+    count = f" (n={len(cell.values)})" if cell.values and len(cell.sources) > 1 else ""
+    return number(cell.ours) + spread + count
 
 
 def to_csv(table: Table) -> str:
@@ -296,7 +299,7 @@ def to_markdown(table: Table) -> str:
                 lines.append(f"| {c.row} | {c.column} | {' '.join(links)} |")
         lines += ["", "</details>"]
     if table.missing:
-        lines += ["", "Empty cells are filled by", "", "```", *(source.command for source in table.missing), "```"]
+        lines += ["", "Missing runs:", "", "```", *(source.command for source in table.missing), "```"]
     return "\n".join(lines) + "\n"
 
 
@@ -354,7 +357,7 @@ def to_text(table: Table) -> str:
     body = [f"Table {table.number}, scale={table.scale}. {table.title}", rule, shown[0], rule, *shown[1:], rule]
     body += ["* best of its column; in parentheses: the thesis's number", *table.caption]
     if table.missing:
-        body += ["", "Empty cells are filled by", *(f"  {source.command}" for source in table.missing)]
+        body += ["", "Missing runs:", *(f"  {source.command}" for source in table.missing)]
     return "\n".join(body) + "\n"
 
 

@@ -63,8 +63,15 @@ def _upstream(config: Config, name: str) -> Planned:
             f"method {config['method']['name']} needs a {name}, and experiment {config['name']} names none; "
             f"add it: +upstream.{name}.experiment=teacher"
         )
-    chosen = [f"{key}={value}" for key, value in choices.items() if value is not None]
-    return plan([*chosen, f"scale={config['scale']['name']}"])
+    return plan([*_as_overrides(choices), f"scale={config['scale']['name']}"])
+
+
+def _as_overrides(choices: Config, prefix: str = "") -> list[str]:
+    """{model: vgg9, optim: {passes: 3}} -> [model=vgg9, optim.passes=3]."""
+    words: list[str] = []
+    for key, value in choices.items():
+        words += _as_overrides(value, f"{prefix}{key}.") if isinstance(value, dict) else [f"{prefix}{key}={value}"]
+    return words
 
 
 def check_overrides(arguments: Sequence[str]) -> None:
@@ -77,7 +84,7 @@ def check_overrides(arguments: Sequence[str]) -> None:
         parsed = OverridesParser.create().parse_overrides(words)
     except OverrideParseException as error:
         raise UserError(f"{error.override!r} is not of the form key=value") from None
-    values = [_choices(override) for override in parsed]
+    values = [choices for choices in map(_choices, parsed) if choices]
     first = [choices[0] for choices in values]
     others = [[*first[:i], other, *first[i + 1 :]] for i, choices in enumerate(values) for other in choices[1:]]
     for overrides in [first, *others]:
@@ -85,10 +92,12 @@ def check_overrides(arguments: Sequence[str]) -> None:
 
 
 def _choices(override: Override) -> list[str]:
-    """The override as it stands, or one override for each value of a sweep."""
-    if not override.is_sweep_override() or not override.is_choice_sweep():
+    """The override as it stands, one override for each value of a sweep, or none for a continuous sweep."""
+    if not override.is_sweep_override():
         return [str(override.input_line)]
-    return [f"{override.key_or_group}={value}" for value in override.sweep_string_iterator()]
+    if not override.is_discrete_sweep():
+        return []
+    return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
 
 
 @cache

@@ -80,16 +80,16 @@ def _work(overrides: Sequence[str], threads: int, log: Path) -> None:
     """What `python run.py OVERRIDES` does, written to a log."""
     import torch
 
-    with log.open("w", buffering=1) as output:
-        os.dup2(output.fileno(), 1)
-        os.dup2(output.fileno(), 2)
-        sys.stdout = sys.stderr = output
-        torch.set_num_threads(threads)
-        try:
-            config = compose_run(overrides)
-            say(ensure(Run(config, Paths.of(config))))
-        except UserError as error:
-            sys.exit(f"error: {error}")
-        except Exception:
-            traceback.print_exc()
-            sys.exit(1)
+    output = log.open("w", buffering=1)  # stays open: an exit message is written after this function
+    os.dup2(output.fileno(), 1)
+    os.dup2(output.fileno(), 2)
+    sys.stdout = sys.stderr = output
+    torch.set_num_threads(threads)
+    try:
+        config = compose_run(overrides)
+        say(ensure(Run(config, Paths.of(config))))
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except Exception:
+        traceback.print_exc()
+        sys.exit(1)

@@ -1,0 +1,172 @@
+"""The commands that users type, in processes of their own."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gradexp.errors import UserError
+from gradexp.runs import ROOT, Paths
+from gradexp.tasks.compose import check_overrides, compose_run, plan
+from gradexp.tasks.many import run_all
+
+RunPy = Callable[..., "subprocess.CompletedProcess[str]"]
+
+# Seconds instead of minutes: narrow networks, few passes, a teacher to match.
+TINY = ["scale=quick", "scale.width=0.04", "optim.passes=2", "trainer.threads=1", "logger=none"]
+TEACHER = ["+upstream.teacher.optim.passes=1", "+upstream.teacher.scale.width=0.03"]
+DISTILL = ["experiment=jacobian_distill", *TINY, *TEACHER]
+
+
+def records(tmp_path: Path, experiment: str) -> dict[str, dict[str, Any]]:
+    files = (tmp_path / "results" / "runs" / experiment).glob("*.json")
+    return {file.stem: json.loads(file.read_text()) for file in files}
+
+
+def test_a_run_trains_once_and_then_answers_from_its_record(tmp_path: Path, run_py: RunPy) -> None:
+    done = run_py(*DISTILL, "method=ce_a_j", "data.per_class=1")
+    assert done.returncode == 0, done.stderr
+    ((run, record),) = records(tmp_path, "jacobian_distill").items()
+    assert done.stdout.splitlines()[-1] == f"run {run} finished: test/accuracy={record['metrics']['test/accuracy']:.2f}"
+    (teacher,) = records(tmp_path, "teacher")
+    assert record["upstream"]["teacher"]["id"] == teacher
+    assert record["status"] == "finished"
+    assert len(record["metrics"]["train/loss/jacobian"]) == len(record["metrics"]["train/angle"]) == 2
+    wanted = {"config", "data", "device", "ended", "git", "images_per_second", "parameters", "peak_memory_mib"}
+    assert wanted | {"precision", "scale", "seconds", "seed", "started", "threads", "upstream", "versions"} <= record.keys()
+
+    (weights,) = tmp_path.rglob("jacobian_distill/*/weights.pt")
+    weights.unlink()  # the record alone is enough
+    begun = time.monotonic()
+    again = run_py(*DISTILL, "method=ce_a_j", "data.per_class=1")
+    assert time.monotonic() - begun < 10
+    assert again.stdout.splitlines()[-1] == done.stdout.splitlines()[-1]
+    assert not weights.exists()
+
+
+def test_a_multirun_does_only_what_is_missing(tmp_path: Path, run_py: RunPy) -> None:
+    sweep = ["-m", "experiment=jacobian_distill", "method=ce", *TINY]
+    assert run_py(*sweep, "seed=0,1").returncode == 0
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "results").rglob("*.json")}
+    assert len(before) == 2
+    done = run_py(*sweep, "seed=0,1,2")
+    assert done.returncode == 0, done.stderr
+    assert len(records(tmp_path, "jacobian_distill")) == 3
+    assert {file: file.stat().st_mtime_ns for file in before} == before
+    assert done.stdout.count("finished") == 3
+
+
+def test_kill_9_loses_nothing_but_time(tmp_path: Path) -> None:
+    """Killed in the middle and started again: the same numbers as undisturbed, bit for bit."""
+    common = ["experiment=teacher", *TINY, "data.per_class=8", "optim.passes=150", "trainer.checkpoint_every=0"]
+
+    def command(name: str) -> list[str]:
+        folder = tmp_path / name
+        places = [f"paths.results={folder}/results", f"paths.outputs={folder}/outputs"]
+        return [sys.executable, str(ROOT / "run.py"), *common, *places]
+
+    assert subprocess.run(command("whole"), cwd=ROOT).returncode == 0
+    worker = subprocess.Popen(command("killed"), cwd=ROOT)
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "killed").rglob("last.ckpt")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(0.3)
+    worker.send_signal(signal.SIGKILL)
+    worker.wait()
+    assert list((tmp_path / "killed").rglob("last.ckpt")), "it was killed before its first checkpoint or after its last"
+    assert not records(tmp_path / "killed", "teacher")
+    assert subprocess.run(command("killed"), cwd=ROOT).returncode == 0
+    (whole,), (killed,) = (records(tmp_path / name, "teacher").values() for name in ("whole", "killed"))
+    assert killed["metrics"] == whole["metrics"]
+    assert len(whole["metrics"]["train/loss"]) == 150
+    first, second = ((tmp_path / name).rglob("weights.pt") for name in ("whole", "killed"))
+    assert next(first).read_bytes() == next(second).read_bytes()
+
+
+def test_nan_is_a_result(tmp_path: Path, run_py: RunPy) -> None:
+    done = run_py("experiment=teacher", *TINY, "optim.optimizer.lr=1e30", "optim.passes=20")
+    assert done.returncode == 0, done.stderr
+    (record,) = records(tmp_path, "teacher").values()
+    assert record["status"] == "diverged"
+    assert record["metrics"]["test/accuracy"] is None
+    assert len(record["metrics"]["train/loss"]) < 20
+    assert "diverged: test/accuracy=nan" in done.stdout
+
+
+MISTAKES = {
+    "method=nope": "there is no conf/method/nope.yaml",
+    "method=ce_a_k": "did you mean ce_a_j?",
+    "data.per_klass=1": "did you mean per_class?",
+    "experimant=teacher": "did you mean experiment?",
+    "seed": "not of the form key=value",
+    "method.terms.jacobian.wieght=1": "did you mean weight?",
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_misspelt_overrides_name_the_nearest_right_word(mistake: str) -> None:
+    with pytest.raises(UserError) as caught:
+        check_overrides(["experiment=jacobian_distill", mistake])
+    assert MISTAKES[mistake] in str(caught.value)
+
+
+def test_a_sweep_is_checked_before_its_first_run() -> None:
+    with pytest.raises(UserError, match="did you mean ce_a"):
+        check_overrides(["-m", "experiment=jacobian_distill", "method=ce,ce_aa", "seed=range(0,3)"])
+    check_overrides(["-m", "experiment=jacobian_distill", "method=ce,ce_a", "seed=range(0,3)", "hydra/launcher=joblib"])
+
+
+def errors() -> Iterator[Any]:
+    yield pytest.param(["method=nope"], "there is no conf/method/nope.yaml", id="method")
+    yield pytest.param(["data.per_klass=1"], "did you mean per_class?", id="key")
+    yield pytest.param(["data=digits", "data.per_class=501"], "ask for at most", id="per_class")
+    yield pytest.param(["data=cifar10", "paths.data=/nowhere"], "GRADEXP_DATA=FOLDER", id="data")
+    yield pytest.param(["+method.terms.cross_entropy.reduction=sum", "data=digits"], "takes no such key", id="term")
+    yield pytest.param(["method.terms.jacobian._target_=os.system", "data=digits"], "is refused", id="target")
+
+
+@pytest.mark.parametrize(("words", "message"), errors())
+def test_mistakes_are_short_errors_that_leave_nothing(tmp_path: Path, run_py: RunPy, words: list[str], message: str) -> None:
+    done = run_py("experiment=jacobian_distill", "scale=quick", "logger=none", *words)
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert done.stderr.startswith("error: ")
+    assert "Traceback" not in done.stdout + done.stderr
+    assert not list(tmp_path.rglob("*.json"))
+
+
+def test_a_term_without_its_teacher_is_an_error(run_py: RunPy) -> None:
+    term = "+method.terms.a={_target_: gradexp.terms.Activations, weight: 1, reduction: mean}"
+    done = run_py("experiment=teacher", *TINY, term)
+    assert "needs a teacher" in done.stderr
+
+
+def test_run_all_trains_a_shared_teacher_once_and_reports_failures(
+    tmp_path: Path, places: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = Paths.of(compose_run(["experiment=teacher", *places]))
+    good = [plan([*DISTILL, f"method={method}", "data.per_class=1"]) for method in ("a", "ce")]
+    bad = plan([*DISTILL, "method=a", "data.per_class=1000"])
+    failures = run_all([*good, bad], paths, workers=2, extra=["trainer.threads=1", "logger=none", *places])
+    assert len(records(tmp_path, "teacher")) == 1
+    assert len(records(tmp_path, "jacobian_distill")) == 2
+    (failure,) = failures
+    assert "per_class=1000" in failure.command
+    assert "ask for at most" in failure.log.read_text()
+    assert capsys.readouterr().out.count("finished") == 3
+
+
+def test_w_and_b_offline(tmp_path: Path, run_py: RunPy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    done = run_py("experiment=teacher", *[word for word in TINY if word != "logger=none"], "logger=wandb")
+    assert done.returncode == 0, done.stderr
+    assert len(records(tmp_path, "teacher")) == 1
+    assert list(tmp_path.rglob("*.wandb"))

@@ -1,0 +1,284 @@
+"""Sources, subsets and the on-device loader."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from gradexp.data import sources, subsets
+from gradexp.data.cifar10 import CIFAR10
+from gradexp.data.digits import Digits
+from gradexp.data.loader import TensorLoader, TrainingStream
+from gradexp.data.sources import Layout, Split
+from gradexp.errors import UserError
+
+LAYOUT = Layout("toy", "Toy", classes=2, channels=3, size=8, image_column="img", label_column="label", torchvision="CIFAR10")
+
+
+def png(pixels: np.ndarray) -> dict[str, Any]:
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "PNG")
+    return {"bytes": out.getvalue(), "path": None}
+
+
+def write(root: Path, split: str, labels: list[int], *, columns: tuple[str, str] = ("img", "label"), size: int = 8) -> Path:
+    """A parquet file in Hub layout whose pixels are a function of split, label and row."""
+    rng = np.random.default_rng(len(split))
+    images = [png(rng.integers(0, 256, (size, size, 3), dtype=np.uint8)) for _ in labels]
+    file = root / "toy" / f"{split}-00000-of-00001.parquet"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table({columns[0]: images, columns[1]: labels}), file)
+    return file
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    for split in ("train", "test"):
+        write(tmp_path, split, [0, 1, 0, 1, 1, 0])
+    return tmp_path
+
+
+def test_parquet_is_read_and_converted_once(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = sources.load(LAYOUT, root, root / "cache")
+    again = sources.load(LAYOUT, root, root / "cache")
+    assert capsys.readouterr().out.count("converting") == 1
+    assert first["train"].images.shape == (6, 3, 8, 8)
+    assert isinstance(again["train"].images, np.memmap)
+    assert first["train"].fingerprint == again["train"].fingerprint != first["test"].fingerprint
+
+
+def test_the_order_of_rows_does_not_matter(tmp_path: Path) -> None:
+    prints = []
+    for name in ("one", "two"):
+        folder = tmp_path / name
+        for split in ("train", "test"):
+            file = write(folder, split, [0, 1, 0, 1])
+            table = pq.read_table(file)
+            pq.write_table(table.take([2, 0, 3, 1]) if name == "two" else table, file)
+        prints.append(sources.load(LAYOUT, folder, folder / "cache")["train"].fingerprint)
+    assert prints[0] == prints[1]
+
+
+def test_damaged_cache_is_made_again(root: Path) -> None:
+    before = sources.load(LAYOUT, root, root / "cache")["train"].fingerprint
+    (array,) = (root / "cache").rglob("train_images.npy")
+    content = bytearray(array.read_bytes())
+    content[-1] ^= 1
+    array.write_bytes(content)
+    assert sources.load(LAYOUT, root, root / "cache")["train"].fingerprint == before
+
+
+def damaged(root: Path, case: str) -> None:
+    file = root / "toy" / "train-00000-of-00001.parquet"
+    if case == "truncated":
+        file.write_bytes(file.read_bytes()[:-100])
+    elif case == "column":
+        write(root, "train", [0, 1], columns=("img", "lable"))
+    elif case == "range":
+        write(root, "train", [0, 1, 2])
+    elif case == "size":
+        write(root, "train", [0, 1], size=9)
+    elif case == "image":
+        pq.write_table(pa.table({"img": [{"bytes": b"nonsense", "path": None}], "label": [0]}), file)
+    elif case == "class":
+        write(root, "train", [0, 0])
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("truncated", "train-00000-of-00001.parquet can't be used"),
+        ("column", "column"),
+        ("range", "label 2 is outside 0..1"),
+        ("size", "9x9 pixels, not 8x8"),
+        ("image", "row 0 holds no readable image"),
+        ("class", "no image of class 1"),
+    ],
+)
+def test_damage_is_an_error_that_names_file_and_mend(root: Path, case: str, message: str) -> None:
+    damaged(root, case)
+    with pytest.raises(UserError, match=message) as caught:
+        sources.load(LAYOUT, root, root / "cache")
+    assert "etch" in str(caught.value)  # "Fetch the file again" / "fetch the data set again"
+    assert not list((root / "cache").rglob("*.npy"))
+
+
+def test_no_source_lists_all_that_was_tried(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        sources.load(LAYOUT, tmp_path / "nowhere", tmp_path / "cache")
+    for part in ("parquet", "torchvision's files", "download", "GRADEXP_DATA", "does not exist"):
+        assert part in str(caught.value)
+
+
+def test_torchvision_files_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Fake:
+        base_folder = "fake"
+
+        def __init__(self, root: str, train: bool, download: bool) -> None:
+            assert not download, "the files are there"
+            self.data = np.random.default_rng(train).integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
+            self.targets = [0, 1, 1, 0]
+
+    monkeypatch.setattr("torchvision.datasets.CIFAR10", Fake)
+    splits = sources.load(LAYOUT, tmp_path, tmp_path / "cache")
+    assert splits["train"].images.shape == (4, 3, 8, 8)
+    assert sorted(splits["train"].labels) == [0, 0, 1, 1]
+
+
+# --- subsets ----------------------------------------------------------------------------------------------
+
+LABELS = np.random.default_rng(0).permutation(np.repeat(np.arange(4), 20))
+
+
+@pytest.mark.parametrize("seed", [0, 1, 5])
+def test_subsets_are_nested_and_balanced(seed: int) -> None:
+    chosen = [set(subsets.nested(LABELS, per_class=k, seed=seed)) for k in (1, 5, 20)]
+    assert chosen[0] < chosen[1] < chosen[2] == set(range(80))
+    for k, subset in zip((1, 5, 20), chosen, strict=True):
+        assert (np.bincount(LABELS[list(subset)]) == k).all()
+
+
+def test_subsets_depend_on_the_seed_and_on_nothing_else() -> None:
+    one, same, other = (subsets.nested(LABELS, per_class=3, seed=seed) for seed in (0, 0, 1))
+    assert np.array_equal(one, same)
+    assert not np.array_equal(one, other)
+    assert subsets.fingerprint(one) == subsets.fingerprint(same) != subsets.fingerprint(other)
+
+
+@pytest.mark.parametrize("per_class", [21, 0, -1])
+def test_impossible_subsets_are_errors(per_class: int) -> None:
+    with pytest.raises(UserError, match=f"per_class={per_class}"):
+        subsets.nested(LABELS, per_class=per_class, seed=0)
+
+
+def test_a_validation_split_is_balanced_and_disjoint() -> None:
+    kept, held = subsets.split_off(LABELS, fraction=0.25, seed=0)
+    assert sorted([*kept, *held]) == list(range(80))
+    assert (np.bincount(LABELS[held]) == 5).all()
+
+
+# --- loader -----------------------------------------------------------------------------------------------
+
+
+def split(count: int = 10, size: int = 6) -> Split:
+    images = np.random.default_rng(1).integers(0, 256, (count, 3, size, size), dtype=np.uint8)
+    return Split(images, np.arange(count) % 3)
+
+
+def loader(data: Split, batch_size: int = 4, **options: Any) -> TensorLoader:
+    statistics = {"mean": torch.tensor([0.5, 0.4, 0.3]), "std": torch.tensor([0.2, 0.3, 0.4])}
+    return TensorLoader(data, np.arange(len(data.labels)), batch_size=batch_size, **statistics, **options)
+
+
+def test_images_are_normalised() -> None:
+    data = split()
+    (batch,) = loader(data, batch_size=10)
+    mean, std = np.array([0.5, 0.4, 0.3]), np.array([0.2, 0.3, 0.4])
+    expected = (data.images / 255 - mean[:, None, None]) / std[:, None, None]
+    torch.testing.assert_close(batch.images, torch.tensor(expected, dtype=torch.float32), atol=1e-5, rtol=1e-5)
+    assert batch.images.is_contiguous(memory_format=torch.channels_last)
+    assert batch.view.eq(0).all()
+
+
+def test_every_pass_shows_each_image_once_in_a_new_order() -> None:
+    shuffled = loader(split(), shuffle=True)
+    passes = [torch.cat([batch.sample for batch in shuffled.batches(epoch)]).tolist() for epoch in (0, 1, 0)]
+    assert sorted(passes[0]) == list(range(10))
+    assert passes[0] != passes[1]
+    assert passes[0] == passes[2]
+
+
+def test_views_are_crops_and_flips_of_the_padded_image() -> None:
+    data = split()
+    seeing = loader(data, batch_size=10, shuffle=True, flip=True, crop=2, seed=3)
+    assert seeing.views == 2 * 5 * 5
+    seen = set()
+    plain = loader(data, batch_size=10)
+    for epoch in range(20):
+        (batch,) = seeing.batches(epoch)
+        for image, sample, view in zip(batch.images, batch.sample, batch.view.tolist(), strict=True):
+            mirrored, row, column = view // 25, view // 5 % 5, view % 5
+            padded = np.pad(data.images[sample], ((0, 0), (2, 2), (2, 2)))
+            window = padded[:, row : row + 6, column : column + 6]
+            window = window[:, :, ::-1] if mirrored else window
+            expected = torch.tensor(window.copy()) * plain.scale - plain.shift
+            torch.testing.assert_close(image, expected)
+            seen.add(view)
+    assert len(seen) > 45
+
+
+def test_a_lone_image_joins_the_batch_before_it() -> None:
+    sizes = [len(batch.labels) for batch in loader(split(9), shuffle=True)]
+    assert sizes == [4, 5]
+    assert [len(batch.labels) for batch in loader(split(9))] == [4, 4, 1]
+    with pytest.raises(UserError, match="per_class"):
+        loader(split(1), shuffle=True)
+
+
+def test_a_stream_can_be_taken_up_anywhere() -> None:
+    whole = [batch.sample.tolist() for batch in TrainingStream(loader(split(), shuffle=True, flip=True), 8)]
+    assert len(whole) == 8
+    for stop in (1, 3, 5):
+        first = TrainingStream(loader(split(), shuffle=True, flip=True), 8)
+        for _ in zip(range(stop), first, strict=False):
+            pass
+        second = TrainingStream(loader(split(), shuffle=True, flip=True), 8)
+        second.load_state_dict({"step": stop})
+        assert [batch.sample.tolist() for batch in second] == whole[stop:]
+
+
+# --- data sets --------------------------------------------------------------------------------------------
+
+
+def digits(tmp_path: Path, **changes: Any) -> Digits:
+    options = {
+        "name": "digits",
+        "classes": 10,
+        "channels": 3,
+        "size": 32,
+        "per_class": None,
+        "flip": False,
+        "crop": 0,
+        "normalise": "standard",
+        "validation": None,
+    }
+    return Digits(**{**options, **changes}, root=tmp_path, cache=tmp_path, seed=0)  # type: ignore[arg-type]
+
+
+def test_digits_need_no_files(tmp_path: Path) -> None:
+    data = digits(tmp_path)
+    facts = data.fingerprint()
+    assert facts["train_images"] + facts["test_images"] == 1797
+    batches = list(data.train_loader(batch_size=512, device="cpu", augment=False))
+    pixels = torch.cat([batch.images for batch in batches])
+    assert pixels.shape[1:] == (3, 32, 32)
+    assert abs(pixels.mean().item()) < 1e-4
+    assert abs(pixels.std().item() - 1) < 1e-3
+
+
+def test_raw_pixels_stay_between_0_and_1(tmp_path: Path) -> None:
+    (batch, *_) = digits(tmp_path, normalise="none").test_loader(batch_size=16, device="cpu")
+    assert 0 <= batch.images.min() <= batch.images.max() <= 1
+
+
+def test_a_validation_split_takes_the_place_of_the_test_set(tmp_path: Path) -> None:
+    whole, held = digits(tmp_path).fingerprint(), digits(tmp_path, validation=0.2, per_class=5).fingerprint()
+    assert held["test"] == whole["train"]  # cut from the training set
+    assert held["train_images"] == 50
+    assert 0.19 < held["test_images"] / whole["train_images"] < 0.21
+
+
+@pytest.mark.parametrize("changes", [{"normalise": "zca"}, {"validation": 1.5}])
+def test_wrong_choices_are_errors(tmp_path: Path, changes: dict[str, Any]) -> None:
+    with pytest.raises(UserError):
+        digits(tmp_path, **changes)
+
+
+def test_cifar10_has_the_columns_of_the_hub() -> None:
+    assert (CIFAR10.layout.image_column, CIFAR10.layout.label_column) == ("img", "label")

@@ -1,0 +1,209 @@
+"""Identity, records and the lock."""
+
+import json
+import multiprocessing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gradexp import runs
+from gradexp.errors import UserError
+from gradexp.tasks.compose import compose_run
+
+BASE = ["experiment=jacobian_distill", "scale=quick"]
+
+
+def identity_of(*words: str) -> str:
+    return runs.run_id(compose_run([*BASE, *words]))
+
+
+@pytest.mark.parametrize("change", ["trainer.precision=32", "trainer.threads=1", "logger=none", "paths.outputs=elsewhere"])
+def test_hardware_is_not_part_of_the_id(change: str) -> None:
+    assert identity_of(change) == identity_of()
+
+
+SCIENCE = ["seed=1", "data.per_class=1", "data.crop=0", "optim.passes=7", "optim.batch_size=64", "method=a", "model=vgg6"]
+SCIENCE += ["method.terms.jacobian.target=top", "upstream.teacher.seed=1", "task.version=2", "scale=cpu"]
+
+
+@pytest.mark.parametrize("change", SCIENCE)
+def test_science_is_part_of_the_id(change: str) -> None:
+    assert identity_of(change) != identity_of()
+
+
+def test_weight_0_null_and_number_formats_do_not_matter() -> None:
+    assert identity_of("method=ce_a_j", "method.terms.jacobian.weight=0", "method.name=ce_a") == identity_of("method=ce_a")
+    assert identity_of("method.terms.jacobian.weight=1.0") == identity_of()
+    config = compose_run(BASE)
+    config["model"]["new_switch"] = None
+    assert runs.run_id(config) == identity_of()
+
+
+def test_a_student_shares_the_teacher_that_is_trained_alone() -> None:
+    teacher = compose_run(["experiment=teacher", "scale=quick"])
+    student = compose_run(BASE)
+    assert runs.run_id(student["upstream"]["teacher"]) == runs.run_id(teacher)
+
+
+def test_a_method_without_teacher_has_no_upstream() -> None:
+    assert compose_run([*BASE, "method=ce"])["upstream"] == {}
+
+
+def test_records_are_sorted_small_and_know_nan(tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    metrics = {"test/accuracy": float("nan"), "train/loss": [1.0, float("inf")]}
+    runs.write_record(path, {"metrics": metrics, "a": 1})
+    text = path.read_text()
+    assert '"train/loss": [1.0, null]' in text
+    assert text.index('"a"') < text.index('"metrics"')
+    assert runs.read_record(path)["metrics"]["test/accuracy"] is None
+
+
+def test_long_curves_move_beside_the_record(tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    curve = [float(i) / 7 for i in range(20_000)]
+    runs.write_record(path, {"metrics": {"train/loss": curve, "test/accuracy": 1.5}})
+    assert path.stat().st_size < runs.RECORD_LIMIT
+    assert runs.read_record(path)["metrics"] == {"train/loss": curve, "test/accuracy": 1.5}
+
+
+def test_a_damaged_record_says_what_to_do(tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    path.write_text('{"metrics": ')
+    with pytest.raises(UserError, match="delete it and run again"):
+        runs.read_record(path)
+
+
+def test_atomic_writes_leave_the_old_content_or_the_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    runs.write_atomically(path, b"old")
+
+    def fail(_: int) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(OSError, match="no space"):
+        runs.write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+
+
+# --- ensure -----------------------------------------------------------------------------------------------
+
+
+def toy(tmp_path: Path, **changes: Any) -> runs.Run:
+    """A run of the task below; it counts how often it is really done."""
+    config = {
+        "name": "toy",
+        "seed": 0,
+        "scale": {"name": "quick"},
+        "upstream": {},
+        "task": {"_target_": "gradexp.tasks.toy"},
+        "paths": {"data": "data", "results": str(tmp_path / "results"), "outputs": str(tmp_path / "outputs")},
+        **changes,
+    }
+    return runs.Run(config, runs.Paths.of(config))
+
+
+def work(run: runs.Run) -> runs.Result:
+    run.folder.mkdir(parents=True, exist_ok=True)
+    with (run.folder / "done").open("a") as file:
+        file.write("x")
+    run.weights.write_bytes(b"weights")
+    for name in run.config["upstream"]:
+        run.upstream(name)
+    return runs.Result({"test/accuracy": 50.0 + run.config["seed"]})
+
+
+@pytest.fixture
+def _toy_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gradexp.tasks.toy", work, raising=False)
+
+
+def times_done(run: runs.Run) -> int:
+    done = run.folder / "done"
+    return len(done.read_text()) if done.exists() else 0
+
+
+@pytest.mark.usefixtures("_toy_task")
+def test_a_finished_run_is_not_done_again(tmp_path: Path) -> None:
+    run = toy(tmp_path)
+    assert runs.ensure(run) == runs.ensure(toy(tmp_path)) == json.loads(run.record_path.read_text())
+    assert times_done(run) == 1
+
+
+@pytest.mark.usefixtures("_toy_task")
+def test_upstream_runs_come_first_and_are_shared(tmp_path: Path) -> None:
+    below = {key: value for key, value in toy(tmp_path, seed=7).config.items() if key != "paths"}
+    for seed in (0, 1):
+        record = runs.ensure(toy(tmp_path, seed=seed, upstream={"teacher": below}))
+        assert record["upstream"]["teacher"]["id"] == runs.run_id(below)
+    assert times_done(toy(tmp_path, seed=7)) == 1
+
+
+@pytest.mark.usefixtures("_toy_task")
+def test_deleted_weights_are_rebuilt_and_the_record_stays(tmp_path: Path) -> None:
+    teacher = toy(tmp_path, seed=7)
+    before = runs.ensure(teacher)
+    teacher.weights.unlink()
+    below = {key: value for key, value in teacher.config.items() if key != "paths"}
+    runs.ensure(toy(tmp_path, upstream={"teacher": below}))
+    assert times_done(teacher) == 2
+    assert teacher.record() == before
+
+
+def _compete(tmp_path: Path, barrier: Any, results: Any) -> None:
+    import time
+
+    import gradexp.tasks
+
+    def slowly(run: runs.Run) -> runs.Result:
+        time.sleep(1)
+        return work(run)
+
+    gradexp.tasks.toy = slowly  # type: ignore[attr-defined]
+    barrier.wait()
+    results.put(runs.ensure(toy(tmp_path)))
+
+
+def test_of_two_workers_one_works_and_both_get_the_record(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    barrier, results = context.Barrier(2), context.Queue()
+    workers = [context.Process(target=_compete, args=(tmp_path, barrier, results)) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    first, second = results.get(timeout=30), results.get(timeout=30)
+    for worker in workers:
+        worker.join()
+    assert first == second
+    assert times_done(toy(tmp_path)) == 1
+
+
+@pytest.mark.usefixtures("_toy_task")
+def test_a_dead_workers_lock_is_free(tmp_path: Path) -> None:
+    def hold() -> None:
+        with runs._locked(toy(tmp_path)):
+            ready.set()
+            import time
+
+            time.sleep(60)
+
+    context = multiprocessing.get_context("fork")
+    ready = context.Event()
+    worker = context.Process(target=hold)
+    worker.start()
+    assert ready.wait(20)
+    worker.kill()
+    worker.join()
+    assert runs.ensure(toy(tmp_path))["status"] == "finished"
+
+
+@pytest.mark.usefixtures("_toy_task")
+def test_a_failing_run_leaves_no_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: runs.Run) -> runs.Result:
+        raise UserError("no")
+
+    monkeypatch.setattr("gradexp.tasks.toy", fail)
+    with pytest.raises(UserError):
+        runs.ensure(toy(tmp_path))
+    assert not list(tmp_path.rglob("*.json"))

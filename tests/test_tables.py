@@ -1,0 +1,151 @@
+"""Tables against golden files over committed sample records, and by hand."""
+
+import csv
+import dataclasses
+import io
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from gradexp.errors import UserError
+from gradexp.report import tables
+from gradexp.runs import ROOT, Paths, run_id, write_record
+from gradexp.tasks.compose import plan
+
+GOLDEN = ROOT / "tests" / "golden"
+SPEC: dict[str, Any] = yaml.safe_load((GOLDEN / "table.yaml").read_text())
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    config: dict[str, Any]
+    command: str
+
+
+def fake_plan(overrides: Sequence[str]) -> Planned:
+    """A planner whose configs are the overrides themselves: ids do not change with conf/."""
+    settings = dict(word.split("=") for word in overrides)
+    config = {"name": settings.pop("experiment"), "scale": {"name": settings.pop("scale")}, "upstream": {}}
+    passes = 500 if config["scale"]["name"] == "paper" else 60
+    return Planned({**config, "settings": settings, "optim": {"passes": passes}}, f"python run.py {' '.join(overrides)}")
+
+
+def table(results: Path = GOLDEN, scale: str = "cpu") -> tables.Table:
+    return tables.build(SPEC, scale, fake_plan, Paths(Path("data"), results, Path("outputs")))
+
+
+@pytest.mark.parametrize(
+    ("suffix", "render"),
+    [("md", tables.to_markdown), ("csv", tables.to_csv), ("tex", tables.to_latex), ("txt", tables.to_text)],
+)
+def test_golden(suffix: str, render: Any) -> None:
+    assert render(table()) == (GOLDEN / f"table.{suffix}").read_text(encoding="utf-8")
+
+
+def sample(results: Path, overrides: Sequence[str], value: float | None) -> None:
+    config = fake_plan(overrides).config
+    record = {
+        "id": run_id(config),
+        "metrics": {"test/accuracy": value},
+        "precision": "32",
+        "device": "cpu",
+        "git": {"commit": "0123456789", "dirty": False},
+        "seconds": {"wall": 36.0, "cpu": 36.0},
+    }
+    write_record(results / "runs" / config["name"] / f"{run_id(config)}.json", record)
+
+
+def test_mean_deviation_difference_and_best(tmp_path: Path) -> None:
+    for method, seed, value in (("ce", 0, 10.0), ("ce", 1, 14.0), ("a", 0, 11.5)):
+        sample(
+            tmp_path,
+            ["experiment=jacobian_distill", "scale=cpu", f"method={method}", "data.per_class=1", f"seed={seed}"],
+            value,
+        )
+    made = table(tmp_path)
+    ce, a = made.cell("Cross-Entropy (CE)", "1"), made.cell("A only", "1")
+    assert (ce.ours, len(ce.values)) == (12.0, 2)
+    assert ce.std == pytest.approx(math.sqrt(8))
+    assert ce.difference == pytest.approx(12 - 5.69)
+    assert a.std is None
+    assert (ce.best, a.best) == (True, False)
+    rows = list(csv.DictReader(io.StringIO(tables.to_csv(made))))
+    assert rows[0].keys() == set(tables.COLUMNS)
+    assert len(rows) == 4
+    assert rows[0]["run_ids"].count(" ") == 1
+
+
+def test_a_diverged_run_is_nan_and_never_best(tmp_path: Path) -> None:
+    for method, value in (("ce", None), ("a", 3.0)):
+        sample(tmp_path, ["experiment=jacobian_distill", "scale=cpu", f"method={method}", "data.per_class=1", "seed=0"], value)
+    cell = table(tmp_path).cell("Cross-Entropy (CE)", "1")
+    assert tables.ours(cell) == "NaN"
+    assert not cell.best
+    assert cell.difference is None
+
+
+def test_an_empty_cell_says_how_to_fill_itself(tmp_path: Path) -> None:
+    made = table(tmp_path)
+    command = "python run.py experiment=jacobian_distill scale=cpu method=a data.per_class=5 seed=1"
+    for render in (tables.to_markdown, tables.to_text):
+        assert command in render(made)
+
+
+def test_no_scale_borrows_from_another(tmp_path: Path) -> None:
+    sample(tmp_path, ["experiment=jacobian_distill", "scale=quick", "method=ce", "data.per_class=1", "seed=0"], 99.0)
+    assert not any(cell.values for cell in table(tmp_path, "cpu").cells)
+    quick = table(tmp_path, "quick")
+    assert quick.cell("Cross-Entropy (CE)", "1").ours == 99.0
+    assert all(cell.difference is None for cell in quick.cells)  # not comparable with the thesis
+    with pytest.raises(UserError, match="paper"):
+        table(tmp_path, "large")
+
+
+def test_departures_from_the_paper_are_said() -> None:
+    changes = tables.departures(
+        {"scale": {"name": "cpu"}, "upstream": {}, "optim": {"passes": 60}, "seed": 0},
+        {"scale": {"name": "paper"}, "upstream": {}, "optim": {"passes": 500}, "seed": 0},
+    )
+    assert changes == {"optim.passes": (60, 500)}
+    assert "`optim.passes` 60 (paper: 500)" in " ".join(table(scale="quick").caption)
+
+
+def specs() -> list[Path]:
+    return sorted((ROOT / "conf" / "table").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", specs(), ids=lambda path: path.stem)
+def test_every_cell_composes_and_has_its_number_in_the_thesis(path: Path) -> None:
+    spec = yaml.safe_load(path.read_text())
+    thesis = tables.read_thesis(ROOT / "results" / "thesis.csv")
+    ids = set()
+    count = 0
+    for row, column, seeds in tables.cells_of(spec, "paper"):
+        assert (spec["number"], row["thesis"], column["label"]) in thesis
+        ids |= {run_id(plan(overrides).config) for overrides in seeds}
+        count += len(seeds)
+    assert len(ids) == count
+
+
+def test_committed_records_are_whole() -> None:
+    for file in (ROOT / "results" / "runs").rglob("*.json"):
+        record = json.loads(file.read_text())
+        assert record["id"] == file.stem
+        assert record["experiment"] == file.parent.name
+        assert record["git"]["dirty"] is False, f"{file} was made from uncommitted code"
+        assert run_id(record["config"]) == file.stem, f"{file} does not describe the run that its name says"
+
+
+def test_rendered_tables_are_up_to_date() -> None:
+    """A committed table is what its committed records give."""
+    paths = Paths(ROOT / "data", ROOT / "results", ROOT / "outputs")
+    for file in (ROOT / "results" / "tables").rglob("table_*.csv"):
+        number = file.stem.removeprefix("table_").replace("_", ".")
+        spec = yaml.safe_load((ROOT / "conf" / "table" / f"{number}.yaml").read_text())
+        made = tables.build(spec, file.parent.name, plan, paths)
+        assert tables.to_csv(made) == file.read_text(), f"make tables SCALE={file.parent.name}"
