@@ -32,6 +32,7 @@ def fake_plan(overrides: Sequence[str]) -> Planned:
     settings = dict(word.split("=") for word in overrides)
     config = {"name": settings.pop("experiment"), "scale": {"name": settings.pop("scale")}, "upstream": {}}
     passes = 500 if config["scale"]["name"] == "paper" else 60
+    config["data"] = {"name": "toy"}
     return Planned({**config, "settings": settings, "optim": {"passes": passes}}, f"python run.py {' '.join(overrides)}")
 
 

@@ -194,13 +194,16 @@ def build(spec: Config, scale: str, plan: Planner, paths: Paths) -> Table:
 
     cells = []
     changes: dict[str, tuple[Any, Any]] = {}
+    data: set[str] = set()
     for row, column, seeds in cells_of(spec, scale):
         sources = tuple(source(overrides) for overrides in seeds)
         printed = thesis.get((spec["number"], row["thesis"], column["label"]))
         values = values_of(sources, spec["metric"])
         cells.append(Cell(row["label"], column["label"], sources, printed, scale in spec["comparable"], values))
         paper = [word if word != f"scale={scale}" else "scale=paper" for word in seeds[0]]
-        changes |= departures(plan(seeds[0]).config, plan(paper).config)
+        config = plan(seeds[0]).config
+        changes |= departures(config, plan(paper).config)
+        data.add(config["data"]["name"])
     upstream = [(line, source([*line["overrides"], f"scale={scale}"])) for line in spec.get("upstream", [])]
     caption = [
         *([spec["note"]] if spec.get("note") else []),
@@ -216,7 +219,7 @@ def build(spec: Config, scale: str, plan: Planner, paths: Paths) -> Table:
     ]
     return Table(
         number=spec["number"],
-        title=spec["title"],
+        title=spec["title"].format(data=", ".join(sorted(data))),
         corner=spec["corner"],
         metric=spec["metric"],
         scale=scale,
