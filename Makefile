@@ -20,7 +20,7 @@ setup: .venv/installed
 	@command -v $(PYTHON) > /dev/null || { echo "error: $(PYTHON) not found; install Python 3.11, or name yours: make setup PYTHON=python3"; exit 1; }
 	@echo "Installing gradexp and its pinned dependencies into .venv (a few minutes, a few GB) ..."
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 	@echo "Done. Activate it with: source .venv/bin/activate"
 
