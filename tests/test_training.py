@@ -1,0 +1,109 @@
+"""The training loop, in process: schedules, lengths, and what survives an interruption."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gradexp.errors import UserError
+from gradexp.runs import Paths, Run, ensure
+from gradexp.tasks.build import build
+from gradexp.tasks.compose import compose_run
+from gradexp.training.optim import Optim, one_cycle, steps_down
+
+TINY = ["scale=quick", "scale.width=0.04", "data.per_class=4", "optim.passes=5", "trainer.threads=1", "logger=none"]
+
+
+def run(places: list[str], *words: str) -> Run:
+    config = compose_run(["experiment=teacher", *TINY, *words, *places])
+    return Run(config, Paths.of(config))
+
+
+def test_steps_down_is_the_thesis_schedule() -> None:
+    """1e-3 until epoch 400 of 500, then 1e-4."""
+    factors = [steps_down(epoch / 500, at=[0.8], factor=0.1) for epoch in (0, 399, 400, 499)]
+    assert factors == pytest.approx([1, 1, 0.1, 0.1])
+
+
+def test_one_cycle_against_torch() -> None:
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+    reference = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1.0, total_steps=100, pct_start=0.3, cycle_momentum=False)
+    for step in range(100):
+        # torch divides by total - 1 and shifts its peak by one step; over 100 steps that is one part in thirty
+        assert one_cycle(step / 100, warmup=0.3, start=0.04, end=4e-6) == pytest.approx(reference.get_last_lr()[0], abs=0.06)
+        optimizer.step()
+        reference.step()
+    ends = [one_cycle(progress, warmup=0.3, start=0.04, end=4e-6) for progress in (0, 0.3, 1)]
+    assert ends == pytest.approx([0.04, 1, 4e-6])
+
+
+def optim(**changes: Any) -> Optim:
+    return build({**compose_run(["experiment=jacobian_distill"])["optim"], **changes}, where="optim")
+
+
+def test_length_is_stated_once() -> None:
+    assert optim().total_steps(3) == 1500
+    assert optim(passes=None, steps=70).total_steps(3) == 70
+    for wrong in ({"steps": 5}, {"passes": None}, {"passes": 0}):
+        with pytest.raises(UserError, match="optim"):
+            optim(**wrong).total_steps(3)
+
+
+def test_curves_have_a_point_a_pass_even_when_the_last_is_cut(places: list[str]) -> None:
+    record = ensure(run(places, "optim.batch_size=16", "optim.passes=null", "optim.steps=7"))  # 3 steps a pass
+    assert record["steps"] == 7
+    assert len(record["metrics"]["train/loss"]) == 3
+
+
+def test_losing_the_evaluation_loses_no_training(places: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupted after the last step, at any checkpoint: the next attempt ends with the undisturbed numbers."""
+    undisturbed = ensure(run([f"{place}/0" for place in places]))
+    again = [f"{place}/1" for place in places]
+
+    def interrupt(*_: Any, **__: Any) -> float:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("gradexp.tasks.train.accuracy", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            ensure(run(again, "trainer.checkpoint_every=0"))
+    (checkpoint,) = Path(run(again).folder).glob("last.ckpt")
+    assert torch.load(checkpoint, weights_only=True)["global_step"] == 5
+    resumed = ensure(run(again))
+    assert resumed["metrics"] == undisturbed["metrics"]
+    assert not checkpoint.exists()
+
+
+def test_repeats_are_identical(places: list[str]) -> None:
+    records = [ensure(run([f"{place}/{i}" for place in places], "model.dropout=0.3")) for i in range(2)]
+    assert records[0]["metrics"] == records[1]["metrics"]
+
+
+def test_seed_0_is_a_seed(places: list[str]) -> None:
+    losses = [ensure(run(places, f"seed={seed}"))["metrics"]["train/loss"] for seed in (0, 1)]
+    assert losses[0] != losses[1]
+
+
+def test_bf16_and_channels_last_are_hardware(places: list[str]) -> None:
+    plain = ensure(run([f"{place}/0" for place in places], "trainer.channels_last=false", "trainer.precision=32"))
+    low = ensure(run([f"{place}/1" for place in places], "trainer.precision=bf16"))
+    assert plain["id"] == low["id"]
+    assert (plain["precision"], low["precision"]) == ("32", "bf16")
+    assert low["metrics"]["train/loss"] == pytest.approx(plain["metrics"]["train/loss"], rel=0.1)
+
+
+@pytest.mark.parametrize("word", ["trainer.precision=16", "trainer.accelerator=gpu"])
+def test_impossible_hardware_is_an_error(places: list[str], word: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(UserError, match=word.split("=")[0]):
+        ensure(run(places, word))
+
+
+def test_the_test_set_is_read_once_at_the_end(places: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from gradexp.tasks import train
+
+    seen: list[int] = []
+    monkeypatch.setattr(train, "accuracy", lambda model, *_, **__: seen.append(model.training) or 0.0)
+    ensure(run(places))
+    assert seen == [False]
