@@ -104,6 +104,27 @@ def test_the_test_set_is_read_once_at_the_end(places: list[str], monkeypatch: py
     from gradexp.tasks import train
 
     seen: list[int] = []
-    monkeypatch.setattr(train, "accuracy", lambda model, *_, **__: seen.append(model.training) or 0.0)
+    monkeypatch.setattr(train, "accuracy", lambda *_, **__: seen.append(1) or 0.0)
     ensure(run(places))
-    assert seen == [False]
+    assert seen == [1]
+
+
+def test_csv_logger_keeps_curves_and_the_final_number(places: list[str]) -> None:
+    made = run(places, "logger=csv")
+    record = ensure(made)
+    (file,) = made.folder.rglob("metrics.csv")
+    text = file.read_text()
+    assert "train/loss/cross_entropy" in text
+    assert str(record["metrics"]["test/accuracy"]) in text
+
+
+def test_a_broken_logger_does_not_break_the_run(
+    places: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(**_: Any) -> None:
+        raise OSError("no socket")
+
+    monkeypatch.setattr("gradexp.tasks.loggers.csv", broken)
+    record = ensure(run(places, "logger=csv"))
+    assert record["status"] == "finished"
+    assert "no socket" in capsys.readouterr().out

@@ -35,11 +35,11 @@ def csv(*, run: Run, group: str) -> Any:
 
 def wandb(*, run: Run, group: str, project: str) -> Any:
     """Weights & Biases: online when somebody is logged in, offline otherwise."""
-    from lightning.pytorch.loggers import WandbLogger
+    from gradexp.tasks.wandb_logger import ForgivingWandb  # importing wandb takes seconds
 
     os.environ.setdefault("WANDB_SILENT", "true")
     config = {key: value for key, value in run.config.items() if key != "paths"}
-    return WandbLogger(
+    return ForgivingWandb(
         project=project,
         group=group,
         job_type=config["name"],
@@ -51,6 +51,15 @@ def wandb(*, run: Run, group: str, project: str) -> Any:
         config=config,
         resume="allow",
     )
+
+
+def finish(logger: Any | None, metrics: dict[str, float]) -> None:
+    """Logs the final numbers and closes the logger, so that the next run of this process gets its own."""
+    if logger is not None:
+        logger.log_metrics(metrics)
+        logger.finalize("success")
+        if hasattr(logger.experiment, "finish"):
+            logger.experiment.finish()
 
 
 def logged_in() -> bool:

@@ -18,7 +18,7 @@ from gradexp.evaluate.accuracy import accuracy
 from gradexp.runs import Config, Paths, Result, Run, write_atomically
 from gradexp.tasks.build import build
 from gradexp.tasks.hardware import Hardware
-from gradexp.tasks.loggers import make_logger
+from gradexp.tasks.loggers import finish, make_logger
 from gradexp.terms import Term
 from gradexp.training.callbacks import Checkpointer, ProgressLine
 from gradexp.training.classifier import Classifier
@@ -43,31 +43,30 @@ def train(run: Run) -> Result:
     stream = TrainingStream(loader, module.total_steps)
     checkpointer = Checkpointer(run.folder / "last.ckpt", every=hardware.checkpoint_every)
     progress = ProgressLine(f"{run.config['name']} {run.id}", module.total_steps)
-    fit(module, stream, hardware, run, checkpointer, progress)
+    logger = make_logger(run)
+    fit(module, stream, hardware, logger, checkpointer, progress)
 
-    student.eval()
-    metrics: dict[str, Any] = dict(module.curves)
-    metrics["test/accuracy"] = (
-        float("nan")
-        if module.diverged
-        else accuracy(
-            student,
-            data.test_loader(batch_size=EVALUATION_BATCH, device=hardware.device),
-            classes=data.classes,
-            device=hardware.device,
-        )
-    )
+    metrics: dict[str, Any] = module.curves | judge(module, data, hardware)
+    finish(logger, {name: value for name, value in metrics.items() if not isinstance(value, list)})
     save_weights(run, student)
     checkpointer.path.unlink(missing_ok=True)
     facts = {
         "data": data.fingerprint(),
         "parameters": sum(parameter.numel() for parameter in student.parameters()),
-        "steps": module.global_step or module.total_steps,
+        "steps": module.global_step,
         "images_per_second": round(progress.images_per_second, 1),
         "earlier_seconds": checkpointer.earlier,
         **hardware.facts(),
     }
     return Result(metrics, status="diverged" if module.diverged else "finished", facts=facts)
+
+
+def judge(module: Classifier, data: ImageData, hardware: Hardware) -> dict[str, float]:
+    """The test accuracy of the trained student; NaN where training diverged."""
+    if module.diverged:
+        return {"test/accuracy": float("nan")}
+    batches = data.test_loader(batch_size=EVALUATION_BATCH, device=hardware.device)
+    return {"test/accuracy": accuracy(module.student, batches, classes=data.classes, device=hardware.device)}
 
 
 def make_data(config: Config, paths: Paths) -> ImageData:
@@ -129,7 +128,7 @@ def fit(
     module: Classifier,
     stream: TrainingStream,
     hardware: Hardware,
-    run: Run,
+    logger: Any,
     checkpointer: Checkpointer,
     progress: ProgressLine,
 ) -> None:
@@ -141,7 +140,7 @@ def fit(
         trainer = lightning.Trainer(
             **hardware.trainer_options(),
             max_epochs=1,
-            logger=make_logger(run) or False,
+            logger=logger or False,
             callbacks=[checkpointer, progress],
             enable_checkpointing=False,
             enable_progress_bar=False,

@@ -85,7 +85,9 @@ class ProgressLine(lightning.Callback):
             left = (self.total - done) * self.seconds / max(1, done - self._first)
             print(f"{self.title}: step {done}/{self.total}, {note}, {left / 60:.1f} min left", flush=True)
 
-    def on_train_end(self, *_: Any) -> None:
+    def on_train_end(self, trainer: lightning.Trainer, *_: Any) -> None:
+        if self._bar:
+            self._bar.update(self._task, completed=trainer.global_step)
         self._stop()
 
     def on_exception(self, *_: Any) -> None:
