@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gradexp import layers
 from gradexp.errors import UserError
 
 TARGETS = ("label", "top", "logprob", "all")
@@ -55,5 +56,6 @@ def angle(first: Tensor, second: Tensor) -> Tensor:
 def _gradient(values: Tensor, images: Tensor, differentiable: bool) -> Tensor:
     # The sum keeps one backward pass for the whole batch. In train mode, batch statistics couple the images:
     # this is then the gradient of the batch's sum, as in the author's code.
-    (gradient,) = torch.autograd.grad(values.sum(), images, create_graph=differentiable, retain_graph=True)
+    with layers.only_inputs():
+        (gradient,) = torch.autograd.grad(values.sum(), images, create_graph=differentiable, retain_graph=True)
     return gradient

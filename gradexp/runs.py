@@ -34,7 +34,7 @@ Config = dict[str, Any]
 ROOT = Path(__file__).resolve().parents[1]
 
 # What changes only where and how a run is executed is not part of its identity.
-HARDWARE = ("paths", "trainer", "logger", "launcher")
+HARDWARE = ("paths", "trainer", "logger", "launcher", "gradients")
 RECORD_LIMIT = 64 * 1024  # bytes; longer curves go to a compressed file beside the record
 VERSIONED = ("torch", "torchvision", "lightning", "hydra-core", "numpy", "gradexp")
 

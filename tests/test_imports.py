@@ -15,7 +15,8 @@ MAY_IMPORT = {
     "runs": {"errors", "registry"},
     "models": {"errors"},
     "data": {"errors"},
-    "gradients": {"errors"},
+    "layers": {"errors"},
+    "gradients": {"errors", "layers"},
     "terms": {"errors", "gradients", "data"},
     "saliency": {"errors", "gradients"},
     "sampling": {"errors", "gradients"},
@@ -23,6 +24,7 @@ MAY_IMPORT = {
     "evaluate": {"errors", "gradients", "saliency", "sampling", "data"},
     "tasks": {
         "errors",
+        "layers",
         "registry",
         "runs",
         "gradients",

@@ -18,7 +18,10 @@ def identity_of(*words: str) -> str:
     return runs.run_id(compose_run([*BASE, *words]))
 
 
-@pytest.mark.parametrize("change", ["trainer.precision=32", "trainer.threads=1", "logger=none", "paths.outputs=elsewhere"])
+@pytest.mark.parametrize(
+    "change",
+    ["trainer.precision=32", "trainer.threads=1", "logger=none", "paths.outputs=elsewhere", "gradients.backend=autograd"],
+)
 def test_hardware_is_not_part_of_the_id(change: str) -> None:
     assert identity_of(change) == identity_of()
 

@@ -128,3 +128,15 @@ def test_a_broken_logger_does_not_break_the_run(
     record = ensure(run(places, "logger=csv"))
     assert record["status"] == "finished"
     assert "no socket" in capsys.readouterr().out
+
+
+def test_both_gradient_backends_train_the_same_model(places: list[str]) -> None:
+    words = ["experiment=jacobian_distill", *TINY, "method=ce_a_j", "+upstream.teacher.optim.passes=1"]
+    words += ["+upstream.teacher.scale.width=0.03", "trainer.precision=32"]
+    made = []
+    for backend in ("fast", "autograd"):
+        config = compose_run([*words, f"gradients.backend={backend}", *(f"{place}/{backend}" for place in places)])
+        made.append(ensure(Run(config, Paths.of(config))))
+    assert made[0]["id"] == made[1]["id"]
+    for name in ("train/loss/jacobian", "train/loss/cross_entropy", "train/angle"):
+        assert made[0]["metrics"][name] == pytest.approx(made[1]["metrics"][name], rel=2e-3)

@@ -11,6 +11,7 @@ import lightning
 import torch
 from torch import nn
 
+from gradexp import layers
 from gradexp.data.dataset import ImageData
 from gradexp.data.loader import TrainingStream
 from gradexp.errors import UserError
@@ -38,6 +39,8 @@ def train(run: Run) -> Result:
     lightning.seed_everything(run.config["seed"], verbose=False)
     student = hardware.place(build(run.config["model"], where="model"))
     terms = make_terms(run.config)
+    if any(term.needs_input_gradient for term in terms.values()) and fast_gradients(run.config):
+        layers.accelerate(student)
     module = make_module(run, student, terms, optim, len(loader), hardware)
 
     stream = TrainingStream(loader, module.total_steps)
@@ -74,6 +77,14 @@ def make_data(config: Config, paths: Paths) -> ImageData:
     data: ImageData = build(config["data"], where="data", root=paths.data, cache=paths.cache, seed=config["seed"])
     data.fingerprint()
     return data
+
+
+def fast_gradients(config: Config) -> bool:
+    """Whether `gradients.backend` is fast; autograd is the reference to compare with."""
+    backend = config["gradients"]["backend"]
+    if backend not in ("fast", "autograd"):
+        raise UserError(f"gradients.backend={backend}: it is fast or autograd")
+    return bool(backend == "fast")
 
 
 def make_terms(config: Config) -> dict[str, Term]:

@@ -1,0 +1,115 @@
+"""Fast layers against autograd's own double backward, in float64."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gradexp import layers
+from gradexp.models.vgg import VGG
+
+DOUBLE = torch.float64
+
+
+def randn(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=DOUBLE, requires_grad=True)
+
+
+@pytest.mark.parametrize("shape", [((1, 1), (1, 1), (1, 1), 1), ((2, 2), (1, 1), (1, 1), 1), ((1, 1), (0, 0), (2, 2), 2)])
+def test_convolution_is_differentiable_twice(shape: layers.Shape) -> None:
+    x, w, b = randn(2, 4, 6, 5), randn(6, 4 // shape[3], 3, 3), randn(6)
+    function = lambda x, w, b: layers.Convolve.apply(x, w, b, shape)
+    assert torch.autograd.gradcheck(function, (x, w, b))
+    assert torch.autograd.gradgradcheck(function, (x, w, b))
+
+
+def test_batch_norm_is_differentiable_twice() -> None:
+    x, w, b = randn(4, 3, 3, 2), randn(3), randn(3)
+    function = lambda x, w, b: layers.NormaliseBatch.apply(x, w, b, (None, None), 0.1, 1e-5)[0]
+    assert torch.autograd.gradcheck(function, (x, w, b))
+    assert torch.autograd.gradgradcheck(function, (x, w, b))
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_max_pool_is_differentiable_twice(memory_format: torch.memory_format) -> None:
+    x = torch.randn(2, 3, 5, 6, dtype=DOUBLE).to(memory_format=memory_format).requires_grad_()
+    function = lambda x: layers.MaxPool(2)(x) ** 2
+    assert torch.autograd.gradcheck(function, (x,))
+    assert torch.autograd.gradgradcheck(function, (x,))
+
+
+def test_ties_are_broken_as_torch_does() -> None:
+    x = torch.ones(1, 1, 4, 4, dtype=DOUBLE, requires_grad=True)
+    fast, stock = (torch.autograd.grad(pool(x).sum(), x)[0] for pool in (layers.MaxPool(2), nn.MaxPool2d(2)))
+    assert torch.equal(fast, stock)
+
+
+class Residual(nn.Module):
+    """Strided and 1x1 convolutions, a residual sum, softplus, dropout in eval: what ResNets are made of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm1 = nn.Conv2d(2, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
+        self.down, self.norm2 = nn.Conv2d(4, 6, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(6)
+        self.skip, self.norm3 = nn.Conv2d(4, 6, 1, stride=2, bias=False), nn.BatchNorm2d(6)
+        self.pool, self.act, self.linear = nn.MaxPool2d(3, stride=2, padding=1), nn.Softplus(beta=10), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pool(self.act(self.norm1(self.stem(x))))
+        x = self.act(self.norm2(self.down(x)) + self.norm3(self.skip(x)))
+        return self.linear(x.mean((2, 3)))
+
+
+def vgg() -> nn.Module:
+    return VGG(name="t", layers=[4, "M", 5, 6, "M"], width=1, channels=2, classes=3, dropout=None)
+
+
+def randomised(make: Callable[[], nn.Module], training: bool) -> nn.Module:
+    torch.manual_seed(5)
+    model = make().double()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean)  # type: ignore[arg-type]
+            nn.init.uniform_(module.running_var, 0.5, 2)  # type: ignore[arg-type]
+            nn.init.uniform_(module.weight, 0.5, 2)
+            nn.init.normal_(module.bias)
+    return model.train(training)
+
+
+def penalised(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
+    """Value, input-gradient, parameter gradients and buffers of one step with a gradient penalty."""
+    images = images.requires_grad_()
+    logits = model(images)
+    with layers.only_inputs():
+        (gradient,) = torch.autograd.grad(logits[:, 1].sum(), images, create_graph=True)
+    loss = logits.square().mean() + (gradient - 0.1).square().sum()
+    loss.backward()
+    found = {"loss": loss.detach(), "gradient": gradient.detach(), **dict(model.named_buffers())}
+    return found | {name: parameter.grad for name, parameter in model.named_parameters()}  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["batch", "running"])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("make", [vgg, Residual])
+def test_a_penalised_step_agrees_with_autograd(
+    make: Callable[[], nn.Module], memory_format: torch.memory_format, training: bool
+) -> None:
+    stock = randomised(make, training).to(memory_format=memory_format)
+    fast = layers.accelerate(copy.deepcopy(stock))
+    images = torch.randn(4, 2, 8, 8, dtype=DOUBLE).to(memory_format=memory_format)
+    expected, found = (penalised(model, images.clone(memory_format=torch.preserve_format)) for model in (stock, fast))
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-11, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_accelerate_keeps_names_and_can_be_undone(caplog: pytest.LogCaptureFixture) -> None:
+    model = Residual()
+    before = copy.deepcopy(model.state_dict())
+    layers.accelerate(model)
+    assert type(model.stem) is layers.Convolution
+    assert "Softplus" in caplog.text
+    assert model.state_dict().keys() == before.keys()
+    assert type(layers.restore(model).stem) is nn.Conv2d
