@@ -188,7 +188,7 @@ def test_images_are_normalised() -> None:
 
 def test_every_pass_shows_each_image_once_in_a_new_order() -> None:
     shuffled = loader(split(), shuffle=True)
-    passes = [torch.cat([batch.sample for batch in shuffled.batches(epoch)]).tolist() for epoch in (0, 1, 0)]
+    passes = [torch.cat([batch.row for batch in shuffled.batches(epoch)]).tolist() for epoch in (0, 1, 0)]
     assert sorted(passes[0]) == list(range(10))
     assert passes[0] != passes[1]
     assert passes[0] == passes[2]
@@ -202,9 +202,9 @@ def test_views_are_crops_and_flips_of_the_padded_image() -> None:
     plain = loader(data, batch_size=10)
     for epoch in range(20):
         (batch,) = seeing.batches(epoch)
-        for image, sample, view in zip(batch.images, batch.sample, batch.view.tolist(), strict=True):
+        for image, row_, view in zip(batch.images, batch.row, batch.view.tolist(), strict=True):
             mirrored, row, column = view // 25, view // 5 % 5, view % 5
-            padded = np.pad(data.images[sample], ((0, 0), (2, 2), (2, 2)))
+            padded = np.pad(data.images[row_], ((0, 0), (2, 2), (2, 2)))
             window = padded[:, row : row + 6, column : column + 6]
             window = window[:, :, ::-1] if mirrored else window
             expected = torch.tensor(window.copy()) * plain.scale - plain.shift
@@ -222,7 +222,7 @@ def test_a_lone_image_joins_the_batch_before_it() -> None:
 
 
 def test_a_stream_can_be_taken_up_anywhere() -> None:
-    whole = [batch.sample.tolist() for batch in TrainingStream(loader(split(), shuffle=True, flip=True), 8)]
+    whole = [batch.row.tolist() for batch in TrainingStream(loader(split(), shuffle=True, flip=True), 8)]
     assert len(whole) == 8
     for stop in (1, 3, 5):
         first = TrainingStream(loader(split(), shuffle=True, flip=True), 8)
@@ -230,7 +230,7 @@ def test_a_stream_can_be_taken_up_anywhere() -> None:
             pass
         second = TrainingStream(loader(split(), shuffle=True, flip=True), 8)
         second.load_state_dict({"step": stop})
-        assert [batch.sample.tolist() for batch in second] == whole[stop:]
+        assert [batch.row.tolist() for batch in second] == whole[stop:]
 
 
 # --- data sets --------------------------------------------------------------------------------------------

@@ -2,17 +2,20 @@
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from gradexp import gradients
-from gradexp.data.loader import Batch
+from gradexp.data.loader import Batch, TensorLoader, TrainingStream
+from gradexp.data.sources import Split
 from gradexp.errors import UserError
 from gradexp.models.vgg import VGG
 from gradexp.terms import Activations, CrossEntropy, Jacobian, Step
-from gradexp.training.targets import LiveTargets
+from gradexp.training.targets import LiveTargets, StoredTargets
 
 CLASSES = 3
 
@@ -217,3 +220,54 @@ def test_proposition_2() -> None:
     mean, error = noisy_mean(loss, data.images, sigma, pairs=4000)
     assert error < 0.05 * sigma**2 * norm
     assert abs(mean - loss(data.images[None]).item() - sigma**2 * norm) < 4 * error
+
+
+# --- stored targets ---------------------------------------------------------------------------------------
+
+
+def stored(folder: Path, teacher: nn.Module, steps: int = 12) -> tuple[TensorLoader, LiveTargets, StoredTargets]:
+    images = np.random.default_rng(0).integers(0, 256, (10, 2, 6, 6), dtype=np.uint8)
+    statistics = {"mean": torch.full((2,), 0.5), "std": torch.full((2,), 0.3)}
+    options = {"batch_size": 4, "shuffle": True, "flip": True, "crop": 1}
+    loader = TensorLoader(Split(images, np.arange(10) % CLASSES), np.arange(10), **statistics, **options)
+    live = LiveTargets(teacher.float(), with_gradient=True)
+    return loader, live, StoredTargets(live, loader, steps, folder, target="label")
+
+
+def test_stored_targets_are_the_live_ones(tmp_path: Path) -> None:
+    loader, live, kept = stored(tmp_path / "targets", net(1))
+    seen = 0
+    for batch in TrainingStream(loader, 12):
+        torch.testing.assert_close(kept.logits(batch), live.logits(batch), rtol=1e-5, atol=1e-5)
+        gradient = live.input_gradient(batch, "label")
+        torch.testing.assert_close(kept.input_gradient(batch, "label").float(), gradient, rtol=2**-8, atol=1e-6)
+        seen += len(batch.row)
+    assert seen == 40
+    assert len(kept.keys) <= 40
+
+
+def test_stored_targets_are_computed_once_and_shared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for _ in range(2):
+        stored(tmp_path / "targets", net(1))
+    assert capsys.readouterr().out.count("computing") == 1
+
+
+def test_filling_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gradexp.training.targets.CHUNK", 4)
+    whole = stored(tmp_path / "whole", net(1))[2]
+    folder = tmp_path / "cut"
+    stored(folder, net(1))
+    for name in ("logits.f32", "gradients.bf16"):
+        content = bytearray((folder / name).read_bytes())
+        content[len(content) // 2 :] = bytes(len(content) - len(content) // 2)
+        (folder / name).write_bytes(content)
+    (folder / "chunks_done.txt").write_text("3")
+    again = stored(folder, net(1))[2]
+    assert torch.equal(again._logits, whole._logits)
+    assert torch.equal(again._gradients, whole._gradients)
+
+
+def test_the_canary_finds_another_teachers_targets(tmp_path: Path) -> None:
+    stored(tmp_path / "targets", net(1))
+    with pytest.raises(UserError, match="delete that folder"):
+        stored(tmp_path / "targets", net(2))

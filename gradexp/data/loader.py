@@ -6,6 +6,7 @@ and the same after a resume.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -17,11 +18,11 @@ from gradexp.errors import UserError
 
 
 class Batch(NamedTuple):
-    """images (B, C, H, W) float, labels (B,), sample (B,): its index in the training set, view (B,): which crop and flip."""
+    """images (B, C, H, W) float, labels (B,), row (B,): among the images of the loader, view (B,): which crop and flip."""
 
     images: Tensor
     labels: Tensor
-    sample: Tensor
+    row: Tensor
     view: Tensor
 
 
@@ -46,19 +47,19 @@ class TensorLoader:
         crop: int = 0,
         seed: int = 0,
     ) -> None:
-        self.index = torch.as_tensor(indices)
+        self.count = len(indices)
         self.images = torch.as_tensor(split.images[indices]).to(device)
         self.labels = torch.as_tensor(split.labels[indices]).to(device)
         self.batch_size, self.shuffle, self.flip, self.crop, self.seed = batch_size, shuffle, flip, crop, seed
         self.scale = (1 / (255 * std)).view(-1, 1, 1).to(device)
         self.shift = (mean / std).view(-1, 1, 1).to(device)
         # A lone image has no batch statistics: at the end of a shuffled epoch it joins the batch before it.
-        self.lone = int(shuffle and len(self.index) > batch_size and len(self.index) % batch_size == 1)
-        if shuffle and len(self.index) < 2:
+        self.lone = int(shuffle and self.count > batch_size and self.count % batch_size == 1)
+        if shuffle and self.count < 2:
             raise UserError("one training image has no batch statistics; raise data.per_class")
 
     def __len__(self) -> int:
-        return -(-len(self.index) // self.batch_size) - self.lone
+        return -(-self.count // self.batch_size) - self.lone
 
     def __iter__(self) -> Iterator[Batch]:
         return self.batches(epoch=0)
@@ -69,27 +70,50 @@ class TensorLoader:
         for number in range(start, len(self)):
             end = None if number == len(self) - 1 else (number + 1) * self.batch_size
             chosen = order[number * self.batch_size : end]
-            yield self._batch(chosen, view[chosen])
+            yield self.batch(chosen, view[chosen])
+
+    @property
+    def fingerprint(self) -> str:
+        """Sixteen digits that name the images, their normalisation and the order in which they are shown."""
+        numbers = [self.images.cpu(), self.labels.cpu(), self.scale.cpu(), self.shift.cpu()]
+        digest = hashlib.sha256(b"".join(values.numpy().tobytes() for values in numbers))
+        digest.update(repr((self.batch_size, self.flip, self.crop, self.seed)).encode())
+        return digest.hexdigest()[:16]
 
     @property
     def views(self) -> int:
         """How many ways there are to see an image."""
         return (1 + self.flip) * (2 * self.crop + 1) ** 2
 
+    def key(self, rows: Tensor, view: Tensor) -> Tensor:
+        """One number for an image and a view."""
+        return rows * self.views + view
+
+    def visited(self, steps: int) -> Tensor:
+        """The keys, in ascending order, of all that the first `steps` batches of a training show."""
+        keys = []
+        for epoch in range(-(-steps // len(self))):
+            order, view = self._draw(epoch)
+            left = steps - epoch * len(self)
+            shown = order if left >= len(self) else order[: left * self.batch_size]
+            keys.append(self.key(shown, view[shown]))
+        return torch.unique(torch.cat(keys))
+
     def _draw(self, epoch: int) -> tuple[Tensor, Tensor]:
-        count = len(self.index)
+        count = self.count
         if not self.shuffle:
             return torch.arange(count), torch.zeros(count, dtype=torch.long)
         generator = torch.Generator().manual_seed(mix(self.seed, epoch))
         return torch.randperm(count, generator=generator), torch.randint(self.views, (count,), generator=generator)
 
-    def _batch(self, rows: Tensor, view: Tensor) -> Batch:
+    def batch(self, rows: Tensor, view: Tensor) -> Batch:
+        """These images as seen through these views."""
         device = self.images.device
         images = self.images[rows.to(device)]
         if self.views > 1:
             images = _see(images, view.to(device), flip=self.flip, crop=self.crop)
         images = (images * self.scale - self.shift).contiguous(memory_format=torch.channels_last)
-        return Batch(images, self.labels[rows.to(device)], self.index[rows], view)
+        return Batch(images, self.labels[rows.to(device)], rows, view)
 
 
 class TrainingStream:

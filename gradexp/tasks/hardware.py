@@ -16,7 +16,8 @@ class Hardware:
     """Device, precision and memory layout of a run.
 
     precision: `32`, `bf16`, or `auto` (bf16 where the device computes it natively). checkpoint_every: seconds.
-    threads: CPU threads, None for torch's choice.
+    threads: CPU threads, None for torch's choice. store_gib: a teacher's targets are computed once for all views,
+    and kept in memory-mapped files, where they need no more than this.
     """
 
     def __init__(
@@ -29,6 +30,7 @@ class Hardware:
         precision: str | int,
         channels_last: bool,
         checkpoint_every: float,
+        store_gib: float,
         threads: int | None,
     ) -> None:
         self.kind = ("gpu" if torch.cuda.is_available() else "cpu") if accelerator == "auto" else accelerator
@@ -39,6 +41,7 @@ class Hardware:
             raise UserError(f"trainer.precision={precision}: it is 32, bf16 or auto")
         self.precision, self.channels_last, self.checkpoint_every = wanted, channels_last, checkpoint_every
         self.devices, self.num_nodes, self.strategy, self.threads = devices, num_nodes, strategy, threads
+        self.store_gib = store_gib
         self.device = torch.device("cuda" if self.kind == "gpu" else "cpu")
 
     def has_bf16(self) -> bool:
@@ -63,6 +66,10 @@ class Hardware:
             "strategy": self.strategy,
             "precision": LIGHTNING_PRECISION[self.precision],
         }
+
+    def autocast(self) -> torch.autocast:
+        """What Lightning does around a training step."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     def facts(self) -> dict[str, Any]:
         """What a record says of the machine; never its name."""

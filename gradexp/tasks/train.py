@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 import logging
+import math
 import warnings
 from typing import Any
 
@@ -13,7 +16,7 @@ from torch import nn
 
 from gradexp import layers
 from gradexp.data.dataset import ImageData
-from gradexp.data.loader import TrainingStream
+from gradexp.data.loader import TensorLoader, TrainingStream
 from gradexp.errors import UserError
 from gradexp.evaluate.accuracy import accuracy
 from gradexp.runs import Config, Paths, Result, Run, write_atomically
@@ -21,10 +24,11 @@ from gradexp.tasks.build import build
 from gradexp.tasks.hardware import Hardware
 from gradexp.tasks.loggers import finish, make_logger
 from gradexp.terms import Term
+from gradexp.terms.step import Targets
 from gradexp.training.callbacks import Checkpointer, ProgressLine
 from gradexp.training.classifier import Classifier
 from gradexp.training.optim import Optim
-from gradexp.training.targets import LiveTargets
+from gradexp.training.targets import LiveTargets, StoredTargets
 
 EVALUATION_BATCH = 512
 
@@ -41,7 +45,7 @@ def train(run: Run) -> Result:
     terms = make_terms(run.config)
     if any(term.needs_input_gradient for term in terms.values()) and fast_gradients(run.config):
         layers.accelerate(student)
-    module = make_module(run, student, terms, optim, len(loader), hardware)
+    module = make_module(run, student, terms, optim, loader, hardware)
 
     stream = TrainingStream(loader, module.total_steps)
     checkpointer = Checkpointer(run.folder / "last.ckpt", every=hardware.checkpoint_every)
@@ -94,32 +98,43 @@ def make_terms(config: Config) -> dict[str, Term]:
 
 
 def make_module(
-    run: Run, student: nn.Module, terms: dict[str, Term], optim: Optim, steps_per_pass: int, hardware: Hardware
+    run: Run, student: nn.Module, terms: dict[str, Term], optim: Optim, loader: TensorLoader, hardware: Hardware
 ) -> Classifier:
     """The LightningModule that the method names, its teacher trained first where there is none."""
-    extra: dict[str, Any] = {}
+    method = run.config["method"]
+    if not terms:
+        raise UserError(f"method={method['name']} has no term of weight other than 0; set one")
     for name, term in terms.items():
         if term.needs_teacher and "teacher" not in run.config["upstream"]:
             raise UserError(
-                f"method.terms.{name} needs a teacher, method={run.config['method']['name']} has none; "
+                f"method.terms.{name} needs a teacher, method={method['name']} has none; "
                 f"take a method with one, such as method=ce_a_j, and set its weights"
             )
-    if not terms:
-        raise UserError(f"method={run.config['method']['name']} has no term of weight other than 0; set one")
+    extra: dict[str, Any] = {}
     if "teacher" in run.config["upstream"]:
-        needs_gradient = any(term.needs_input_gradient for term in terms.values())
-        extra["targets"] = LiveTargets(load_model(run.upstream("teacher"), hardware), with_gradient=needs_gradient)
-    module = {"_target_": run.config["method"]["module"]}
-    return build(
-        module,
-        where="method.module",
-        student=student,
-        terms=terms,
-        optim=optim,
-        steps_per_pass=steps_per_pass,
-        seed=run.config["seed"],
-        **extra,
-    )
+        extra["targets"] = make_targets(run, terms, loader, optim.total_steps(len(loader)), hardware)
+    node = {"_target_": method["module"]}
+    common = {"student": student, "terms": terms, "optim": optim, "seed": run.config["seed"]}
+    module: Classifier = build(node, where="method.module", steps_per_pass=len(loader), **common, **extra)
+    return module
+
+
+def make_targets(run: Run, terms: dict[str, Term], loader: TensorLoader, steps: int, hardware: Hardware) -> Targets:
+    """The teacher's targets: computed once for all views where that pays, otherwise for every batch."""
+    wanted = {term.gradient_target for term in terms.values() if term.needs_teacher and term.gradient_target}
+    upstream = run.upstream("teacher")
+    live = LiveTargets(load_model(upstream, hardware), with_gradient=bool(wanted))
+    target = next(iter(wanted), None)
+    bytes_each = 4 * run.config["data"]["classes"] + (2 * math.prod(loader.images.shape[1:]) if target else 0)
+    views = loader.count * loader.views
+    fits = views * bytes_each <= hardware.store_gib * 2**30
+    pays = steps * loader.batch_size >= 1.5 * views
+    if not (fits and pays) or len(wanted) > 1 or target == "all":
+        return live
+    facts = [run.used["teacher"], loader.fingerprint, steps, target, hardware.precision]
+    folder = run.paths.cache / "targets" / hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
+    with hardware.autocast():
+        return StoredTargets(live, loader, steps, folder, target=target)
 
 
 def load_model(run: Run, hardware: Hardware) -> nn.Module:

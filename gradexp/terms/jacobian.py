@@ -13,12 +13,11 @@ class Jacobian(Term):
     """
 
     needs_teacher = True
-    needs_input_gradient = True
 
     def __init__(self, *, weight: float, reduction: str, target: str, student_bn: str) -> None:
         super().__init__(weight=weight)
         self.reduction = choose("reduction", reduction, "sum", "mean")
-        self.target = choose("target", target, *TARGETS)
+        self.target = self.gradient_target = choose("target", target, *TARGETS)
         self.student_bn = choose("student_bn", student_bn, "batch", "running")
 
     def forward(self, step: Step) -> Tensor:

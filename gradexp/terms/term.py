@@ -12,11 +12,16 @@ from gradexp.terms.step import Step
 class Term(nn.Module):
     """A differentiable scalar of one step; the training loss is the sum of weight * term.
 
-    needs_input_gradient, needs_teacher: what the step must provide.
+    needs_teacher: whether the step must have one. gradient_target: whose input-gradient it needs (see
+    gradexp.gradients.scalar), None for a term without gradients.
     """
 
-    needs_input_gradient = False
     needs_teacher = False
+    gradient_target: str | None = None
+
+    @property
+    def needs_input_gradient(self) -> bool:
+        return self.gradient_target is not None
 
     def __init__(self, *, weight: float) -> None:
         super().__init__()
