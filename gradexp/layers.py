@@ -275,9 +275,57 @@ def _pair(value: Any) -> list[int]:
     return [value, value] if isinstance(value, int) else list(value)
 
 
+# --- softplus ---------------------------------------------------------------------------------------------
+
+
+class ApplySoftplus(Function):
+    """log(1 + exp(beta x)) / beta, elementwise."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, beta: float, threshold: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.constants = (beta, threshold)
+        return functional.softplus(x, beta, threshold)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        (x,) = ctx.saved_tensors
+        return SoftplusInput.apply(g, x, *ctx.constants), None, None
+
+
+class SoftplusInput(Function):
+    """Gradient of ApplySoftplus: g s with s = sigmoid(beta x), whose slope is beta s (1 - s)."""
+
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, x: Tensor, beta: float, threshold: float) -> Tensor:
+        ctx.save_for_backward(g, x)
+        ctx.constants = (beta, threshold)
+        return torch.ops.aten.softplus_backward(g, x, beta, threshold)
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor) -> Any:
+        g, x = ctx.saved_tensors
+        beta, threshold = ctx.constants
+        gg = SoftplusInput.apply(v, x, beta, threshold)
+        slope = torch.ops.aten.sigmoid_backward(v * g, torch.sigmoid(beta * x)) * beta
+        return gg, slope.masked_fill(beta * x > threshold, 0), None, None
+
+
+class Softplus(nn.Softplus):
+    """nn.Softplus, differentiable twice at first-order cost."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return ApplySoftplus.apply(input, self.beta, self.threshold)
+
+
 # --- models -----------------------------------------------------------------------------------------------
 
-FAST: dict[type[nn.Module], type[nn.Module]] = {nn.Conv2d: Convolution, nn.BatchNorm2d: BatchNorm, nn.MaxPool2d: MaxPool}
+FAST: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Conv2d: Convolution,
+    nn.BatchNorm2d: BatchNorm,
+    nn.MaxPool2d: MaxPool,
+    nn.Softplus: Softplus,
+}
 
 # Stock layers whose double backward is first-order work already.
 PLAIN = (nn.ReLU, nn.Linear, nn.Dropout, nn.Identity, nn.Flatten, nn.AvgPool2d, nn.AdaptiveAvgPool2d)

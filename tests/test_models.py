@@ -61,3 +61,25 @@ def test_no_relu_is_in_place() -> None:
 def test_an_image_that_vanishes_is_an_error_with_its_mend() -> None:
     with pytest.raises(UserError, match="at least 4 pixels"):
         tiny(layers=[4, "M", "M"])(torch.zeros(2, 3, 3, 3))
+
+
+def test_resnet18_has_the_parameters_of_its_description() -> None:
+    """torchvision's ResNet-18, but for a 3x3 stem instead of 7x7 and another number of classes."""
+    import torchvision
+
+    config = compose_run(["experiment=teacher", "model=resnet18", "scale=paper"])
+    model = build(config["model"], where="model")
+    reference = torchvision.models.resnet18(num_classes=100)
+    counts = [sum(parameter.numel() for parameter in network.parameters()) for network in (model, reference)]
+    assert counts[0] == counts[1] - 64 * 3 * 49 + 64 * 3 * 9
+    assert sum(isinstance(module, torch.nn.Softplus) for module in model.modules()) == 17
+
+
+def test_resnet_stages_halve_the_image() -> None:
+    config = compose_run(["experiment=teacher", "model=resnet18", "scale=quick", "scale.width=0.0625"])
+    model = build(config["model"], where="model").eval()
+    shapes: list[tuple[int, ...]] = []
+    for stage in model.stages:
+        stage.register_forward_hook(lambda _, __, out: shapes.append(tuple(out.shape[1:])))
+    assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+    assert shapes == [(4, 32, 32), (8, 16, 16), (16, 8, 8), (32, 4, 4)]
