@@ -49,6 +49,13 @@ def test_golden(suffix: str, render: Any) -> None:
     assert render(table()) == (GOLDEN / f"table.{suffix}").read_text(encoding="utf-8")
 
 
+def test_the_picture_shows_both_numbers_and_needs_no_network() -> None:
+    picture = tables.to_svg(table())
+    assert "10.73" in picture
+    assert "8.95" in picture
+    assert "font-face" not in picture
+
+
 def sample(results: Path, overrides: Sequence[str], value: float | None) -> None:
     config = fake_plan(overrides).config
     record = {

@@ -9,11 +9,16 @@ from __future__ import annotations
 import csv
 import io
 import math
+import re
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
+
+import rich.box
+import rich.console
+import rich.table
 
 from gradexp.errors import UserError
 from gradexp.runs import ROOT, Config, Paths, identity, read_record, run_id, write_atomically
@@ -364,10 +369,30 @@ def to_text(table: Table) -> str:
     return "\n".join(body) + "\n"
 
 
+def to_svg(table: Table) -> str:
+    """A picture for pages: ours in front, the thesis's number dim behind it."""
+    grid = rich.table.Table(title=f"Table {table.number}, scale={table.scale}. {table.title}", box=rich.box.HORIZONTALS)
+    grid.add_column(table.corner)
+    for column in table.columns:
+        grid.add_column(column, justify="right")
+    for row in table.rows:
+        grid.add_row(row, *(_styled(table.cell(row, column)) for column in table.columns))
+    console = rich.console.Console(record=True, width=100, file=io.StringIO())
+    console.print(grid)
+    console.print("bold: best of its column; dim: the thesis", style="dim", justify="center")
+    # The exporter's fonts come from the network; a picture in a repository must not need one.
+    return re.sub(r"@font-face \{[^}]*\}\s*", "", console.export_svg(title="gradexp"))
+
+
+def _styled(cell: Cell) -> str:
+    mine = f"[bold]{ours(cell)}[/bold]" if cell.best else ours(cell)
+    return f"{mine} [dim]{cell.thesis.value:g}[/dim]" if cell.thesis else mine
+
+
 def write(table: Table, results: Path) -> list[Path]:
-    """Writes the three files of a table under results/tables/<scale>/."""
+    """Writes the files of a table under results/tables/<scale>/."""
     stem = results / "tables" / table.scale / f"table_{table.number.replace('.', '_')}"
-    files = {".md": to_markdown(table), ".csv": to_csv(table), ".tex": to_latex(table)}
+    files = {".md": to_markdown(table), ".csv": to_csv(table), ".tex": to_latex(table), ".svg": to_svg(table)}
     for suffix, content in files.items():
         write_atomically(stem.with_suffix(suffix), content.encode())
     return [stem.with_suffix(suffix) for suffix in files]
