@@ -47,6 +47,17 @@ def input_gradient(model: torch.nn.Module, images: Tensor, labels: Tensor, *, ta
         return gradient_of(model(images), images, labels, target=target, differentiable=False).detach()
 
 
+def taylor_trace(
+    model: torch.nn.Module, images: Tensor, logits: Tensor, labels: Tensor, *, sigma: float, target: str
+) -> Tensor:
+    """One-sample Taylor estimate of the trace of the Hessian (Eq. 5.9): 2/sigma^2 (f(x + v) - f(x)), v ~ N(0, sigma^2).
+
+    logits = model(images); the noisy images are a second pass in the model's present mode. -> (B,).
+    """
+    noisy = model(images + sigma * torch.randn_like(images))
+    return 2 / sigma**2 * (scalar(noisy, labels, target) - scalar(logits, labels, target))
+
+
 def angle(first: Tensor, second: Tensor) -> Tensor:
     """Angle in degrees between two gradients, image by image. (B, ...) and (B, ...) -> (B,)."""
     cosine = torch.nn.functional.cosine_similarity(first.flatten(1), second.flatten(1), dim=1)

@@ -14,7 +14,7 @@ from gradexp.data.loader import Batch, TensorLoader, TrainingStream
 from gradexp.data.sources import Split
 from gradexp.errors import UserError
 from gradexp.models.vgg import VGG
-from gradexp.terms import Activations, CrossEntropy, Jacobian, Step
+from gradexp.terms import Activations, AntiScoreMatching, CrossEntropy, GradientNorm, Jacobian, ScoreMatching, Step
 from gradexp.training.targets import LiveTargets, StoredTargets
 
 CLASSES = 3
@@ -212,7 +212,7 @@ def test_proposition_2() -> None:
     """Squared error to fixed targets under input noise = squared error + sigma^2 * squared norm of the Jacobian."""
     student, data, sigma = net(0), batch(2), 1e-4
     truth = torch.randn(2, CLASSES, dtype=torch.float64)
-    norm = gradients.input_gradient(student, data.images, data.labels, target="all").square().flatten(1).sum(1).mean().item()
+    norm = GradientNorm(weight=1, reduction="sum", target="all", student_bn="batch")(step(student, data=data)).item()
 
     def loss(images: Tensor) -> Tensor:
         return (truth - many(student, images)).square().sum(2).mean(1)
@@ -220,6 +220,62 @@ def test_proposition_2() -> None:
     mean, error = noisy_mean(loss, data.images, sigma, pairs=4000)
     assert error < 0.05 * sigma**2 * norm
     assert abs(mean - loss(data.images[None]).item() - sigma**2 * norm) < 4 * error
+
+
+# --- the trace of the Hessian -----------------------------------------------------------------------------
+
+
+class Quadratic(nn.Module):
+    """Logit k is x' A_k x / 2 + b_k' x, whose Hessian is A_k."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        matrix = torch.randn(CLASSES, size, size, dtype=torch.float64)
+        self.matrix = (matrix + matrix.mT) / 2
+        self.slope = torch.randn(CLASSES, size, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(1)
+        return torch.einsum("bi,kij,bj->bk", x, self.matrix, x) / 2 + x @ self.slope.T
+
+
+def test_taylor_trace_is_unbiased_on_quadratics_within_the_bound_on_its_variance() -> None:
+    """§5.8: its variance exceeds Hutchinson's, 2 ||A||^2, by 4 ||grad f||^2 / sigma^2."""
+    model, sigma, count = Quadratic(8), 0.1, 40_000
+    image = torch.randn(1, 2, 2, 2, dtype=torch.float64)
+    images, labels = image.expand(count, -1, -1, -1), torch.zeros(count, dtype=torch.long)
+    values = gradients.taylor_trace(model, images, model(images), labels, sigma=sigma, target="label")
+    trace = model.matrix[0].trace()
+    assert abs(values.mean() - trace) < 4 * values.std() / count**0.5
+    slope = gradients.input_gradient(model, image, labels[:1]).square().sum()
+    variance = 2 * model.matrix[0].square().sum() + 4 * slope / sigma**2
+    assert values.var().item() == pytest.approx(variance.item(), rel=0.05)
+
+
+def test_score_matching_is_its_equation() -> None:
+    model, data = net(0), batch()
+    one = step(model, data=data)
+    torch.manual_seed(4)
+    trace = gradients.taylor_trace(model, data.images, model(data.images), data.labels, sigma=0.01, target="label")
+    norm = gradients.input_gradient(model, data.images, data.labels).square().flatten(1).sum(1)
+    torch.manual_seed(4)
+    value = ScoreMatching(weight=1, stability=1e-4, sigma=0.01, target="label")(one)
+    torch.testing.assert_close(value, (trace + norm / 2 + 1e-4 * trace**2).mean())
+
+
+def test_anti_score_matching_saturates_image_by_image() -> None:
+    model, data = net(0), batch()
+    torch.manual_seed(4)
+    trace = gradients.taylor_trace(model, data.images, model(data.images), data.labels, sigma=0.01, target="label").detach()
+    ceiling = trace.median().item()
+    torch.manual_seed(4)
+    value = AntiScoreMatching(weight=1, ceiling=ceiling, sigma=0.01, target="label")(step(model, data=data))
+    torch.testing.assert_close(value.detach(), -trace.clamp(max=ceiling).mean())
+    low = AntiScoreMatching(weight=1, ceiling=trace.min().item() - 1, sigma=1e-9, target="label")
+    torch.manual_seed(4)
+    low.ceiling = -1e12
+    value = low(step(model, data=data))
+    assert all(grad.abs().max() == 0 for grad in torch.autograd.grad(value, list(model.parameters())))
 
 
 # --- stored targets ---------------------------------------------------------------------------------------

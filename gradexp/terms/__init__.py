@@ -2,8 +2,19 @@
 
 from gradexp.terms.activations import Activations
 from gradexp.terms.cross_entropy import CrossEntropy
+from gradexp.terms.gradient_norm import GradientNorm
 from gradexp.terms.jacobian import Jacobian
+from gradexp.terms.score_matching import AntiScoreMatching, ScoreMatching
 from gradexp.terms.step import Step
 from gradexp.terms.term import Term
 
-__all__ = ["Activations", "CrossEntropy", "Jacobian", "Step", "Term"]
+__all__ = [
+    "Activations",
+    "AntiScoreMatching",
+    "CrossEntropy",
+    "GradientNorm",
+    "Jacobian",
+    "ScoreMatching",
+    "Step",
+    "Term",
+]

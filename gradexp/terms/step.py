@@ -67,6 +67,12 @@ class Step:
             )
         return self._student_gradients[key]
 
+    def student_hessian_trace(self, sigma: float, target: str) -> Tensor:
+        """(B,), one-sample Taylor estimate, differentiable; costs one more forward pass of the student."""
+        return gradients.taylor_trace(
+            self.student, self.images.detach(), self.student_logits, self.labels, sigma=sigma, target=target
+        )
+
     def teacher_input_gradient(self, target: str) -> Tensor:
         """(B, C, H, W), constant."""
         if target not in self._teacher_gradients:

@@ -13,11 +13,13 @@ class Term(nn.Module):
     """A differentiable scalar of one step; the training loss is the sum of weight * term.
 
     needs_teacher: whether the step must have one. gradient_target: whose input-gradient it needs (see
-    gradexp.gradients.scalar), None for a term without gradients.
+    gradexp.gradients.scalar), None for a term without gradients. full_precision: whether mixed precision would
+    spoil it; the whole step is then computed without.
     """
 
     needs_teacher = False
     gradient_target: str | None = None
+    full_precision = False
 
     @property
     def needs_input_gradient(self) -> bool:

@@ -35,6 +35,7 @@ class Classifier(lightning.LightningModule):
         self.student, self.terms, self.optim, self.targets = student, nn.ModuleDict(terms), optim, targets
         self.steps_per_pass, self.seed = steps_per_pass, seed
         self.needs_input_gradient = any(term.needs_input_gradient for term in terms.values())
+        self.full_precision = any(term.full_precision for term in terms.values())
         self.total_steps = optim.total_steps(steps_per_pass)
         self.curves: dict[str, list[float]] = {}
         self.diverged = False
@@ -49,6 +50,12 @@ class Classifier(lightning.LightningModule):
         torch.manual_seed(mix(self.seed, self.global_step))  # dropout draws the same after a resume
 
     def training_step(self, batch: Batch, _: int) -> Tensor:
+        if self.full_precision:
+            with torch.autocast(batch.images.device.type, enabled=False):
+                return self._loss(batch)
+        return self._loss(batch)
+
+    def _loss(self, batch: Batch) -> Tensor:
         step = Step(batch, self.student, self.targets, differentiable_input=self.needs_input_gradient)
         parts = {name: term.weight * term(step) for name, term in self.terms.items()}
         loss = torch.stack(list(parts.values())).sum()
