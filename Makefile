@@ -4,7 +4,7 @@ WORKERS ?= 2
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: help setup quickstart test lint tables clean
+.PHONY: help setup quickstart test lint tables bench clean
 .DEFAULT_GOAL := help
 
 help:
@@ -12,6 +12,7 @@ help:
 	@echo "make quickstart                            setup if needed, then Table 2.1 at scale=quick"
 	@echo "make test                                  linter, type checker, the whole test suite"
 	@echo "make table-2.1 [SCALE=cpu] [WORKERS=2]     run what is missing, then render and print"
+	@echo "make bench [ARGS=--quick]                  what a training step costs, to results/bench.md"
 	@echo "make tables [SCALE=cpu]                    render every table from records; trains nothing"
 
 setup: .venv/installed
@@ -40,6 +41,9 @@ table-%: setup
 
 tables: setup
 	@$(BIN)/python scripts/make_table.py --scale $(SCALE) --render-only
+
+bench: setup
+	@$(BIN)/python scripts/bench.py $(ARGS)
 
 clean:
 	@rm -rf outputs

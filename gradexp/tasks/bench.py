@@ -1,0 +1,264 @@
+"""What a training step costs: the project's own steps, interleaved in one process, against a cross-entropy step.
+
+The limit beside each ratio counts convolutions: a perfect implementation that does nothing else would reach it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from gradexp import layers
+from gradexp.data.loader import TensorLoader
+from gradexp.data.sources import Split
+from gradexp.runs import versions, write_atomically
+from gradexp.tasks.build import build
+from gradexp.tasks.compose import compose_run
+from gradexp.tasks.hardware import Hardware
+from gradexp.terms import Activations, AntiScoreMatching, CrossEntropy, GradientNorm, Jacobian, ScoreMatching, Term
+from gradexp.terms.step import Targets
+from gradexp.training.distillation import Distillation
+from gradexp.training.targets import LiveTargets, StoredTargets
+
+BATCH = 128
+IMAGES = 256  # two batches: enough to give every step new images
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of step: its terms beside cross-entropy, where its teacher's targets come from, its backend."""
+
+    name: str
+    terms: Callable[[], dict[str, Term]]
+    teacher: str = "none"  # none | live | stored
+    fast: bool = True
+    passes: float = 3  # convolution passes over the student: 3 for forward, weight- and input-gradient
+    teacher_passes: float = 0
+
+
+def _activations() -> dict[str, Term]:
+    return {"a": Activations(weight=1, reduction="mean")}
+
+
+def _jacobian() -> dict[str, Term]:
+    return {"j": Jacobian(weight=1, reduction="sum", target="label", student_bn="batch")}
+
+
+def _norm() -> dict[str, Term]:
+    return {"n": GradientNorm(weight=1, reduction="sum", target="label", student_bn="batch")}
+
+
+def _score() -> dict[str, Term]:
+    return {"s": ScoreMatching(weight=1e-3, stability=1e-4, sigma=0.01, target="label")}
+
+
+def _anti() -> dict[str, Term]:
+    return {"s": AntiScoreMatching(weight=1e-4, ceiling=1000, sigma=0.01, target="label")}
+
+
+KINDS = (
+    Kind("ce", dict),
+    Kind("a, live teacher", _activations, "live", teacher_passes=1),
+    Kind("a, stored targets", _activations, "stored"),
+    Kind("j naive, live teacher", _jacobian, "live", fast=False, passes=6, teacher_passes=2),
+    Kind("j naive, stored targets", _jacobian, "stored", fast=False, passes=6),
+    Kind("j, live teacher", _jacobian, "live", passes=6, teacher_passes=2),
+    Kind("j, stored targets", _jacobian, "stored", passes=6),
+    Kind("gradient norm naive", _norm, fast=False, passes=6),
+    Kind("gradient norm", _norm, passes=6),
+    Kind("score-matching", _score, passes=9),
+    Kind("anti-score-matching", _anti, passes=6),
+)
+MODELS = {"vgg4": 1.0, "vgg9": 1.0, "vgg11": 1.0, "resnet18": 0.25}
+
+
+@dataclass(frozen=True)
+class Row:
+    model: str
+    precision: str
+    kind: str
+    images_per_second: float
+    ratio: float  # to the model's cross-entropy step
+    limit: float  # the same ratio, in convolutions
+    share: float  # limit / ratio
+    peak_memory_mib: int | None
+
+
+def network(name: str) -> nn.Module:
+    config = compose_run(["experiment=teacher", f"model={name}", f"scale.width={MODELS[name]}"])
+    model: nn.Module = build(config["model"], where="model")
+    return model
+
+
+def images() -> TensorLoader:
+    """Noise in the shape of CIFAR-100; a step's cost does not depend on what it sees."""
+    split = Split(np.random.default_rng(0).integers(0, 256, (IMAGES, 3, 32, 32), dtype=np.uint8), np.arange(IMAGES) % 100)
+    half = torch.full((3,), 0.5)
+    return TensorLoader(split, np.arange(IMAGES), batch_size=BATCH, mean=half, std=half, shuffle=True, flip=True, crop=4)
+
+
+def make_step(kind: Kind, model: str, hardware: Hardware, loader: TensorLoader, folder: Path) -> Callable[[], None]:
+    """A function that does one training step, as the trainer would."""
+    torch.manual_seed(0)
+    student = hardware.place(network(model))
+    terms = {"ce": CrossEntropy(weight=1), **kind.terms()}
+    if kind.fast and any(term.needs_input_gradient for term in terms.values()):
+        layers.accelerate(student)
+    optim = build(compose_run(["experiment=jacobian_distill"])["optim"], where="optim")
+    targets = _targets(kind, terms, hardware, loader, folder)
+    module = Distillation(student, terms, optim, steps_per_pass=10**9, seed=0, targets=targets)
+    optimizer, _ = optim.build(list(student.parameters()), 10**9)
+    batches = list(loader)
+    count = 0
+
+    def step() -> None:
+        nonlocal count
+        count += 1
+        with hardware.autocast():
+            loss = module.training_step(batches[count % len(batches)], count)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+
+    return step
+
+
+def _targets(kind: Kind, terms: dict[str, Term], hardware: Hardware, loader: TensorLoader, folder: Path) -> Targets | None:
+    if kind.teacher == "none":
+        return None
+    target = next((term.gradient_target for term in terms.values() if term.gradient_target), None)
+    torch.manual_seed(1)
+    live = LiveTargets(hardware.place(network("vgg9")), with_gradient=target is not None)
+    if kind.teacher == "live":
+        return live
+    with hardware.autocast():
+        return StoredTargets(live, loader, len(loader), folder / f"{hardware.precision}-{target}", target=target)
+
+
+def convolutions(model: nn.Module) -> tuple[float, float]:
+    """Multiply-adds of one image's forward pass: in all convolutions, and in the first one alone."""
+    costs: list[float] = []
+
+    def count(module: nn.Module, _: Any, output: torch.Tensor) -> None:
+        costs.append(output[0].numel() * module.weight[0].numel())  # type: ignore[index]
+
+    handles = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, nn.Conv2d)]
+    with torch.no_grad():
+        model.eval()(torch.zeros(1, 3, 32, 32))
+    for handle in handles:
+        handle.remove()
+    return sum(costs), costs[0]
+
+
+def limit(kind: Kind, model: str) -> float:
+    """The ratio to a cross-entropy step if nothing but convolutions took time.
+
+    The ordinary backward pass needs no input-gradient at the first convolution; that saves one pass over it for each
+    forward pass that is not differentiated with respect to the images.
+    """
+    whole, first = convolutions(network(model))
+    teacher, _ = convolutions(network("vgg9"))
+    saved = 2 if kind.name in ("score-matching", "anti-score-matching") else 1
+    return (kind.passes * whole - saved * first + kind.teacher_passes * teacher) / (3 * whole - first)
+
+
+def measure(model: str, hardware: Hardware, kinds: Sequence[Kind], *, rounds: int, memory: bool, budget: float) -> list[Row]:
+    """Medians over `rounds` rounds, each of which does every kind of step once; fewer when `budget` seconds are over."""
+    loader = images()
+    with tempfile.TemporaryDirectory() as folder:
+        steps = {kind.name: make_step(kind, model, hardware, loader, Path(folder)) for kind in kinds}
+        seconds: dict[str, list[float]] = {name: [] for name in steps}
+        started = time.monotonic()
+        for number in range(rounds + 1):  # the first round warms up
+            if number > 1 and time.monotonic() - started > budget:
+                break
+            for name, step in steps.items():
+                begun = time.perf_counter()
+                step()
+                if hardware.kind == "gpu":
+                    torch.cuda.synchronize()
+                seconds[name].append(time.perf_counter() - begun)
+    medians = {name: statistics.median(values[1:]) for name, values in seconds.items()}
+    rows = []
+    for kind in kinds:
+        ratio, floor = medians[kind.name] / medians["ce"], limit(kind, model)
+        peak = peak_memory(kind.name, model, hardware.precision) if memory else None
+        speed = BATCH / medians[kind.name]
+        rows.append(Row(model, hardware.precision, kind.name, speed, ratio, floor, floor / ratio, peak))
+    return rows
+
+
+def peak_memory(kind: str, model: str, precision: str) -> int:
+    """MiB that a process of its own reaches in three steps of one kind."""
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=_peak, args=(kind, model, precision, queue))
+    process.start()
+    value: int = queue.get()
+    process.join()
+    return value
+
+
+def _peak(kind: str, model: str, precision: str, queue: Any) -> None:
+    chosen = next(candidate for candidate in KINDS if candidate.name == kind)
+    with tempfile.TemporaryDirectory() as folder:
+        step = make_step(chosen, model, make_hardware(precision), images(), Path(folder))
+        for _ in range(3):
+            step()
+    queue.put(round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
+
+
+def make_hardware(precision: str) -> Hardware:
+    config = compose_run(["experiment=teacher", f"trainer.precision={precision}"])
+    hardware: Hardware = build(config["trainer"], where="trainer")
+    return hardware
+
+
+def run(results: Path, *, quick: bool) -> str:
+    """Measures, writes bench.md and bench.json (not for `quick`), and returns the Markdown."""
+    hardware = make_hardware("32")
+    precisions = ["32", "bf16"] if hardware.has_bf16() and not quick else ["32"]
+    rows: list[Row] = []
+    how: dict[str, Any] = {"rounds": 7, "memory": not quick, "budget": 25 if quick else math.inf}
+    for model in ["vgg4"] if quick else MODELS:
+        for precision in precisions:
+            rows += measure(model, make_hardware(precision), KINDS, **how)
+    facts = {**hardware.facts(), "precision": precisions, "batch": BATCH, "versions": versions()}
+    text = markdown(rows, facts, hardware.has_bf16())
+    if not quick:
+        content = json.dumps({"machine": facts, "rows": [asdict(row) for row in rows]}, indent=2) + "\n"
+        write_atomically(results / "bench.json", content.encode())
+        write_atomically(results / "bench.md", text.encode())
+    return text
+
+
+def markdown(rows: Sequence[Row], facts: dict[str, Any], has_bf16: bool) -> str:
+    lines = [
+        "# The cost of a step",
+        "",
+        f"{facts['device']}, {facts['threads']} threads, torch {facts['versions']['torch']}, batch {facts['batch']}, "
+        "channels_last; median of interleaved steps. Ratio: to the same model's cross-entropy step. Limit: the same "
+        "ratio if only convolutions took time. `make bench` measures it again.",
+        "",
+        *([] if has_bf16 else ["This processor has no bf16 arithmetic; only fp32 is measured.", ""]),
+        "| model | precision | step | images/s | ratio | limit | share of the limit | peak memory (MiB) |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        memory = "" if row.peak_memory_mib is None else str(row.peak_memory_mib)
+        numbers = f"{row.images_per_second:.0f} | {row.ratio:.2f} | {row.limit:.2f} | {100 * row.share:.0f} %"
+        lines.append(f"| {row.model} | {row.precision} | {row.kind} | {numbers} | {memory} |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,32 @@
+"""The benchmark's own arithmetic."""
+
+import pytest
+
+from gradexp.tasks import bench
+
+VGG4 = (27 * 64 * 32**2, 9 * 64 * 128 * 16**2, 9 * 128 * 512 * 8**2)
+
+
+def kind(name: str) -> bench.Kind:
+    return next(candidate for candidate in bench.KINDS if candidate.name == name)
+
+
+def test_convolutions_are_counted() -> None:
+    assert bench.convolutions(bench.network("vgg4")) == (sum(VGG4), VGG4[0])
+
+
+def test_limits_by_hand() -> None:
+    """Forward 1, input-gradient 1, its two transposed passes 2, ordinary backward 2, against 3 (§2.4: "a factor of 2")."""
+    plain = 3 * sum(VGG4) - VGG4[0]
+    assert bench.limit(kind("ce"), "vgg4") == 1
+    assert bench.limit(kind("j, stored targets"), "vgg4") == pytest.approx((6 * sum(VGG4) - VGG4[0]) / plain)
+    assert bench.limit(kind("anti-score-matching"), "vgg4") == pytest.approx(2)
+    teacher, _ = bench.convolutions(bench.network("vgg9"))
+    assert bench.limit(kind("a, live teacher"), "vgg4") == pytest.approx((plain + teacher) / plain)
+
+
+def test_the_page_shows_every_row() -> None:
+    rows = [bench.Row("vgg4", "32", "ce", 100.0, 1.0, 1.0, 1.0, None), bench.Row("vgg4", "32", "j", 40.0, 2.5, 2.0, 0.8, 512)]
+    page = bench.markdown(rows, {"device": "d", "threads": 2, "batch": 128, "versions": {"torch": "2"}}, has_bf16=False)
+    assert "| vgg4 | 32 | j | 40 | 2.50 | 2.00 | 80 % | 512 |" in page
+    assert "no bf16" in page
