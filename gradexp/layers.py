@@ -195,7 +195,7 @@ class BatchNormInput(Function):
         of_v, of_g = -a * inverse * gx, -a * inverse * vx
         of_x = (2 * a * inverse * gx * vx - a * inverse * covariance) * inverse
         of_1 = a * inverse * (v1 * gx + g1 * vx) - of_x * mean
-        second = torch.addcmul(torch.addcmul(_wide(of_1) + x * _wide(of_x), v, _wide(of_v)), g, _wide(of_g))
+        second = torch.addcmul(_wide(of_1), x, _wide(of_x)).addcmul_(v, _wide(of_v)).addcmul_(g, _wide(of_g))
         return gg, second.to(x.dtype), count * covariance * inverse, None, None, None
 
 

@@ -31,6 +31,7 @@ from gradexp.errors import UserError
 from gradexp.registry import locate
 
 Config = dict[str, Any]
+DEFAULT_DATA = "data"  # as in conf/config.yaml; the only data root that need not exist
 ROOT = Path(__file__).resolve().parents[1]
 
 # What changes only where and how a run is executed is not part of its identity.
@@ -84,7 +85,13 @@ class Paths:
 
     @classmethod
     def of(cls, config: Config) -> Paths:
+        """The places that a config names. Raises UserError for a data root that is named but not there."""
         places = {name: ROOT / Path(value).expanduser() for name, value in config["paths"].items()}
+        if config["paths"]["data"] != DEFAULT_DATA and not places["data"].is_dir():
+            raise UserError(
+                f"paths.data={config['paths']['data']}: there is no such folder. Name the one that holds the data sets "
+                f"(GRADEXP_DATA=FOLDER or paths.data=FOLDER), or create it, and they are downloaded into it"
+            )
         return cls(**places)
 
     def record(self, config: Config) -> Path:

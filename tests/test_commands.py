@@ -126,7 +126,7 @@ def errors() -> Iterator[Any]:
     yield pytest.param(["method=nope"], "there is no conf/method/nope.yaml", id="method")
     yield pytest.param(["data.per_klass=1"], "did you mean per_class?", id="key")
     yield pytest.param(["data=digits", "data.per_class=501"], "ask for at most", id="per_class")
-    yield pytest.param(["data=cifar10", "paths.data=/nowhere"], "GRADEXP_DATA=FOLDER", id="data")
+    yield pytest.param(["data=cifar10", "paths.data=/nowhere"], "GRADEXP_DATA=FOLDER", id="data root")
     yield pytest.param(["+method.terms.cross_entropy.reduction=sum", "data=digits"], "takes no such key", id="term")
     yield pytest.param(["method.terms.jacobian._target_=os.system", "data=digits"], "is refused", id="target")
 
