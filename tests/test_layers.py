@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from gradexp import layers
 from gradexp.models.resnet import ResNet
 from gradexp.models.vgg import VGG
+from gradexp.tasks.hardware import native_bf16
 
 DOUBLE = torch.float64
 
@@ -132,3 +133,20 @@ def test_accelerate_keeps_names_and_can_be_undone(caplog: pytest.LogCaptureFixtu
     assert "Conv2d" not in caplog.text
     assert model.state_dict().keys() == before.keys()
     assert type(layers.restore(model).stem) is nn.Conv2d
+
+
+@pytest.mark.skipif(not native_bf16("cpu"), reason="torch's emulation of bf16 convolutions corrupts memory")
+@pytest.mark.parametrize("make", [vgg, resnet])
+def test_bf16_errs_no_more_than_autograd_does(make: Callable[[], nn.Module]) -> None:
+    """Against float32, the fast layers' error under autocast is at most 1.5 times the stock layers'."""
+    stock = randomised(make, True).float().to(memory_format=torch.channels_last)
+    images = torch.randn(16, 2, 8, 8).to(memory_format=torch.channels_last)
+    exact = penalised(copy.deepcopy(stock), images.clone(memory_format=torch.preserve_format))
+    with torch.autocast("cpu", torch.bfloat16):
+        fast, slow = (
+            penalised(model, images.clone(memory_format=torch.preserve_format))
+            for model in (layers.accelerate(copy.deepcopy(stock)), stock)
+        )
+    for name in ("gradient", *(name for name, _ in stock.named_parameters() if name.endswith("weight"))):
+        errors = [((found[name].float() - exact[name]).norm() / exact[name].norm()).item() for found in (fast, slow)]
+        assert errors[0] < 1.5 * errors[1] + 0.01, f"{name}: {errors}"

@@ -10,6 +10,7 @@ from gradexp.errors import UserError
 from gradexp.runs import Paths, Run, ensure
 from gradexp.tasks.build import build
 from gradexp.tasks.compose import compose_run
+from gradexp.tasks.hardware import native_bf16
 from gradexp.training.optim import Optim, one_cycle, steps_down
 
 TINY = ["scale=quick", "scale.width=0.04", "data.per_class=4", "optim.passes=5", "trainer.threads=1", "logger=none"]
@@ -85,12 +86,18 @@ def test_seed_0_is_a_seed(places: list[str]) -> None:
     assert losses[0] != losses[1]
 
 
-def test_bf16_and_channels_last_are_hardware(places: list[str]) -> None:
+def test_layout_and_precision_are_hardware(places: list[str]) -> None:
     plain = ensure(run([f"{place}/0" for place in places], "trainer.channels_last=false", "trainer.precision=32"))
-    low = ensure(run([f"{place}/1" for place in places], "trainer.precision=bf16"))
-    assert plain["id"] == low["id"]
-    assert (plain["precision"], low["precision"]) == ("32", "bf16")
-    assert low["metrics"]["train/loss"] == pytest.approx(plain["metrics"]["train/loss"], rel=0.1)
+    other = ensure(run([f"{place}/1" for place in places], "trainer.precision=auto"))
+    assert plain["id"] == other["id"]
+    assert (plain["precision"], other["precision"]) == ("32", "bf16" if native_bf16("cpu") else "32")
+    assert other["metrics"]["train/loss"] == pytest.approx(plain["metrics"]["train/loss"], rel=0.1)
+
+
+def test_emulated_bf16_is_refused(places: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gradexp.tasks.hardware.native_bf16", lambda _: False)
+    with pytest.raises(UserError, match="use 32 or auto"):
+        ensure(run(places, "trainer.precision=bf16", "trainer.accelerator=cpu"))
 
 
 @pytest.mark.parametrize("word", ["trainer.precision=16", "trainer.accelerator=gpu"])

@@ -27,7 +27,7 @@ from gradexp.data.sources import Split
 from gradexp.runs import versions, write_atomically
 from gradexp.tasks.build import build
 from gradexp.tasks.compose import compose_run
-from gradexp.tasks.hardware import Hardware
+from gradexp.tasks.hardware import Hardware, native_bf16
 from gradexp.terms import Activations, AntiScoreMatching, CrossEntropy, GradientNorm, Jacobian, ScoreMatching, Term
 from gradexp.terms.step import Targets
 from gradexp.training.distillation import Distillation
@@ -230,14 +230,14 @@ def make_hardware(precision: str) -> Hardware:
 def run(results: Path, *, quick: bool) -> str:
     """Measures, writes bench.md and bench.json (not for `quick`), and returns the Markdown."""
     hardware = make_hardware("32")
-    precisions = ["32", "bf16"] if hardware.has_bf16() and not quick else ["32"]
+    precisions = ["32", "bf16"] if native_bf16(hardware.kind) and not quick else ["32"]
     rows: list[Row] = []
     how: dict[str, Any] = {"rounds": 7, "memory": not quick, "budget": 25 if quick else math.inf}
     for model in ["vgg4"] if quick else MODELS:
         for precision in precisions:
             rows += measure(model, make_hardware(precision), KINDS, **how)
     facts = {**hardware.facts(), "precision": precisions, "batch": BATCH, "versions": versions()}
-    text = markdown(rows, facts, hardware.has_bf16())
+    text = markdown(rows, facts, native_bf16(hardware.kind))
     if not quick:
         content = json.dumps({"machine": facts, "rows": [asdict(row) for row in rows]}, indent=2) + "\n"
         write_atomically(results / "bench.json", content.encode())

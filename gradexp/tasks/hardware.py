@@ -12,6 +12,13 @@ from gradexp.errors import UserError
 LIGHTNING_PRECISION = {"32": "32-true", "bf16": "bf16-mixed"}
 
 
+def native_bf16(kind: str) -> bool:
+    """Whether the device, `cpu` or `gpu`, multiplies bf16 in hardware."""
+    if kind == "gpu":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return any(torch.cpu.get_capabilities().get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+
+
 class Hardware:
     """Device, precision and memory layout of a run.
 
@@ -36,19 +43,16 @@ class Hardware:
         self.kind = ("gpu" if torch.cuda.is_available() else "cpu") if accelerator == "auto" else accelerator
         if self.kind == "gpu" and not torch.cuda.is_available():
             raise UserError("trainer.accelerator=gpu: torch sees no GPU here; use trainer.accelerator=cpu")
-        wanted = ("bf16" if self.has_bf16() else "32") if precision == "auto" else str(precision)
+        wanted = ("bf16" if native_bf16(self.kind) else "32") if precision == "auto" else str(precision)
         if wanted not in LIGHTNING_PRECISION:
             raise UserError(f"trainer.precision={precision}: it is 32, bf16 or auto")
+        if wanted == "bf16" and not native_bf16(self.kind):
+            # Emulated, it is many times slower than fp32, and torch 2.14's convolutions have corrupted memory with it.
+            raise UserError("trainer.precision=bf16: this processor has no bf16 arithmetic; use 32 or auto")
         self.precision, self.channels_last, self.checkpoint_every = wanted, channels_last, checkpoint_every
         self.devices, self.num_nodes, self.strategy, self.threads = devices, num_nodes, strategy, threads
         self.store_gib = store_gib
         self.device = torch.device("cuda" if self.kind == "gpu" else "cpu")
-
-    def has_bf16(self) -> bool:
-        """Whether the device multiplies bf16 in hardware; emulated, it is many times slower than fp32."""
-        if self.kind == "gpu":
-            return torch.cuda.is_bf16_supported(including_emulation=False)
-        return any(torch.cpu.get_capabilities().get(name, False) for name in ("avx512_bf16", "amx_bf16"))
 
     def apply(self) -> None:
         if self.threads:
