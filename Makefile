@@ -4,7 +4,7 @@ WORKERS ?= 2
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: help setup quickstart test lint tables bench clean
+.PHONY: help setup quickstart test lint tables figures bench clean
 .DEFAULT_GOAL := help
 
 help:
@@ -13,7 +13,8 @@ help:
 	@echo "make test                                  linter, type checker, the whole test suite"
 	@echo "make table-2.1 [SCALE=cpu] [WORKERS=2]     run what is missing, then render and print"
 	@echo "make bench [ARGS=--quick]                  what a training step costs, to results/bench.md"
-	@echo "make tables [SCALE=cpu]                    render every table from records; trains nothing"
+	@echo "make figure-2.1 [SCALE=cpu] [WORKERS=2]    likewise a figure"
+	@echo "make tables figures [SCALE=cpu]            render every table and figure from records; trains nothing"
 
 setup: .venv/installed
 
@@ -39,8 +40,14 @@ lint: setup
 table-%: setup
 	@$(BIN)/python scripts/make_table.py $* --scale $(SCALE) --workers $(WORKERS)
 
+figure-%: setup
+	@$(BIN)/python scripts/make_figure.py $* --scale $(SCALE) --workers $(WORKERS)
+
 tables: setup
 	@$(BIN)/python scripts/make_table.py --scale $(SCALE) --render-only
+
+figures: setup
+	@$(BIN)/python scripts/make_figure.py --scale $(SCALE) --render-only
 
 bench: setup
 	@$(BIN)/python scripts/bench.py $(ARGS)

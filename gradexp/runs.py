@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import importlib.metadata
+import io
 import json
 import math
 import os
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import filelock
+import numpy as np
 
 from gradexp.errors import UserError
 from gradexp.registry import locate
@@ -149,6 +151,23 @@ def write_record(path: Path, record: Config) -> None:
     write_atomically(path, content)
 
 
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of the record at `path`. Raises UserError where they are missing or are not the record's."""
+    facts = read_record(path).get("arrays", {})
+    file = path.with_suffix(".npz")
+    if not file.exists() or sha256(file) != facts.get("sha256"):
+        raise UserError(f"{file} is missing or is not what {path.name} describes; delete both and run again")
+    with np.load(file, allow_pickle=False) as stored:
+        return dict(stored)
+
+
+def _write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> Config:
+    content = io.BytesIO()
+    np.savez_compressed(content, allow_pickle=False, **arrays)
+    write_atomically(path, content.getvalue())
+    return {"sha256": sha256(path), "shapes": {name: list(array.shape) for name, array in arrays.items()}}
+
+
 def _json(value: Any) -> bytes:
     text = json.dumps(_finite(value), sort_keys=True, indent=2, allow_nan=False)
     flat = re.sub(
@@ -174,12 +193,14 @@ class Result:
     """What a task returns.
 
     metrics: a flat dict of numbers, curves as lists. facts: whatever else the record should hold
-    (data fingerprint, parameters, device, precision, images_per_second).
+    (data fingerprint, parameters, device, precision, images_per_second). arrays: images and maps that a figure
+    shows; they are kept compressed beside the record, so a figure renders from results alone. Keep them small.
     """
 
     metrics: dict[str, float | list[float]]
     status: str = "finished"
     facts: dict[str, Any] = field(default_factory=dict)
+    arrays: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass
@@ -249,6 +270,8 @@ def _perform(run: Run) -> Config:
     result: Result = locate(run.config["task"]["_target_"])(run)
     spent = {"wall": time.monotonic() - clock, "cpu": time.process_time() - cpu}
     earlier = result.facts.pop("earlier_seconds", {"wall": 0.0, "cpu": 0.0})
+    if result.arrays:
+        result.facts["arrays"] = _write_arrays(run.record_path.with_suffix(".npz"), result.arrays)
     return {
         "id": run.id,
         "experiment": run.config["name"],
@@ -319,7 +342,9 @@ def versions() -> dict[str, str]:
 
 def say(record: Config) -> None:
     """The last line of a run."""
-    numbers = [(name, value) for name, value in sorted(record["metrics"].items()) if name.startswith("test/")]
-    shown = " ".join(f"{name}={'nan' if value is None else f'{value:.2f}'}" for name, value in numbers)
+    numbers = {name: value for name, value in sorted(record["metrics"].items()) if not isinstance(value, list)}
+    numbers = {name: value for name, value in numbers.items() if name.startswith("test/")} or numbers
+    words = [f"{name}={'nan' if value is None else f'{value:.4g}'}" for name, value in numbers.items()]
+    shown = " ".join(words[:8] + (["..."] if len(words) > 8 else []))
     print(f"run {record['id']} {record['status']}: {shown}", flush=True)
     sys.stdout.flush()

@@ -5,6 +5,7 @@ import multiprocessing
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from gradexp import runs
@@ -49,8 +50,27 @@ def test_a_student_shares_the_teacher_that_is_trained_alone() -> None:
     assert runs.run_id(student["upstream"]["teacher"]) == runs.run_id(teacher)
 
 
+def test_a_run_that_looks_at_a_model_has_no_method_and_needs_all_its_upstream() -> None:
+    """Groups switched off with null leave the config, and so the id."""
+    words = ["experiment=teacher", "scale=quick", "~method", "~optim", "~model", "name=look"]
+    config = compose_run([*words, "+upstream.model.experiment=teacher"])
+    assert set(config) & {"method", "optim", "model"} == set()
+    assert runs.run_id(config["upstream"]["model"]) == runs.run_id(compose_run(["experiment=teacher", "scale=quick"]))
+
+
 def test_a_method_without_teacher_has_no_upstream() -> None:
     assert compose_run([*BASE, "method=ce"])["upstream"] == {}
+
+
+def test_arrays_lie_beside_the_record_and_are_checked(tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    maps = {"maps": np.arange(6, dtype=np.float32).reshape(2, 3)}
+    facts = runs._write_arrays(path.with_suffix(".npz"), maps)
+    runs.write_record(path, {"metrics": {}, "arrays": facts})
+    assert (runs.read_arrays(path)["maps"] == maps["maps"]).all()
+    path.with_suffix(".npz").write_bytes(b"something else")
+    with pytest.raises(UserError, match="delete both and run again"):
+        runs.read_arrays(path)
 
 
 def test_records_are_sorted_small_and_know_nan(tmp_path: Path) -> None:

@@ -124,6 +124,21 @@ def test_departures_from_the_paper_are_said() -> None:
     assert "`optim.passes` 60 (paper: 500)" in " ".join(table(scale="quick").caption)
 
 
+def test_a_cell_may_show_the_spread_inside_its_runs() -> None:
+    """Root mean square of the runs' own standard deviations, not the one between runs."""
+    cell = dataclasses.replace(table().cells[0], values=(1.0, 2.0), spreads=(3.0, 4.0))
+    assert cell.std == pytest.approx(12.5**0.5)
+
+
+@pytest.mark.parametrize(
+    ("best", "per", "expected"), [("min", "row", {1.0, 0.0}), ("max", "column", {2.0, 3.0}), (None, "row", set())]
+)
+def test_bold_is_per_column_or_per_row(best: str | None, per: str, expected: set[float]) -> None:
+    grid = {("a", "x"): 1.0, ("a", "y"): 3.0, ("b", "x"): 2.0, ("b", "y"): 0.0}
+    cells = [tables.Cell(row, column, (), None, False, "m", (value,)) for (row, column), value in grid.items()]
+    assert {cell.ours for cell in tables.mark_best(cells, best, per) if cell.best} == expected
+
+
 def specs() -> list[Path]:
     return sorted((ROOT / "conf" / "table").glob("*.yaml"))
 
@@ -132,13 +147,12 @@ def specs() -> list[Path]:
 def test_every_cell_composes_and_has_its_number_in_the_thesis(path: Path) -> None:
     spec = yaml.safe_load(path.read_text())
     thesis = tables.read_thesis(ROOT / "results" / "thesis.csv")
-    ids = set()
-    count = 0
+    shown = []
     for row, column, seeds in tables.cells_of(spec, "paper"):
-        assert (spec["number"], row["thesis"], column["label"]) in thesis
-        ids |= {run_id(plan(overrides).config) for overrides in seeds}
-        count += len(seeds)
-    assert len(ids) == count
+        assert (spec["number"], *(place.get("thesis", place["label"]) for place in (row, column))) in thesis
+        metric = next(place["metric"] for place in (row, column, spec) if "metric" in place)
+        shown += [(run_id(plan(overrides).config), str(metric)) for overrides in seeds]
+    assert len(set(shown)) == len(shown), "two cells show the same number"
 
 
 def committed(pattern: str) -> list[Path]:

@@ -11,17 +11,17 @@ import io
 import math
 import re
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import rich.box
 import rich.console
 import rich.table
 
-from gradexp.errors import UserError
-from gradexp.runs import ROOT, Config, Paths, identity, read_record, run_id, write_atomically
+from gradexp.report.specs import Planner, Source, seeds_of
+from gradexp.runs import ROOT, Config, Paths, identity, read_record, write_atomically
 
 EMPTY = "–"
 COLUMNS = ("row", "column", "metric", "ours", "std", "n", "thesis", "difference", "run_ids")
@@ -29,20 +29,15 @@ UNINTERESTING = ("scale", "_target_", "version", "channels", "classes", "size") 
 
 
 @dataclass(frozen=True)
-class Source:
-    """One run behind a cell: its id, its record's place, and the command that makes it."""
-
-    id: str
-    record: Path
-    command: str
-
-
-@dataclass(frozen=True)
 class Thesis:
-    """A number that the thesis prints."""
+    """A number that the thesis prints, with its standard deviation where it prints one."""
 
     value: float
     bold: bool
+    std: float | None = None
+
+    def __str__(self) -> str:
+        return f"{self.value:g}" + ("" if self.std is None else f" ± {self.std:g}")
 
 
 @dataclass(frozen=True)
@@ -52,7 +47,9 @@ class Cell:
     sources: tuple[Source, ...]
     thesis: Thesis | None
     comparable: bool
+    metric: str
     values: tuple[float, ...]  # of the finished runs, in the order of the seeds; NaN where one diverged
+    spreads: tuple[float, ...] = ()  # standard deviations inside each run (over draws or images), where the table shows these
     best: bool = False
 
     @property
@@ -61,7 +58,9 @@ class Cell:
 
     @property
     def std(self) -> float | None:
-        """Sample standard deviation over seeds."""
+        """Standard deviation inside the runs where the table shows that; otherwise over seeds, of the sample."""
+        if self.spreads:
+            return math.sqrt(statistics.fmean(spread**2 for spread in self.spreads))
         return statistics.stdev(self.values) if len(self.values) > 1 else None
 
     @property
@@ -73,7 +72,7 @@ class Cell:
 
     @property
     def missing(self) -> list[Source]:
-        return [source for source in self.sources if not source.record.exists()]
+        return [source for source in self.sources if not source.finished]
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,6 @@ class Table:
     number: str
     title: str
     corner: str
-    metric: str
     scale: str
     caption: tuple[str, ...]
     rows: tuple[str, ...]
@@ -103,25 +101,33 @@ def value_of(record: Config, metric: str) -> float:
 
 
 def values_of(sources: Iterable[Source], metric: str) -> tuple[float, ...]:
-    return tuple(value_of(read_record(source.record), metric) for source in sources if source.record.exists())
+    return tuple(value_of(read_record(source.record), metric) for source in sources if source.finished)
 
 
 def read_thesis(path: Path) -> dict[tuple[str, str, str], Thesis]:
     """results/thesis.csv as {(item, row, column): number}."""
     with path.open(newline="", encoding="utf-8") as file:
         lines = list(csv.DictReader(file))
-    return {(x["item"], x["row"], x["column"]): Thesis(float(x["value"]), x["bold"] == "1") for x in lines}
+    return {
+        (x["item"], x["row"], x["column"]): Thesis(float(x["value"]), x["bold"] == "1", float(x["std"]) if x["std"] else None)
+        for x in lines
+    }
 
 
-def mark_best(cells: Sequence[Cell], best: str) -> tuple[Cell, ...]:
-    """Bold as in the thesis: the best of each column, where at least two of its cells are filled."""
+def mark_best(cells: Sequence[Cell], best: str | None, per: str = "column") -> tuple[Cell, ...]:
+    """Bold as in the thesis: the best of each column (or `row`), where at least two of its cells are filled.
+
+    best: `max`, `min`, or None for a table without bold numbers.
+    """
+    if best is None:
+        return tuple(cells)
     pick = max if best == "max" else min
     winners: dict[str, float] = {}
-    for column in {cell.column for cell in cells}:
-        numbers = [c.ours for c in cells if c.column == column and c.ours is not None and c.ours == c.ours]
+    for group in {getattr(cell, per) for cell in cells}:
+        numbers = [c.ours for c in cells if getattr(c, per) == group and c.ours is not None and c.ours == c.ours]
         if len(numbers) > 1:
-            winners[column] = pick(numbers)
-    return tuple(replace(cell, best=cell.ours is not None and cell.ours == winners.get(cell.column)) for cell in cells)
+            winners[group] = pick(numbers)
+    return tuple(replace(cell, best=cell.ours is not None and cell.ours == winners.get(getattr(cell, per))) for cell in cells)
 
 
 def departures(here: Config, paper: Config) -> dict[str, tuple[Any, Any]]:
@@ -161,55 +167,46 @@ def origins(records: Sequence[Config]) -> str:
 # --- from a spec to a table -------------------------------------------------------------------------------
 
 
-class Planned(Protocol):
-    """A run before it runs (gradexp.tasks.compose.Planned)."""
-
-    @property
-    def config(self) -> Config: ...
-    @property
-    def command(self) -> str: ...
-
-
-Planner = Callable[[Sequence[str]], Planned]
-
-
 def overrides_of(spec: Config, row: Config, column: Config, scale: str, seed: int) -> list[str]:
-    """What to type for one cell and one seed."""
-    experiment = [f"experiment={spec['experiment']}", f"scale={scale}"]
-    return [*experiment, *row["overrides"], *column["overrides"], f"seed={seed}"]
+    """What to type for one cell and one seed. A row or a column may name an experiment of its own."""
+    experiment = [f"experiment={_setting('experiment', row, column, spec)}", f"scale={scale}"]
+    return [*experiment, *row.get("overrides", []), *column.get("overrides", []), f"seed={seed}"]
+
+
+def _setting(key: str, *places: Config) -> Any:
+    """What the first place that has this key says."""
+    return next((place[key] for place in places if key in place), None)
 
 
 def cells_of(spec: Config, scale: str) -> Iterator[tuple[Config, Config, list[list[str]]]]:
     """(row, column, overrides of each seed) for all cells that the scale has."""
-    if scale not in spec["seeds"]:
-        raise UserError(f"scale={scale}: table {spec['number']} has {', '.join(spec['seeds'])}")
-    columns = [column for column in spec["columns"] if scale in column["scales"]]
+    all_seeds = seeds_of(spec, scale)
+    columns = [column for column in spec["columns"] if scale in column.get("scales", spec["seeds"])]
     for row in spec["rows"]:
         for column in columns:
-            yield row, column, [overrides_of(spec, row, column, scale, seed) for seed in spec["seeds"][scale]]
+            yield row, column, [overrides_of(spec, row, column, scale, seed) for seed in all_seeds]
 
 
 def build(spec: Config, scale: str, plan: Planner, paths: Paths) -> Table:
     """The table that `conf/table/NUMBER.yaml` describes, filled with whatever records there are."""
     thesis = read_thesis(ROOT / "results" / "thesis.csv")
 
-    def source(overrides: Sequence[str]) -> Source:
-        run = plan(overrides)
-        return Source(run_id(run.config), paths.record(run.config), run.command)
-
     cells = []
     changes: dict[str, tuple[Any, Any]] = {}
     data: set[str] = set()
     for row, column, seeds in cells_of(spec, scale):
-        sources = tuple(source(overrides) for overrides in seeds)
-        printed = thesis.get((spec["number"], row["thesis"], column["label"]))
-        values = values_of(sources, spec["metric"])
-        cells.append(Cell(row["label"], column["label"], sources, printed, scale in spec["comparable"], values))
+        sources = tuple(Source.of(plan(overrides), paths) for overrides in seeds)
+        names = (str(place.get("thesis", place["label"])) for place in (row, column))
+        printed = thesis.get((spec["number"], *names))
+        metric, spread = (_setting(key, row, column, spec) for key in ("metric", "spread"))
+        values, spreads = values_of(sources, metric), values_of(sources, spread) if spread else ()
+        comparable = scale in spec["comparable"]
+        cells.append(Cell(row["label"], column["label"], sources, printed, comparable, metric, values, spreads))
         paper = [word if word != f"scale={scale}" else "scale=paper" for word in seeds[0]]
         config = plan(seeds[0]).config
         changes |= departures(config, plan(paper).config)
         data.add(config["data"]["name"])
-    upstream = [(line, source([*line["overrides"], f"scale={scale}"])) for line in spec.get("upstream", [])]
+    upstream = [(line, Source.of(plan([*line["overrides"], f"scale={scale}"]), paths)) for line in spec.get("upstream", [])]
     caption = [
         *([spec["note"]] if spec.get("note") else []),
         _departure_sentence(scale, changes),
@@ -220,18 +217,17 @@ def build(spec: Config, scale: str, plan: Planner, paths: Paths) -> Table:
             else ["The thesis's numbers mark their places; at this scale they can't be compared."]
         ),
         f"Seeds: {', '.join(map(str, spec['seeds'][scale]))}. The test set is read once, after the last step.",
-        origins([read_record(s.record) for cell in cells for s in cell.sources if s.record.exists()]),
+        origins([read_record(s.record) for cell in cells for s in cell.sources if s.finished]),
     ]
     return Table(
         number=spec["number"],
         title=spec["title"].format(data=", ".join(sorted(data))),
         corner=spec["corner"],
-        metric=spec["metric"],
         scale=scale,
         caption=tuple(caption),
         rows=tuple(row["label"] for row in spec["rows"]),
         columns=tuple(dict.fromkeys(cell.column for cell in cells)),
-        cells=mark_best(cells, spec["best"]),
+        cells=mark_best(cells, spec["best"], spec.get("best_per", "column")),
     )
 
 
@@ -247,7 +243,7 @@ def _word(value: Any) -> str:
 
 
 def _upstream_sentence(line: Config, source: Source, spec: Config, thesis: dict[tuple[str, str, str], Thesis]) -> str:
-    found = values_of([source], spec["metric"])
+    found = values_of([source], line.get("metric", "test/accuracy"))
     mine = f"{found[0]:.2f} (run {source.id})" if found else "not run yet"
     printed = thesis.get((spec["number"], *line["thesis"]))
     return f"{line['label'].capitalize()}: {mine}" + (f"; the thesis's {printed.value:g}." if printed else ".")
@@ -276,11 +272,11 @@ def to_csv(table: Table) -> str:
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(COLUMNS)
     for c in table.cells:
-        done = [source.id for source in c.sources if source.record.exists()]
+        done = [source.id for source in c.sources if source.finished]
         plain = [("" if x is None else f"{x:.4f}") for x in (c.ours, c.std)]
         thesis = "" if c.thesis is None else f"{c.thesis.value:g}"
         difference = "" if c.difference is None else f"{c.difference:.4f}"
-        writer.writerow([c.row, c.column, table.metric, *plain, len(c.values), thesis, difference, " ".join(done)])
+        writer.writerow([c.row, c.column, c.metric, *plain, len(c.values), thesis, difference, " ".join(done)])
     return out.getvalue()
 
 
@@ -289,7 +285,7 @@ def to_markdown(table: Table) -> str:
         mine = f"**{ours(c)}**" if c.best else ours(c)
         if c.thesis is None:
             return mine
-        printed = f"**{c.thesis.value:g}**" if c.thesis.bold else f"{c.thesis.value:g}"
+        printed = f"**{c.thesis}**" if c.thesis.bold else str(c.thesis)
         return f"{mine}<br>thesis {printed}" + (f" ({signed(c.difference)})" if c.difference is not None else "")
 
     lines = [f"**Table {table.number}, scale={table.scale}.** {table.title}", ""]
@@ -298,11 +294,11 @@ def to_markdown(table: Table) -> str:
         "| " + " | ".join([row, *(cell(table.cell(row, column)) for column in table.columns)]) + " |" for row in table.rows
     ]
     lines += ["", *(f"- {sentence}" for sentence in table.caption)]
-    filled = [(c, s) for c in table.cells for s in c.sources if s.record.exists()]
+    filled = [(c, s) for c in table.cells for s in c.sources if s.finished]
     if filled:
         lines += ["", "<details><summary>Records</summary>", "", "| row | column | records |", "|---|---|---|"]
         for c in table.cells:
-            links = [f"[{s.id}](../../runs/{s.record.parent.name}/{s.record.name})" for s in c.sources if s.record.exists()]
+            links = [f"[{s.id}](../../runs/{s.record.parent.name}/{s.record.name})" for s in c.sources if s.finished]
             if links:
                 lines.append(f"| {c.row} | {c.column} | {' '.join(links)} |")
         lines += ["", "</details>"]
@@ -322,7 +318,7 @@ def to_latex(table: Table) -> str:
         mine = rf"\textbf{{{mine}}}" if c.best else mine
         if c.thesis is None:
             return mine
-        printed = rf"\textbf{{{c.thesis.value:g}}}" if c.thesis.bold else f"{c.thesis.value:g}"
+        printed = rf"\textbf{{{text(str(c.thesis))}}}" if c.thesis.bold else text(str(c.thesis))
         return f"{mine} ({printed})"
 
     body = [
@@ -355,7 +351,7 @@ def to_text(table: Table) -> str:
         cells = [table.cell(row, column) for column in table.columns]
         lines.append([row, *(ours(c) + ("*" if c.best else "") for c in cells)])
         if any(c.thesis for c in cells):
-            lines.append(["", *(f"({c.thesis.value:g})" if c.thesis else "" for c in cells)])
+            lines.append(["", *(f"({c.thesis})" if c.thesis else "" for c in cells)])
     widths = [max(len(line[i]) for line in [heads, *lines]) for i in range(len(heads))]
     shown = [
         line[0].ljust(widths[0]) + "".join("  " + x.rjust(w) for x, w in zip(line[1:], widths[1:], strict=True))
@@ -386,7 +382,7 @@ def to_svg(table: Table) -> str:
 
 def _styled(cell: Cell) -> str:
     mine = f"[bold]{ours(cell)}[/bold]" if cell.best else ours(cell)
-    return f"{mine} [dim]{cell.thesis.value:g}[/dim]" if cell.thesis else mine
+    return f"{mine} [dim]{cell.thesis}[/dim]" if cell.thesis else mine
 
 
 def write(table: Table, results: Path) -> list[Path]:

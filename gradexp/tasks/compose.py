@@ -44,14 +44,16 @@ def plan(overrides: Sequence[str]) -> Planned:
     """The run that `python run.py OVERRIDES` stands for, with its upstream runs.
 
     Each entry of `upstream` (experiment, model, ... as on a command line) becomes the whole config of that run
-    at the same scale; the ones that the method does not need are dropped.
+    at the same scale; the ones that the method does not need are dropped. A run without a method (one that
+    looks at a trained model) stands on all of them.
     """
     config = _compose(tuple(overrides))
-    known = _compose(("experiment=teacher",)).keys()
+    known = _compose(("experiment=teacher",)).keys() | {folder.name for folder in CONF.iterdir() if folder.is_dir()}
     for key in config:
         if key not in known:
             raise UserError(f"the experiment sets {key}, which no run reads{nearest(str(key), known)}")
-    upstream = {name: _upstream(config, name) for name in config["method"]["upstream"]}
+    names = config["method"]["upstream"] if "method" in config else config["upstream"]
+    upstream = {name: _upstream(config, name) for name in names}
     nested = {name: {key: value for key, value in run.config.items() if key not in HARDWARE} for name, run in upstream.items()}
     return Planned(tuple(overrides), config | {"upstream": nested}, tuple(upstream.values()))
 

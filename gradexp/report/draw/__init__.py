@@ -1,0 +1,1 @@
+"""Drawing functions, one kind of figure a file: (spec, series) -> (figure, plotted values)."""

@@ -1,0 +1,121 @@
+"""A thesis figure from records: a vector PDF, a PNG, and the plotted values as CSV.
+
+A figure is data, like a table: its series and the runs behind them, and the function in gradexp/report/draw/ that
+draws them. A drawing function sees records only, never a model.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.figure import Figure
+
+from gradexp.errors import UserError
+from gradexp.report.specs import Planner, Source, seeds_of
+from gradexp.runs import Config, Paths, read_arrays, read_record, write_atomically
+
+STYLE: Any = {
+    "font.family": "DejaVu Sans",
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e6e6e6",
+    "grid.linewidth": 0.6,
+    "lines.linewidth": 1.4,
+    "legend.frameon": False,
+    "figure.constrained_layout.use": True,
+    "savefig.dpi": 200,
+    "pdf.fonttype": 42,
+    "svg.hashsalt": "gradexp",
+}
+COLUMN_WIDTH = 3.4  # inches: one column of a two-column page
+# Okabe and Ito's colour-blind safe palette. One colour a method, the same in every figure.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line, bar or row of a figure: its entry in the spec, and its runs, one a seed."""
+
+    spec: Config
+    sources: tuple[Source, ...]
+
+    @property
+    def label(self) -> str:
+        return str(self.spec["label"])
+
+    @property
+    def records(self) -> list[Config]:
+        return [read_record(source.record) for source in self.sources if source.finished]
+
+    @property
+    def arrays(self) -> list[dict[str, np.ndarray]]:
+        return [read_arrays(source.record) for source in self.sources if source.finished]
+
+    def metric(self, name: str) -> np.ndarray:
+        """A metric of every finished run, a curve as one row a run; NaN where a number is missing. (n,) or (n, length)."""
+        values = [record["metrics"].get(name) for record in self.records]
+        return np.array([np.nan if value is None else value for value in values], dtype=float)
+
+
+Row = dict[str, Any]
+# spec, its series -> the drawing, and the plotted values as rows of the CSV file
+Draw = Callable[[Config, Sequence[Series]], tuple[Figure, list[Row]]]
+
+
+def overrides_of(spec: Config, scale: str) -> Iterator[tuple[Config, list[list[str]]]]:
+    """(series, what to type for each of its seeds)."""
+    for series in spec["series"]:
+        experiment = series.get("experiment", spec.get("experiment"))
+        common = [f"experiment={experiment}", f"scale={scale}", *series.get("overrides", [])]
+        yield series, [[*common, f"seed={seed}"] for seed in seeds_of(spec, scale)]
+
+
+def gather(spec: Config, scale: str, plan: Planner, paths: Paths) -> list[Series]:
+    """The figure's series with whatever records there are."""
+    return [
+        Series(series, tuple(Source.of(plan(words), paths) for words in seeds)) for series, seeds in overrides_of(spec, scale)
+    ]
+
+
+def missing(series: Sequence[Series]) -> list[Source]:
+    return [source for one in series for source in one.sources if not source.finished]
+
+
+def make(spec: Config, scale: str, series: Sequence[Series], draw: Draw, results: Path) -> list[Path]:
+    """Draws and writes the figure's files under results/figures/<scale>/. Raises UserError while runs are missing."""
+    absent = missing(series)
+    if absent:
+        commands = "\n".join(f"  {source.command}" for source in absent)
+        raise UserError(f"figure {spec['number']}, scale={scale}: runs are missing; make them with\n{commands}")
+    with mpl.rc_context(STYLE):
+        figure, rows = draw(spec, series)
+        stem = results / "figures" / scale / f"figure_{spec['number'].replace('.', '_')}"
+        for kind in ("png", "pdf", *spec.get("also", [])):
+            content = io.BytesIO()
+            figure.savefig(content, format=kind, metadata={"Software": None} if kind == "png" else _dateless(kind))
+            write_atomically(stem.with_suffix(f".{kind}"), content.getvalue())
+    write_atomically(stem.with_suffix(".csv"), _csv(rows).encode())
+    return [stem.with_suffix(f".{kind}") for kind in ("png", "pdf", *spec.get("also", []), "csv")]
+
+
+def _dateless(kind: str) -> dict[str, None]:
+    """The same records give the same bytes on any day."""
+    return {"CreationDate": None} if kind == "pdf" else {"Date": None}
+
+
+def _csv(rows: Sequence[Row]) -> str:
+    out = io.StringIO()
+    writer = csv.DictWriter(out, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()

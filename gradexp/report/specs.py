@@ -1,0 +1,63 @@
+"""Tables and figures as data: conf/table/*.yaml and conf/figure/*.yaml."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import yaml
+
+from gradexp.errors import UserError, nearest
+from gradexp.runs import ROOT, Config, Paths, run_id
+
+
+class Planned(Protocol):
+    """A run before it runs (gradexp.tasks.compose.Planned)."""
+
+    @property
+    def config(self) -> Config: ...
+    @property
+    def command(self) -> str: ...
+
+
+Planner = Callable[[Sequence[str]], Planned]
+
+
+@dataclass(frozen=True)
+class Source:
+    """One run behind a number: its id, its record's place, and the command that makes it."""
+
+    id: str
+    record: Path
+    command: str
+
+    @classmethod
+    def of(cls, run: Planned, paths: Paths) -> Source:
+        return cls(run_id(run.config), paths.record(run.config), run.command)
+
+    @property
+    def finished(self) -> bool:
+        return self.record.exists()
+
+
+def numbers(kind: str) -> list[str]:
+    """The tables or figures that there are; kind: `table` or `figure`."""
+    return sorted(file.stem for file in (ROOT / "conf" / kind).glob("*.yaml"))
+
+
+def load(kind: str, number: str) -> Config:
+    """The spec of a table or figure. Raises UserError when there is none."""
+    there = numbers(kind)
+    if number not in there:
+        raise UserError(f"no {kind} {number}{nearest(number, there)} conf/{kind}/ has {', '.join(there) or 'none'}")
+    spec: Config = yaml.safe_load((ROOT / "conf" / kind / f"{number}.yaml").read_text(encoding="utf-8"))
+    return spec
+
+
+def seeds_of(spec: Config, scale: str) -> list[int]:
+    """The seeds at a scale. Raises UserError for a scale that the spec does not have."""
+    if scale not in spec["seeds"]:
+        raise UserError(f"scale={scale}: {spec['number']} has {', '.join(spec['seeds'])}")
+    return list(spec["seeds"][scale])

@@ -1,0 +1,21 @@
+"""make figure-3.2a SCALE=cpu: runs what is missing, draws.   --render-only trains nothing."""
+
+from typing import Any
+
+from common import Job, make_all, report
+
+from gradexp.registry import locate
+from gradexp.report import figures
+from gradexp.tasks.compose import plan
+
+
+def make(spec: dict[str, Any], job: Job) -> None:
+    """Runs what is missing, then draws and writes the figure."""
+    wanted = [overrides for _, seeds in figures.overrides_of(spec, job.scale) for overrides in seeds]
+    failures = job.fill(f"figure {spec['number']}", wanted)
+    series = figures.gather(spec, job.scale, plan, job.paths)
+    report([] if failures else figures.make(spec, job.scale, series, locate(spec["draw"]), job.paths.results), failures)
+
+
+if __name__ == "__main__":
+    make_all("figure", make, __doc__)
