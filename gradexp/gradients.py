@@ -1,14 +1,20 @@
-"""Gradients of a classifier with respect to its input: fast where they can be, differentiable where they must be."""
+"""Gradients of a classifier, at its input and at its layers: fast where they can be, differentiable where they must be."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradexp import layers
-from gradexp.errors import UserError
+from gradexp.errors import UserError, nearest
 
 TARGETS = ("label", "top", "logprob", "all")
+INPUT = "input"  # the name of the images among layers
 
 
 def scalar(logits: Tensor, labels: Tensor, target: str) -> Tensor:
@@ -33,11 +39,24 @@ def gradient_of(logits: Tensor, images: Tensor, labels: Tensor, *, target: str, 
     -> (B, C, H, W), or (B, K, C, H, W) for `all`. The graph of `logits` stays usable.
     """
     if target == "all":
-        return torch.stack([_gradient(logits[:, k], images, differentiable) for k in range(logits.shape[1])], dim=1)
-    return _gradient(scalar(logits, labels, target), images, differentiable)
+        columns = [_gradients(logits[:, k], [images], differentiable)[0] for k in range(logits.shape[1])]
+        return torch.stack(columns, dim=1)
+    return _gradients(scalar(logits, labels, target), [images], differentiable)[0]
 
 
-def input_gradient(model: torch.nn.Module, images: Tensor, labels: Tensor, *, target: str = "label") -> Tensor:
+def gradients_of(
+    logits: Tensor, values: dict[str, Tensor], labels: Tensor, *, target: str, differentiable: bool
+) -> dict[str, Tensor]:
+    """Gradients of logits at several of the values they were computed from, in one backward pass.
+
+    values: {name: (B, ...)}, on the way from the images to the logits, such as the outputs of layers. The gradient at
+    a layer's output is the gradient with respect to the layer's bias, position by position. -> {name: (B, ...)}.
+    """
+    found = _gradients(scalar(logits, labels, target), list(values.values()), differentiable)
+    return dict(zip(values, found, strict=True))
+
+
+def input_gradient(model: nn.Module, images: Tensor, labels: Tensor, *, target: str = "label") -> Tensor:
     """Input-gradient of `model` in its present mode, as a constant.
 
     images (B, C, H, W), labels (B,) -> (B, C, H, W), or (B, K, C, H, W) for `target="all"`.
@@ -47,9 +66,7 @@ def input_gradient(model: torch.nn.Module, images: Tensor, labels: Tensor, *, ta
         return gradient_of(model(images), images, labels, target=target, differentiable=False).detach()
 
 
-def taylor_trace(
-    model: torch.nn.Module, images: Tensor, logits: Tensor, labels: Tensor, *, sigma: float, target: str
-) -> Tensor:
+def taylor_trace(model: nn.Module, images: Tensor, logits: Tensor, labels: Tensor, *, sigma: float, target: str) -> Tensor:
     """One-sample Taylor estimate of the trace of the Hessian (Eq. 5.9): 2/sigma^2 (f(x + v) - f(x)), v ~ N(0, sigma^2).
 
     logits = model(images); the noisy images are a second pass in the model's present mode. -> (B,).
@@ -64,9 +81,196 @@ def angle(first: Tensor, second: Tensor) -> Tensor:
     return torch.rad2deg(torch.acos(cosine.clamp(-1, 1)))
 
 
-def _gradient(values: Tensor, images: Tensor, differentiable: bool) -> Tensor:
+def _gradients(values: Tensor, inputs: Sequence[Tensor], differentiable: bool) -> tuple[Tensor, ...]:
     # The sum keeps one backward pass for the whole batch. In train mode, batch statistics couple the images:
     # this is then the gradient of the batch's sum, as in the author's code.
     with layers.only_inputs():
-        (gradient,) = torch.autograd.grad(values.sum(), images, create_graph=differentiable, retain_graph=True)
-    return gradient
+        return torch.autograd.grad(values.sum(), inputs, create_graph=differentiable, retain_graph=True)
+
+
+# --- what layers compute ----------------------------------------------------------------------------------
+
+
+@contextmanager
+def captured(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """Inside, {name: output of that module in the last forward pass}.
+
+    A capture's values stay what the module returned: modules that work in-place do not, inside. Hooks are removed at
+    exit. Raises UserError for a name that no module of `model` has.
+    """
+    modules = dict(model.named_modules())
+    for name in names:
+        if name not in modules:
+            raise UserError(f"{type(model).__name__} has no layer {name}{nearest(name, modules)}")
+    values: dict[str, Tensor] = {}
+
+    def keep(name: str, _: nn.Module, __: Tensor, output: Tensor) -> None:
+        values[name] = output
+
+    with _hooked(model, {name: partial(keep, name) for name in names}):
+        yield values
+
+
+Hook = Callable[[nn.Module, Tensor, Tensor], None]  # module, input, output
+
+
+@contextmanager
+def _hooked(model: nn.Module, hooks: dict[str, Hook]) -> Iterator[None]:
+    """Inside, a hook follows every call of the module with its name, and no module works in-place."""
+    modules = dict(model.named_modules())
+    in_place = [module for module in modules.values() if getattr(module, "inplace", False)]
+    handles = [
+        modules[name].register_forward_hook(lambda module, given, output, hook=hook: hook(module, given[0], output))
+        for name, hook in hooks.items()
+    ]
+    for module in in_place:
+        module.inplace = False
+    try:
+        yield
+    finally:
+        for module in in_place:
+            module.inplace = True
+        for handle in handles:
+            handle.remove()
+
+
+# --- full-gradients (Chapter 3) ---------------------------------------------------------------------------
+
+AFFINE = (nn.Conv2d, nn.Linear)
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+CURVED = (nn.Softplus, nn.GELU, nn.SiLU, nn.ELU, nn.Sigmoid, nn.Tanh)  # elementwise
+# f(kx) = k f(x) for k > 0: no bias, neither explicit nor implicit. Dropout in eval mode.
+HOMOGENEOUS = (nn.ReLU, nn.LeakyReLU, nn.Identity, nn.Sequential, nn.Flatten, nn.Dropout, nn.Dropout2d)
+POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
+
+
+@dataclass(frozen=True)
+class FullGradient:
+    """The full-gradient of Proposition 6, image by image.
+
+    images (B, C, H, W), output (B,), input: input-gradient (B, C, H, W), biases: {layer: bias-gradient f^b, that is
+    bias times gradient, (B, c, h, w) or (B, c)}.
+    """
+
+    images: Tensor
+    output: Tensor
+    input: Tensor
+    biases: dict[str, Tensor]
+
+    def total(self) -> Tensor:
+        """Input term plus all bias terms: the output (Eq. 3.1). (B,)."""
+        terms = [self.input * self.images, *self.biases.values()]
+        return torch.stack([term.flatten(1).sum(1) for term in terms]).sum(0)
+
+    def error(self) -> Tensor:
+        """How far `total` is from the output, relative to it. (B,)."""
+        return (self.total() - self.output).abs() / self.output.abs()
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A module with a bias at work. `before`: the affine module whose output a normalisation was given."""
+
+    name: str
+    module: nn.Module
+    given: Tensor
+    output: Tensor
+    before: nn.Module | None = None
+
+    def bias(self, differentiable: bool) -> Tensor | None:
+        """Shaped to multiply the gradient at the output; None where there is none."""
+        if isinstance(self.module, CURVED):  # linearised at its input: b = y - s(z) z (§3.4)
+            slope = torch.autograd.grad(self.output.sum(), self.given, create_graph=differentiable, retain_graph=True)[0]
+            return self.output - slope * self.given
+        bias = effective_bias(self.module, self.before)
+        return None if bias is None else bias.view(-1, *[1] * (self.output.dim() - 2))
+
+
+def effective_bias(module: nn.Module, before: nn.Module | None = None, features: Tensor | None = None) -> Tensor | None:
+    """What a layer adds to its output, (C,): explicit and implicit biases merged; None where there are none.
+
+    module: a convolution or linear layer: its bias b. A batch normalisation: beta - gamma (mean - b) / sqrt(var + eps),
+    with b the bias of the layer `before` it, where given. features: that layer's output (B, C, ...), for the batch's
+    statistics; running statistics without. Differentiable in all of these.
+    """
+    own: Tensor | None = getattr(before or module, "bias", None)
+    if not isinstance(module, NORMS):
+        return own
+    if features is None:
+        mean, variance = module.running_mean, module.running_var
+    else:
+        wide = features if features.dtype == torch.float64 else features.float()
+        variance, mean = torch.var_mean(wide.transpose(0, 1).flatten(1), dim=1, correction=0)
+    if mean is None or variance is None:
+        raise UserError("a batch normalisation without running statistics has no bias of its own; give it these")
+    shift = mean if before is None or own is None else mean - own
+    gamma, beta = (module.weight, module.bias) if module.affine else (1, 0)
+    return beta - gamma * shift * torch.rsqrt(variance + module.eps)
+
+
+def full_gradient(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    target: str = "label",
+    separate: bool = False,
+    differentiable: bool = False,
+) -> FullGradient:
+    """Input-gradient and every layer's bias-gradient of `model`, in eval mode, in one backward pass (§3.4).
+
+    Biases are explicit (convolution, linear layer) and implicit (batch normalisation, curved activations). A
+    normalisation and the layer in front of it share one map, under the name of the normalisation; `separate` keeps a
+    map a module. A module that is called again counts as `name:2`. The sum over everything is exact for
+    `target="label"` and `"top"`. differentiable: with the graph for a further backward pass.
+    Raises UserError for a model in train mode, and for a layer whose bias is not known.
+    """
+    if model.training:
+        raise UserError("full-gradients are those of a model in eval mode: call model.eval()")
+    with torch.enable_grad():
+        images = images.detach().requires_grad_()
+        logits, calls = _called(model, images)
+        if not separate:
+            calls = _merged(calls)
+        biases = {call.name: (call.bias(differentiable), call.output) for call in calls}
+        kept = {name: (bias, output) for name, (bias, output) in biases.items() if bias is not None}
+        values = {INPUT: images} | {name: output for name, (_, output) in kept.items()}
+        found = gradients_of(logits, values, labels, target=target, differentiable=differentiable)
+        maps = {name: found[name] * bias for name, (bias, _) in kept.items()}
+        output = scalar(logits, labels, target)
+    if differentiable:
+        return FullGradient(images, output, found[INPUT], maps)
+    return FullGradient(images.detach(), output.detach(), found[INPUT], {name: map.detach() for name, map in maps.items()})
+
+
+def _called(model: nn.Module, images: Tensor) -> tuple[Tensor, list[_Call]]:
+    """Logits, and the calls of all modules with a bias, in order."""
+    calls: list[_Call] = []
+
+    def keep(name: str, module: nn.Module, given: Tensor, output: Tensor) -> None:
+        again = sum(call.module is module for call in calls)
+        calls.append(_Call(f"{name}:{again + 1}" if again else name, module, given, output))
+
+    hooks: dict[str, Hook] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, (*AFFINE, *NORMS, *CURVED)):
+            hooks[name] = partial(keep, name)
+        elif not list(module.children()) and not isinstance(module, (*HOMOGENEOUS, *POOLS)):
+            raise UserError(
+                f"the bias of a {type(module).__name__} ({name}) is not known to gradexp/gradients.py; add it there"
+            )
+    with _hooked(model, hooks):
+        return model(images), calls
+
+
+def _merged(calls: Sequence[_Call]) -> list[_Call]:
+    """The calls, each normalisation together with the convolution or linear layer whose output it was given."""
+    affine = {id(call.output): call for call in calls if isinstance(call.module, AFFINE)}
+    merged: list[_Call] = []
+    swallowed: set[str] = set()
+    for call in calls:
+        before = affine.get(id(call.given)) if isinstance(call.module, NORMS) else None
+        if before is not None:
+            swallowed.add(before.name)
+        merged.append(_Call(call.name, call.module, call.given, call.output, before.module if before else None))
+    return [call for call in merged if call.name not in swallowed]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Protocol
 
@@ -21,49 +22,70 @@ class Targets(Protocol):
     def input_gradient(self, batch: Batch, target: str) -> Tensor:
         """(B, C, H, W), or (B, K, C, H, W) for `all`."""
 
+    def features(self, batch: Batch, layer: str) -> Tensor:
+        """A layer's output, (B, c, h, w)."""
+
+    def layer_gradient(self, batch: Batch, layer: str, target: str) -> Tensor:
+        """The gradient at a layer's output, (B, c, h, w)."""
+
 
 class Step:
     """Images, labels, student and teacher of one step; terms share its forwards and gradients.
 
-    differentiable_input: whether some term needs the student's input-gradient.
+    differentiable_input: whether some term needs the student's input-gradient. student_layers: the names of the
+    modules of the student whose outputs, or the gradients there, terms read.
     """
 
     def __init__(
-        self, batch: Batch, student: nn.Module, teacher: Targets | None = None, *, differentiable_input: bool = False
+        self,
+        batch: Batch,
+        student: nn.Module,
+        teacher: Targets | None = None,
+        *,
+        differentiable_input: bool = False,
+        student_layers: Sequence[str] = (),
     ) -> None:
         self.batch, self.student, self.teacher = batch, student, teacher
         self.images = batch.images.detach().requires_grad_() if differentiable_input else batch.images
         self.labels = batch.labels
-        self._student_gradients: dict[tuple[str, str], Tensor] = {}
+        self.student_layers = student_layers
+        self._student_gradients: dict[tuple[str, str], dict[str, Tensor]] = {}
         self._teacher_gradients: dict[str, Tensor] = {}
 
-    @cached_property
+    # The student
+
+    @property
     def student_logits(self) -> Tensor:
         """(B, K), in the student's present mode."""
-        return self.student(self.images)
+        return self._batch_forward[0]
 
-    @cached_property
-    def _running_logits(self) -> Tensor:
-        """The student's logits with running statistics, as at test time."""
-        training = self.student.training
-        self.student.eval()
-        try:
-            return self.student(self.images)
-        finally:
-            self.student.train(training)
-
-    @cached_property
-    def teacher_logits(self) -> Tensor:
-        """(B, K), constant."""
-        return self._teacher.logits(self.batch)
+    def student_features(self, layer: str, student_bn: str = "batch") -> Tensor:
+        """The output of one of `student_layers`, (B, c, h, w), differentiable."""
+        return self._forward(student_bn)[1][layer]
 
     def student_input_gradient(self, target: str, student_bn: str) -> Tensor:
         """(B, C, H, W), differentiable. student_bn: `batch` or `running` statistics in batch normalisation."""
+        if target != "all":
+            return self.student_layer_gradients(target, student_bn)[gradients.INPUT]
         key = (target, student_bn)
         if key not in self._student_gradients:
-            logits = self.student_logits if student_bn == "batch" else self._running_logits
-            self._student_gradients[key] = gradients.gradient_of(
-                logits, self.images, self.labels, target=target, differentiable=torch.is_grad_enabled()
+            gradient = gradients.gradient_of(
+                self._forward(student_bn)[0], self.images, self.labels, target=target, differentiable=torch.is_grad_enabled()
+            )
+            self._student_gradients[key] = {gradients.INPUT: gradient}
+        return self._student_gradients[key][gradients.INPUT]
+
+    def student_layer_gradients(self, target: str, student_bn: str) -> dict[str, Tensor]:
+        """Gradients at all of `student_layers` and, for a differentiable input, at gradients.INPUT, in one backward pass.
+
+        {layer: (B, c, h, w)}, differentiable.
+        """
+        key = (target, student_bn)
+        if key not in self._student_gradients:
+            logits, features = self._forward(student_bn)
+            values = ({gradients.INPUT: self.images} if self.images.requires_grad else {}) | features
+            self._student_gradients[key] = gradients.gradients_of(
+                logits, values, self.labels, target=target, differentiable=torch.is_grad_enabled()
             )
         return self._student_gradients[key]
 
@@ -73,17 +95,52 @@ class Step:
             self.student, self.images.detach(), self.student_logits, self.labels, sigma=sigma, target=target
         )
 
+    def _forward(self, student_bn: str) -> tuple[Tensor, dict[str, Tensor]]:
+        return self._batch_forward if student_bn == "batch" else self._running_forward
+
+    @cached_property
+    def _batch_forward(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """Logits and the outputs of `student_layers`."""
+        with gradients.captured(self.student, self.student_layers) as features:
+            return self.student(self.images), features
+
+    @cached_property
+    def _running_forward(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """The same with running statistics, as at test time."""
+        training = self.student.training
+        self.student.eval()
+        try:
+            with gradients.captured(self.student, self.student_layers) as features:
+                return self.student(self.images), features
+        finally:
+            self.student.train(training)
+
+    # The teacher: all of it constant
+
+    @cached_property
+    def teacher_logits(self) -> Tensor:
+        """(B, K)."""
+        return self._teacher.logits(self.batch)
+
+    def teacher_features(self, layer: str) -> Tensor:
+        """The output of one of the teacher's layers, (B, c, h, w)."""
+        return self._teacher.features(self.batch, layer)
+
     def teacher_input_gradient(self, target: str) -> Tensor:
-        """(B, C, H, W), constant."""
+        """(B, C, H, W)."""
         if target not in self._teacher_gradients:
             self._teacher_gradients[target] = self._teacher.input_gradient(self.batch, target)
         return self._teacher_gradients[target]
 
+    def teacher_layer_gradient(self, layer: str, target: str) -> Tensor:
+        """The gradient at one of the teacher's layers, (B, c, h, w)."""
+        return self._teacher.layer_gradient(self.batch, layer, target)
+
     def angle(self) -> Tensor | None:
         """Mean angle in degrees between the input-gradients that the terms have asked for; None without any."""
         angles = [
-            gradients.angle(student.detach(), self._teacher_gradients[target])
-            for (target, _), student in self._student_gradients.items()
+            gradients.angle(found[gradients.INPUT].detach(), self._teacher_gradients[target])
+            for (target, _), found in self._student_gradients.items()
             if target in self._teacher_gradients
         ]
         return torch.stack(angles).mean() if angles else None

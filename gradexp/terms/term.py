@@ -13,12 +13,15 @@ class Term(nn.Module):
     """A differentiable scalar of one step; the training loss is the sum of weight * term.
 
     needs_teacher: whether the step must have one. gradient_target: whose input-gradient it needs (see
-    gradexp.gradients.scalar), None for a term without gradients. full_precision: whether mixed precision would
-    spoil it; the whole step is then computed without.
+    gradexp.gradients.scalar), None for a term without gradients. needs_input_gradient: whether that is the gradient
+    at the input, or at layers alone. student_layers, teacher_layers: the modules whose outputs, or the gradients
+    there, it reads. full_precision: whether mixed precision would spoil it; the whole step is then computed without.
     """
 
     needs_teacher = False
     gradient_target: str | None = None
+    student_layers: tuple[str, ...] = ()
+    teacher_layers: tuple[str, ...] = ()
     full_precision = False
 
     @property

@@ -35,6 +35,7 @@ class Classifier(lightning.LightningModule):
         self.student, self.terms, self.optim, self.targets = student, nn.ModuleDict(terms), optim, targets
         self.steps_per_pass, self.seed = steps_per_pass, seed
         self.needs_input_gradient = any(term.needs_input_gradient for term in terms.values())
+        self.student_layers = tuple(dict.fromkeys(layer for term in terms.values() for layer in term.student_layers))
         self.full_precision = any(term.full_precision for term in terms.values())
         self.total_steps = optim.total_steps(steps_per_pass)
         self.curves: dict[str, list[float]] = {}
@@ -56,7 +57,13 @@ class Classifier(lightning.LightningModule):
         return self._loss(batch)
 
     def _loss(self, batch: Batch) -> Tensor:
-        step = Step(batch, self.student, self.targets, differentiable_input=self.needs_input_gradient)
+        step = Step(
+            batch,
+            self.student,
+            self.targets,
+            differentiable_input=self.needs_input_gradient,
+            student_layers=self.student_layers,
+        )
         parts = {name: term.weight * term(step) for name, term in self.terms.items()}
         loss = torch.stack(list(parts.values())).sum()
         self._add({f"train/loss/{name}": part for name, part in parts.items()} | {"train/loss": loss} | self.observe(step))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import filelock
@@ -18,15 +19,17 @@ CANARY = 8  # views computed again at the start of every run
 
 
 class LiveTargets:
-    """A teacher in eval mode, run once for every batch; a batch's logits and gradients share that run.
+    """A teacher in eval mode, run once for every batch; a batch's logits, features and gradients share that run.
 
-    with_gradient: keep the graph of the forward pass, because input-gradients will be asked for.
+    with_gradient: keep the graph of the forward pass, because gradients will be asked for. layers: the names of the
+    modules whose outputs, or the gradients there, will be asked for.
     """
 
-    def __init__(self, teacher: nn.Module, *, with_gradient: bool) -> None:
+    def __init__(self, teacher: nn.Module, *, with_gradient: bool, layers: Sequence[str] = ()) -> None:
         self.teacher = teacher.eval().requires_grad_(False)
-        self.with_gradient = with_gradient
+        self.with_gradient, self.layers = with_gradient, layers
         self._batch: Batch | None = None
+        self._found: dict[str, dict[str, Tensor]] = {}
 
     def logits(self, batch: Batch) -> Tensor:
         """(B, K)."""
@@ -34,16 +37,35 @@ class LiveTargets:
 
     def input_gradient(self, batch: Batch, target: str) -> Tensor:
         """(B, C, H, W), or (B, K, C, H, W) for `all`."""
-        logits = self._forward(batch)
-        return gradients.gradient_of(logits, self._images, batch.labels, target=target, differentiable=False)
+        if target == "all":
+            logits = self._forward(batch)
+            return gradients.gradient_of(logits, self._images, batch.labels, target=target, differentiable=False)
+        return self._gradients_at(batch, target)[gradients.INPUT]
+
+    def features(self, batch: Batch, layer: str) -> Tensor:
+        """(B, c, h, w), of one of `layers`."""
+        self._forward(batch)
+        return self._features[layer].detach()
+
+    def layer_gradient(self, batch: Batch, layer: str, target: str) -> Tensor:
+        """(B, c, h, w), at one of `layers`."""
+        return self._gradients_at(batch, target)[layer]
 
     def _forward(self, batch: Batch) -> Tensor:
         if self._batch is not batch:
-            with torch.set_grad_enabled(self.with_gradient):
+            with torch.set_grad_enabled(self.with_gradient), gradients.captured(self.teacher, self.layers) as features:
                 self._batch = batch
                 self._images = batch.images.detach().requires_grad_(self.with_gradient)
                 self._logits = self.teacher(self._images)
+            self._features, self._found = features, {}
         return self._logits
+
+    def _gradients_at(self, batch: Batch, target: str) -> dict[str, Tensor]:
+        logits = self._forward(batch)
+        if target not in self._found:
+            values = {gradients.INPUT: self._images, **self._features}
+            self._found[target] = gradients.gradients_of(logits, values, batch.labels, target=target, differentiable=False)
+        return self._found[target]
 
 
 class StoredTargets:
@@ -78,6 +100,14 @@ class StoredTargets:
         if target != self.target:
             return self.live.input_gradient(batch, target)
         return self._gradients[self._slots(batch)].to(batch.images.device)
+
+    def features(self, batch: Batch, layer: str) -> Tensor:
+        """(B, c, h, w), not stored."""
+        return self.live.features(batch, layer)
+
+    def layer_gradient(self, batch: Batch, layer: str, target: str) -> Tensor:
+        """(B, c, h, w), not stored."""
+        return self.live.layer_gradient(batch, layer, target)
 
     def _slots(self, batch: Batch) -> Tensor:
         return torch.searchsorted(self.keys, self.loader.key(batch.row, batch.view))
