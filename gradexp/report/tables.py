@@ -217,7 +217,7 @@ def build(spec: Config, scale: str, plan: Planner, paths: Paths) -> Table:
             else ["The thesis's numbers mark their places; at this scale they can't be compared."]
         ),
         f"Seeds: {', '.join(map(str, spec['seeds'][scale]))}. The test set is read once, after the last step.",
-        origins([read_record(s.record) for cell in cells for s in cell.sources if s.finished]),
+        origins([read_record(file) for file in dict.fromkeys(s.record for c in cells for s in c.sources if s.finished)]),
     ]
     return Table(
         number=spec["number"],

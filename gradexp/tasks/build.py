@@ -16,13 +16,15 @@ SPECIAL = ("_target_", "_partial_")
 def build(node: dict[str, Any], *, where: str, **extra: Any) -> Any:
     """Calls the node's `_target_` with its other keys and `extra`; nested nodes are built first.
 
-    where: the node's place in the config, named in messages. A key that the target does not take is an error.
+    where: the node's place in the config, named in messages. A key that the target does not take is an error; null for
+    one that has a default leaves the default.
     """
     if "_target_" not in node:
         raise UserError(f"{where} has no _target_: it does not say what to build")
     function = locate(node["_target_"])
     given = {key: value for key, value in node.items() if key not in SPECIAL}
     _check_keys(function, given, where)
+    given = {key: value for key, value in given.items() if value is not None or not _has_default(function, key)}
     arguments = {key: _built(value, f"{where}.{key}") for key, value in given.items()} | extra
     if node.get("_partial_"):
         return partial(function, **arguments)
@@ -32,6 +34,11 @@ def build(node: dict[str, Any], *, where: str, **extra: Any) -> Any:
 
 def _built(value: Any, where: str) -> Any:
     return build(value, where=where) if isinstance(value, dict) and "_target_" in value else value
+
+
+def _has_default(function: Callable[..., Any], key: str) -> bool:
+    parameter = inspect.signature(function).parameters.get(key)
+    return parameter is not None and parameter.default is not parameter.empty
 
 
 def _check_keys(function: Callable[..., Any], given: dict[str, Any], where: str) -> None:

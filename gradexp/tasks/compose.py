@@ -69,10 +69,17 @@ def _upstream(config: Config, name: str) -> Planned:
 
 
 def _as_overrides(choices: Config, prefix: str = "") -> list[str]:
-    """{model: vgg9, optim: {passes: 3}} -> [model=vgg9, optim.passes=3]."""
+    """{model: vgg9, optim: {passes: 3}} -> [model=vgg9, optim.passes=3].
+
+    A group's choice and its keys together: {method: {choice: gradient_norm, module: x}} -> [method=gradient_norm, ...].
+    A null leaves what the upstream experiment says.
+    """
     words: list[str] = []
     for key, value in choices.items():
-        words += _as_overrides(value, f"{prefix}{key}.") if isinstance(value, dict) else [f"{prefix}{key}={value}"]
+        if isinstance(value, dict):
+            words += _as_overrides(value, f"{prefix}{key}.")
+        elif value is not None:
+            words.append(f"{prefix.removesuffix('.') if key == 'choice' else prefix + key}={value}")
     return words
 
 

@@ -1,0 +1,35 @@
+"""Test accuracy under input noise (§2.6.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import nn
+
+from gradexp.data.loader import Batch, mix
+from gradexp.evaluate.accuracy import accuracy
+
+
+def noise_accuracies(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    sigma: float,
+    draws: int,
+    seed: int,
+    classes: int,
+    device: torch.device,
+) -> list[float]:
+    """Percentages of images classified correctly, one for each draw of Gaussian noise on the normalised images.
+
+    sigma: the noise's standard deviation. Draw i is the same noise for every model and every sigma, scaled.
+    """
+    return [accuracy(model, _noisy(batches, sigma, mix(seed, draw)), classes=classes, device=device) for draw in range(draws)]
+
+
+def _noisy(batches: Iterable[Batch], sigma: float, seed: int) -> Iterator[Batch]:
+    generator = torch.Generator().manual_seed(seed)  # on the CPU: the same noise on every device
+    for batch in batches:
+        noise = torch.randn(batch.images.shape, generator=generator).to(batch.images)
+        yield batch._replace(images=batch.images + sigma * noise)
