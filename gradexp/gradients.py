@@ -66,6 +66,14 @@ def input_gradient(model: nn.Module, images: Tensor, labels: Tensor, *, target: 
         return gradient_of(model(images), images, labels, target=target, differentiable=False).detach()
 
 
+def loss_gradient(model: nn.Module, images: Tensor, labels: Tensor, *, temperature: float) -> Tensor:
+    """Input-gradient of the cross-entropy of softmax(logits / temperature) (Eq. 5.6), as a constant. -> (B, C, H, W)."""
+    with torch.enable_grad():
+        images = images.detach().requires_grad_()
+        loss = torch.nn.functional.cross_entropy(model(images) / temperature, labels, reduction="none")
+        return _gradients(loss, [images], False)[0].detach()
+
+
 def taylor_trace(model: nn.Module, images: Tensor, logits: Tensor, labels: Tensor, *, sigma: float, target: str) -> Tensor:
     """One-sample Taylor estimate of the trace of the Hessian (Eq. 5.9): 2/sigma^2 (f(x + v) - f(x)), v ~ N(0, sigma^2).
 
@@ -75,10 +83,74 @@ def taylor_trace(model: nn.Module, images: Tensor, logits: Tensor, labels: Tenso
     return 2 / sigma**2 * (scalar(noisy, labels, target) - scalar(logits, labels, target))
 
 
+def hutchinson_trace(gradient: Tensor, images: Tensor, *, differentiable: bool) -> Tensor:
+    """One-sample estimate of the trace of the Hessian with an exact product (Hutchinson, 1990): v' H v, v ~ N(0, I).
+
+    gradient: the differentiable input-gradient at `images`. Where batch statistics couple the images, the products
+    between different images add noise of mean zero. -> (B,).
+    """
+    direction = torch.randn_like(images)
+    return (_product(gradient, images, direction, differentiable) * direction).flatten(1).sum(1)
+
+
+def exact_trace(gradient: Tensor, images: Tensor) -> Tensor:
+    """The trace of the Hessian, entry by entry of the image: C·H·W backward passes, for small images only.
+
+    gradient: the differentiable input-gradient at `images`, which no batch statistics couple. -> (B,).
+    """
+    entries = torch.eye(images[0].numel(), dtype=images.dtype, device=images.device).view(-1, *images.shape[1:])
+    diagonal = [(_product(gradient, images, entry.expand_as(images), False) * entry).flatten(1).sum(1) for entry in entries]
+    return torch.stack(diagonal).sum(0)
+
+
+class ElementaryBatchNorm(nn.BatchNorm2d):
+    """nn.BatchNorm2d out of elementary operations, which have derivatives of every order."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        mean, variance = self.running_mean, self.running_var
+        if mean is None or variance is None or self.num_batches_tracked is None or self.momentum is None:
+            return super().forward(input)
+        if self.training:
+            count = input.numel() // input.shape[1]
+            var, now = torch.var_mean(input, dim=(0, 2, 3), correction=0)
+            self.num_batches_tracked.add_(1)
+            mean.lerp_(now.detach().to(mean.dtype), self.momentum)
+            variance.lerp_(var.detach().to(variance.dtype) * count / (count - 1), self.momentum)
+            mean, variance = now, var
+        scale = self.weight * torch.rsqrt(variance + self.eps)
+        return input * scale.view(-1, 1, 1) + (self.bias - mean * scale).view(-1, 1, 1)
+
+
+def allow_third_derivatives(model: nn.Module) -> nn.Module:
+    """Makes `model` trainable through a Hessian, in place: PyTorch's batch normalisation has two derivatives, so has ours.
+
+    Values, parameters and state stay what they were. Returns `model`.
+    """
+    for module in layers.restore(model).modules():
+        if type(module) is nn.BatchNorm2d and module.affine:
+            module.__class__ = ElementaryBatchNorm
+    return model
+
+
+def refuse_third_derivatives(model: nn.Module) -> None:
+    """Raises UserError where training through a Hessian would meet a layer that is differentiable only twice."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d) and not isinstance(module, ElementaryBatchNorm):
+            raise UserError(
+                "the hutchinson estimator needs third derivatives, batch normalisation has two: "
+                "call gradients.allow_third_derivatives(model) first, or take the taylor estimator"
+            )
+
+
 def angle(first: Tensor, second: Tensor) -> Tensor:
     """Angle in degrees between two gradients, image by image. (B, ...) and (B, ...) -> (B,)."""
     cosine = torch.nn.functional.cosine_similarity(first.flatten(1), second.flatten(1), dim=1)
     return torch.rad2deg(torch.acos(cosine.clamp(-1, 1)))
+
+
+def _product(gradient: Tensor, images: Tensor, direction: Tensor, differentiable: bool) -> Tensor:
+    """The Hessian times `direction` (Pearlmutter, 1994)."""
+    return _gradients(gradient * direction, [images], differentiable)[0]
 
 
 def _gradients(values: Tensor, inputs: Sequence[Tensor], differentiable: bool) -> tuple[Tensor, ...]:

@@ -259,7 +259,7 @@ def test_score_matching_is_its_equation() -> None:
     trace = gradients.taylor_trace(model, data.images, model(data.images), data.labels, sigma=0.01, target="label")
     norm = gradients.input_gradient(model, data.images, data.labels).square().flatten(1).sum(1)
     torch.manual_seed(4)
-    value = ScoreMatching(weight=1, stability=1e-4, sigma=0.01, target="label")(one)
+    value = ScoreMatching(weight=1, stability=1e-4, estimator="taylor", sigma=0.01, target="label")(one)
     torch.testing.assert_close(value, (trace + norm / 2 + 1e-4 * trace**2).mean())
 
 
@@ -269,9 +269,9 @@ def test_anti_score_matching_saturates_image_by_image() -> None:
     trace = gradients.taylor_trace(model, data.images, model(data.images), data.labels, sigma=0.01, target="label").detach()
     ceiling = trace.median().item()
     torch.manual_seed(4)
-    value = AntiScoreMatching(weight=1, ceiling=ceiling, sigma=0.01, target="label")(step(model, data=data))
+    value = AntiScoreMatching(weight=1, ceiling=ceiling, estimator="taylor", sigma=0.01, target="label")(step(model, data=data))
     torch.testing.assert_close(value.detach(), -trace.clamp(max=ceiling).mean())
-    low = AntiScoreMatching(weight=1, ceiling=trace.min().item() - 1, sigma=1e-9, target="label")
+    low = AntiScoreMatching(weight=1, ceiling=trace.min().item() - 1, estimator="taylor", sigma=1e-9, target="label")
     torch.manual_seed(4)
     low.ceiling = -1e12
     value = low(step(model, data=data))

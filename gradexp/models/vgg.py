@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
@@ -14,7 +14,7 @@ class VGG(nn.Module):
     """images (B, channels, H, W) -> logits (B, classes).
 
     layers: output channels of each convolution, and "M" for a 2x2 max-pool; width scales the channels.
-    dropout: probability in front of the linear layer.
+    dropout: probability in front of the linear layer. activation: makes one, such as a softplus; None for ReLU.
     """
 
     def __init__(
@@ -26,6 +26,7 @@ class VGG(nn.Module):
         channels: int,
         classes: int,
         dropout: float | None,
+        activation: Callable[[], nn.Module] | None = None,
     ) -> None:
         super().__init__()
         self.name, self.pools = name, list(layers).count("M")
@@ -38,7 +39,7 @@ class VGG(nn.Module):
             out = max(1, round(int(layer) * width))
             blocks[f"conv{number}"] = nn.Conv2d(channels, out, kernel_size=3, padding=1)
             blocks[f"norm{number}"] = nn.BatchNorm2d(out)
-            blocks[f"relu{number}"] = nn.ReLU()  # never in-place: captured activations keep their meaning
+            blocks[f"relu{number}"] = activation() if activation else nn.ReLU()  # never in-place: captured values stay
             channels = out
         self.features = nn.Sequential(blocks)
         self.dropout = nn.Dropout(dropout or 0.0)

@@ -62,11 +62,11 @@ def _norm() -> dict[str, Term]:
 
 
 def _score() -> dict[str, Term]:
-    return {"s": ScoreMatching(weight=1e-3, stability=1e-4, sigma=0.01, target="label")}
+    return {"s": ScoreMatching(weight=1e-3, stability=1e-4, estimator="taylor", sigma=0.01, target="label")}
 
 
 def _anti() -> dict[str, Term]:
-    return {"s": AntiScoreMatching(weight=1e-4, ceiling=1000, sigma=0.01, target="label")}
+    return {"s": AntiScoreMatching(weight=1e-4, ceiling=1000, estimator="taylor", sigma=0.01, target="label")}
 
 
 KINDS = (

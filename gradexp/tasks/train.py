@@ -14,7 +14,7 @@ import lightning
 import torch
 from torch import nn
 
-from gradexp import layers
+from gradexp import gradients, layers
 from gradexp.data.dataset import ImageData
 from gradexp.data.loader import TensorLoader, TrainingStream
 from gradexp.errors import UserError
@@ -41,10 +41,8 @@ def train(run: Run) -> Result:
     optim: Optim = build(run.config["optim"], where="optim")
     loader = data.train_loader(batch_size=optim.batch_size, device=hardware.device)
     lightning.seed_everything(run.config["seed"], verbose=False)
-    student = hardware.place(build(run.config["model"], where="model"))
     terms = make_terms(run.config)
-    if any(term.needs_input_gradient for term in terms.values()) and fast_gradients(run.config):
-        layers.accelerate(student)
+    student = hardware.place(make_student(run, terms))
     module = make_module(run, student, terms, optim, loader, hardware)
 
     stream = TrainingStream(loader, module.total_steps)
@@ -89,6 +87,19 @@ def fast_gradients(config: Config) -> bool:
     if backend not in ("fast", "autograd"):
         raise UserError(f"gradients.backend={backend}: it is fast or autograd")
     return bool(backend == "fast")
+
+
+def make_student(run: Run, terms: dict[str, Term]) -> nn.Module:
+    """The model before training: new, or with the weights of the upstream run `start` where there is one."""
+    student: nn.Module = build(run.config["model"], where="model")
+    if "start" in run.config["upstream"]:
+        student.load_state_dict(torch.load(run.upstream("start").weights, weights_only=True, map_location="cpu"))
+    for term in terms.values():
+        term.check(student)
+    if any(term.third_derivatives for term in terms.values()):
+        return gradients.allow_third_derivatives(student)
+    wanted = any(term.needs_input_gradient for term in terms.values())
+    return layers.accelerate(student) if wanted and fast_gradients(run.config) else student
 
 
 def make_terms(config: Config) -> dict[str, Term]:

@@ -2,6 +2,7 @@
 
 from gradexp.terms.activations import Activations
 from gradexp.terms.cross_entropy import CrossEntropy
+from gradexp.terms.fooling import Fooling
 from gradexp.terms.gradient_norm import GradientNorm
 from gradexp.terms.jacobian import Jacobian
 from gradexp.terms.score_matching import AntiScoreMatching, ScoreMatching
@@ -12,6 +13,7 @@ __all__ = [
     "Activations",
     "AntiScoreMatching",
     "CrossEntropy",
+    "Fooling",
     "GradientNorm",
     "Jacobian",
     "ScoreMatching",

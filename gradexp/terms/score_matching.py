@@ -1,39 +1,65 @@
-from torch import Tensor
+from torch import Tensor, nn
 
+from gradexp.errors import UserError
 from gradexp.gradients import TARGETS
 from gradexp.terms.step import Step
 from gradexp.terms.term import Term, choose
 
+FLAT = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.Hardtanh)
 
-class ScoreMatching(Term):
-    """Stabilised score-matching (Eq. 5.4): h + ½‖∇f‖² + stability h², h the trace of the Hessian (Eq. 5.9).
 
-    h is a one-sample estimate with noise of standard deviation sigma; the expectation of its square is h² plus its
-    variance. Sum over pixels, mean over the batch.
+class HessianTrace(Term):
+    """What terms on the trace h of the Hessian share.
+
+    estimator: `taylor` (Eq. 5.9, noise of standard deviation sigma) or `hutchinson` (exact products), one sample each.
+    target: of which output, see gradexp.gradients.scalar.
     """
 
     full_precision = True  # 2/sigma^2 times the difference of two logits: bf16 would leave only rounding
 
-    def __init__(self, *, weight: float, stability: float, sigma: float, target: str) -> None:
+    def __init__(self, *, weight: float, estimator: str, sigma: float, target: str) -> None:
         super().__init__(weight=weight)
-        self.stability, self.sigma = stability, sigma
-        self.target = self.gradient_target = choose("target", target, *TARGETS[:3])
+        if sigma <= 0:
+            raise UserError(f"sigma={sigma}: the noise of a trace estimate has a positive standard deviation, such as 0.01")
+        self.estimator, self.sigma = choose("estimator", estimator, "taylor", "hutchinson"), sigma
+        self.target = choose("target", target, *TARGETS[:3])
+        self.third_derivatives = estimator == "hutchinson"
+        self.gradient_target = target if estimator == "hutchinson" else None
+
+    def check(self, student: nn.Module) -> None:
+        if any(isinstance(module, FLAT) for module in student.modules()):
+            raise UserError(
+                f"{type(self).__name__}: the Hessian of a ReLU network is zero almost everywhere; take a softplus network, "
+                "model=resnet18 or model=vgg11_softplus"
+            )
+
+    def trace(self, step: Step) -> Tensor:
+        return step.student_hessian_trace(self.estimator, self.sigma, self.target)
+
+
+class ScoreMatching(HessianTrace):
+    """Stabilised score-matching (Eq. 5.4): h + ½‖∇f‖² + stability h². Sum over pixels, mean over the batch.
+
+    The square of a one-sample estimate has expectation h² + its variance, by §5.8 about 4‖∇f‖²/sigma² + 2‖∇²f‖² for
+    `taylor`: with the thesis's constants (stability 1e-4, sigma .01) the stability term holds 4‖∇f‖² besides.
+    """
+
+    def __init__(self, *, weight: float, stability: float, estimator: str, sigma: float, target: str) -> None:
+        super().__init__(weight=weight, estimator=estimator, sigma=sigma, target=target)
+        self.stability, self.gradient_target = stability, target
 
     def forward(self, step: Step) -> Tensor:
-        trace = step.student_hessian_trace(self.sigma, self.target)
+        trace = self.trace(step)
         norm = step.student_input_gradient(self.target, "batch").square().flatten(1).sum(1)
         return (trace + norm / 2 + self.stability * trace.square()).mean()
 
 
-class AntiScoreMatching(Term):
+class AntiScoreMatching(HessianTrace):
     """Maximises the trace of the Hessian up to a ceiling, image by image (§5.5): -min(h, ceiling); mean over the batch."""
 
-    full_precision = True
-
-    def __init__(self, *, weight: float, ceiling: float, sigma: float, target: str) -> None:
-        super().__init__(weight=weight)
-        self.ceiling, self.sigma = ceiling, sigma
-        self.target = choose("target", target, *TARGETS[:3])
+    def __init__(self, *, weight: float, ceiling: float, estimator: str, sigma: float, target: str) -> None:
+        super().__init__(weight=weight, estimator=estimator, sigma=sigma, target=target)
+        self.ceiling = ceiling
 
     def forward(self, step: Step) -> Tensor:
-        return -step.student_hessian_trace(self.sigma, self.target).clamp(max=self.ceiling).mean()
+        return -self.trace(step).clamp(max=self.ceiling).mean()

@@ -89,8 +89,16 @@ class Step:
             )
         return self._student_gradients[key]
 
-    def student_hessian_trace(self, sigma: float, target: str) -> Tensor:
-        """(B,), one-sample Taylor estimate, differentiable; costs one more forward pass of the student."""
+    def student_hessian_trace(self, estimator: str, sigma: float, target: str) -> Tensor:
+        """(B,), one-sample estimate, differentiable.
+
+        estimator: `taylor` costs one more forward pass of the student, with noise of standard deviation sigma;
+        `hutchinson` one more backward pass, and needs gradients.allow_third_derivatives(student).
+        """
+        if estimator == "hutchinson":
+            gradients.refuse_third_derivatives(self.student)
+            gradient = self.student_input_gradient(target, "batch")
+            return gradients.hutchinson_trace(gradient, self.images, differentiable=torch.is_grad_enabled())
         return gradients.taylor_trace(
             self.student, self.images.detach(), self.student_logits, self.labels, sigma=sigma, target=target
         )

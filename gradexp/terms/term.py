@@ -16,6 +16,7 @@ class Term(nn.Module):
     gradexp.gradients.scalar), None for a term without gradients. needs_input_gradient: whether that is the gradient
     at the input, or at layers alone. student_layers, teacher_layers: the modules whose outputs, or the gradients
     there, it reads. full_precision: whether mixed precision would spoil it; the whole step is then computed without.
+    third_derivatives: whether training differentiates a Hessian (see gradients.allow_third_derivatives).
     """
 
     needs_teacher = False
@@ -23,6 +24,7 @@ class Term(nn.Module):
     student_layers: tuple[str, ...] = ()
     teacher_layers: tuple[str, ...] = ()
     full_precision = False
+    third_derivatives = False
 
     @property
     def needs_input_gradient(self) -> bool:
@@ -31,6 +33,9 @@ class Term(nn.Module):
     def __init__(self, *, weight: float) -> None:
         super().__init__()
         self.weight = weight
+
+    def check(self, student: nn.Module) -> None:
+        """Raises UserError for a student that this term can't train; called once, before training."""
 
     def forward(self, step: Step) -> Tensor:
         raise TypeError(f"{type(self).__name__} does not define forward")

@@ -1,0 +1,33 @@
+"""How the implicit density changes under noise (§5.5.1, Figure 5.1)."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import nn
+
+from gradexp.data.loader import Batch
+from gradexp.errors import UserError
+
+
+@torch.inference_mode()
+def density_ratio(model: nn.Module, batches: Iterable[Batch], *, sigmas: Sequence[float], seed: int) -> dict[str, list[float]]:
+    """Mean over images of p(x + η | y) / p(x | y) = exp(f_y(x + η) - f_y(x)), η ~ N(0, sigma²), for each sigma.
+
+    `density_ratio/log` is the mean of the logarithm, `density_ratio/log_std` its standard deviation over images. The
+    same directions are used for every sigma and every model. `model` is in eval mode.
+    """
+    if any(sigma < 0 for sigma in sigmas):
+        raise UserError(f"sigmas={list(sigmas)}: a standard deviation is not negative")
+    generator = torch.Generator().manual_seed(seed)
+    parts = []
+    for images, labels, *_ in batches:
+        noise = torch.randn(images.shape, generator=generator).to(images.device)
+        logits = [model(images + sigma * noise).gather(1, labels[:, None])[:, 0] for sigma in (0.0, *sigmas)]
+        parts.append((torch.stack(logits[1:]) - logits[0]).double())
+    logs = torch.cat(parts, dim=1)  # (sigmas, N)
+    return {
+        "sigma": list(sigmas),
+        "density_ratio": logs.exp().mean(1).tolist(),
+        "density_ratio/log": logs.mean(1).tolist(),
+        "density_ratio/log_std": logs.std(1).tolist(),
+    }

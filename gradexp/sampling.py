@@ -1,0 +1,73 @@
+"""Samples from the density that a classifier implies: exp f_y(x) is p(x | y) but for a constant (§5.3, §5.4.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from gradexp import gradients
+from gradexp.errors import UserError
+
+
+class Ascent:
+    """Gradient ascent on a logit, image by image (§1.5.1, §5.4.1):
+
+        x <- clip(x + rate (∇f_y(x) - pull (x - ½)) + langevin √(2 rate) z, 0, 1),  z ~ N(0, I).
+
+    Without noise (langevin 0) it climbs to a mode. Pixels are in [0, 1]; the model is in eval mode.
+    start: mean and standard deviation of the Gaussian where samples begin; noise: standard deviation of what is added
+    to images that are to be denoised.
+    """
+
+    def __init__(
+        self, *, steps: int, rate: float, pull: float, langevin: float, start: Sequence[float] | None, noise: float | None
+    ) -> None:
+        if steps < 1 or rate <= 0:
+            raise UserError(f"sampling.steps={steps} sampling.rate={rate}: take at least one step, of a positive rate")
+        for name, sigma in (("start", start[1] if start else 0), ("noise", noise or 0), ("langevin", langevin)):
+            if sigma < 0:
+                raise UserError(f"sampling.{name}: {sigma} is no standard deviation; take 0 or more")
+        self.steps, self.rate, self.pull, self.langevin = steps, rate, pull, langevin
+        self.start, self.noise = start, noise
+
+    def sample(self, model: nn.Module, labels: Tensor, seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
+        """Samples of the classes `labels` (B,), each of shape (C, H, W), from Gaussian beginnings. -> (B, C, H, W)."""
+        if self.start is None:
+            raise UserError("sampling.start is null: take sampling=ascent, or set a mean and a standard deviation")
+        mean, std = self.start
+        draws = Draws(seeds, shape, labels.device)
+        return self.climb(model, (mean + std * draws.normal()).clamp(0, 1), labels, draws)
+
+    def denoise(self, model: nn.Module, images: Tensor, labels: Tensor, seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Images with noise, and what the ascent makes of them (§5.10); both (B, C, H, W)."""
+        if self.noise is None:
+            raise UserError("sampling.noise is null: take denoising=denoise, or set a standard deviation")
+        draws = Draws(seeds, images.shape[1:], images.device)
+        noisy = (images + self.noise * draws.normal()).clamp(0, 1)
+        return noisy, self.climb(model, noisy, labels, draws)
+
+    def climb(self, model: nn.Module, images: Tensor, labels: Tensor, draws: Draws) -> Tensor:
+        """The ascent itself. Raises UserError for a model in train mode, whose batch statistics couple the images."""
+        if model.training:
+            raise UserError("sampling needs the model in eval mode: model.eval()")
+        for _ in range(self.steps):
+            step = gradients.input_gradient(model, images, labels) - self.pull * (images - 0.5)
+            images = images + self.rate * step
+            if self.langevin:
+                images = images + self.langevin * (2 * self.rate) ** 0.5 * draws.normal()
+            images = images.clamp(0, 1)
+        return images
+
+
+class Draws:
+    """Standard Gaussian noise with one generator an image: a sample depends on its seed, not on its batch."""
+
+    def __init__(self, seeds: Sequence[int], shape: Sequence[int], device: torch.device) -> None:
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.shape, self.device = tuple(shape), device
+
+    def normal(self) -> Tensor:
+        """(B, *shape)."""
+        return torch.stack([torch.randn(self.shape, generator=generator) for generator in self.generators]).to(self.device)

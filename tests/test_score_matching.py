@@ -1,0 +1,267 @@
+"""Traces of the Hessian, score-matching and fooling, as mathematics."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gradexp import gradients, layers
+from gradexp.data.loader import Batch
+from gradexp.errors import UserError
+from gradexp.models.resnet import ResNet
+from gradexp.models.vgg import VGG
+from gradexp.terms import AntiScoreMatching, Fooling, ScoreMatching, Step
+from gradexp.terms.fooling import corner
+
+CLASSES = 3
+
+
+def softplus() -> nn.Module:
+    return nn.Softplus(beta=10)
+
+
+def randomised(model: nn.Module) -> nn.Module:
+    """In float64 and eval mode, with random batch-normalisation statistics."""
+    for module in model.double().modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_()  # type: ignore[union-attr]
+            module.running_var.uniform_(0.5, 2)  # type: ignore[union-attr]
+            nn.init.uniform_(module.weight, 0.5, 2)
+            nn.init.normal_(module.bias)
+    return model.eval()
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return randomised(
+        VGG(name="t", layers=[4, "M", 5], width=1, channels=2, classes=CLASSES, dropout=None, activation=softplus)
+    )
+
+
+def resnet() -> nn.Module:
+    torch.manual_seed(0)
+    return randomised(ResNet(name="t", blocks=[1, 1], width=1 / 16, channels=2, classes=CLASSES, activation=softplus))
+
+
+def batch(count: int = 3, size: int = 4) -> Batch:
+    generator = torch.Generator().manual_seed(7)
+    images = torch.rand(count, 2, size, size, dtype=torch.float64, generator=generator)
+    labels = torch.randint(CLASSES, (count,), generator=generator)
+    return Batch(images, labels, torch.arange(count), torch.zeros(count, dtype=torch.long))
+
+
+def score(**changes: object) -> ScoreMatching:
+    options = {"weight": 1, "stability": 0.0, "estimator": "taylor", "sigma": 0.01, "target": "label"}
+    return ScoreMatching(**{**options, **changes})  # type: ignore[arg-type]
+
+
+class Quadratic(nn.Module):
+    """Logit k is x' A_k x / 2 + b_k' x, whose Hessian is A_k."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        matrix = torch.randn(CLASSES, size, size, dtype=torch.float64)
+        self.matrix = (matrix + matrix.mT) / 2
+        self.slope = torch.randn(CLASSES, size, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(1)
+        return torch.einsum("bi,kij,bj->bk", x, self.matrix, x) / 2 + x @ self.slope.T
+
+
+def slope_at(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """(differentiable input-gradient, the images it was taken at)."""
+    images = images.detach().requires_grad_()
+    logits = model(images)
+    return gradients.gradient_of(logits, images, labels, target="label", differentiable=True), images
+
+
+# --- estimators -------------------------------------------------------------------------------------------
+
+
+def test_exact_trace_against_autograds_hessian() -> None:
+    data = batch(2)
+    for model in (net(), layers.accelerate(resnet())):
+        exact = gradients.exact_trace(*slope_at(model, data.images, data.labels))
+        for image, label, trace in zip(data.images, data.labels, exact, strict=True):
+            logit = lambda x, model=model, label=label: model(x.view(1, 2, 4, 4))[0, label]
+            torch.testing.assert_close(torch.autograd.functional.hessian(logit, image.flatten()).trace(), trace)
+
+
+def test_hutchinson_is_unbiased_with_its_variance_and_taylor_exceeds_it_by_no_more_than_the_bound() -> None:
+    """§5.8: Var(Hutchinson) = 2 ||A||_F^2, and Var(Taylor) is at most 4 ||grad f||^2 / sigma^2 above it."""
+    model, sigma, count = Quadratic(8), 0.3, 40_000
+    image = torch.randn(1, 2, 2, 2, dtype=torch.float64)
+    images, labels = image.expand(count, -1, -1, -1), torch.zeros(count, dtype=torch.long)
+    gradient, points = slope_at(model, images, labels)
+    hutchinson = gradients.hutchinson_trace(gradient, points, differentiable=False)
+    taylor = gradients.taylor_trace(model, images, model(images), labels, sigma=sigma, target="label")
+    for values in (hutchinson, taylor):
+        assert abs(values.mean() - model.matrix[0].trace()) < 4 * values.std() / count**0.5
+    assert hutchinson.var().item() == pytest.approx(2 * model.matrix[0].square().sum().item(), rel=0.05)
+    bound = 4 * gradient[0].square().sum() / sigma**2
+    assert 0 < taylor.var() - hutchinson.var() < 1.05 * bound
+
+
+class Level(nn.Module):
+    """A model without its slope at one image: the same Hessian, and no noise of the gradient in Taylor's estimate."""
+
+    def __init__(self, model: nn.Module, image: Tensor, slope: Tensor) -> None:
+        super().__init__()
+        self.model, self.image, self.slope = model, image, slope.detach()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x) - ((x - self.image) * self.slope).flatten(1).sum(1, keepdim=True)
+
+
+def test_taylor_tends_to_the_exact_trace_of_a_softplus_net_as_sigma_vanishes() -> None:
+    """Draw by draw to Hutchinson's product, at first order in sigma; and that one's mean is the trace."""
+    model, data, count = net(), batch(1), 4000
+    gradient, image = slope_at(model, data.images, data.labels)
+    exact = gradients.exact_trace(gradient, image)
+    level = Level(model, data.images, gradient)
+    images, labels = data.images.expand(count, -1, -1, -1), data.labels.expand(count)
+    torch.manual_seed(1)
+    product = gradients.hutchinson_trace(*slope_at(level, images, labels), differentiable=False)
+    assert abs(product.mean() - exact) < 4 * product.std() / count**0.5
+    errors = []
+    for sigma in (1e-2, 1e-3, 1e-4):
+        torch.manual_seed(1)
+        taylor = gradients.taylor_trace(level, images, level(images), labels, sigma=sigma, target="label")
+        errors.append((taylor - product).abs().mean().item())
+    assert errors[2] < 0.15 * errors[1] < 0.15**2 * errors[0]
+    assert errors[2] < 1e-3 * product.std()
+
+
+def test_training_through_hutchinson_is_exact_and_refused_without_third_derivatives() -> None:
+    """Through batch statistics, against finite differences in a random direction."""
+    data, term = batch(), score(estimator="hutchinson")
+    stock = gradients.allow_third_derivatives(layers.accelerate(net())).train()
+    assert term.third_derivatives
+    step = Step(data, stock, differentiable_input=True)
+    weight = stock.get_parameter("features.conv2.weight")
+    torch.manual_seed(3)
+    (slope,) = torch.autograd.grad(term(step), weight)
+    direction, epsilon = torch.randn_like(weight), 1e-5
+    values = []
+    for sign in (1, -1):
+        moved = copy.deepcopy(stock)
+        moved.get_parameter("features.conv2.weight").data += sign * epsilon * direction
+        torch.manual_seed(3)
+        values.append(term(Step(data, moved, differentiable_input=True)).item())
+    assert (slope * direction).sum().item() == pytest.approx((values[0] - values[1]) / (2 * epsilon), rel=1e-4)
+    for twice in (net(), layers.accelerate(net())):
+        with pytest.raises(UserError, match="allow_third_derivatives"):
+            term(Step(data, twice.train(), differentiable_input=True))
+
+
+def test_elementary_batch_norm_is_batch_norm() -> None:
+    """The same values and running statistics, in train and in eval mode."""
+    plain, elementary = net(), gradients.allow_third_derivatives(net())
+    for mode in (True, False):
+        for model in (plain, elementary):
+            model.train(mode)
+        torch.testing.assert_close(plain(batch().images), elementary(batch().images))
+    for (name, ours), theirs in zip(elementary.state_dict().items(), plain.state_dict().values(), strict=True):
+        torch.testing.assert_close(ours, theirs, msg=name)
+
+
+# --- score-matching ---------------------------------------------------------------------------------------
+
+
+class Gaussian(nn.Module):
+    """One class, whose logit is the logarithm of an isotropic Gaussian without its constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean = nn.Parameter(torch.zeros((), dtype=torch.float64))
+        self.log_variance = nn.Parameter(torch.zeros((), dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return -(x - self.mean).square().flatten(1).sum(1, keepdim=True) / (2 * self.log_variance.exp())
+
+
+@pytest.mark.parametrize("estimator", ["taylor", "hutchinson"])
+def test_score_matching_recovers_a_gaussian(estimator: str) -> None:
+    """Hyvärinen's objective is least for the true score; sigma does not matter to Taylor on a quadratic."""
+    mean, variance, count = 0.7, 0.4, 4000
+    images = mean + variance**0.5 * torch.randn(count, 1, 2, 2, dtype=torch.float64)
+    zeros = torch.zeros(count, dtype=torch.long)
+    model, term = Gaussian(), score(estimator=estimator, sigma=1.0)
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=60, line_search_fn="strong_wolfe")
+
+    def objective() -> Tensor:
+        optimizer.zero_grad()
+        torch.manual_seed(1)  # the same noise, so that the objective is a function; not that of the images
+        loss = term(Step(Batch(images, zeros, zeros, zeros), model, differentiable_input=True))
+        loss.backward()
+        return loss
+
+    optimizer.step(objective)
+    assert model.mean.item() == pytest.approx(mean, abs=0.05)
+    assert model.log_variance.exp().item() == pytest.approx(variance, rel=0.06)
+
+
+def test_anti_score_matching_is_flat_above_its_ceiling_image_by_image() -> None:
+    """The gradient is that of the images below the ceiling alone."""
+    model, data = net(), batch(4)
+    parameters = list(model.parameters())
+    torch.manual_seed(5)
+    traces = gradients.taylor_trace(model, data.images, model(data.images), data.labels, sigma=0.01, target="label")
+    ceiling = traces.detach().sort().values[1:3].mean().item()
+    term = AntiScoreMatching(weight=1, ceiling=ceiling, estimator="taylor", sigma=0.01, target="label")
+    torch.manual_seed(5)
+    found = torch.autograd.grad(term(Step(data, model)), parameters)
+    below = -traces[traces < ceiling].sum() / 4
+    assert (traces < ceiling).sum() == 2
+    for ours, theirs in zip(found, torch.autograd.grad(below, parameters), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("sigma", [0.0, -0.01])
+def test_noise_that_is_no_noise_is_an_error(sigma: float) -> None:
+    with pytest.raises(UserError, match="positive standard deviation"):
+        score(sigma=sigma)
+
+
+def test_a_relu_network_is_refused() -> None:
+    relu = VGG(name="t", layers=[4], width=1, channels=2, classes=CLASSES, dropout=None)
+    with pytest.raises(UserError, match="vgg11_softplus"):
+        score().check(relu)
+    score().check(net())
+
+
+# --- fooling ----------------------------------------------------------------------------------------------
+
+
+class Linear(nn.Module):
+    """Logits whose input-gradients are given pictures."""
+
+    def __init__(self, pictures: Tensor) -> None:
+        super().__init__()
+        self.pictures = pictures
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(1) @ self.pictures.flatten(1).T
+
+
+def fooling(pictures: Tensor, mask: int = 2) -> float:
+    data = batch(2)
+    term = Fooling(weight=1, mask=mask, target="label", student_bn="batch")
+    return term(Step(data, Linear(pictures), differentiable_input=True)).item()
+
+
+def test_fooling_is_zero_for_a_saliency_that_is_the_mask_and_ignores_its_size() -> None:
+    pictures = torch.zeros(CLASSES, 2, 4, 4, dtype=torch.float64)
+    pictures[:, 0, :2, :2], pictures[:, 1, :2, :2] = -3.0, 1.0
+    assert fooling(pictures) == pytest.approx(0, abs=1e-15)
+    flat = torch.ones_like(pictures)
+    assert fooling(flat) == pytest.approx(4 * (1 / 16 - 1 / 4) ** 2 + 12 / 16**2)
+    assert fooling(-7 * flat) == pytest.approx(fooling(flat))
+
+
+def test_a_mask_larger_than_the_image_is_an_error() -> None:
+    with pytest.raises(UserError, match="a side from 1 to 4"):
+        fooling(torch.ones(CLASSES, 2, 4, 4, dtype=torch.float64), mask=5)
+    assert corner(3, batch().images).sum() == 9
