@@ -221,13 +221,14 @@ class FullGradient:
     """The full-gradient of Proposition 6, image by image.
 
     images (B, C, H, W), output (B,), input: input-gradient (B, C, H, W), biases: {layer: bias-gradient f^b, that is
-    bias times gradient, (B, c, h, w) or (B, c)}.
+    bias times gradient, (B, c, h, w) or (B, c)}, gradients: {layer: the gradient alone}.
     """
 
     images: Tensor
     output: Tensor
     input: Tensor
     biases: dict[str, Tensor]
+    gradients: dict[str, Tensor]
 
     def total(self) -> Tensor:
         """Input term plus all bias terms: the output (Eq. 3.1). (B,)."""
@@ -310,9 +311,11 @@ def full_gradient(
         found = gradients_of(logits, values, labels, target=target, differentiable=differentiable)
         maps = {name: found[name] * bias for name, (bias, _) in kept.items()}
         output = scalar(logits, labels, target)
+    at_input = found.pop(INPUT)
     if differentiable:
-        return FullGradient(images, output, found[INPUT], maps)
-    return FullGradient(images.detach(), output.detach(), found[INPUT], {name: map.detach() for name, map in maps.items()})
+        return FullGradient(images, output, at_input, maps, found)
+    maps = {name: map.detach() for name, map in maps.items()}
+    return FullGradient(images.detach(), output.detach(), at_input, maps, found)
 
 
 def _called(model: nn.Module, images: Tensor) -> tuple[Tensor, list[_Call]]:

@@ -231,13 +231,14 @@ class Run:
     def record(self) -> Config | None:
         return read_record(self.record_path) if self.record_path.exists() else None
 
-    def upstream(self, name: str) -> Run:
-        """The finished run that this config calls `name`, its weights at hand; trained first where missing."""
+    def upstream(self, name: str, product: str = "weights.pt") -> Run:
+        """The finished run that this config calls `name`, the file that it makes at hand; done first where missing."""
         config = self.config["upstream"][name]
         shared = {key: self.config[key] for key in HARDWARE if key in self.config}
         run = Run(config | shared, self.paths)
-        ensure(run, needs=lambda: run.weights.exists())
-        self.used[name] = {"id": run.id, "experiment": config["name"], "weights_sha256": sha256(run.weights)}
+        made = run.folder / product
+        ensure(run, needs=made.exists)
+        self.used[name] = {"id": run.id, "experiment": config["name"], f"{made.stem}_sha256": sha256(made)}
         return run
 
 

@@ -31,6 +31,7 @@ class TensorLoader:
 
     mean, std (C,) of pixels in [0, 1]. flip: mirror half of the images. crop: pad by this many black pixels
     and cut a random window of the original size. Without shuffling, order and view are the identity.
+    removed: pixels (N, 1, H, W) that are replaced by the colour `fill` (C,) in [0, 1] before augmentation.
     """
 
     def __init__(
@@ -46,6 +47,8 @@ class TensorLoader:
         flip: bool = False,
         crop: int = 0,
         seed: int = 0,
+        removed: Any = None,
+        fill: Tensor | None = None,
     ) -> None:
         self.count = len(indices)
         self.images = torch.as_tensor(split.images[indices]).to(device)
@@ -53,6 +56,8 @@ class TensorLoader:
         self.batch_size, self.shuffle, self.flip, self.crop, self.seed = batch_size, shuffle, flip, crop, seed
         self.scale = (1 / (255 * std)).view(-1, 1, 1).to(device)
         self.shift = (mean / std).view(-1, 1, 1).to(device)
+        self.removed = None if removed is None else torch.as_tensor(removed).to(device)
+        self.fill = (255 * (torch.zeros(1) if fill is None else fill)).view(-1, 1, 1).to(device)
         # A lone image has no batch statistics: at the end of a shuffled epoch it joins the batch before it.
         self.lone = int(shuffle and self.count > batch_size and self.count % batch_size == 1)
         if shuffle and self.count < 2:
@@ -78,6 +83,8 @@ class TensorLoader:
         numbers = [self.images.cpu(), self.labels.cpu(), self.scale.cpu(), self.shift.cpu()]
         digest = hashlib.sha256(b"".join(values.numpy().tobytes() for values in numbers))
         digest.update(repr((self.batch_size, self.flip, self.crop, self.seed)).encode())
+        if self.removed is not None:
+            digest.update(self.removed.cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
 
     @property
@@ -110,6 +117,8 @@ class TensorLoader:
         """These images as seen through these views."""
         device = self.images.device
         images = self.images[rows.to(device)]
+        if self.removed is not None:
+            images = torch.where(self.removed[rows.to(device)], self.fill, images.float())
         if self.views > 1:
             images = _see(images, view.to(device), flip=self.flip, crop=self.crop)
         images = (images * self.scale - self.shift).contiguous(memory_format=torch.channels_last)

@@ -25,10 +25,16 @@ def least_salient(ranks: Tensor, fraction: float) -> Tensor:
     return (ranks < round(fraction * ranks[0].numel()))[:, None]
 
 
-def remove(images: Tensor, mask: Tensor, replacement: str | float) -> Tensor:
-    """`images` (B, C, H, W) with the masked pixels replaced: by each image's mean colour (`image_mean`), or by a number."""
+def most_salient(ranks: Tensor, fraction: float) -> Tensor:
+    """Mask of the `fraction` of pixels with the highest ranks, likewise."""
+    return least_salient(ranks[0].numel() - 1 - ranks, fraction)
+
+
+def remove(images: Tensor, mask: Tensor, replacement: str | float | Tensor) -> Tensor:
+    """`images` (B, C, H, W) with the masked pixels replaced: by each image's mean colour (`image_mean`), by a number,
+    or by a colour (C, 1, 1)."""
     if replacement == "image_mean":
         return torch.where(mask, images.mean((2, 3), keepdim=True), images)
     if isinstance(replacement, str):
         raise UserError(f"replacement={replacement}: it is image_mean or a number")
-    return images.masked_fill(mask, replacement)
+    return torch.where(mask, torch.as_tensor(replacement, dtype=images.dtype, device=images.device), images)

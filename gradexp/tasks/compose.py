@@ -44,15 +44,16 @@ def plan(overrides: Sequence[str]) -> Planned:
     """The run that `python run.py OVERRIDES` stands for, with its upstream runs.
 
     Each entry of `upstream` (experiment, model, ... as on a command line) becomes the whole config of that run
-    at the same scale; the ones that the method does not need are dropped. A run without a method (one that
-    looks at a trained model) stands on all of them.
+    at the same scale; the ones that neither the method nor the data (saliency maps, for ROAR) need are dropped.
+    A run without a method (one that looks at a trained model) stands on all of them.
     """
     config = _compose(tuple(overrides))
     known = _compose(("experiment=teacher",)).keys() | {folder.name for folder in CONF.iterdir() if folder.is_dir()}
     for key in config:
         if key not in known:
             raise UserError(f"the experiment sets {key}, which no run reads{nearest(str(key), known)}")
-    names = config["method"]["upstream"] if "method" in config else config["upstream"]
+    maps = ["maps"] if config["data"].get("removal") else []
+    names = [*config["method"]["upstream"], *maps] if "method" in config else config["upstream"]
     upstream = {name: _upstream(config, name) for name in names}
     nested = {name: {key: value for key, value in run.config.items() if key not in HARDWARE} for name, run in upstream.items()}
     return Planned(tuple(overrides), config | {"upstream": nested}, tuple(upstream.values()))
@@ -79,7 +80,8 @@ def _as_overrides(choices: Config, prefix: str = "") -> list[str]:
         if isinstance(value, dict):
             words += _as_overrides(value, f"{prefix}{key}.")
         elif value is not None:
-            words.append(f"{prefix.removesuffix('.') if key == 'choice' else prefix + key}={value}")
+            place = prefix.removesuffix(".") if key == "choice" else prefix + key
+            words.append(f"{'++' if place.startswith('upstream.') else ''}{place}={value}")  # upstream's keys are free
     return words
 
 

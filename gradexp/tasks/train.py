@@ -17,6 +17,7 @@ from torch import nn
 from gradexp import gradients, layers
 from gradexp.data.dataset import ImageData
 from gradexp.data.loader import TensorLoader, TrainingStream
+from gradexp.data.removal import MANIFEST
 from gradexp.errors import UserError
 from gradexp.evaluate.accuracy import accuracy
 from gradexp.runs import Config, Paths, Result, Run, write_atomically
@@ -38,6 +39,8 @@ def train(run: Run) -> Result:
     hardware: Hardware = build(run.config["trainer"], where="trainer")
     hardware.apply()
     data = make_data(run.config, run.paths)
+    if data.removal is not None:
+        data.removal.open(run.upstream("maps", MANIFEST).folder, data.fingerprint())
     optim: Optim = build(run.config["optim"], where="optim")
     loader = data.train_loader(batch_size=optim.batch_size, device=hardware.device)
     lightning.seed_everything(run.config["seed"], verbose=False)

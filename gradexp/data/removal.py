@@ -1,0 +1,56 @@
+"""Remove and retrain (§3.5.2): a data set whose most salient pixels are replaced while it is read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gradexp.errors import UserError
+
+MANIFEST = "maps.json"  # written last: its presence means that the maps are complete
+
+
+class Removal:
+    """`fraction` of each image's pixels, the most salient first, become the mean colour of the training set.
+
+    The order of the pixels is read from the maps of another run (`open`).
+    """
+
+    def __init__(self, *, fraction: float) -> None:
+        if not 0 < fraction <= 1:
+            raise UserError(f"data.removal.fraction={fraction}: it is above 0 and at most 1; data.removal=null removes nothing")
+        self.fraction = fraction
+        self._folder: Path | None = None
+        self._manifest: dict[str, Any] = {}
+
+    def open(self, folder: Path, fingerprint: dict[str, Any]) -> None:
+        """Reads the ranks that a `saliency_maps` run left in `folder`, of the images that `fingerprint` describes.
+
+        Raises UserError where they are damaged, or are those of other images.
+        """
+        self._folder, self._manifest = folder, json.loads((folder / MANIFEST).read_text())
+        for file, digest in self._manifest["sha256"].items():
+            if not (folder / file).exists() or sha256(folder / file) != digest:
+                raise UserError(f"{folder / file} is missing or damaged; delete {folder}, and the maps are computed again")
+        if self._manifest["data"] != fingerprint:
+            raise UserError(
+                f"the saliency maps in {folder} are of other images than this run's; give upstream.maps the same data, "
+                f"data.per_class and data.subset_seed"
+            )
+
+    def mask(self, split: str) -> np.ndarray:
+        """Which pixels go, for the images of `train` or `test` in the order of the loader. (N, 1, H, W) bool."""
+        if self._folder is None:
+            raise UserError("data.removal needs the maps of an upstream run; use it with experiment=roar")
+        places = np.load(self._folder / f"{split}.npy", mmap_mode="r")
+        pixels = places[0].size
+        return np.asarray(places >= pixels - round(self.fraction * pixels))
+
+
+def sha256(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()

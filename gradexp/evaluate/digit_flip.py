@@ -1,0 +1,41 @@
+"""Digit flipping (§3.10.1): one digit is turned into another by removing what speaks for the first."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from gradexp.data.loader import Batch
+from gradexp.errors import UserError
+from gradexp.evaluate import masking
+from gradexp.saliency import Saliency, evaluating
+
+
+class DigitFlip:
+    """The fall of logit_source - logit_target when pixels for `source` and against `target` become black (Table 3.1).
+
+    Pixels are ranked by S_source - S_target, with S the maps of the two logits. At most `fraction` of all pixels go, and
+    only where the difference is positive. Images of other digits are left out.
+    """
+
+    def __init__(self, *, source: int, target: int, fraction: float) -> None:
+        if source == target:
+            raise UserError(f"evaluate.target={target}: it is another class than evaluate.source")
+        self.source, self.target, self.fraction = source, target, fraction
+
+    def __call__(self, model: nn.Module, method: Saliency, batch: Batch, *, black: Tensor, seed: int) -> dict[str, Tensor]:
+        """black: (C, 1, 1), seed: of ties -> {`log_odds_change`: (number of images of `source`,)}."""
+        images = batch.images[batch.labels == self.source]
+        if not len(images):
+            return {}
+        difference = method(model, images, self.source) - method(model, images, self.target)
+        flipped = masking.remove(images, self.removed(difference, seed), black)
+        with torch.no_grad(), evaluating(model):
+            return {"log_odds_change": self._log_odds(model(images)) - self._log_odds(model(flipped))}
+
+    def removed(self, difference: Tensor, seed: int) -> Tensor:
+        """Which pixels become black. (B, 1, H, W) -> (B, 1, H, W) bool."""
+        return masking.most_salient(masking.ranks(difference[:, 0], seed=seed), self.fraction) & (difference > 0)
+
+    def _log_odds(self, logits: Tensor) -> Tensor:
+        return logits[:, self.source] - logits[:, self.target]

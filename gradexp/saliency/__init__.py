@@ -1,0 +1,28 @@
+"""Saliency maps: method(model, images, target=None) -> (B, 1, H, W). FullGrad is ours; Captum gives the baselines."""
+
+from gradexp.saliency.baselines import (
+    GradCAM,
+    GradientTimesInput,
+    InputGradient,
+    IntegratedGradients,
+    SmoothGrad,
+    SmoothGradSquared,
+)
+from gradexp.saliency.fullgrad import FullGrad, SimpleFullGrad, SmoothFullGrad
+from gradexp.saliency.method import Saliency, evaluating
+from gradexp.saliency.random import Random
+
+__all__ = [
+    "FullGrad",
+    "GradCAM",
+    "GradientTimesInput",
+    "InputGradient",
+    "IntegratedGradients",
+    "Random",
+    "Saliency",
+    "SimpleFullGrad",
+    "SmoothFullGrad",
+    "SmoothGrad",
+    "SmoothGradSquared",
+    "evaluating",
+]

@@ -1,0 +1,131 @@
+"""The methods that FullGrad is compared with (thesis §1.4, §3.5). Captum does the work where there is any."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from captum import attr
+from torch import Tensor, nn
+
+from gradexp import gradients
+from gradexp.errors import UserError
+from gradexp.saliency.method import Saliency, over_channels, predicted, upsample
+
+# Pixels computed at a time by methods that look at many versions of an image: 256 images of 32x32.
+CHUNK = 256 * 32 * 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputGradient(Saliency):
+    """∇ₓf (Simonyan et al., 2013). channels: `abs`, `sum` (signed) or `std`."""
+
+    channels: str
+
+    def map(self, model: nn.Module, images: Tensor, labels: Tensor | None) -> Tensor:
+        return over_channels(_input_gradient(model, images, labels), self.channels)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientTimesInput(Saliency):
+    """∇ₓf ⊙ x, the first term of Eq. 3.1. channels as for InputGradient."""
+
+    channels: str
+
+    def map(self, model: nn.Module, images: Tensor, labels: Tensor | None) -> Tensor:
+        return over_channels(_input_gradient(model, images, labels) * images, self.channels)
+
+
+@dataclass(frozen=True, kw_only=True)
+class IntegratedGradients(Saliency):
+    """The integral of the input-gradient on the way from a black image, times the way (§1.4.2).
+
+    steps: of the Gauss-Legendre quadrature. channels as for InputGradient.
+    """
+
+    steps: int
+    channels: str
+
+    def map(self, model: nn.Module, images: Tensor, labels: Tensor | None) -> Tensor:
+        baseline = torch.as_tensor(self.black, device=images.device, dtype=images.dtype).expand(images.shape)
+        attributions = attr.IntegratedGradients(model).attribute(
+            images,
+            baseline,
+            target=predicted(model, images, labels),
+            n_steps=self.steps,
+            internal_batch_size=max(len(images), CHUNK // images[0, 0].numel()),
+        )
+        return over_channels(attributions, self.channels)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SmoothGrad(Saliency):
+    """The mean of the input-gradients of noisy copies (Smilkov et al., 2017).
+
+    samples: noisy copies. sigma: the noise's standard deviation as a part of each image's own range of values.
+    channels as for InputGradient. The class is the one predicted without noise.
+    """
+
+    samples: int
+    sigma: float
+    channels: str
+    mean_of = "smoothgrad"
+    power = 1
+
+    def map(self, model: nn.Module, images: Tensor, labels: Tensor | None) -> Tensor:
+        # Captum's noise has one standard deviation for the whole batch: so the noise is added in units of each
+        # image's range, and the model is given the images in their own units again.
+        lows, highs = (getattr(images.flatten(1), bound)(1).view(-1, 1, 1, 1) for bound in ("amin", "amax"))
+        span = torch.where(highs > lows, highs - lows, torch.ones_like(highs))
+        tunnel = attr.NoiseTunnel(attr.Saliency(lambda units, span: model(units * span)))
+        values = tunnel.attribute(
+            images / span,
+            nt_type=self.mean_of,
+            nt_samples=self.samples,
+            nt_samples_batch_size=max(1, CHUNK // images[:, 0].numel()),
+            stdevs=float(self.sigma),
+            target=predicted(model, images, labels),
+            additional_forward_args=(span,),
+            abs=False,
+        )
+        return over_channels(values / span**self.power, self.channels)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SmoothGradSquared(SmoothGrad):
+    """The mean of the squared input-gradients of noisy copies (Hooker et al., 2018)."""
+
+    mean_of = "smoothgrad_sq"
+    power = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradCAM(Saliency):
+    """Feature maps weighted by their mean gradients, positive part, upsampled (Selvaraju et al., 2017).
+
+    layer: the module whose output is used, None for the last convolution.
+    """
+
+    layer: str | None
+
+    def map(self, model: nn.Module, images: Tensor, labels: Tensor | None) -> Tensor:
+        target = predicted(model, images, labels)
+        features = attr.LayerGradCam(model, self._module(model))
+        return upsample(features.attribute(images, target=target, relu_attributions=True), images.shape[-2:])
+
+    def _module(self, model: nn.Module) -> nn.Module:
+        modules = dict(model.named_modules())
+        if self.layer is not None:
+            if self.layer not in modules:
+                raise UserError(f"saliency.layer={self.layer}: the model has no such module; it has {', '.join(modules)}")
+            return modules[self.layer]
+        convolutions = [module for module in modules.values() if isinstance(module, nn.Conv2d)]
+        if not convolutions:
+            raise UserError("Grad-CAM needs a model with spatial features: this one has no convolution")
+        return convolutions[-1]
+
+
+def _input_gradient(model: nn.Module, images: Tensor, labels: Tensor | None) -> Tensor:
+    if labels is None:
+        return gradients.input_gradient(model, images, images.new_zeros(len(images), dtype=torch.long), target="top")
+    return gradients.input_gradient(model, images, labels, target="label")

@@ -1,0 +1,101 @@
+"""What all saliency methods have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from gradexp.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saliency:
+    """One number a pixel: how much it matters to an output of the model.
+
+    black: what a black pixel is after the data's normalisation, a number or (C, 1, 1).
+    """
+
+    black: Tensor | float = 0.0
+
+    def __call__(self, model: nn.Module, images: Tensor, target: Tensor | int | None = None) -> Tensor:
+        """images (B, C, H, W), target: the class to explain, one for all or (B,); None for the predicted one.
+
+        -> (B, 1, H, W), constant. The model is in eval mode meanwhile, and left as it was. Stochastic methods draw
+        from torch's generator. Raises UserError for a target out of range, images that do not fit the model, and a
+        map that is not finite.
+        """
+        with evaluating(model), torch.enable_grad():
+            images = images.detach()
+            saliency = self.map(model, images, checked(model, images, target)).detach()
+        if not saliency.isfinite().all():
+            raise UserError(
+                f"{type(self).__name__}: the map is not finite. Look at the model's weights (did its training "
+                f"diverge?) and at the images for NaN or infinity"
+            )
+        return saliency
+
+    def map(self, model: nn.Module, images: Tensor, labels: Tensor | None) -> Tensor:
+        """(B, 1, H, W); labels (B,), or None for the predicted classes. The model is in eval mode."""
+        raise NotImplementedError
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is in eval mode; afterwards each of its modules is in the mode that it had."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def checked(model: nn.Module, images: Tensor, target: Tensor | int | None) -> Tensor | None:
+    """`target` as (B,) labels. Raises UserError where images or target do not fit the model."""
+    if images.ndim != 4 or not len(images):
+        raise UserError(f"images are {tuple(images.shape)}; a saliency method takes (B, C, H, W) with B of at least 1")
+    first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+    if first is not None and first.in_channels != images.shape[1]:
+        raise UserError(f"the images have {images.shape[1]} channels, the model takes {first.in_channels}; convert the images")
+    if target is None:
+        return None
+    labels = torch.as_tensor(target, device=images.device).expand(len(images))
+    with torch.no_grad():
+        classes = model(images[:1]).shape[1]
+    wrong = labels[(labels < 0) | (labels >= classes)]
+    if len(wrong):
+        raise UserError(f"target={int(wrong[0])}: the model has classes 0 to {classes - 1}")
+    return labels
+
+
+def predicted(model: nn.Module, images: Tensor, labels: Tensor | None) -> Tensor:
+    """`labels`, or the predicted classes where there are none; (B,)."""
+    if labels is not None:
+        return labels
+    with torch.no_grad():
+        return model(images).argmax(1)
+
+
+def over_channels(values: Tensor, how: str) -> Tensor:
+    """(B, C, H, W) -> (B, 1, H, W). how: `abs` (sum of absolute values), `sum` (signed), `square`, `std`."""
+    if how == "abs":
+        return values.abs().sum(1, keepdim=True)
+    if how == "sum":
+        return values.sum(1, keepdim=True)
+    if how == "square":
+        return values.square().sum(1, keepdim=True)
+    if how == "std":
+        return values.std(1, correction=0, keepdim=True)
+    raise UserError(f"channels={how}: it is one of abs, sum, square, std")
+
+
+def upsample(maps: Tensor, size: Sequence[int]) -> Tensor:
+    """Bilinear, to the images' size. (B, C, h, w) -> (B, C, H, W)."""
+    if maps.shape[-2:] == tuple(size):
+        return maps
+    return nn.functional.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False)

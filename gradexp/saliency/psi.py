@@ -1,0 +1,49 @@
+"""Post-processing of gradient maps: ψ of Eq. 3.2 and its choice (§3.6)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gradexp.errors import UserError
+from gradexp.saliency.method import upsample
+
+SIGNS = ("abs", "positive", "negative")
+SCALES = ("rescale", "rescale_channels")
+
+
+def check(steps: Sequence[str]) -> None:
+    """Raises UserError unless `steps` are at most one of SIGNS, at most one of SCALES, and `upsample`, in this order."""
+    allowed = [[*sign, *scale, "upsample"] for sign in ([], *([s] for s in SIGNS)) for scale in ([], *([s] for s in SCALES))]
+    if list(steps) not in allowed:
+        raise UserError(
+            f"saliency.psi=[{', '.join(steps)}]: it is one of {', '.join(SIGNS)} or none, then one of {', '.join(SCALES)} "
+            f"or none, then upsample; the thesis's is [abs, rescale, upsample]"
+        )
+
+
+def psi(maps: Tensor, steps: Sequence[str], size: Sequence[int]) -> Tensor:
+    """Σ_c ψ(maps_c) with ψ the composition of `steps`. (B, C, h, w) -> (B, 1, H, W).
+
+    rescale: to [0, 1] over all channels of an image's layer, as in the author's code; rescale_channels: each channel,
+    as Eq. 3.2 is written. Both are affine and upsampling is linear, so that channels are summed before either: no
+    tensor of C maps is ever made at the images' size. A constant map becomes 0.
+    """
+    if "abs" in steps:
+        maps = maps.abs()
+    elif "positive" in steps or "negative" in steps:
+        maps = (maps if "positive" in steps else -maps).relu()
+    if "rescale_channels" in steps:
+        low, high = maps.amin((2, 3), keepdim=True), maps.amax((2, 3), keepdim=True)
+        return upsample(((maps - low) / _span(low, high)).sum(1, keepdim=True), size)
+    total = maps.sum(1, keepdim=True)
+    if "rescale" in steps:
+        low, high = maps.amin((1, 2, 3), keepdim=True), maps.amax((1, 2, 3), keepdim=True)
+        total = (total - maps.shape[1] * low) / _span(low, high)
+    return upsample(total, size)
+
+
+def _span(low: Tensor, high: Tensor) -> Tensor:
+    return torch.where(high > low, high - low, torch.ones_like(high))

@@ -1,0 +1,66 @@
+"""Saliency maps of a whole data set, once a method: what ROAR removes pixels by (§3.5.2)."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from gradexp.data.loader import TensorLoader, mix
+from gradexp.data.removal import MANIFEST, sha256
+from gradexp.evaluate import masking
+from gradexp.runs import Result, Run, write_atomically
+from gradexp.saliency import Saliency
+from gradexp.tasks.saliency_score import completeness, parts
+
+CHUNK = 128  # images computed at a time; what is drawn for an image depends on it
+SAY_EVERY = 30.0  # seconds
+
+
+def saliency_maps(run: Run) -> Result:
+    """The pixels' order of salience for all training and test images, as `train.npy` and `test.npy` in the run's folder.
+
+    Order, not values: it is all that removal needs, exact in two bytes, and equal values are put in order only once.
+    Goes on where it was interrupted; `maps.json`, written last, has checksums and says whose maps they are.
+    """
+    hardware, model, data, method = parts(run)
+    loaders = {
+        "train": data.train_loader(batch_size=CHUNK, device=hardware.device, augment=False),
+        "test": data.test_loader(batch_size=CHUNK, device=hardware.device),
+    }
+    run.folder.mkdir(parents=True, exist_ok=True)
+    for number, (split, loader) in enumerate(loaders.items()):
+        seed = mix(run.config["seed"], number)
+        fill(run.folder / f"{split}.npy", loader, model, method, seed, f"saliency maps {run.id}, {split}")
+    digests = {f"{split}.npy": sha256(run.folder / f"{split}.npy") for split in loaders}
+    manifest = {"sha256": digests, "data": data.fingerprint()}
+    write_atomically(run.folder / MANIFEST, json.dumps(manifest, indent=2).encode())
+    metrics: dict[str, Any] = {f"maps/{split}": loader.count for split, loader in loaders.items()}
+    for name, values in completeness(method, model, next(iter(loaders["test"])).images).items():
+        metrics |= {f"test/{name}": float(values.mean()), f"test/{name}/std": float(values.std())}
+    return Result(metrics, facts={"data": data.fingerprint(), "sha256": digests, **hardware.facts()})
+
+
+def fill(path: Path, loader: TensorLoader, model: nn.Module, method: Saliency, seed: int, title: str) -> None:
+    """Writes ranks (N, 1, H, W) chunk by chunk; `path`.done counts the finished chunks."""
+    shape = (loader.count, 1, *loader.images.shape[-2:])
+    done_file = path.with_suffix(".done")
+    done = int(done_file.read_text()) if path.exists() and done_file.exists() else 0
+    kind = np.dtype(np.int16 if shape[-1] * shape[-2] < 2**15 else np.int32)
+    places = np.lib.format.open_memmap(path, mode="r+" if done else "w+", dtype=kind, shape=shape)
+    said = started = time.monotonic()
+    for number, batch in enumerate(loader.batches(epoch=0, start=done), start=done):
+        torch.manual_seed(mix(seed, number))
+        ranks = masking.ranks(method(model, batch.images)[:, 0], seed=mix(seed, number))
+        places[number * CHUNK :][:CHUNK, 0] = ranks.to("cpu", torch.int32).numpy()
+        places.flush()
+        write_atomically(done_file, str(number + 1).encode())
+        if time.monotonic() - said > SAY_EVERY:
+            said = time.monotonic()
+            left = (said - started) / (number + 1 - done) * (len(loader) - number - 1)
+            print(f"{title}: {number + 1}/{len(loader)} chunks, {left / 60:.1f} min left", flush=True)

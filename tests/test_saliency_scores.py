@@ -1,0 +1,277 @@
+"""The tests of saliency maps, on images of four pixels worked by hand; ROAR's data and its maps on disk."""
+
+import json
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gradexp.data.digits import Digits
+from gradexp.data.loader import Batch, TensorLoader
+from gradexp.data.removal import MANIFEST, Removal, sha256
+from gradexp.data.sources import Split
+from gradexp.errors import UserError
+from gradexp.evaluate.digit_flip import DigitFlip
+from gradexp.evaluate.pixel_perturbation import PixelPerturbation
+from gradexp.runs import ROOT, Paths, Run, ensure
+from gradexp.saliency import Saliency
+from gradexp.tasks import saliency_maps, saliency_score
+from gradexp.tasks.compose import compose_run, plan
+
+BLACK = torch.zeros(1, 1, 1)
+
+
+class Weights(nn.Module):
+    """Logits (w · x, -w · x / 2) of pictures of four pixels."""
+
+    def __init__(self, *weights: float) -> None:
+        super().__init__()
+        self.w = torch.tensor(weights, dtype=torch.float32)
+
+    def forward(self, images: Tensor) -> Tensor:
+        value = images.flatten(1) @ self.w
+        return torch.stack([value, -value / 2], 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Given(Saliency):
+    """These maps, for one class or for each."""
+
+    maps: dict[int | None, list[float]]
+
+    def map(self, model: nn.Module, images: Tensor, labels: Tensor | None) -> Tensor:
+        values = self.maps[None if labels is None else int(labels[0])]
+        return torch.tensor(values).view(1, 1, 2, 2).expand(len(images), 1, 2, 2)
+
+
+def batch(*images: list[float], labels: list[int] | None = None) -> Batch:
+    count = len(images)
+    return Batch(
+        torch.tensor(images).view(count, 1, 2, 2), torch.tensor(labels or [0] * count), torch.arange(count), torch.zeros(count)
+    )
+
+
+def changes(order: str, maps: list[float], *, fractions: list[float], fill: str | float = "black") -> list[list[float]]:
+    """f = 1 x₁ + 2 x₂ + 3 x₃ + 4 x₄ of an image of ones and of one of -2s, whose largest logit is the second."""
+    test = PixelPerturbation(fractions=fractions, order=order, fill=fill)
+    model, method = Weights(1, 2, 3, 4), Given(maps={None: maps})
+    found = test(model, method, batch([1.0] * 4, [-2.0] * 4), black=BLACK, seed=0)
+    assert list(found) == [f"output_change@removed={fraction:g}" for fraction in fractions]
+    return [[round(value, 5) for value in values.tolist()] for values in found.values()]
+
+
+def test_pixel_perturbation_by_hand() -> None:
+    """f(1) = 10: without pixel 1 it is 9, without 1 and 2 it is 7, without 4 it is 6; nothing and everything."""
+    salience = [0.1, 0.2, 0.3, 0.4]
+    assert changes("least", salience, fractions=[0, 0.25, 0.5, 1]) == [[0, 0], [0.1, 0.1], [0.3, 0.3], [1, 1]]
+    assert changes("most", salience, fractions=[0, 0.25, 0.5, 1]) == [[0, 0], [0.4, 0.4], [0.7, 0.7], [1, 1]]
+    assert changes("least", salience[::-1], fractions=[0.25]) == [[0.4, 0.4]]
+    assert changes("least", salience, fractions=[0.5], fill=3.0) == [[0.6, 0.75]]  # 1 -> 3 and -2 -> 3: change of 2·3, 5·3
+    assert changes("least", salience, fractions=[0.5], fill="image_mean") == [[0, 0]]
+
+
+def test_ties_are_drawn_and_not_taken_in_order() -> None:
+    """Four equal pixels, one goes: a tenth, two, three or four tenths, by the seed; signs count, sizes do not."""
+    test = PixelPerturbation(fractions=[0.25], order="least", fill="black")
+    model, image = Weights(1, 2, 3, 4), batch([1.0] * 4)
+    level = Given(maps={None: [5.0] * 4})
+    drawn = {
+        round(float(test(model, level, image, black=BLACK, seed=seed)["output_change@removed=0.25"]), 3) for seed in range(40)
+    }
+    assert drawn == {0.1, 0.2, 0.3, 0.4}
+    assert changes("least", [0.0, -9.0, 1.0, 2.0], fractions=[0.25]) == [[0.2, 0.2]]
+
+
+def test_removed_pixels_are_black_in_the_images_units() -> None:
+    test = PixelPerturbation(fractions=[0.25], order="least", fill="black")
+    method = Given(maps={None: [0.1, 0.2, 0.3, 0.4]})
+    found = test(Weights(1, 2, 3, 4), method, batch([1.0] * 4), black=torch.full((1, 1, 1), -0.5), seed=0)
+    assert float(found["output_change@removed=0.25"]) == pytest.approx(0.15)
+
+
+def test_digit_flip_by_hand() -> None:
+    """S_0 - S_1 = (3, 2, 1, -1): log-odds 1.5 f = 15 lose pixel 1, then 2, never the pixel that speaks for class 1."""
+    method = Given(maps={0: [3.0, 3.0, 1.0, 0.0], 1: [0.0, 1.0, 0.0, 1.0]})
+    images = batch([1.0] * 4, [1.0] * 4, [2.0] * 4, labels=[0, 1, 0])
+
+    def flip(fraction: float) -> list[float]:
+        test = DigitFlip(source=0, target=1, fraction=fraction)
+        return test(Weights(1, 2, 3, 4), method, images, black=BLACK, seed=0)["log_odds_change"].tolist()
+
+    assert flip(0) == [0, 0]
+    assert flip(0.25) == [1.5, 3]
+    assert flip(0.5) == [4.5, 9]
+    assert flip(1) == [9, 18]  # not pixel 4
+    test = DigitFlip(source=0, target=1, fraction=0.5)
+    assert test(Weights(1, 2, 3, 4), method, batch([1.0] * 4, labels=[1]), black=BLACK, seed=0) == {}
+    with pytest.raises(UserError, match="another class"):
+        DigitFlip(source=3, target=3, fraction=0.2)
+
+
+def test_a_fifth_of_an_mnist_image_is_157_pixels() -> None:
+    mask = DigitFlip(source=8, target=3, fraction=0.2).removed(torch.rand(2, 1, 28, 28) + 0.1, 0)
+    assert mask.sum((1, 2, 3)).tolist() == [157, 157]
+
+
+# --- remove and retrain -----------------------------------------------------------------------------------
+
+
+def store(folder: Path, train: np.ndarray, test: np.ndarray, fingerprint: dict[str, Any]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, places in (("train", train), ("test", test)):
+        np.save(folder / f"{name}.npy", places)
+    digests = {f"{name}.npy": sha256(folder / f"{name}.npy") for name in ("train", "test")}
+    (folder / MANIFEST).write_text(json.dumps({"sha256": digests, "data": fingerprint}))
+    return folder
+
+
+def digits(**changes: Any) -> Digits:
+    options = {"name": "digits", "classes": 10, "channels": 3, "size": 32, "flip": False, "crop": 0, "normalise": "standard"}
+    places = {"root": ROOT, "cache": ROOT, "seed": 0, "per_class": 2, "validation": None}
+    return Digits(**{**options, **places, **changes})
+
+
+def places_of(data: Digits, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    generator = np.random.default_rng(seed)
+    counts = data.fingerprint()["train_images"], data.fingerprint()["test_images"]
+    order = (generator.permuted(np.tile(np.arange(1024), (count, 1)), axis=1) for count in counts)
+    train, test = (each.reshape(-1, 1, 32, 32).astype(np.int16) for each in order)
+    return train, test
+
+
+@pytest.mark.parametrize("normalise", ["standard", "none"])
+def test_removed_pixels_have_the_mean_colour_and_the_others_their_own(tmp_path: Path, normalise: str) -> None:
+    data = digits(normalise=normalise, removal=Removal(fraction=0.25))
+    places = places_of(data)
+    data.removal.open(store(tmp_path, *places, data.fingerprint()), data.fingerprint())  # type: ignore[union-attr]
+    whole = digits(normalise=normalise)
+    for split, ranks in zip(("train", "test"), places, strict=True):
+        modified, original = (
+            next(
+                iter(
+                    getattr(one, f"{split}_loader")(
+                        batch_size=9, device="cpu", **({"augment": False} if split == "train" else {})
+                    )
+                )
+            )
+            for one in (data, whole)
+        )
+        gone = torch.as_tensor(ranks[:9] >= 768).expand_as(original.images)
+        assert gone.float().mean() == 0.25
+        mean, std = whole.statistics
+        colour = ((whole.colours[0] - mean) / std).view(-1, 1, 1).expand_as(original.images)
+        torch.testing.assert_close(modified.images[gone], colour[gone], atol=1e-5, rtol=0)
+        torch.testing.assert_close(modified.images[~gone], original.images[~gone])
+
+
+def test_removal_comes_before_augmentation() -> None:
+    """A mirrored image is the mirror of the modified image; all that a view shows was modified in the same way."""
+    split = Split(np.random.default_rng(0).integers(1, 256, (3, 1, 4, 4), dtype=np.uint8), np.arange(3))
+    removed = np.zeros((3, 1, 4, 4), dtype=bool)
+    removed[:, :, :, 0] = True
+    options: dict[str, Any] = {"batch_size": 3, "mean": torch.zeros(1), "std": torch.ones(1), "flip": True, "crop": 1}
+    loader = TensorLoader(split, np.arange(3), removed=removed, fill=torch.tensor([0.5]), **options)
+    rows = torch.arange(3)
+    centre = 1 * 3 + 1
+    plain, mirrored = (loader.batch(rows, torch.full((3,), view)).images for view in (centre, 9 + centre))
+    assert (plain[:, :, :, 0] == 0.5).all()
+    assert torch.equal(mirrored, plain.flip(3))
+    assert loader.fingerprint != TensorLoader(split, np.arange(3), **options).fingerprint
+
+
+def test_maps_that_are_damaged_or_of_other_images_are_refused(tmp_path: Path) -> None:
+    data = digits()
+    folder = store(tmp_path, *places_of(data), data.fingerprint())
+    Removal(fraction=0.5).open(folder, data.fingerprint())
+    with pytest.raises(UserError, match=r"data\.per_class"):
+        Removal(fraction=0.5).open(folder, digits(per_class=3).fingerprint())
+    with (folder / "test.npy").open("r+b") as file:
+        file.seek(2000)
+        file.write(b"\xff\xff\xff")
+    with pytest.raises(UserError, match="computed again"):
+        Removal(fraction=0.5).open(folder, data.fingerprint())
+    with pytest.raises(UserError, match=r"data\.removal=null"):
+        Removal(fraction=0)
+    with pytest.raises(UserError, match="experiment=roar"):
+        Removal(fraction=0.5).mask("train")
+
+
+TINY = ["scale=quick", "scale.width=0.04", "logger=none", "trainer.threads=1", "scale.roar_per_class=3"]
+UPSTREAM = [
+    "+upstream.maps.scale.width=0.04",
+    "+upstream.maps.upstream.model.optim.passes=1",
+    "+upstream.maps.upstream.model.scale.width=0.04",
+]
+
+
+def paths(folder: Path) -> list[str]:
+    return [f"paths.results={folder}/results", f"paths.outputs={folder}/outputs"]
+
+
+def test_the_baseline_of_roar_is_one_run_and_stands_on_no_maps() -> None:
+    runs = [plan(["experiment=roar", f"upstream.maps.saliency={name}", "data.removal=null"]) for name in ("random", "gradcam")]
+    assert runs[0].config == runs[1].config
+    assert runs[0].upstream == ()
+
+
+def test_the_seeds_of_roar_share_their_images_and_maps() -> None:
+    first, second = (plan(["experiment=roar", "scale=cpu", f"seed={seed}"]) for seed in (0, 1))
+    assert first.upstream[0].config == second.upstream[0].config
+    assert first.config["data"] == second.config["data"]
+    subsets = [digits(seed=seed, subset_seed=0).fingerprint()["subset"] for seed in (0, 1)]
+    assert subsets[0] == subsets[1] == digits().fingerprint()["subset"] != digits(seed=1).fingerprint()["subset"]
+
+
+def test_roar_from_end_to_end(tmp_path: Path, run_py: Callable[..., "subprocess.CompletedProcess[str]"]) -> None:
+    """Teacher, maps, retraining; then the maps go on where they were killed, to the same bytes."""
+    done = run_py("experiment=roar", *TINY, *UPSTREAM, "optim.passes=1", "upstream.maps.saliency=random")
+    assert done.returncode == 0, done.stderr
+    (record,) = (json.loads(file.read_text()) for file in (tmp_path / "results/runs/roar").glob("*.json"))
+    (maps_record,) = (json.loads(file.read_text()) for file in (tmp_path / "results/runs/saliency_maps").glob("*.json"))
+    assert record["upstream"]["maps"]["id"] == maps_record["id"]
+    (manifest,) = tmp_path.rglob(MANIFEST)
+    assert json.loads(manifest.read_text())["sha256"] == maps_record["sha256"]
+    places = np.load(manifest.parent / "train.npy")
+    assert places.shape == (30, 1, 32, 32)
+    assert (np.sort(places.reshape(30, -1), axis=1) == np.arange(1024)).all()
+
+    test = manifest.parent / "test.npy"
+    whole = test.read_bytes()
+    (manifest.parent / "test.done").write_text("1")  # as if it had been killed after its first chunk
+    ruined = np.lib.format.open_memmap(test, mode="r+")
+    ruined[saliency_maps.CHUNK :] = -1
+    ruined.flush()
+    manifest.unlink()
+    run = Run(maps_record["config"] | {"paths": compose_run(["experiment=roar", *paths(tmp_path)])["paths"]}, Paths.of(
+        compose_run(["experiment=roar", *paths(tmp_path)])))  # fmt: skip
+    ensure(run, needs=manifest.exists)
+    assert test.read_bytes() == whole
+
+
+def test_a_score_is_a_mean_over_images_with_its_spread(tmp_path: Path) -> None:
+    """The record of a FullGrad run says how complete the full-gradients were; the number of images is as asked."""
+    words = ["experiment=pixel_perturbation", *TINY, "+upstream.model.optim.passes=1", "evaluate.images=70", *paths(tmp_path)]
+    config = compose_run(words)
+    record = ensure(Run(config, Paths.of(config)))
+    assert record["images"] == 70
+    assert record["metrics"]["test/completeness_error"] < 1e-4
+    assert record["metrics"]["test/output_change@removed=0.1/std"] > 0
+    assert set(record["upstream"]) == {"model"}
+
+
+def test_the_first_images_are_as_many_as_asked() -> None:
+    class Loader:
+        device = "cpu"
+
+    data = digits()
+    for limit, sizes in ((5, [4, 1]), (8, [4, 4]), (3, [3])):
+        batches = list(saliency_score.first_images(data, limit, 4, Loader()))  # type: ignore[arg-type]
+        assert [len(batch.images) for batch in batches] == sizes
+    everything = saliency_score.first_images(data, None, 100, Loader())  # type: ignore[arg-type]
+    assert sum(len(batch.images) for batch in everything) == data.fingerprint()["test_images"]
