@@ -44,6 +44,12 @@ def only_inputs() -> Iterator[None]:
         _only_inputs = before
 
 
+def _aligned(g: Tensor, x: Tensor) -> Tensor:
+    """g in the memory layout of x. Global pooling hands down gradients in another one, and kernels are slow on a mix."""
+    layout = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+    return g.contiguous(memory_format=layout)
+
+
 # --- convolution ------------------------------------------------------------------------------------------
 # y = x * w is linear in x and in w. So each of its three products (output, input-gradient, weight-gradient) has
 # the other two as its derivatives, and the three Functions below close the family.
@@ -51,10 +57,11 @@ def only_inputs() -> Iterator[None]:
 Shape = tuple[Any, ...]  # stride, padding, dilation, groups
 
 
-def _kernel(g: Tensor, x: Tensor, w: Tensor, shape: Shape, mask: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
+def _kernel(g: Tensor, x: Tensor, w: Tensor, shape: Shape, mask: list[bool]) -> tuple[Any, Any, Any]:
+    """Gradients for x, w and the bias: those that `mask` asks for, None for the others."""
     stride, padding, dilation, groups = shape
-    result: tuple[Tensor, Tensor, Tensor] = _convolution_backward(
-        g, x, w, None, stride, padding, dilation, False, [0, 0], groups, mask
+    result: tuple[Any, Any, Any] = _convolution_backward(
+        g, x, w, [w.shape[0]], stride, padding, dilation, False, [0, 0], groups, mask
     )
     return result
 
@@ -72,6 +79,8 @@ class Convolve(Function):
     def backward(ctx: Any, g: Tensor) -> Any:
         x, w = ctx.saved_tensors
         needs_x, needs_w, needs_b, _ = ctx.needs_input_grad
+        if not torch.is_grad_enabled() and not _only_inputs:
+            return *_kernel(g, x, w, ctx.shape, [needs_x, needs_w, needs_b]), None
         gx = ConvolutionInput.apply(g, w, x.detach(), ctx.shape) if needs_x else None
         gw = ConvolutionWeight.apply(g, x, w.detach(), ctx.shape) if needs_w and not _only_inputs else None
         gb = g.sum((0, 2, 3)) if needs_b and not _only_inputs else None
@@ -153,7 +162,7 @@ class NormaliseBatch(Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor, *_: Tensor) -> Any:
         x, w, mean, inverse = ctx.saved_tensors
-        gx, gw, gb = BatchNormInput.apply(g, x, w, mean, inverse, ctx.eps)
+        gx, gw, gb = BatchNormInput.apply(_aligned(g, x), x, w, mean, inverse, ctx.eps)
         if _only_inputs:
             gw = gb = None
         elif torch.is_grad_enabled():  # somebody differentiates these too: rare, so autograd may do it
@@ -167,40 +176,67 @@ class BatchNormInput(Function):
 
         gx = a P(g),   P(g) = g - ⟨g⟩ - x̂ ⟨g x̂⟩.
 
-    P is symmetric, so the derivative of gx with respect to g is gx's own kernel once more. The derivative with
-    respect to x, for a cotangent v, is
+    P is symmetric, so the derivative of gx with respect to g is gx's own kernel once more: gg = a P(v) for a
+    cotangent v. The derivative with respect to x is then a combination of tensors that are there already,
 
-        inverse P(u) - a inverse K x̂,   u = -a (v ⟨g x̂⟩ + g ⟨v x̂⟩),   K = ⟨v g⟩ - ⟨v⟩⟨g⟩ - ⟨v x̂⟩⟨g x̂⟩,
-
-    a combination of v, g, x̂ and 1 whose four coefficients a channel come from five means.
+        -inverse (⟨g x̂⟩ gg + ⟨v x̂⟩ gx + a K x̂),   K = ⟨v P(g)⟩ = ⟨v g⟩ - ⟨v⟩⟨g⟩ - ⟨v x̂⟩⟨g x̂⟩.
     """
 
     @staticmethod
     def forward(ctx: Any, g: Tensor, x: Tensor, w: Tensor, mean: Tensor, inverse: Tensor, eps: float) -> Any:
         gx, gw, gb = _batch_norm_backward(g, x, w, None, None, mean, inverse, True, eps, [True, True, True])
-        ctx.save_for_backward(g, x, w, mean, inverse, gw, gb)
+        ctx.save_for_backward(g, gx, x, w, mean, inverse, gw, gb)
         ctx.eps = eps
         ctx.mark_non_differentiable(gw, gb)
         return gx, gw, gb
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, v: Tensor, *_: Tensor) -> Any:
-        g, x, w, mean, inverse, gw, gb = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a third derivative is wanted: rare, so autograd may do it
+            g, _, x, w, *_ = ctx.saved_tensors
+            return *_batch_norm_input_backward(v, g, x, w, ctx.eps), None, None, None
+        g, gx, x, w, mean, inverse, gw, gb = ctx.saved_tensors
         count = x.numel() // x.shape[1]
         gg, sum_vx, sum_v = _batch_norm_backward(v, x, w, None, None, mean, inverse, True, ctx.eps, [True, True, True])
-        v1, vx, g1, gx = sum_v / count, sum_vx / count, gb / count, gw / count
-        covariance = (v * g).mean((0, 2, 3), dtype=mean.dtype) - v1 * g1 - vx * gx
-        a = w * inverse
-        of_v, of_g = -a * inverse * gx, -a * inverse * vx
-        of_x = (2 * a * inverse * gx * vx - a * inverse * covariance) * inverse
-        of_1 = a * inverse * (v1 * gx + g1 * vx) - of_x * mean
-        second = torch.addcmul(_wide(of_1), x, _wide(of_x)).addcmul_(v, _wide(of_v)).addcmul_(g, _wide(of_g))
-        return gg, second.to(x.dtype), count * covariance * inverse, None, None, None
+        k = (_dot(v, g, w) - (sum_v * gb + sum_vx * gw) / count) / count
+        second = _centred(x, mean, -w * inverse.pow(3) * k)
+        second.addcmul_(gg, _wide(-inverse * gw / count, x)).addcmul_(gx, _wide(-inverse * sum_vx / count, x))
+        return gg, second, count * k * inverse, None, None, None
 
 
-def _wide(values: Tensor) -> Tensor:
-    return values.view(-1, 1, 1)
+def _batch_norm_input_backward(v: Tensor, g: Tensor, x: Tensor, w: Tensor, eps: float) -> list[Tensor | None]:
+    """What BatchNormInput.backward computes, in operations that autograd differentiates any number of times."""
+
+    def mean(values: Tensor) -> Tensor:
+        return values.mean((0, 2, 3), keepdim=True)
+
+    g, x, w = (tensor.view_as(tensor) for tensor in (g, x, w))  # g may itself come from x: partial derivatives are meant
+    inverse = torch.rsqrt((x - mean(x)).square().mean((0, 2, 3), keepdim=True) + eps)
+    normalised = (x - mean(x)) * inverse
+    gx = w.view(-1, 1, 1) * inverse * (g - mean(g) - normalised * mean(g * normalised))
+    wanted = [tensor for tensor in (g, x, w) if tensor.requires_grad]
+    found = iter(torch.autograd.grad(gx, wanted, v, create_graph=True))
+    return [next(found) if tensor.requires_grad else None for tensor in (g, x, w)]
+
+
+# Two sums over channels in one pass each: batch normalisation's own kernels read bf16 tensors beside fp32 channels,
+# where plain operations would write whole tensors in between.
+
+
+def _dot(first: Tensor, second: Tensor, w: Tensor) -> Tensor:
+    """Sum of first * second over all but the channels. (B, C, H, W) twice -> (C,), in the precision of w (C,)."""
+    zero, one = torch.zeros_like(w), torch.ones_like(w)
+    return _batch_norm_backward(first, second, one, None, None, zero, one, True, 0.0, [False, True, False])[1]
+
+
+def _centred(x: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
+    """scale * (x - mean), channel by channel."""
+    one = torch.ones_like(mean)
+    return torch.native_batch_norm(x, scale, None, mean, one, False, 0.0, 0.0)[0]
+
+
+def _wide(values: Tensor, like: Tensor) -> Tensor:
+    return values.view(-1, 1, 1).to(like.dtype)
 
 
 class BatchNorm(nn.BatchNorm2d):
@@ -216,7 +252,7 @@ class BatchNorm(nn.BatchNorm2d):
             return y
         scale = self.weight * torch.rsqrt(variance + self.eps)
         shift = self.bias - mean * scale
-        return torch.addcmul(_wide(shift).to(input.dtype), input, _wide(scale).to(input.dtype))
+        return torch.addcmul(_wide(shift, input), input, _wide(scale, input))
 
 
 # --- max-pooling ------------------------------------------------------------------------------------------
@@ -290,25 +326,35 @@ class ApplySoftplus(Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
         (x,) = ctx.saved_tensors
-        return SoftplusInput.apply(g, x, *ctx.constants), None, None
+        return SoftplusInput.apply(_aligned(g, x), x, *ctx.constants), None, None
 
 
 class SoftplusInput(Function):
-    """Gradient of ApplySoftplus: g s with s = sigmoid(beta x), whose slope is beta s (1 - s)."""
+    """Gradient of ApplySoftplus: g s with s = sigmoid(beta x), whose own slope is beta s (1 - s).
+
+    Beyond the threshold torch's softplus is the identity, so s is 1 there.
+    """
 
     @staticmethod
     def forward(ctx: Any, g: Tensor, x: Tensor, beta: float, threshold: float) -> Tensor:
-        ctx.save_for_backward(g, x)
+        s = torch.mul(x, beta).sigmoid_()
+        if threshold < ROUNDS_TO_1 or x.dtype == torch.float64:
+            s.masked_fill_(x > threshold / beta, 1)
+        ctx.save_for_backward(g, x, s)
         ctx.constants = (beta, threshold)
-        return torch.ops.aten.softplus_backward(g, x, beta, threshold)
+        return g * s
 
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> Any:
-        g, x = ctx.saved_tensors
+        g, x, s = ctx.saved_tensors
         beta, threshold = ctx.constants
-        gg = SoftplusInput.apply(v, x, beta, threshold)
-        slope = torch.ops.aten.sigmoid_backward(v * g, torch.sigmoid(beta * x)) * beta
-        return gg, slope.masked_fill(beta * x > threshold, 0), None, None
+        if torch.is_grad_enabled():  # a third derivative is wanted, so s must be a function of x again
+            s = torch.sigmoid(beta * x).masked_fill(x > threshold / beta, 1)
+            return v * s, beta * v * g * s * (1 - s), None, None
+        return v * s, torch.ops.aten.sigmoid_backward(v * g, s).mul_(beta), None, None
+
+
+ROUNDS_TO_1 = 18  # sigmoid(18) is 1 in float32
 
 
 class Softplus(nn.Softplus):

@@ -341,11 +341,15 @@ def versions() -> dict[str, str]:
     return found
 
 
+def _short(value: float | None) -> str:
+    return "nan" if value is None else f"{value:.2f}" if abs(value) >= 1 else f"{value:.3g}"
+
+
 def say(record: Config) -> None:
     """The last line of a run."""
     numbers = {name: value for name, value in sorted(record["metrics"].items()) if not isinstance(value, list)}
     numbers = {name: value for name, value in numbers.items() if name.startswith("test/")} or numbers
-    words = [f"{name}={'nan' if value is None else f'{value:.4g}'}" for name, value in numbers.items()]
+    words = [f"{name}={_short(value)}" for name, value in numbers.items()]
     shown = " ".join(words[:8] + (["..."] if len(words) > 8 else []))
     print(f"run {record['id']} {record['status']}: {shown}", flush=True)
     sys.stdout.flush()

@@ -34,6 +34,25 @@ def test_batch_norm_is_differentiable_twice() -> None:
     assert torch.autograd.gradgradcheck(function, (x, w, b))
 
 
+def test_batch_norm_is_differentiable_three_times() -> None:
+    """A training step with exact Hessian-vector products asks for that; torch's own layer can't."""
+
+    def plain(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        variance, mean = torch.var_mean(x, (0, 2, 3), correction=0, keepdim=True)
+        return w.view(-1, 1, 1) * (x - mean) / (variance + 1e-5).sqrt() + b.view(-1, 1, 1)
+
+    start = (randn(4, 2, 2, 2), randn(2), randn(2))
+    third = []
+    for fast in (True, False):
+        x, w, b = (tensor.detach().clone().requires_grad_() for tensor in start)
+        y = layers.NormaliseBatch.apply(x, w, b, (None, None), 0.1, 1e-5)[0] if fast else plain(x, w, b)
+        with layers.only_inputs():
+            (gradient,) = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)
+            (product,) = torch.autograd.grad(gradient, x, torch.ones_like(x).tril(), create_graph=True)
+        third.append(torch.autograd.grad(product.square().sum(), (x, w, b)))
+    torch.testing.assert_close(third[0], third[1], rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_max_pool_is_differentiable_twice(memory_format: torch.memory_format) -> None:
     x = torch.randn(2, 3, 5, 6, dtype=DOUBLE).to(memory_format=memory_format).requires_grad_()

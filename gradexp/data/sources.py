@@ -144,7 +144,7 @@ def _decode(layout: Layout, file: Path, row: int, value: dict[str, bytes] | None
 
 
 def _damaged(file: Path, why: str) -> UserError:
-    return UserError(f"{file} can't be used: {why}. Fetch the file again, or delete it to use another source.")
+    return UserError(f"{file} can't be used: {why.rstrip('.')}. Fetch the file again, or delete it to use another source.")
 
 
 def _torchvision(layout: Layout, root: Path, split: str, download: bool) -> Rows:

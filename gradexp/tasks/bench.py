@@ -177,6 +177,7 @@ def limit(kind: Kind, model: str) -> float:
 
 def measure(model: str, hardware: Hardware, kinds: Sequence[Kind], *, rounds: int, memory: bool, budget: float) -> list[Row]:
     """Medians over `rounds` rounds, each of which does every kind of step once; fewer when `budget` seconds are over."""
+    hardware.apply()
     loader = images()
     with tempfile.TemporaryDirectory() as folder:
         steps = {kind.name: make_step(kind, model, hardware, loader, Path(folder)) for kind in kinds}

