@@ -25,17 +25,17 @@ class Ascent:
         self, *, steps: int, rate: float, pull: float, langevin: float, start: Sequence[float] | None, noise: float | None
     ) -> None:
         if steps < 1 or rate <= 0:
-            raise UserError(f"sampling.steps={steps} sampling.rate={rate}: take at least one step, of a positive rate")
+            raise UserError(f"steps={steps}, rate={rate}: take at least one step, of a positive rate")
         for name, sigma in (("start", start[1] if start else 0), ("noise", noise or 0), ("langevin", langevin)):
             if sigma < 0:
-                raise UserError(f"sampling.{name}: {sigma} is no standard deviation; take 0 or more")
+                raise UserError(f"{name}: {sigma} is no standard deviation; take 0 or more")
         self.steps, self.rate, self.pull, self.langevin = steps, rate, pull, langevin
         self.start, self.noise = start, noise
 
     def sample(self, model: nn.Module, labels: Tensor, seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
         """Samples of the classes `labels` (B,), each of shape (C, H, W), from Gaussian beginnings. -> (B, C, H, W)."""
         if self.start is None:
-            raise UserError("sampling.start is null: take sampling=ascent, or set a mean and a standard deviation")
+            raise UserError("start is null: set a mean and a standard deviation, as in conf/sampling/ascent.yaml")
         mean, std = self.start
         draws = Draws(seeds, shape, labels.device)
         return self.climb(model, (mean + std * draws.normal()).clamp(0, 1), labels, draws)
@@ -43,7 +43,7 @@ class Ascent:
     def denoise(self, model: nn.Module, images: Tensor, labels: Tensor, seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Images with noise, and what the ascent makes of them (§5.10); both (B, C, H, W)."""
         if self.noise is None:
-            raise UserError("sampling.noise is null: take denoising=denoise, or set a standard deviation")
+            raise UserError("noise is null: set a standard deviation, as in conf/sampling/denoise.yaml")
         draws = Draws(seeds, images.shape[1:], images.device)
         noisy = (images + self.noise * draws.normal()).clamp(0, 1)
         return noisy, self.climb(model, noisy, labels, draws)

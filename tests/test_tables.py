@@ -178,3 +178,42 @@ def test_rendered_tables_are_up_to_date() -> None:
         spec = yaml.safe_load((ROOT / "conf" / "table" / f"{number}.yaml").read_text())
         made = tables.build(spec, file.parent.name, plan, paths)
         assert tables.to_csv(made) == file.read_text(), f"make tables SCALE={file.parent.name}"
+
+
+def test_a_cell_of_two_metrics_shows_both_and_is_judged_by_the_last() -> None:
+    thesis = tables.Thesis(75.37, True), tables.Thesis(85.64, True)
+    parts = [
+        tables.Cell("a", "x", (), printed, True, name, (value,))
+        for name, value, printed in (("accuracy", 70.0, thesis[0]), ("gan_test", 80.0, thesis[1]))
+    ]
+    both = dataclasses.replace(parts[0], others=(parts[1],))
+    second = dataclasses.replace(parts[1], column="y", values=(60.0,))
+    other = dataclasses.replace(both, column="y", values=(90.0,), others=(second,))
+    marked = tables.mark_best([both, other], "max", "table")
+    assert [cell.best for cell in marked] == [True, False]
+    assert tables.ours(both) == "70.00 / 80.00"
+    assert tables.printed(both) == "75.37 / 85.64"
+    assert tables.gap(both) == "−5.37 / −5.64"
+    assert tables.ours(dataclasses.replace(both, values=())) == tables.EMPTY
+    made = dataclasses.replace(table(), rows=("a",), columns=("x", "y"), cells=marked)
+    lines = list(csv.DictReader(io.StringIO(tables.to_csv(made))))
+    assert [(line["column"], line["metric"], float(line["ours"])) for line in lines] == [
+        ("x", "accuracy", 70.0),
+        ("x", "gan_test", 80.0),
+        ("y", "accuracy", 90.0),
+        ("y", "gan_test", 60.0),
+    ]
+
+
+def test_a_scale_may_run_only_some_cells(tmp_path: Path) -> None:
+    spec = SPEC | {"only": {"quick": [["A only", "5"]]}}
+    made = tables.build(spec, "quick", fake_plan, Paths(Path("data"), tmp_path, Path("outputs")))
+    assert [(source.command.split()[4:6]) for source in made.missing] == [["method=a", "data.per_class=5"]]
+    assert tables.ours(made.cell("A only", "1")) == tables.EMPTY
+    assert "not part of this scale" in " ".join(made.caption)
+
+
+def test_the_thesiss_quantities_are_told_apart() -> None:
+    thesis = tables.read_thesis(ROOT / "results" / "thesis.csv")
+    keys = [("5.2", "lambda = 1e-5", "mu = 1e-3", quantity) for quantity in ("test accuracy (%)", "GAN-test (%)")]
+    assert [thesis[key].value for key in keys] == [75.37, 85.64]

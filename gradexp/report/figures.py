@@ -73,10 +73,11 @@ Draw = Callable[[Config, Sequence[Series]], tuple[Figure, list[Row]]]
 
 
 def overrides_of(spec: Config, scale: str) -> Iterator[tuple[Config, list[list[str]]]]:
-    """(series, what to type for each of its seeds)."""
+    """(series, what to type for each of its seeds). The spec's `overrides_at` are for one scale each."""
     for series in spec["series"]:
         experiment = series.get("experiment", spec.get("experiment"))
-        common = [f"experiment={experiment}", f"scale={scale}", *series.get("overrides", [])]
+        here = spec.get("overrides_at", {}).get(scale, [])
+        common = [f"experiment={experiment}", f"scale={scale}", *here, *series.get("overrides", [])]
         yield series, [[*common, f"seed={seed}"] for seed in seeds_of(spec, scale)]
 
 

@@ -13,6 +13,7 @@ import re
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,12 @@ class Cell:
     values: tuple[float, ...]  # of the finished runs, in the order of the seeds; NaN where one diverged
     spreads: tuple[float, ...] = ()  # standard deviations inside each run (over draws or images), where the table shows these
     best: bool = False
+    others: tuple[Cell, ...] = ()  # further metrics of the same runs, shown in the same place: accuracy / GAN-test
+
+    @property
+    def parts(self) -> tuple[Cell, ...]:
+        """The cell's metrics; the last one decides which cell is best."""
+        return (self, *self.others)
 
     @property
     def ours(self) -> float | None:
@@ -104,30 +111,37 @@ def values_of(sources: Iterable[Source], metric: str) -> tuple[float, ...]:
     return tuple(value_of(read_record(source.record), metric) for source in sources if source.finished)
 
 
-def read_thesis(path: Path) -> dict[tuple[str, str, str], Thesis]:
-    """results/thesis.csv as {(item, row, column): number}."""
+def read_thesis(path: Path) -> dict[tuple[str, ...], Thesis]:
+    """results/thesis.csv as {(item, row, column): number}, and as {(item, row, column, quantity): number}."""
     with path.open(newline="", encoding="utf-8") as file:
         lines = list(csv.DictReader(file))
-    return {
-        (x["item"], x["row"], x["column"]): Thesis(float(x["value"]), x["bold"] == "1", float(x["std"]) if x["std"] else None)
-        for x in lines
-    }
+    found: dict[tuple[str, ...], Thesis] = {}
+    for x in lines:
+        value = Thesis(float(x["value"]), x["bold"] == "1", float(x["std"]) if x["std"] else None)
+        found[x["item"], x["row"], x["column"]] = found[x["item"], x["row"], x["column"], x["metric"]] = value
+    return found
 
 
 def mark_best(cells: Sequence[Cell], best: str | None, per: str = "column") -> tuple[Cell, ...]:
-    """Bold as in the thesis: the best of each column (or `row`), where at least two of its cells are filled.
+    """Bold as in the thesis: the best of each column (`row`, or whole `table`), where at least two of its cells are filled.
 
     best: `max`, `min`, or None for a table without bold numbers.
     """
     if best is None:
         return tuple(cells)
     pick = max if best == "max" else min
-    winners: dict[str, float] = {}
-    for group in {getattr(cell, per) for cell in cells}:
-        numbers = [c.ours for c in cells if getattr(c, per) == group and c.ours is not None and c.ours == c.ours]
-        if len(numbers) > 1:
-            winners[group] = pick(numbers)
-    return tuple(replace(cell, best=cell.ours is not None and cell.ours == winners.get(getattr(cell, per))) for cell in cells)
+    groups: dict[str, list[float]] = {}
+    for cell in cells:
+        value = cell.parts[-1].ours
+        if value is not None and value == value:
+            groups.setdefault(getattr(cell, per, ""), []).append(value)
+    winners = {group: pick(numbers) for group, numbers in groups.items() if len(numbers) > 1}
+
+    def wins(cell: Cell) -> bool:
+        value = cell.parts[-1].ours
+        return value is not None and value == winners.get(getattr(cell, per, ""))
+
+    return tuple(replace(cell, best=wins(cell)) for cell in cells)
 
 
 def departures(here: Config, paper: Config) -> dict[str, tuple[Any, Any]]:
@@ -179,12 +193,17 @@ def _setting(key: str, *places: Config) -> Any:
 
 
 def cells_of(spec: Config, scale: str) -> Iterator[tuple[Config, Config, list[list[str]]]]:
-    """(row, column, overrides of each seed) for all cells that the scale has."""
+    """(row, column, overrides of each seed) for all cells that the scale has.
+
+    A scale listed under the spec's `only` runs nothing but the cells that it names there: the others stay empty.
+    """
     all_seeds = seeds_of(spec, scale)
+    only = spec.get("only", {}).get(scale)
     columns = [column for column in spec["columns"] if scale in column.get("scales", spec["seeds"])]
     for row in spec["rows"]:
         for column in columns:
-            yield row, column, [overrides_of(spec, row, column, scale, seed) for seed in all_seeds]
+            seeds = all_seeds if only is None or [row["label"], column["label"]] in only else []
+            yield row, column, [overrides_of(spec, row, column, scale, seed) for seed in seeds]
 
 
 def build(spec: Config, scale: str, plan: Planner, paths: Paths) -> Table:
@@ -197,11 +216,25 @@ def build(spec: Config, scale: str, plan: Planner, paths: Paths) -> Table:
     for row, column, seeds in cells_of(spec, scale):
         sources = tuple(Source.of(plan(overrides), paths) for overrides in seeds)
         names = (str(place.get("thesis", place["label"])) for place in (row, column))
-        printed = thesis.get((spec["number"], *names))
-        metric, spread = (_setting(key, row, column, spec) for key in ("metric", "spread"))
-        values, spreads = values_of(sources, metric), values_of(sources, spread) if spread else ()
-        comparable = scale in spec["comparable"]
-        cells.append(Cell(row["label"], column["label"], sources, printed, comparable, metric, values, spreads))
+        settings = {key: _setting(key, row, column, spec) for key in ("metric", "spread", "thesis_metric")}
+        metrics, quantities = _listed(settings["metric"]), _listed(settings["thesis_metric"])
+        spreads = values_of(sources, settings["spread"]) if settings["spread"] else ()
+        parts = [
+            Cell(
+                row=row["label"],
+                column=column["label"],
+                sources=sources,
+                thesis=thesis.get((spec["number"], *names, *([quantity] if quantity else []))),
+                comparable=scale in spec["comparable"],
+                metric=metric,
+                values=values_of(sources, metric),
+                spreads=spreads,
+            )
+            for metric, quantity in zip_longest(metrics, quantities)
+        ]
+        cells.append(replace(parts[0], others=tuple(parts[1:])))
+        if not seeds:
+            continue
         paper = [word if word != f"scale={scale}" else "scale=paper" for word in seeds[0]]
         config = plan(seeds[0]).config
         changes |= departures(config, plan(paper).config)
@@ -209,6 +242,7 @@ def build(spec: Config, scale: str, plan: Planner, paths: Paths) -> Table:
     upstream = [(line, Source.of(plan([*line["overrides"], f"scale={scale}"]), paths)) for line in spec.get("upstream", [])]
     caption = [
         *([spec["note"]] if spec.get("note") else []),
+        *(["Cells marked – are not part of this scale."] if scale in spec.get("only", {}) else []),
         _departure_sentence(scale, changes),
         *(_upstream_sentence(line, run, spec, thesis) for line, run in upstream),
         *(
@@ -231,6 +265,10 @@ def build(spec: Config, scale: str, plan: Planner, paths: Paths) -> Table:
     )
 
 
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
 def _departure_sentence(scale: str, changes: dict[str, tuple[Any, Any]]) -> str:
     if not changes:
         return f"Scale {scale}: the protocol of scale=paper."
@@ -242,7 +280,7 @@ def _word(value: Any) -> str:
     return "none" if value is None else str(value)
 
 
-def _upstream_sentence(line: Config, source: Source, spec: Config, thesis: dict[tuple[str, str, str], Thesis]) -> str:
+def _upstream_sentence(line: Config, source: Source, spec: Config, thesis: dict[tuple[str, ...], Thesis]) -> str:
     found = values_of([source], line.get("metric", "test/accuracy"))
     mine = f"{found[0]:.2f} (run {source.id})" if found else "not run yet"
     printed = thesis.get((spec["number"], *line["thesis"]))
@@ -261,17 +299,28 @@ def signed(value: float | None) -> str:
 
 
 def ours(cell: Cell) -> str:
-    """Mean, ± standard deviation over seeds, and their number where the table has several."""
-    spread = f" ± {cell.std:.2f}" if cell.std is not None else ""
+    """Mean, ± standard deviation over seeds, and their number where the table has several; all metrics of the cell."""
+    if cell.others and not cell.values:
+        return EMPTY
     count = f" (n={len(cell.values)})" if cell.values and len(cell.sources) > 1 else ""
-    return number(cell.ours) + spread + count
+    return " / ".join(number(c.ours) + (f" ± {c.std:.2f}" if c.std is not None else "") for c in cell.parts) + count
+
+
+def printed(cell: Cell) -> str:
+    """The thesis's number, or numbers; '' where it prints none."""
+    return " / ".join(str(part.thesis) for part in cell.parts if part.thesis)
+
+
+def gap(cell: Cell) -> str:
+    """Ours minus the thesis's, where they may be compared."""
+    return " / ".join(signed(part.difference) for part in cell.parts if part.difference is not None)
 
 
 def to_csv(table: Table) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(COLUMNS)
-    for c in table.cells:
+    for c in (part for cell in table.cells for part in cell.parts):
         done = [source.id for source in c.sources if source.finished]
         plain = [("" if x is None else f"{x:.4f}") for x in (c.ours, c.std)]
         thesis = "" if c.thesis is None else f"{c.thesis.value:g}"
@@ -285,8 +334,8 @@ def to_markdown(table: Table) -> str:
         mine = f"**{ours(c)}**" if c.best else ours(c)
         if c.thesis is None:
             return mine
-        printed = f"**{c.thesis}**" if c.thesis.bold else str(c.thesis)
-        return f"{mine}<br>thesis {printed}" + (f" ({signed(c.difference)})" if c.difference is not None else "")
+        theirs = f"**{printed(c)}**" if c.thesis.bold else printed(c)
+        return f"{mine}<br>thesis {theirs}" + (f" ({gap(c)})" if gap(c) else "")
 
     lines = [f"**Table {table.number}, scale={table.scale}.** {table.title}", ""]
     lines += ["| " + " | ".join([table.corner, *table.columns]) + " |", "|---" * (len(table.columns) + 1) + "|"]
@@ -318,8 +367,8 @@ def to_latex(table: Table) -> str:
         mine = rf"\textbf{{{mine}}}" if c.best else mine
         if c.thesis is None:
             return mine
-        printed = rf"\textbf{{{text(str(c.thesis))}}}" if c.thesis.bold else text(str(c.thesis))
-        return f"{mine} ({printed})"
+        theirs = rf"\textbf{{{text(printed(c))}}}" if c.thesis.bold else text(printed(c))
+        return f"{mine} ({theirs})"
 
     body = [
         " & ".join([text(row), *(cell(table.cell(row, column)) for column in table.columns)]) + r" \\" for row in table.rows
@@ -351,7 +400,7 @@ def to_text(table: Table) -> str:
         cells = [table.cell(row, column) for column in table.columns]
         lines.append([row, *(ours(c) + ("*" if c.best else "") for c in cells)])
         if any(c.thesis for c in cells):
-            lines.append(["", *(f"({c.thesis})" if c.thesis else "" for c in cells)])
+            lines.append(["", *(f"({printed(c)})" if c.thesis else "" for c in cells)])
     widths = [max(len(line[i]) for line in [heads, *lines]) for i in range(len(heads))]
     shown = [
         line[0].ljust(widths[0]) + "".join("  " + x.rjust(w) for x, w in zip(line[1:], widths[1:], strict=True))
@@ -382,7 +431,7 @@ def to_svg(table: Table) -> str:
 
 def _styled(cell: Cell) -> str:
     mine = f"[bold]{ours(cell)}[/bold]" if cell.best else ours(cell)
-    return f"{mine} [dim]{cell.thesis}[/dim]" if cell.thesis else mine
+    return f"{mine} [dim]{printed(cell)}[/dim]" if cell.thesis else mine
 
 
 def write(table: Table, results: Path) -> list[Path]:

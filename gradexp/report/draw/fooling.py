@@ -1,0 +1,40 @@
+"""Figure 5.5: where the energy of gradients lies before and after fooling."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from matplotlib.figure import Figure
+
+from gradexp.report.draw.images import bare, red_over, show
+from gradexp.report.figures import COLUMN_WIDTH, Row, Series
+from gradexp.runs import Config
+
+
+def fooling(spec: Config, series: Sequence[Series]) -> tuple[Figure, list[Row]]:
+    """One image a row: the mask, and each gradient of `columns` in red over the image, with its mean energy in the mask.
+
+    spec: `columns`: [{label, array, metric}]; `thesis`: {metric: number} for the CSV file.
+    """
+    one = series[0]
+    arrays, images = one.arrays[0], one.arrays[0]["images"]
+    heads = [("mask", "energy/uniform"), *((column["label"], column["metric"]) for column in spec["columns"])]
+    width = 2 * COLUMN_WIDTH
+    figure = Figure(figsize=(width, width / len(heads) * len(images) + 0.5))
+    axes = figure.subplots(len(images), len(heads), squeeze=False)
+    for i, line in enumerate(axes):
+        maps = [arrays["mask"], *(arrays[column["array"]][i] for column in spec["columns"])]
+        for place, saliency in zip(line, maps, strict=True):
+            show(place, red_over(images[i], saliency))
+            bare(place)
+    energies = [one.metric(metric)[0] for _, metric in heads]
+    for place, (label, _), energy in zip(axes[0], heads, energies, strict=True):
+        place.set_title(f"{label}\n{energy:.1f} %")
+    figure.set_layout_engine("constrained", w_pad=0.01, h_pad=0.01, wspace=0.02, hspace=0.02)
+    rows: list[Row] = [
+        {"gradient": label, "energy": f"{energy:.4g}", "thesis": spec["thesis"].get(metric, "")}
+        for (label, metric), energy in zip(heads, energies, strict=True)
+    ]
+    accuracies = (("test accuracy before", "test/accuracy/before"), ("test accuracy after", "test/accuracy"))
+    rows += [{"gradient": label, "energy": f"{one.metric(name)[0]:.4g}", "thesis": ""} for label, name in accuracies]
+    return figure, rows

@@ -1,0 +1,114 @@
+"""Chapter 5: looking at the density inside a classifier."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gradexp import gradients
+from gradexp.data.loader import mix
+from gradexp.errors import UserError
+from gradexp.evaluate import gan_test as judging
+from gradexp.evaluate.density_ratio import density_ratio as measure_ratio
+from gradexp.evaluate.discriminative_perturbation import discriminative_perturbation as perturb
+from gradexp.evaluate.discriminative_perturbation import explained_class
+from gradexp.runs import Result, Run, run_id, write_atomically
+from gradexp.sampling import Ascent
+from gradexp.tasks.build import build
+from gradexp.tasks.look import Look, as_bytes
+
+BATCH = 256
+
+
+def gan_test(run: Run) -> Result:
+    """Table 5.1: `gan_test` (percent) with its interval, beside the test accuracies of the sampled model and the judge."""
+    upstream, task = run.config["upstream"], run.config["task"]
+    if run_id(upstream["judge"]) == run_id(upstream["model"]):
+        raise UserError(
+            "upstream.judge is the sampled model itself; take another one, such as upstream.judge.model.choice=vgg11_softplus"
+        )
+    look = Look(run)
+    look.require_unit_pixels()
+    model, judge = look.model("model"), look.model("judge")
+    labels = torch.arange(task["samples"], device=look.hardware.device) % look.data.classes
+    samples = sample(look, build(task["sampling"], where="task.sampling"), model, labels)
+    metrics = judging.gan_test(judge, samples, labels, confidence=task["confidence"])
+    accuracies = {f"{name}/accuracy": look.records[name]["metrics"]["test/accuracy"] or 0 for name in ("model", "judge")}
+    return look.result(metrics | accuracies)
+
+
+def sample(look: Look, ascent: Ascent, model: nn.Module, labels: Tensor) -> Tensor:
+    """Samples of the classes `labels`, a batch at a time; a killed run goes on after the last finished batch."""
+    shape = (look.data.channels, look.data.size, look.data.size)
+    if look.diverged:
+        return torch.full((len(labels), *shape), float("nan"), device=labels.device)
+    look.run.folder.mkdir(parents=True, exist_ok=True)
+    files = []
+    for start in range(0, len(labels), BATCH):
+        chosen = labels[start : start + BATCH]
+        files.append(look.run.folder / f"samples_{start}.pt")
+        if not files[-1].exists():
+            seeds = [mix(look.run.config["seed"], start + i) for i in range(len(chosen))]
+            content = io.BytesIO()
+            torch.save(ascent.sample(model, chosen, seeds, shape).cpu(), content)
+            write_atomically(files[-1], content.getvalue())
+    samples = torch.cat([torch.load(file, weights_only=True) for file in files]).to(labels.device)
+    for file in files:
+        file.unlink()
+    return samples
+
+
+def density_ratio(run: Run) -> Result:
+    """Figure 5.1; `mean_log_ratio` is the mean of the logarithm's curve."""
+    look, task = Look(run), run.config["task"]
+    model = look.model("model")
+    batches = look.batches(task["images"], BATCH)
+    metrics: dict[str, Any] = measure_ratio(model, batches, sigmas=task["sigmas"], seed=run.config["seed"])
+    metrics["mean_log_ratio"] = float(np.mean(metrics["density_ratio/log"]))
+    return look.result(metrics)
+
+
+def implicit_samples(run: Run) -> Result:
+    """Figures 5.2 and 5.8: samples from noise, and images with noise that the ascent denoises.
+
+    Metrics: the mean logit of the samples; root mean square errors of the noisy and of the denoised images.
+    """
+    look, task = Look(run), run.config["task"]
+    look.require_unit_pixels()
+    model = look.model("model")
+    ascent, denoising = (build(task[name], where=f"task.{name}") for name in ("sampling", "denoising"))
+    labels = torch.arange(task["samples"], device=look.hardware.device) % look.data.classes
+    samples = sample(look, ascent, model, labels)
+    batch = next(look.batches(task["images"], task["images"]))
+    seeds = [mix(run.config["seed"], len(labels) + i) for i in range(len(batch.labels))]
+    noisy, denoised = denoising.denoise(model, batch.images, batch.labels, seeds)
+    metrics = {"logit": float(gradients.scalar(model(samples), labels, "label").mean())}
+    pairs = (("noisy", noisy), ("denoised", denoised))
+    metrics |= {f"error/{name}": float((x - batch.images).square().mean().sqrt()) for name, x in pairs}
+    shown = {"samples": samples, "images": batch.images, "noisy": noisy, "denoised": denoised}
+    return look.result(metrics, labels=labels.cpu().numpy(), **{name: as_bytes(x) for name, x in shown.items()})
+
+
+def discriminative_perturbation(run: Run) -> Result:
+    """Figures 5.3 and 5.6, and as arrays the gradients of Figures 5.4 and 5.7.
+
+    `model` is perturbed, the gradients of `explainer` say where; both may be one.
+    """
+    look, task = Look(run), run.config["task"]
+    model, explainer = look.model("model"), look.model("explainer")
+    low, high = np.log10(task["fractions"]["from"]), np.log10(task["fractions"]["to"])
+    fractions = np.logspace(low, high, task["fractions"]["count"]).round(6).tolist()
+    how: dict[str, Any] = {"kind": task["saliency"], "target": task["target"], "replacement": task["replacement"]}
+    batches = look.batches(task["images"], BATCH)
+    metrics: dict[str, Any] = perturb(model, explainer, batches, fractions=fractions, seed=run.config["seed"], **how)
+    metrics["mean_accuracy"] = float(np.mean(metrics["accuracy"]))
+    batch = next(look.batches(task["shown"], task["shown"]))
+    classes = explained_class(model(batch.images), batch.labels, task["target"])
+    gradient = gradients.input_gradient(explainer, batch.images, classes)
+    return look.result(
+        metrics, images=as_bytes(batch.images), gradients=gradient.nan_to_num(0).cpu().numpy().astype(np.float16)
+    )

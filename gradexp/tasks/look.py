@@ -1,0 +1,67 @@
+"""What the tasks that look at trained models share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from gradexp.data.dataset import ImageData
+from gradexp.data.loader import Batch, mix
+from gradexp.errors import UserError
+from gradexp.runs import Config, Result, Run, read_record
+from gradexp.tasks.build import build
+from gradexp.tasks.hardware import Hardware
+from gradexp.tasks.train import load_model, make_data
+
+
+class Look:
+    """A run's data set and hardware, and the trained models that it stands on; everything is computed in float32."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.hardware: Hardware = build(run.config["trainer"], where="trainer")
+        self.hardware.apply()
+        self.data: ImageData = make_data(run.config, run.paths)
+        self.records: dict[str, Config] = {}  # of the models asked for
+        self.diverged = False
+
+    def model(self, name: str) -> nn.Module:
+        """The model of an upstream run, frozen and in eval mode, trained first where missing; notes whether it diverged."""
+        upstream = self.run.upstream(name)
+        self.records[name] = read_record(upstream.record_path)
+        self.diverged |= self.records[name]["status"] == "diverged"
+        return load_model(upstream, self.hardware).requires_grad_(False)
+
+    def batches(self, count: int | None, size: int) -> Iterator[Batch]:
+        """`count` test images in an order that the run's seed draws, None for all, `size` at a time."""
+        loader = self.data.test_loader(batch_size=size, device=self.hardware.device)
+        order = torch.randperm(loader.count, generator=torch.Generator().manual_seed(mix(self.run.config["seed"], 0)))
+        order = order[: count or loader.count]
+        for start in range(0, len(order), size):
+            rows = order[start : start + size]
+            yield loader.batch(rows, torch.zeros_like(rows))
+
+    def require_unit_pixels(self) -> None:
+        """Raises UserError where pixels are not in [0, 1]."""
+        if self.data.normalise != "none":
+            raise UserError(f"data.normalise={self.data.normalise}: sampling clips pixels to [0, 1]; take data.normalise=none")
+
+    def result(self, metrics: dict[str, Any], **arrays: Any) -> Result:
+        """Metrics rounded to what they mean; NaN where a model had diverged, which is a result."""
+        if self.diverged:
+            metrics = {name: [float("nan")] * len(x) if isinstance(x, list) else float("nan") for name, x in metrics.items()}
+        facts = {"data": self.data.fingerprint(), **self.hardware.facts(), "precision": "32"}
+        status = "diverged" if self.diverged else "finished"
+        return Result({name: _rounded(value) for name, value in metrics.items()}, status, facts, arrays)
+
+
+def _rounded(value: Any) -> Any:
+    return [_rounded(each) for each in value] if isinstance(value, list) else float(f"{value:.6g}")
+
+
+def as_bytes(images: torch.Tensor) -> Any:
+    """Pixels in [0, 1] as uint8 for the arrays of a record; black where they are not finite."""
+    return (255 * images.nan_to_num(0)).clamp(0, 255).round().to(torch.uint8).cpu().numpy()

@@ -1,0 +1,260 @@
+"""Chapter 5 from training to figure: what the tasks measure, and the mistakes that they name."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_score_matching import batch, net
+from torch import Tensor, nn
+
+from gradexp.data.loader import Batch
+from gradexp.errors import UserError
+from gradexp.evaluate.discriminative_perturbation import discriminative_perturbation, saliency
+from gradexp.evaluate.shift import Shifted, shift_effects, sine_effects
+from gradexp.report import figures, specs, tables
+from gradexp.report.draw.images import red_over, signed
+from gradexp.runs import Paths, Run, ensure, read_arrays, run_id
+from gradexp.tasks.compose import compose_run, plan
+
+TINY = ["scale=quick", "scale.density.images=40", "trainer.threads=1", "logger=none"]
+SMALL = {"scale.density.width": 1 / 64, "scale.density.judge_width": 1 / 64, "data.per_class": 4, "optim.passes": 1}
+
+
+def shrunk(*names: str) -> list[str]:
+    """Overrides that make upstream trainings tiny."""
+    return [f"+upstream.{name}.{key}={value}" for name in names for key, value in SMALL.items()]
+
+
+def run(places: list[str], *words: str) -> Run:
+    config = compose_run([*words, *TINY, *places])
+    return Run(config, Paths.of(config))
+
+
+def done(places: list[str], *words: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    made = run(places, *words)
+    record = ensure(made)
+    return record, read_arrays(made.record_path) if "arrays" in record else {}
+
+
+TRAIN = ["experiment=score_matching", *(f"{key}={value}" for key, value in SMALL.items())]
+MODEL_AND_JUDGE = [*shrunk("model", "judge"), "scale.density.samples=12", "scale.density.steps=2"]
+
+
+# --- training ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["ce", "half_gradient_norm", "score_matching", "anti_score_matching"])
+def test_the_four_regularisers_train(places: list[str], method: str) -> None:
+    record, _ = done(places, *TRAIN, f"method={method}")
+    assert record["status"] == "finished"
+    assert len(record["metrics"]["train/loss"]) == 1
+
+
+def test_the_hutchinson_estimator_trains_too(places: list[str]) -> None:
+    record, _ = done(places, *TRAIN, "method.terms.score_matching.estimator=hutchinson")
+    assert np.isfinite(record["metrics"]["train/loss/score_matching"]).all()
+
+
+def test_an_earlier_network_may_not_be_flat(places: list[str]) -> None:
+    with pytest.raises(UserError, match="vgg11_softplus"):
+        ensure(run(places, *TRAIN, "model=vgg11"))
+
+
+def test_a_diverged_training_keeps_its_curve_and_its_gan_test_is_nan(places: list[str]) -> None:
+    words = ["experiment=gan_test", *MODEL_AND_JUDGE, "upstream.model.method.choice=score_matching"]
+    words += ["+upstream.model.method.terms.score_matching.weight=1e30", "upstream.model.optim.passes=4"]
+    made = run(places, *words)
+    record = ensure(made)
+    assert record["status"] == "diverged"
+    assert np.isnan(record["metrics"]["gan_test"])
+    trained = made.upstream("model").record()
+    assert trained is not None
+    assert trained["status"] == "diverged"
+    assert 1 <= len(trained["metrics"]["train/loss"]) <= 4
+    assert trained["metrics"]["train/loss"][-1] is None
+
+
+# --- looking at models ------------------------------------------------------------------------------------
+
+
+def test_gan_test_records_its_interval_and_leaves_no_samples(places: list[str]) -> None:
+    made = run(places, "experiment=gan_test", *MODEL_AND_JUDGE)
+    metrics = ensure(made)["metrics"]
+    assert metrics["gan_test/low"] <= metrics["gan_test"] <= metrics["gan_test/high"]
+    assert {"model/accuracy", "judge/accuracy"} <= metrics.keys()
+    assert not list(Path(made.folder).glob("samples_*"))
+
+
+def test_sampling_goes_on_after_an_interruption(places: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from gradexp.tasks import density
+
+    words = ["experiment=gan_test", *MODEL_AND_JUDGE]
+    monkeypatch.setattr(density, "BATCH", 5)
+    whole = ensure(run([f"{place}/0" for place in places], *words))
+    again = run([f"{place}/1" for place in places], *words)
+    seen: list[int] = []
+    climb = density.Ascent.climb
+
+    def interrupt(self: Any, model: Any, images: Tensor, *rest: Any) -> Tensor:
+        seen.append(len(images))
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return climb(self, model, images, *rest)
+
+    monkeypatch.setattr(density.Ascent, "climb", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        ensure(again)
+    assert ensure(again)["metrics"] == whole["metrics"]
+    assert seen == [5, 5, 5, 2]
+
+
+def test_a_judge_that_is_the_sampled_model_is_an_error(places: list[str]) -> None:
+    words = ["experiment=gan_test", *MODEL_AND_JUDGE, "upstream.judge.model.choice=resnet18"]
+    with pytest.raises(UserError, match="the sampled model itself"):
+        ensure(run(places, *words, "upstream.judge.model.width=0.015625", "seed=0"))
+
+
+def test_sampling_needs_pixels_from_0_to_1(places: list[str]) -> None:
+    with pytest.raises(UserError, match=r"data\.normalise=none"):
+        ensure(run(places, "experiment=gan_test", *MODEL_AND_JUDGE, "data.normalise=standard"))
+
+
+def test_implicit_samples(places: list[str]) -> None:
+    short = ["scale.density.long_steps=2", "task.denoising.steps=2"]
+    record, arrays = done(places, "experiment=implicit_samples", *shrunk("model"), *short)
+    assert {name: array.shape for name, array in arrays.items() if name != "labels"} == dict.fromkeys(
+        ("samples", "images", "noisy", "denoised"), (10, 3, 32, 32)
+    )
+    assert record["metrics"]["error/noisy"] == pytest.approx(0.07, abs=0.03)  # half of a dark image's noise is clipped
+
+
+def test_fooling_moves_the_energy_into_the_mask(places: list[str]) -> None:
+    words = [*shrunk("start"), "scale.density.judge_width=0.015625", "data.per_class=4", "optim.passes=40"]
+    record, arrays = done(
+        places, "experiment=fooling", *words, "optim.optimizer.lr=0.01", "method.terms.cross_entropy.weight=0.1"
+    )
+    metrics = record["metrics"]
+    assert metrics["energy/uniform"] == pytest.approx(100 * 225 / 1024, rel=1e-4)
+    assert metrics["energy/logit/after"] > metrics["energy/logit/before"] + 1
+    assert {"test/accuracy", "test/accuracy/before", "energy/loss/after", "energy/loss@T=1000/after"} <= metrics.keys()
+    assert arrays["logit_after"].sum((1, 2)) == pytest.approx([1] * 4, rel=1e-3)
+
+
+def test_a_mask_that_does_not_fit_fails_before_the_training(places: list[str], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="a side from 1 to 32"):
+        ensure(run(places, "experiment=fooling", *shrunk("start"), "method.terms.fooling.mask=33"))
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+# --- perturbation and shift as mathematics ----------------------------------------------------------------
+
+
+class Corners(nn.Module):
+    """Class 0 lives in the top row of the image, class 1 in the bottom row."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([x[:, 0, 0].sum(1) + 0.1 * x[:, 1, 0].sum(1), x[:, 0, -1].sum(1)], dim=1)
+
+
+def test_removing_what_does_not_matter_keeps_the_accuracy() -> None:
+    """A quarter of the pixels, the top row, matters to the logit of class 0: the accuracy falls when that row goes."""
+    images = torch.zeros(6, 2, 4, 4)
+    images[:, :, 0], images[:, 0, -1] = 1.0, 0.6
+    labels = torch.tensor([0, 0, 0, 0, 0, 1])
+    data = Batch(images, labels, labels, labels)
+    how = {"kind": "magnitude", "target": "top", "replacement": 0.0, "seed": 0}
+    found = discriminative_perturbation(Corners(), Corners(), [data], fractions=[0, 0.75, 1], **how)  # type: ignore[arg-type]
+    assert found["accuracy"] == pytest.approx([500 / 6, 500 / 6, 500 / 6])  # black images: the first class wins the tie
+    how["replacement"] = "image_mean"
+    shifted = Shifted(Corners(), torch.zeros(2, 4, 4), amplitude=0.0)
+    same = discriminative_perturbation(shifted, Corners(), [data], fractions=[0.75], **how)  # type: ignore[arg-type]
+    assert same["accuracy/correct"] == [100.0]
+
+
+class Wrong(nn.Module):
+    """Says that the top row does not matter."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([x[:, 0, 1:].sum((1, 2)), x[:, 0, 1:].sum((1, 2))], dim=1)
+
+
+def test_a_bad_explainer_removes_what_matters() -> None:
+    images = torch.zeros(4, 2, 4, 4)
+    images[:, :, 0], images[:, 0, -1] = 1.0, 0.6
+    data = Batch(images, *[torch.zeros(4, dtype=torch.long)] * 3)
+    how = {"kind": "magnitude", "target": "label", "replacement": 0.0, "seed": 0, "fractions": [0.25]}
+    good, bad = (discriminative_perturbation(Corners(), by, [data], **how) for by in (Corners(), Wrong()))  # type: ignore[arg-type]
+    assert (good["accuracy"], bad["accuracy"]) == ([100.0], [0.0])
+
+
+def test_saliency_is_the_spread_of_the_signed_gradient() -> None:
+    gradient = torch.tensor([[1.0, -1.0], [2.0, 2.0]])[:, :, None, None]
+    assert saliency(gradient, "channel_std").flatten().tolist() == [1, 0]
+    assert saliency(gradient, "magnitude").flatten().tolist() == [2, 4]
+    with pytest.raises(UserError, match="channel_std or magnitude"):
+        saliency(gradient, "std")
+
+
+def test_a_common_shift_moves_logit_gradients_alone() -> None:
+    """§5.2 to rounding in float64, and the logit-gradients move by exactly the function's gradient."""
+    from gradexp import gradients
+
+    model, data = net(), batch()
+    picture = torch.randn(2, 4, 4, dtype=torch.float64)
+    shifted = Shifted(model, picture, amplitude=100.0)
+    found = shift_effects(model, shifted, data.images, data.labels)
+    assert found["shift/loss_change"] < 1e-12
+    assert found["shift/loss_gradient_change"] < 1e-12
+    assert found["shift/logit_gradient_change"] > 10
+    moved = gradients.input_gradient(shifted, data.images, data.labels)
+    expected = gradients.input_gradient(model, data.images, data.labels) + 100 * picture
+    torch.testing.assert_close(moved, expected)
+
+
+def test_a_small_sine_moves_loss_gradients_within_its_bound() -> None:
+    model, data = net(), batch()
+    size = data.images[0].numel()
+    for frequency in (1.0, 1e3, 1e6):
+        loss, gradient = sine_effects(model, data.images, data.labels, epsilon=1e-3, frequency=frequency)
+        assert loss <= 1e-3 * (1 + 1e-9)
+        assert 0.01 * frequency * 1e-3 * size < gradient <= frequency * 1e-3 * size * (1 + 1e-9)
+
+
+# --- tables and figures -----------------------------------------------------------------------------------
+
+
+def test_signed_gradients_are_grey_at_zero_and_ignore_their_size() -> None:
+    gradients = np.random.default_rng(0).normal(size=(2, 3, 4, 4))
+    shown = signed(gradients)
+    np.testing.assert_allclose(shown, signed(1000 * gradients), rtol=1e-6)
+    assert (np.sign(shown - 0.5) == np.sign(gradients)).all()
+    assert (signed(np.zeros((1, 3, 2, 2))) == 0.5).all()
+
+
+def test_red_is_where_the_saliency_is() -> None:
+    saliency_map = np.zeros((8, 8))
+    saliency_map[:2, :2] = 1
+    shown = red_over(np.full((3, 8, 8), 128, dtype=np.uint8), saliency_map)
+    redness = shown[0] - shown[2]
+    assert (redness[:2, :2] > 0.5).all()
+    assert (redness[2:] == 0).all()
+
+
+@pytest.mark.parametrize("number", ["5.1", "5.2", "5.3", "5.4", "5.5", "5.6", "5.7", "5.8", "shift"])
+@pytest.mark.parametrize("scale", ["paper", "cpu", "quick"])
+def test_figures_compose_at_every_scale(number: str, scale: str) -> None:
+    spec = specs.load("figure", number)
+    configs = [plan(words).config for _, seeds in figures.overrides_of(spec, scale) for words in seeds]
+    expected = "digits" if scale == "quick" else "cifar10" if number in ("5.6", "5.7") else "cifar100"
+    assert {config["data"]["name"] for config in configs} == {expected}
+
+
+def test_table_5_2_is_the_sweep_around_table_5_1() -> None:
+    """At scale=cpu it runs seven cells, and the thesis's own λ and μ are the score-matching row of Table 5.1."""
+    (first, second) = (tables.cells_of(specs.load("table", number), "cpu") for number in ("5.1", "5.2"))
+    sweep = {(row["label"], column["label"]): seeds for row, column, seeds in second if seeds}
+    assert len(sweep) == 7
+    score = next(seeds for row, _, seeds in first if row["thesis"] == "Score-Matching")
+    assert run_id(plan(sweep["λ = 1e-3", "μ = 1e-4"][0]).config) == run_id(plan(score[0]).config)
