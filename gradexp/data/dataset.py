@@ -1,7 +1,8 @@
-"""What every data set of 32x32-like images shares: splits, normalisation, subsets, loaders."""
+"""What every data set shares: splits, normalisation, subsets, loaders."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -10,16 +11,17 @@ import numpy as np
 import torch
 
 from gradexp.data import sources, subsets
-from gradexp.data.loader import TensorLoader
+from gradexp.data.loader import Loader, TensorLoader
 from gradexp.data.removal import Removal
-from gradexp.data.sources import Layout, Split
+from gradexp.data.sources import Layout
 from gradexp.errors import UserError
 
 
 class ImageData:
     """A data set as a run sees it.
 
-    per_class: training images per class, None for all. flip, crop: augmentation of the training images.
+    only_classes: the labels that are kept, in the order of their new numbers; None for all. per_class: training images
+    per class, None for all. flip, crop: augmentation of the training images.
     normalise: `standard` (per-channel mean and standard deviation of the whole training set) or `none`
     (pixels in [0, 1]). validation: fraction of the training set that is held out before subsets are drawn,
     and takes the test set's place. subset_seed: of the subset, None for `seed`. removal: pixels to replace (ROAR).
@@ -44,31 +46,56 @@ class ImageData:
         seed: int,
         subset_seed: int | None = None,
         removal: Removal | None = None,
+        only_classes: Sequence[int] | None = None,
     ) -> None:
         if normalise not in ("standard", "none"):
             raise UserError(f"data.normalise={normalise}: it is standard or none")
         if validation is not None and not 0 < validation < 1:
             raise UserError(f"data.validation={validation}: it is a fraction between 0 and 1, or null")
+        if only_classes is not None and len(only_classes) != classes:
+            raise UserError(f"data.only_classes names {len(only_classes)} classes, data.classes={classes}: make them agree")
+        self.only_classes = only_classes
         self.name, self.classes, self.channels, self.size = name, classes, channels, size
         self.per_class, self.flip, self.crop, self.normalise = per_class, flip, crop, normalise
         self.validation, self.root, self.cache, self.seed = validation, root, cache, seed
         self.subset_seed, self.removal = seed if subset_seed is None else subset_seed, removal
 
-    def splits(self) -> dict[str, Split]:
+    def splits(self) -> Mapping[str, Any]:
         """The whole training and test set."""
         return sources.load(self.layout, self.root, self.cache)
 
     @cached_property
-    def _parts(self) -> tuple[Split, np.ndarray, Split, np.ndarray]:
-        """(split, indices) to train on, (split, indices) to evaluate on."""
-        splits = self.splits()
-        train, test = splits["train"], splits["test"]
-        pool, held_out = np.arange(len(train.labels)), None
+    def _whole(self) -> Mapping[str, Any]:
+        return self.splits()
+
+    @cached_property
+    def _pool(self) -> tuple[Any, np.ndarray, np.ndarray | None]:
+        """The training split, the indices of it that subsets are drawn from, and those that are held out."""
+        train = self._kept("train")
+        if self.validation is None:
+            return train, np.arange(len(train.labels)), None
+        # The cut has its own fixed seed: every seed of a run is judged on the same images.
+        return train, *subsets.split_off(train.labels, fraction=self.validation, seed=0)
+
+    @cached_property
+    def _training(self) -> tuple[Any, np.ndarray]:
+        """(split, indices) to train on."""
+        train, pool, _ = self._pool
+        return train, pool[subsets.nested(train.labels[pool], per_class=self.per_class, seed=self.subset_seed)]
+
+    @cached_property
+    def _testing(self) -> tuple[Any, np.ndarray]:
+        """(split, indices) to evaluate on."""
         if self.validation is not None:
-            # The cut has its own fixed seed: every seed of a run is judged on the same images.
-            pool, held_out = subsets.split_off(train.labels, fraction=self.validation, seed=0)
-        chosen = pool[subsets.nested(train.labels[pool], per_class=self.per_class, seed=self.subset_seed)]
-        return (train, chosen, train, held_out) if held_out is not None else (train, chosen, test, np.arange(len(test.labels)))
+            train, _, held_out = self._pool
+            assert held_out is not None
+            return train, held_out
+        test = self._kept("test")
+        return test, np.arange(len(test.labels))
+
+    def _kept(self, name: str) -> Any:
+        split = self._whole[name]
+        return split if self.only_classes is None else split.only(self.only_classes)
 
     @property
     def statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -92,34 +119,34 @@ class ImageData:
     def colours(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Per-channel mean and standard deviation of the training set's pixels in [0, 1]; (C,) each."""
         values = np.arange(256) / 255
-        counts = np.stack([np.bincount(self._parts[0].images[:, c].reshape(-1), minlength=256) for c in range(self.channels)])
+        counts = np.stack(
+            [np.bincount(self._whole["train"].images[:, c].reshape(-1), minlength=256) for c in range(self.channels)]
+        )
         weights = counts / counts.sum(1, keepdims=True)
         mean = weights @ values
         std = np.sqrt(np.maximum(weights @ values**2 - mean**2, 1e-12))
         return torch.tensor(mean, dtype=torch.float32), torch.tensor(std, dtype=torch.float32)
 
-    def train_loader(self, *, batch_size: int, device: torch.device | str, augment: bool = True) -> TensorLoader:
+    def train_loader(self, *, batch_size: int, device: torch.device | str, augment: bool = True) -> Loader:
         """Shuffled training batches; `augment=False` gives the images once, in order, as they are."""
-        split, indices, *_ = self._parts
         options: dict[str, Any] = {"shuffle": True, "flip": self.flip, "crop": self.crop} if augment else {}
         options |= self._removal("train")
-        return self._loader(split, indices, batch_size, device, **options)
+        return self._loader(*self._training, batch_size, device, **options)
 
-    def test_loader(self, *, batch_size: int, device: torch.device | str) -> TensorLoader:
+    def test_loader(self, *, batch_size: int, device: torch.device | str) -> Loader:
         """The test set (or the validation split), in order."""
-        *_, split, indices = self._parts
-        return self._loader(split, indices, batch_size, device, **self._removal("test"))
+        return self._loader(*self._testing, batch_size, device, **self._removal("test"))
 
     def _removal(self, split: str) -> dict[str, Any]:
         return {} if self.removal is None else {"removed": self.removal.mask(split), "fill": self.colours[0]}
 
-    def _loader(self, split: Split, indices: np.ndarray, batch_size: int, device: Any, **options: Any) -> TensorLoader:
+    def _loader(self, split: Any, indices: np.ndarray, batch_size: int, device: Any, **options: Any) -> Loader:
         mean, std = self.statistics
         return TensorLoader(split, indices, batch_size=batch_size, mean=mean, std=std, device=device, seed=self.seed, **options)
 
     def fingerprint(self) -> dict[str, Any]:
         """What a record says of its data: contents, subset and counts."""
-        train, chosen, test, evaluated = self._parts
+        (train, chosen), (test, evaluated) = self._training, self._testing
         return {
             "name": self.name,
             "train": train.fingerprint,

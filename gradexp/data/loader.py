@@ -7,7 +7,7 @@ and the same after a resume.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -26,18 +26,16 @@ class Batch(NamedTuple):
     view: Tensor
 
 
-class TensorLoader:
-    """Iterates over the images at `indices` once an epoch, normalised and augmented on the device.
+class Loader:
+    """The order in which images are shown, and the view of each: a function of (seed, epoch). A subclass makes batches.
 
-    mean, std (C,) of pixels in [0, 1]. flip: mirror half of the images. crop: pad by this many black pixels
-    and cut a random window of the original size. Without shuffling, order and view are the identity.
-    removed: pixels (N, 1, H, W) that are replaced by the colour `fill` (C,) in [0, 1] before augmentation.
+    labels (N,); mean, std (C,) of pixels in [0, 1]. flip: mirror half of the images. crop: a random window, moved by up
+    to this many pixels in each direction. Without shuffling, order and view are the identity.
     """
 
     def __init__(
         self,
-        split: Split,
-        indices: Any,
+        labels: Any,
         *,
         batch_size: int,
         mean: Tensor,
@@ -47,21 +45,30 @@ class TensorLoader:
         flip: bool = False,
         crop: int = 0,
         seed: int = 0,
-        removed: Any = None,
-        fill: Tensor | None = None,
     ) -> None:
-        self.count = len(indices)
-        self.images = torch.as_tensor(split.images[indices]).to(device)
-        self.labels = torch.as_tensor(split.labels[indices]).to(device)
+        self.count = len(labels)
+        self.labels = torch.as_tensor(labels).to(device)
         self.batch_size, self.shuffle, self.flip, self.crop, self.seed = batch_size, shuffle, flip, crop, seed
         self.scale = (1 / (255 * std)).view(-1, 1, 1).to(device)
         self.shift = (mean / std).view(-1, 1, 1).to(device)
-        self.removed = None if removed is None else torch.as_tensor(removed).to(device)
-        self.fill = (255 * (torch.zeros(1) if fill is None else fill)).view(-1, 1, 1).to(device)
         # A lone image has no batch statistics: at the end of a shuffled epoch it joins the batch before it.
         self.lone = int(shuffle and self.count > batch_size and self.count % batch_size == 1)
         if shuffle and self.count < 2:
             raise UserError("one training image has no batch statistics; raise data.per_class")
+
+    @property
+    def fingerprint(self) -> str:
+        """Sixteen digits that name the images, their normalisation and the order in which they are shown."""
+        raise NotImplementedError
+
+    @property
+    def example(self) -> Tensor:
+        """One black image as a model sees it, (1, C, H, W): for sizes, where values do not matter."""
+        raise NotImplementedError
+
+    def batch(self, rows: Tensor, view: Tensor) -> Batch:
+        """These images as seen through these views."""
+        raise NotImplementedError
 
     def __len__(self) -> int:
         return -(-self.count // self.batch_size) - self.lone
@@ -72,20 +79,14 @@ class TensorLoader:
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of one pass over the images, from number `start` on."""
         order, view = self._draw(epoch)
-        for number in range(start, len(self)):
-            end = None if number == len(self) - 1 else (number + 1) * self.batch_size
-            chosen = order[number * self.batch_size : end]
-            yield self.batch(chosen, view[chosen])
+        last = len(self) - 1
+        ends = [None if number == last else (number + 1) * self.batch_size for number in range(len(self))]
+        chosen = [order[number * self.batch_size : ends[number]] for number in range(start, len(self))]
+        return self._made([(rows, view[rows]) for rows in chosen])
 
-    @property
-    def fingerprint(self) -> str:
-        """Sixteen digits that name the images, their normalisation and the order in which they are shown."""
-        numbers = [self.images.cpu(), self.labels.cpu(), self.scale.cpu(), self.shift.cpu()]
-        digest = hashlib.sha256(b"".join(values.numpy().tobytes() for values in numbers))
-        digest.update(repr((self.batch_size, self.flip, self.crop, self.seed)).encode())
-        if self.removed is not None:
-            digest.update(self.removed.cpu().numpy().tobytes())
-        return digest.hexdigest()[:16]
+    def _made(self, wanted: Sequence[tuple[Tensor, Tensor]]) -> Iterator[Batch]:
+        """The batches of these rows and views, in order."""
+        return (self.batch(rows, view) for rows, view in wanted)
 
     @property
     def views(self) -> int:
@@ -113,8 +114,35 @@ class TensorLoader:
         generator = torch.Generator().manual_seed(mix(self.seed, epoch))
         return torch.randperm(count, generator=generator), torch.randint(self.views, (count,), generator=generator)
 
+
+class TensorLoader(Loader):
+    """Iterates over the images at `indices` once an epoch, normalised and augmented on the device.
+
+    crop: pad by this many black pixels and cut a random window of the original size. removed: pixels (N, 1, H, W) that
+    are replaced by the colour `fill` (C,) in [0, 1] before augmentation. options: as for Loader.
+    """
+
+    def __init__(self, split: Split, indices: Any, *, removed: Any = None, fill: Tensor | None = None, **options: Any) -> None:
+        super().__init__(split.labels[indices], **options)
+        device = self.labels.device
+        self.images = torch.as_tensor(split.images[indices]).to(device)
+        self.removed = None if removed is None else torch.as_tensor(removed).to(device)
+        self.fill = (255 * (torch.zeros(1) if fill is None else fill)).view(-1, 1, 1).to(device)
+
+    @property
+    def fingerprint(self) -> str:
+        numbers = [self.images.cpu(), self.labels.cpu(), self.scale.cpu(), self.shift.cpu()]
+        digest = hashlib.sha256(b"".join(values.numpy().tobytes() for values in numbers))
+        digest.update(repr((self.batch_size, self.flip, self.crop, self.seed)).encode())
+        if self.removed is not None:
+            digest.update(self.removed.cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    @property
+    def example(self) -> Tensor:
+        return torch.zeros(1, *self.images.shape[1:], device=self.images.device)
+
     def batch(self, rows: Tensor, view: Tensor) -> Batch:
-        """These images as seen through these views."""
         device = self.images.device
         images = self.images[rows.to(device)]
         if self.removed is not None:
@@ -132,7 +160,7 @@ class TrainingStream:
     after any step: the state is the number of batches given so far.
     """
 
-    def __init__(self, loader: TensorLoader, steps: int) -> None:
+    def __init__(self, loader: Loader, steps: int) -> None:
         self.loader, self.steps, self.step = loader, steps, 0
 
     def __len__(self) -> int:

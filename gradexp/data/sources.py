@@ -11,13 +11,14 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import filelock
 import numpy as np
 
+from gradexp.data import subsets
 from gradexp.errors import UserError
 
 SPLITS = ("train", "test")
@@ -43,6 +44,11 @@ class Split:
 
     images: np.ndarray
     labels: np.ndarray
+
+    def only(self, classes: Sequence[int]) -> Split:
+        """The images of these classes, numbered anew from 0 in the order of `classes`."""
+        rows, labels = subsets.only(self.labels, classes)
+        return Split(self.images[rows], labels)
 
     @property
     def fingerprint(self) -> str:

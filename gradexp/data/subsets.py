@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -30,6 +31,19 @@ def nested(labels: np.ndarray, *, per_class: int | None, seed: int) -> np.ndarra
             )
         chosen.append(np.random.default_rng([seed, int(label)]).permutation(members)[:per_class])
     return np.sort(np.concatenate(chosen))
+
+
+def only(labels: np.ndarray, classes: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """(indices, new labels) of the images whose label is in `classes`; the new label is its place there.
+
+    Raises UserError for a label that no image has.
+    """
+    absent = sorted(set(classes) - set(labels.tolist()))
+    if absent:
+        raise UserError(f"data.only_classes: there is no image of class {absent[0]}")
+    rows = np.flatnonzero(np.isin(labels, classes))
+    places = {label: place for place, label in enumerate(classes)}
+    return rows, np.array([places[label] for label in labels[rows].tolist()], dtype=np.int64)
 
 
 def split_off(labels: np.ndarray, *, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

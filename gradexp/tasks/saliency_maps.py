@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from gradexp.data.loader import TensorLoader, mix
+from gradexp.data.loader import Loader, mix
 from gradexp.data.removal import MANIFEST, sha256
 from gradexp.evaluate import masking
 from gradexp.runs import Result, Run, write_atomically
@@ -46,9 +46,9 @@ def saliency_maps(run: Run) -> Result:
     return Result(metrics, facts={"data": data.fingerprint(), "sha256": digests, **hardware.facts()})
 
 
-def fill(path: Path, loader: TensorLoader, model: nn.Module, method: Saliency, seed: int, title: str) -> None:
+def fill(path: Path, loader: Loader, model: nn.Module, method: Saliency, seed: int, title: str) -> None:
     """Writes ranks (N, 1, H, W) chunk by chunk; `path`.done counts the finished chunks."""
-    shape = (loader.count, 1, *loader.images.shape[-2:])
+    shape = (loader.count, 1, *loader.example.shape[-2:])
     done_file = path.with_suffix(".done")
     done = int(done_file.read_text()) if path.exists() and done_file.exists() else 0
     kind = np.dtype(np.int16 if shape[-1] * shape[-2] < 2**15 else np.int32)

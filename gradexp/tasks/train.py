@@ -16,7 +16,7 @@ from torch import nn
 
 from gradexp import gradients, layers
 from gradexp.data.dataset import ImageData
-from gradexp.data.loader import TensorLoader, TrainingStream
+from gradexp.data.loader import Loader, TrainingStream
 from gradexp.data.removal import MANIFEST
 from gradexp.errors import UserError
 from gradexp.evaluate.accuracy import accuracy
@@ -112,7 +112,7 @@ def make_terms(config: Config) -> dict[str, Term]:
 
 
 def make_module(
-    run: Run, student: nn.Module, terms: dict[str, Term], optim: Optim, loader: TensorLoader, hardware: Hardware
+    run: Run, student: nn.Module, terms: dict[str, Term], optim: Optim, loader: Loader, hardware: Hardware
 ) -> Classifier:
     """The LightningModule that the method names, its teacher trained first where there is none."""
     method = run.config["method"]
@@ -133,13 +133,13 @@ def make_module(
     return module
 
 
-def make_targets(run: Run, terms: dict[str, Term], loader: TensorLoader, steps: int, hardware: Hardware) -> Targets:
+def make_targets(run: Run, terms: dict[str, Term], loader: Loader, steps: int, hardware: Hardware) -> Targets:
     """The teacher's targets: computed once for all views where that pays, otherwise for every batch."""
     wanted = {term.gradient_target for term in terms.values() if term.needs_teacher and term.gradient_target}
     upstream = run.upstream("teacher")
     live = LiveTargets(load_model(upstream, hardware), with_gradient=bool(wanted))
     target = next(iter(wanted), None)
-    bytes_each = 4 * run.config["data"]["classes"] + (2 * math.prod(loader.images.shape[1:]) if target else 0)
+    bytes_each = 4 * run.config["data"]["classes"] + (2 * math.prod(loader.example.shape[1:]) if target else 0)
     views = loader.count * loader.views
     fits = views * bytes_each <= hardware.store_gib * 2**30
     pays = steps * loader.batch_size >= 1.5 * views

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gradexp import gradients
-from gradexp.data.loader import Batch, TensorLoader
+from gradexp.data.loader import Batch, Loader
 from gradexp.errors import UserError
 
 CHUNK = 256  # views computed at a time
@@ -79,7 +79,7 @@ class StoredTargets:
     the teacher's.
     """
 
-    def __init__(self, live: LiveTargets, loader: TensorLoader, steps: int, folder: Path, *, target: str | None) -> None:
+    def __init__(self, live: LiveTargets, loader: Loader, steps: int, folder: Path, *, target: str | None) -> None:
         self.live, self.loader, self.target = live, loader, target
         self.keys = loader.visited(steps)
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,251 @@
+"""Data sets of image files, decoded in threads while the model trains."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+from typing import Any
+
+import filelock
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from gradexp.data import subsets
+from gradexp.data.dataset import ImageData
+from gradexp.data.loader import Batch, Loader
+from gradexp.errors import UserError
+
+THREADS = max(2, os.cpu_count() or 1)  # Pillow decodes and resizes outside the interpreter lock
+AHEAD = 64  # images decoded before they are asked for
+
+
+@dataclass(frozen=True)
+class Files:
+    """Image files under `root` and their labels (N,) int64, in order of name; digests (N,) of their bytes."""
+
+    root: Path
+    names: np.ndarray
+    labels: np.ndarray
+    digests: np.ndarray
+    corrupt: int = 0
+
+    def only(self, classes: Sequence[int]) -> Files:
+        """The files of these classes, numbered anew from 0 in the order of `classes`."""
+        rows, labels = subsets.only(self.labels, classes)
+        return replace(self, names=self.names[rows], labels=labels, digests=self.digests[rows])
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of contents and labels, shortened to 16 digits."""
+        digest = hashlib.sha256("".join(self.digests.tolist()).encode())
+        digest.update(self.labels.tobytes())
+        return digest.hexdigest()[:16]
+
+
+class FolderData(ImageData):
+    """Images of any size in files. The short side is resized to size + 2 crop, then a window of `size` pixels is cut:
+    anywhere in training, in the middle at test time.
+
+    mean, std: of pixels in [0, 1], for `normalise: standard`. skip_corrupt: leave out files that can't be decoded
+    instead of stopping. A split is opened when it is first asked for, so one that is never used need not be there.
+    """
+
+    def __init__(self, *, mean: Sequence[float], std: Sequence[float], skip_corrupt: bool, **options: Any) -> None:
+        super().__init__(**options)
+        if self.validation is not None or self.removal is not None:
+            raise UserError("data.validation and data.removal are not for data sets of image files; set them to null")
+        self.mean, self.std, self.skip_corrupt = mean, std, skip_corrupt
+        self._opened: dict[str, Files] = {}
+
+    def files(self, split: str) -> tuple[Path, list[str], list[int]]:
+        """(folder, names below it, labels) of `train` or `test`. Raises UserError where they are not as they should be."""
+        raise NotImplementedError
+
+    def splits(self) -> Mapping[str, Files]:
+        return Lazy(self._open)
+
+    def _open(self, split: str) -> Files:
+        if split not in self._opened:
+            folder, names, labels = self.files(split)
+            order = np.argsort(names, kind="stable")
+            files = Files(folder, np.asarray(names)[order], np.asarray(labels, dtype=np.int64)[order], np.empty(0))
+            self._opened[split] = checked(files, f"{self.name}-{split}", self.cache, skip=self.skip_corrupt)
+        return self._opened[split]
+
+    @property
+    def colours(self) -> tuple[Tensor, Tensor]:
+        """Per-channel mean and standard deviation, as configured; (C,) each."""
+        return torch.tensor(self.mean), torch.tensor(self.std)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What a record says of the splits that were opened (the test split, where none was)."""
+        facts: dict[str, Any] = {"name": self.name}
+        if "train" in self._opened:
+            train, chosen = self._training
+            facts |= {"train": train.fingerprint, "subset": subsets.fingerprint(chosen), "train_images": len(chosen)}
+        test, evaluated = self._testing
+        facts |= {"test": test.fingerprint, "test_images": len(evaluated)}
+        corrupt = sum(files.corrupt for files in self._opened.values())
+        return facts | ({"corrupt_images": corrupt} if corrupt else {})
+
+    def _loader(self, split: Any, indices: np.ndarray, batch_size: int, device: Any, **options: Any) -> Loader:
+        mean, std = self.statistics
+        common = {"batch_size": batch_size, "mean": mean, "std": std, "device": device, "seed": self.seed}
+        return FileLoader(split, indices, size=self.size, resize=self.size + 2 * self.crop, **common, **options)
+
+
+class Lazy(Mapping[str, Files]):
+    """The splits, each opened when it is read."""
+
+    def __init__(self, open: Callable[[str], Files]) -> None:
+        self.open = open
+
+    def __getitem__(self, split: str) -> Files:
+        return self.open(split)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(("train", "test"))
+
+    def __len__(self) -> int:
+        return 2
+
+
+# --- batches ----------------------------------------------------------------------------------------------
+
+
+class FileLoader(Loader):
+    """Batches of the files at `indices`: decoded in threads ahead of time, normalised on the device.
+
+    size: of the windows. resize: the short side before a window is cut. A view is a window and whether it is mirrored;
+    along the longer side the windows are as many, further apart. options: as for Loader.
+    """
+
+    def __init__(self, files: Files, indices: Any, *, size: int, resize: int, **options: Any) -> None:
+        super().__init__(files.labels[indices], **options)
+        self.root, self.names, self.digests = files.root, files.names[indices], files.digests[indices]
+        self.size, self.resize = size, resize
+
+    @property
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256("".join(self.digests.tolist()).encode())
+        for values in (self.labels, self.scale, self.shift):
+            digest.update(values.cpu().numpy().tobytes())
+        digest.update(repr((self.batch_size, self.flip, self.crop, self.seed, self.size, self.resize)).encode())
+        return digest.hexdigest()[:16]
+
+    @property
+    def example(self) -> Tensor:
+        return torch.zeros(1, len(self.scale), self.size, self.size, device=self.labels.device)
+
+    def batch(self, rows: Tensor, view: Tensor) -> Batch:
+        return next(self._made([(rows, view)]))
+
+    def _made(self, wanted: Sequence[tuple[Tensor, Tensor]]) -> Iterator[Batch]:
+        """The batches of these rows and views, in order; about AHEAD images are decoded before they are asked for."""
+        begun: deque[list[Future[np.ndarray]]] = deque()
+        with ThreadPoolExecutor(THREADS) as pool:
+
+            def begin(rows: Tensor, view: Tensor) -> None:
+                pairs = zip(rows.tolist(), view.tolist(), strict=True)
+                begun.append([pool.submit(self._read, *pair) for pair in pairs])
+
+            ahead = 1 + AHEAD // self.batch_size
+            try:
+                for pair in wanted[:ahead]:
+                    begin(*pair)
+                for number, (rows, view) in enumerate(wanted):
+                    for pair in wanted[number + ahead : number + ahead + 1]:
+                        begin(*pair)
+                    yield self._batch(np.stack([image.result() for image in begun.popleft()]), rows, view)
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+
+    def _batch(self, pixels: np.ndarray, rows: Tensor, view: Tensor) -> Batch:
+        """pixels (B, H, W, C) uint8: channels-last in memory already."""
+        images = torch.from_numpy(pixels).to(self.labels.device, non_blocking=True).permute(0, 3, 1, 2)
+        return Batch(images * self.scale - self.shift, self.labels[rows.to(self.labels.device)], rows, view)
+
+    def _read(self, row: int, view: int) -> np.ndarray:
+        side = 2 * self.crop + 1
+        place = (view // side % side / (side - 1), view % side / (side - 1)) if self.crop else (0.5, 0.5)
+        file = self.root / self.names[row]
+        try:
+            return window(file, size=self.size, resize=self.resize, place=place, mirrored=view >= side**2)
+        except OSError as error:
+            raise UserError(f"{file} can't be read any more ({error}); put it back and run again") from None
+
+
+def window(file: Path, *, size: int, resize: int, place: tuple[float, float], mirrored: bool) -> np.ndarray:
+    """A window of an image whose short side was resized; (size, size, 3) uint8.
+
+    place: (row, column) of the window, as fractions of what there is to choose from. What lies outside the window is not
+    resized, and a large JPEG is decoded at a half, a quarter or an eighth of its size where that is enough.
+    """
+    with Image.open(file) as picture:
+        picture.draft("RGB", (resize, resize))
+        image = picture.convert("RGB")
+    short = min(image.size)
+    box: list[list[float]] = []
+    for length, part in zip(image.size, place[::-1], strict=True):
+        whole = int(resize * length / short)  # this side after resizing, as torchvision has it
+        start = round(part * (whole - size))
+        box.append([edge * length / whole for edge in (start, start + size)])
+    (left, right), (top, bottom) = box
+    pixels = np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, right, bottom)))
+    return pixels[:, ::-1] if mirrored else pixels
+
+
+# --- checking ---------------------------------------------------------------------------------------------
+
+
+def checked(files: Files, name: str, cache: Path, *, skip: bool) -> Files:
+    """The files that can be decoded, with digests of their bytes. Every file is read once; the findings are kept.
+
+    Raises UserError naming those that can't be decoded, unless they are to be skipped.
+    """
+    stats = [(files.root / file).stat() for file in files.names]
+    stamp = [str(files.root), files.names.tolist(), [[stat.st_size, stat.st_mtime_ns] for stat in stats]]
+    key = hashlib.sha256(json.dumps(stamp).encode()).hexdigest()[:12]
+    kept = cache / "data" / f"{name}-{key}.json"
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(f"{kept}.lock"):
+        if not kept.exists():
+            print(f"{name}: checking {len(files.names)} images (once)", flush=True)
+            with ThreadPool(THREADS) as pool:
+                found = pool.map(_examine, [files.root / file for file in files.names])
+            draft = kept.with_suffix(f".{os.getpid()}")
+            draft.write_text(json.dumps(found))
+            draft.replace(kept)
+    found = json.loads(kept.read_text())
+    good = np.array([bool(digest) for digest, _ in found])
+    if not good.all() and not skip:
+        bad = [f"  {files.root / file} ({why})" for file, (digest, why) in zip(files.names, found, strict=True) if not digest]
+        raise UserError(
+            f"{name}: {len(bad)} of {len(found)} images can't be decoded:\n"
+            + "\n".join(bad[:10] + [f"  and {len(bad) - 10} more"] * (len(bad) > 10))
+            + "\nFetch them again, or leave them out: data.skip_corrupt=true"
+        )
+    digests = np.array([digest for digest, _ in found])[good]
+    return Files(files.root, files.names[good], files.labels[good], digests, corrupt=int((~good).sum()))
+
+
+def _examine(file: Path) -> tuple[str, str]:
+    """(digest of the bytes, "") of an image that can be decoded, ("", why) of another."""
+    try:
+        content = file.read_bytes()
+        with Image.open(io.BytesIO(content)) as picture:
+            picture.draft("RGB", (1, 1))  # an eighth of the size shows as well whether the stream is whole
+            picture.convert("RGB")
+    except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error, ...
+        return "", str(error).splitlines()[0] if str(error) else type(error).__name__
+    return hashlib.sha1(content).hexdigest()[:16], ""

@@ -1,0 +1,34 @@
+"""ImageNet (Russakovsky et al., 2015): a folder in the layout that torchvision reads. Never downloaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gradexp.data.folder import FolderData
+from gradexp.errors import UserError
+
+FOLDERS = {"train": "train", "test": "val"}
+SUFFIXES = (".jpeg", ".jpg", ".png")
+
+
+class ImageNet(FolderData):
+    def files(self, split: str) -> tuple[Path, list[str], list[int]]:
+        home = self.root / "imagenet"
+        folder = home / FOLDERS[split]
+        if not folder.is_dir():
+            raise UserError(
+                f"ImageNet not found: there is no {folder}. Put a folder a class there (train/n01440764/*.JPEG, "
+                f"val/n01440764/*.JPEG); it is never downloaded; see README, Data sets"
+            )
+        classes = sorted(place.name for place in folder.iterdir() if place.is_dir())
+        other = home / FOLDERS["test" if split == "train" else "train"]
+        missing = sorted({place.name for place in other.iterdir() if place.is_dir()} - set(classes)) if other.is_dir() else []
+        if missing or len(classes) != self.classes:
+            which = f": it lacks {', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}" if missing else ""
+            raise UserError(f"{folder} has {len(classes)} classes, not {self.classes}{which}; complete it")
+        names = {name: sorted(f.name for f in (folder / name).iterdir() if f.suffix.lower() in SUFFIXES) for name in classes}
+        empty = [name for name in classes if not names[name]]
+        if empty:
+            raise UserError(f"{folder / empty[0]} holds no image ({', '.join(SUFFIXES)}); complete it")
+        pairs = [(f"{name}/{file}", label) for label, name in enumerate(classes) for file in names[name]]
+        return folder, [name for name, _ in pairs], [label for _, label in pairs]

@@ -1,0 +1,106 @@
+"""Figure 2.1: networks on the line. Matching slopes at a few points does what noise around these points does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import lightning
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gradexp.data.loader import Batch
+from gradexp.gradients import input_gradient
+from gradexp.runs import Result, Run
+from gradexp.tasks.build import build
+from gradexp.tasks.hardware import Hardware
+from gradexp.terms import Activations, Jacobian, Step, Term
+from gradexp.training.targets import LiveTargets
+
+GRID = 241  # points of the drawn curves
+
+
+def illustration(run: Run) -> Result:
+    """`rms/STUDENT`: root mean squared distance to the teacher on the interval. Arrays: the curves, the points."""
+    hardware: Hardware = build(run.config["trainer"], where="trainer")
+    hardware.apply()
+    lightning.seed_everything(run.config["seed"], verbose=False)
+    task = run.config["task"]
+    start, end = task["interval"]
+    x, points = torch.linspace(start, end, GRID), torch.tensor(task["points"])
+    teacher = _teacher(run, x)
+
+    def noisy() -> Batch:
+        copies = points.repeat(task["noisy_copies"])
+        return _batch(copies + task["sigma"] * torch.randn(copies.shape))
+
+    values = Activations(weight=1, reduction="sum")
+    slopes = Jacobian(weight=task["sigma"] ** 2, reduction="sum", target="label", student_bn="batch")
+    students = {
+        "activations": _student(run, teacher, [values], lambda: _batch(points)),
+        "noise": _student(run, teacher, [values], noisy),
+        "jacobian": _student(run, teacher, [values, slopes], lambda: _batch(points)),
+    }
+    curves = {"teacher": _curve(teacher, x)} | {name: _curve(student, x) for name, student in students.items()}
+    metrics: dict[str, Any] = {f"rms/{name}": _rms(curves[name] - curves["teacher"]) for name in students}
+    at_points = {"points": points, "values": _curve(teacher, points), "slopes": _slopes(teacher, points)}
+    arrays = {name: array.numpy().astype(np.float32) for name, array in {"x": x, **curves, **at_points}.items()}
+    return Result(metrics, facts=hardware.facts(), arrays=arrays)
+
+
+def _teacher(run: Run, x: Tensor) -> nn.Module:
+    """A network fitted to a wave on the whole interval."""
+    teacher, batch = _network(run), _batch(x)
+    wave = torch.sin(2 * x) + 0.4 * x
+    _fit(run, teacher, lambda: (teacher(batch.images)[:, 0] - wave).square().mean())
+    return teacher
+
+
+def _student(run: Run, teacher: nn.Module, terms: Sequence[Term], batches: Callable[[], Batch]) -> nn.Module:
+    """A network fitted to the sum of the terms; every student starts from the same weights."""
+    torch.manual_seed(run.config["seed"] + 1)
+    student, targets = _network(run), LiveTargets(teacher, with_gradient=True)
+
+    def loss() -> Tensor:
+        step = Step(batches(), student, targets, differentiable_input=True)
+        return torch.stack([term.weight * term(step) for term in terms]).sum()
+
+    _fit(run, student, loss)
+    return student
+
+
+def _network(run: Run) -> nn.Module:
+    network: nn.Module = build(run.config["model"], where="model")
+    return network
+
+
+def _fit(run: Run, network: nn.Module, loss: Callable[[], Tensor]) -> None:
+    steps = run.config["task"]["steps"]
+    optimizer = torch.optim.Adam(network.parameters(), lr=run.config["task"]["lr"])
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss().backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        schedule.step()
+
+
+def _batch(x: Tensor) -> Batch:
+    """(N,) -> images (N, 1, 1, 1), all of the one class."""
+    rows = torch.arange(len(x))
+    return Batch(x.view(-1, 1, 1, 1), torch.zeros_like(rows), rows, torch.zeros_like(rows))
+
+
+def _curve(network: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return network(_batch(x).images)[:, 0]
+
+
+def _slopes(network: nn.Module, x: Tensor) -> Tensor:
+    batch = _batch(x)
+    return input_gradient(network, batch.images, batch.labels).flatten()
+
+
+def _rms(values: Tensor) -> float:
+    return round(float(values.square().mean().sqrt()), 6)
