@@ -2,14 +2,19 @@
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+import torchvision
 from torch import Tensor, nn
+from torchvision.models import vgg as tv_vgg
 
 from gradexp import layers
 from gradexp.models.resnet import ResNet
 from gradexp.models.vgg import VGG
+from gradexp.tasks.build import build
+from gradexp.tasks.compose import compose_run
 from gradexp.tasks.hardware import native_bf16
 
 DOUBLE = torch.float64
@@ -103,6 +108,35 @@ def resnet() -> nn.Module:
     return ResNet(name="r", blocks=[1, 1], width=4 / 64, channels=2, classes=3, activation=lambda: nn.Softplus(beta=10))
 
 
+def small(name: str, **changes: Any) -> Callable[[], nn.Module]:
+    """A network of conf/model/, narrow."""
+    words = ["experiment=teacher", f"model={name}", "scale=quick", "scale.width=0.0625"]
+
+    def make() -> nn.Module:
+        node = compose_run(words)["model"] | {"channels": 2, "classes": 3} | changes
+        model: nn.Module = build(node, where="model")
+        return model
+
+    make.__name__ = f"{name}{'-'.join(changes)}"
+    return make
+
+
+def torchvision_vgg16() -> nn.Module:
+    """torchvision's VGG-16-BN with few channels: in-place ReLUs, adaptive pooling, dropout between linear layers."""
+    channels = [value if value == "M" else value // 32 for value in tv_vgg.cfgs["D"]]  # type: ignore[operator]
+    model = tv_vgg.VGG(tv_vgg.make_layers(channels, batch_norm=True), num_classes=3)  # type: ignore[arg-type]
+    model.features[0] = nn.Conv2d(2, 2, 3, padding=1)
+    model.avgpool = nn.AdaptiveAvgPool2d(2)
+    model.classifier[0], model.classifier[3], model.classifier[6] = nn.Linear(64, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+    return model
+
+
+def torchvision_resnet34() -> nn.Module:
+    model = torchvision.models.resnet34(num_classes=3)
+    model.conv1 = nn.Conv2d(2, 64, 7, stride=2, padding=3, bias=False)
+    return model
+
+
 def randomised(make: Callable[[], nn.Module], training: bool) -> nn.Module:
     torch.manual_seed(5)
     model = make().double()
@@ -117,6 +151,7 @@ def randomised(make: Callable[[], nn.Module], training: bool) -> nn.Module:
 
 def penalised(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
     """Value, input-gradient, parameter gradients and buffers of one step with a gradient penalty."""
+    torch.manual_seed(0)  # dropout
     images = images.requires_grad_()
     logits = model(images)
     with layers.only_inputs():
@@ -133,9 +168,29 @@ def penalised(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
 def test_a_penalised_step_agrees_with_autograd(
     make: Callable[[], nn.Module], memory_format: torch.memory_format, training: bool
 ) -> None:
-    stock = randomised(make, training).to(memory_format=memory_format)
+    agree(randomised(make, training), size=8, memory_format=memory_format)
+
+
+RELU = {"activation": {"_target_": "torch.nn.ReLU", "_partial_": True}}
+EVERY = [
+    *(small(f"vgg{depth}") for depth in (4, 6, 9, 11)),
+    small("vgg9", dropout=0.5),
+    small("resnet18"),
+    small("resnet18", **RELU),
+]
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["batch", "running"])
+@pytest.mark.parametrize("make", [*EVERY, torchvision_vgg16, torchvision_resnet34], ids=lambda make: make.__name__)
+def test_every_model_of_the_suite_agrees_with_autograd(make: Callable[[], nn.Module], training: bool) -> None:
+    agree(randomised(make, training), size=32, memory_format=torch.channels_last)
+
+
+def agree(stock: nn.Module, size: int, memory_format: torch.memory_format) -> None:
+    """Values, input-gradients, parameter gradients and buffers of the fast layers are autograd's, to a relative 1e-9."""
+    stock = stock.to(memory_format=memory_format)
     fast = layers.accelerate(copy.deepcopy(stock))
-    images = torch.randn(4, 2, 8, 8, dtype=DOUBLE).to(memory_format=memory_format)
+    images = torch.randn(4, 2, size, size, dtype=DOUBLE).to(memory_format=memory_format)
     expected, found = (penalised(model, images.clone(memory_format=torch.preserve_format)) for model in (stock, fast))
     assert found.keys() == expected.keys()
     for name, value in expected.items():
