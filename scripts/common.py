@@ -37,7 +37,7 @@ class Job:
 
 
 def make_all(kind: str, make: Make, about: str | None) -> None:
-    """Makes the tables or figures that the command line names; all of them when it names none."""
+    """Makes the tables or figures that the command line names; all of them when it names none, as far as they can be made."""
     parser = argparse.ArgumentParser(description=about)
     parser.add_argument("numbers", nargs="*", help=f"{kind}s to make, such as 2.1; all of them when none is named")
     parser.add_argument("--scale", default="cpu")
@@ -48,8 +48,13 @@ def make_all(kind: str, make: Make, about: str | None) -> None:
     try:
         paths = Paths.of(compose_run(["experiment=teacher", *given.set]))
         job = Job(given.scale, 0 if given.render_only else given.workers, paths, given.set)
-        for number in given.numbers or specs.numbers(kind):
+        for number in given.numbers:
             make(specs.load(kind, number), job)
+        for number in [] if given.numbers else specs.numbers(kind):
+            try:
+                make(specs.load(kind, number), job)
+            except UserError as error:
+                print(error)
     except UserError as error:
         sys.exit(f"error: {error}")
 

@@ -14,8 +14,8 @@ from gradexp.errors import UserError
 from gradexp.evaluate.discriminative_perturbation import discriminative_perturbation, saliency
 from gradexp.evaluate.shift import Shifted, shift_effects, sine_effects
 from gradexp.report import figures, specs, tables
-from gradexp.report.draw.images import red_over, signed
-from gradexp.runs import Paths, Run, ensure, read_arrays, run_id
+from gradexp.report.draw.images import red_over, samples, signed
+from gradexp.runs import Paths, Run, _write_arrays, ensure, read_arrays, run_id, write_record
 from gradexp.tasks.compose import compose_run, plan
 
 TINY = ["scale=quick", "scale.density.images=40", "trainer.threads=1", "logger=none"]
@@ -258,3 +258,16 @@ def test_table_5_2_is_the_sweep_around_table_5_1() -> None:
     assert len(sweep) == 7
     score = next(seeds for row, _, seeds in first if row["thesis"] == "Score-Matching")
     assert run_id(plan(sweep["λ = 1e-3", "μ = 1e-4"][0]).config) == run_id(plan(score[0]).config)
+
+
+def test_a_gallery_names_the_model_that_diverged(tmp_path: Path) -> None:
+    """Its pictures are black, and its row says why; the CSV file has what was measured of each model."""
+    made = []
+    for label, status in (("a", "finished"), ("b", "diverged")):
+        source = specs.Source(label, tmp_path / f"{label}.json", "")
+        facts = _write_arrays(source.record.with_suffix(".npz"), {"samples": np.zeros((2, 3, 4, 4), dtype=np.uint8)})
+        write_record(source.record, {"status": status, "metrics": {"logit": 1.5}, "arrays": facts})
+        made.append(figures.Series({"label": label}, (source,)))
+    figure, rows = samples({"array": "samples", "metrics": ["logit"]}, made)
+    assert [axes.get_ylabel() for axes in figure.axes[::2]] == ["a", "b\n(diverged)"]
+    assert rows == [{"series": label, "logit": "1.5", "run": label} for label in ("a", "b")]

@@ -23,7 +23,7 @@ def samples(spec: Config, series: Sequence[Series]) -> tuple[Figure, list[Row]]:
     """
     first = series[0].arrays[0]
     rows = [(label, first[name]) for name, label in spec.get("above", {}).items()]
-    rows += [(one.label, _pictures(one.arrays[0][spec["array"]], spec.get("signed", False))) for one in series]
+    rows += [(_label(one), _pictures(one.arrays[0][spec["array"]], spec.get("signed", False))) for one in series]
     figure = grid(rows)
     return figure, [
         {"series": one.label, **{name: f"{one.metric(name)[0]:.5g}" for name in spec["metrics"]}, "run": one.sources[0].id}
@@ -74,6 +74,10 @@ def red_over(image: np.ndarray, saliency: np.ndarray) -> np.ndarray:
     red = np.array([0.8, 0.0, 0.05])[:, None, None]
     mixed: np.ndarray = (1 - strength) * grey + strength * red
     return mixed
+
+
+def _label(one: Series) -> str:
+    return one.label + ("\n(diverged)" if one.records[0]["status"] == "diverged" else "")
 
 
 def _pictures(values: np.ndarray, is_signed: bool) -> np.ndarray:
