@@ -48,8 +48,8 @@ def make_all(kind: str, make: Make, about: str | None) -> None:
     try:
         paths = Paths.of(compose_run(["experiment=teacher", *given.set]))
         job = Job(given.scale, 0 if given.render_only else given.workers, paths, given.set)
-        for number in given.numbers:
-            make(specs.load(kind, number), job)
+        for part in [part for number in given.numbers for part in specs.parts(kind, number)]:
+            make(specs.load(kind, part), job)
         for number in [] if given.numbers else specs.numbers(kind):
             try:
                 make(specs.load(kind, number), job)

@@ -38,8 +38,18 @@ STYLE: Any = {
     "svg.hashsalt": "gradexp",
 }
 COLUMN_WIDTH = 3.4  # inches: one column of a two-column page
+PAGE_WIDTH = 7.0  # inches: both
 # Okabe and Ito's colour-blind safe palette. One colour a method, the same in every figure.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+METHODS = {
+    "Input-gradient": "#0072B2",
+    "FullGrad": "#D55E00",
+    "Grad-CAM": "#009E73",
+    "Integrated gradients": "#CC79A7",
+    "SmoothGrad": "#E69F00",
+    "SmoothGrad-squared": "#E69F00",
+    "Random": "#999999",
+}
 
 
 @dataclass(frozen=True)
@@ -73,12 +83,20 @@ Draw = Callable[[Config, Sequence[Series]], tuple[Figure, list[Row]]]
 
 
 def overrides_of(spec: Config, scale: str) -> Iterator[tuple[Config, list[list[str]]]]:
-    """(series, what to type for each of its seeds). The spec's `overrides_at` are for one scale each."""
+    """(series, what to type for each of its seeds).
+
+    A spec (or a series) with `points` has a series of runs for each of them: the point's keys join those of the series.
+    The spec's `overrides_at` are for one scale each.
+    """
     for series in spec["series"]:
         experiment = series.get("experiment", spec.get("experiment"))
-        here = spec.get("overrides_at", {}).get(scale, [])
-        common = [f"experiment={experiment}", f"scale={scale}", *here, *series.get("overrides", [])]
-        yield series, [[*common, f"seed={seed}"] for seed in seeds_of(spec, scale)]
+        for point in series.get("points", spec.get("points", [{}])):
+            if scale not in point.get("scales", [scale]):
+                continue
+            here = spec.get("overrides_at", {}).get(scale, [])
+            words = [*here, *series.get("overrides", []), *point.get("overrides", [])]
+            common = [f"experiment={experiment}", f"scale={scale}", *words]
+            yield {**series, **point}, [[*common, f"seed={seed}"] for seed in seeds_of(spec, scale)]
 
 
 def gather(spec: Config, scale: str, plan: Planner, paths: Paths) -> list[Series]:

@@ -47,6 +47,12 @@ def numbers(kind: str) -> list[str]:
     return sorted(file.stem for file in (ROOT / "conf" / kind).glob("*.yaml"))
 
 
+def parts(kind: str, number: str) -> list[str]:
+    """`3.2` when there is one, otherwise its parts `3.2a`, `3.2b`; [number] where there is neither."""
+    there = numbers(kind)
+    return [number] if number in there else [name for name in there if name[:-1] == number] or [number]
+
+
 def load(kind: str, number: str) -> Config:
     """The spec of a table or figure. Raises UserError when there is none."""
     there = numbers(kind)

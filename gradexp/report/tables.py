@@ -92,6 +92,7 @@ class Table:
     rows: tuple[str, ...]
     columns: tuple[str, ...]
     cells: tuple[Cell, ...]
+    best_per: str = "column"
 
     def cell(self, row: str, column: str) -> Cell:
         return next(cell for cell in self.cells if (cell.row, cell.column) == (row, column))
@@ -262,6 +263,7 @@ def build(spec: Config, scale: str, plan: Planner, paths: Paths) -> Table:
         rows=tuple(row["label"] for row in spec["rows"]),
         columns=tuple(dict.fromkeys(cell.column for cell in cells)),
         cells=mark_best(cells, spec["best"], spec.get("best_per", "column")),
+        best_per=spec.get("best_per", "column"),
     )
 
 
@@ -408,7 +410,7 @@ def to_text(table: Table) -> str:
     ]
     rule = "-" * len(shown[0])
     body = [f"Table {table.number}, scale={table.scale}. {table.title}", rule, shown[0], rule, *shown[1:], rule]
-    body += ["* best of its column; in parentheses: the thesis's number", *table.caption]
+    body += [f"* best of its {table.best_per}; in parentheses: the thesis's number", *table.caption]
     if table.missing:
         body += ["", "Missing runs:", *(f"  {source.command}" for source in table.missing)]
     return "\n".join(body) + "\n"
@@ -424,7 +426,7 @@ def to_svg(table: Table) -> str:
         grid.add_row(row, *(_styled(table.cell(row, column)) for column in table.columns))
     console = rich.console.Console(record=True, width=100, file=io.StringIO())
     console.print(grid)
-    console.print("bold: best of its column; dim: the thesis", style="dim", justify="center")
+    console.print(f"bold: best of its {table.best_per}; dim: the thesis", style="dim", justify="center")
     # The exporter's fonts come from the network; a picture in a repository must not need one.
     return re.sub(r"@font-face \{[^}]*\}\s*", "", console.export_svg(title="gradexp"))
 

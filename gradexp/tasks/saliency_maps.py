@@ -16,7 +16,7 @@ from gradexp.data.removal import MANIFEST, sha256
 from gradexp.evaluate import masking
 from gradexp.runs import Result, Run, write_atomically
 from gradexp.saliency import Saliency
-from gradexp.tasks.saliency_score import completeness, parts
+from gradexp.tasks.saliency_score import PRECISION, completeness, parts
 
 CHUNK = 128  # images computed at a time; what is drawn for an image depends on it
 SAY_EVERY = 30.0  # seconds
@@ -43,7 +43,7 @@ def saliency_maps(run: Run) -> Result:
     metrics: dict[str, Any] = {f"maps/{split}": loader.count for split, loader in loaders.items()}
     for name, values in completeness(method, model, next(iter(loaders["test"])).images).items():
         metrics |= {f"test/{name}": float(values.mean()), f"test/{name}/std": float(values.std())}
-    return Result(metrics, facts={"data": data.fingerprint(), "sha256": digests, **hardware.facts()})
+    return Result(metrics, facts={"data": data.fingerprint(), "sha256": digests, **hardware.facts(), **PRECISION})
 
 
 def fill(path: Path, loader: Loader, model: nn.Module, method: Saliency, seed: int, title: str) -> None:

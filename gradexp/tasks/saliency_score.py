@@ -18,6 +18,8 @@ from gradexp.tasks.build import build
 from gradexp.tasks.hardware import Hardware
 from gradexp.tasks.train import load_model, make_data
 
+PRECISION = {"precision": "32"}  # saliency is never computed in mixed precision, whatever models are trained in
+
 
 def saliency_score(run: Run) -> Result:
     """Mean and standard deviation over test images of what `evaluate` measures: `test/NAME` and `test/NAME/std`."""
@@ -39,7 +41,7 @@ def saliency_score(run: Run) -> Result:
     images = max((len(torch.cat(pieces)) for pieces in found.values()), default=0)
     if not images:
         raise UserError("evaluate.images: none of the test images was of use; raise it")
-    return Result(metrics, facts={"data": data.fingerprint(), "images": images, **hardware.facts()})
+    return Result(metrics, facts={"data": data.fingerprint(), "images": images, **hardware.facts(), **PRECISION})
 
 
 def parts(run: Run) -> tuple[Hardware, nn.Module, ImageData, Saliency]:

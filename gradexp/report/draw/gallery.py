@@ -1,0 +1,110 @@
+"""Pictures and their saliency maps, side by side (figs. 3.1, 3.3, 3.4)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from gradexp.errors import UserError
+from gradexp.report.figures import PAGE_WIDTH, Row, Series
+from gradexp.runs import Config
+
+MAP = "inferno"  # dark to bright in even steps, also in grey and for the colour-blind
+SIGNED = "RdBu_r"
+OVERLAY = "YlOrRd"
+CLIP = 99.5  # percentile of a map that is drawn brightest: one pixel must not darken all others
+MOST_OVERLAID = 0.85  # opacity of a map over its image where it is brightest
+
+
+def gallery(spec: Config, series: Sequence[Series]) -> tuple[Figure, list[Row]]:
+    """One image a line, one method a column. spec: `first` and `rows` choose the images, `overlay` of a series lays its
+    maps over them. Every series has arrays `images` and `maps` of the same images.
+    """
+    arrays = [one.arrays[0] for one in series]
+    if any(not np.array_equal(found["images"], arrays[0]["images"]) for found in arrays):
+        raise UserError(f"figure {spec['number']}: its runs show different images; delete their records and run again")
+    images = arrays[0]["images"]
+    lines = range(spec["first"], min(spec["first"] + spec["rows"], len(images)))
+    figure, grid = _grid(len(lines), 1 + len(series), ["Image", *(one.label for one in series)])
+    rows: list[Row] = []
+    for axes, i in zip(grid, lines, strict=True):
+        picture(axes[0], images[i])
+        for place, one, found in zip(axes[1:], series, arrays, strict=True):
+            draw_map(place, found["maps"][i], images[i] if one.spec.get("overlay") else None)
+            rows.append({"image": i, "column": one.label, **_facts(one, i), **_spread(found["maps"][i])})
+    return figure, rows
+
+
+def layers(spec: Config, series: Sequence[Series]) -> tuple[Figure, list[Row]]:
+    """One image a line: the image, ∇f ⊙ x, the bias-gradients of `columns` layers evenly spaced, and FullGrad."""
+    (one,) = series
+    (found,) = one.arrays
+    names = one.records[0]["layers"]
+    chosen = [names[i] for i in np.linspace(1, len(names) - 1, min(spec["columns"], len(names) - 1)).round().astype(int)]
+    titles = ["Image", "∇f ⊙ x", *(f"layer {names.index(name)}" for name in chosen), "FullGrad"]
+    figure, grid = _grid(len(found["images"]), len(titles), titles)
+    rows: list[Row] = []
+    for i, axes in enumerate(grid):
+        picture(axes[0], found["images"][i])
+        maps = {names[0]: found[f"layer/{names[0]}"], **{name: found[f"layer/{name}"] for name in chosen}, "sum": found["maps"]}
+        for place, (name, values) in zip(axes[1:], maps.items(), strict=True):
+            draw_map(place, values[i], None)
+            rows.append({"image": i, "column": name, **_facts(one, i), **_spread(values[i])})
+    return figure, rows
+
+
+def draw_map(axes: Axes, values: np.ndarray, image: np.ndarray | None) -> None:
+    """A map (H, W): bright where it is large; red and blue where it has signs; over its image where that is given."""
+    values = values.astype(float)
+    if (values < 0).any():
+        limit = np.percentile(np.abs(values), CLIP) or 1.0
+        axes.imshow(values, cmap=SIGNED, vmin=-limit, vmax=limit)
+        return
+    low, high = values.min(), np.percentile(values, CLIP)
+    strength = np.clip((values - low) / (high - low if high > low else 1), 0, 1)
+    if image is None:
+        axes.imshow(strength, cmap=MAP, vmin=0, vmax=1)
+    else:
+        axes.imshow(overlaid(strength, image))
+
+
+def overlaid(strength: np.ndarray, image: np.ndarray) -> np.ndarray:
+    """A map (H, W) in [0, 1] over an image (C, H, W) uint8: the image shows where the map is small. -> (H, W, 3) in [0, 1]."""
+    colours = image.astype(float).transpose(1, 2, 0) / 255
+    grey = colours.mean(2, keepdims=True).repeat(3, axis=2)
+    opacity = MOST_OVERLAID * strength[..., None]
+    blended: np.ndarray = (1 - opacity) * (0.35 + 0.6 * grey) + opacity * mpl.colormaps[OVERLAY](strength)[..., :3]
+    return blended
+
+
+def picture(axes: Axes, image: np.ndarray) -> None:
+    """An image (C, H, W) uint8, C of 1 or 3."""
+    axes.imshow(image.repeat(3, axis=0).transpose(1, 2, 0) if len(image) == 1 else image.transpose(1, 2, 0))
+
+
+def _grid(lines: int, columns: int, titles: Sequence[str]) -> tuple[Figure, Any]:
+    side = PAGE_WIDTH / columns
+    figure = Figure(figsize=(PAGE_WIDTH, lines * side + 0.22))
+    grid = figure.subplots(lines, columns, squeeze=False)
+    engine: Any = figure.get_layout_engine()
+    engine.set(w_pad=0.015, h_pad=0.015, wspace=0, hspace=0)
+    for axes in grid.flat:
+        axes.set_axis_off()
+    for axes, title in zip(grid[0], titles, strict=True):
+        axes.set_title(title, fontsize=7.5, pad=3)
+    return figure, grid
+
+
+def _facts(one: Series, i: int) -> Row:
+    record = one.records[0]
+    return {"label": record["labels"][i], "run": record["id"]}
+
+
+def _spread(values: np.ndarray) -> Row:
+    numbers = values.astype(float)
+    return {"mean": f"{numbers.mean():.4g}", "smallest": f"{numbers.min():.4g}", "largest": f"{numbers.max():.4g}"}
