@@ -2,7 +2,7 @@
 
 import pytest
 
-from gradexp.tasks import bench
+from gradexp.tasks import bench, bench_saliency
 
 VGG4 = (27 * 64 * 32**2, 9 * 64 * 128 * 16**2, 9 * 128 * 512 * 8**2)
 
@@ -30,3 +30,12 @@ def test_the_page_shows_every_row() -> None:
     page = bench.markdown(rows, {"device": "d", "threads": 2, "batch": 128, "versions": {"torch": "2"}}, has_bf16=False)
     assert "| vgg4 | 32 | j | 40 | 2.50 | 2.00 | 80 % | 512 |" in page
     assert "no bf16" in page
+
+
+def test_maps_are_measured_against_one_forward_and_one_backward() -> None:
+    rows = bench_saliency.measure("vgg4", bench.make_hardware("32"), batch=2, size=16, rounds=1)
+    assert [row.what for row in rows][:2] == [bench_saliency.FORWARD_BACKWARD, "FullGrad"]
+    assert rows[0].ratio == 1
+    page = bench_saliency.markdown([*rows[:2], bench_saliency.Row("vgg16_bn", 16, "FullGrad", None, None, 4321)])
+    assert "| vgg16_bn | 16 | FullGrad |  |  | 4321 |" in page
+    assert "pip install -e '.[bench]'" in page

@@ -46,8 +46,9 @@ def main(words: list[str] | None = None) -> None:
 
 def explain(path: Path, model_name: str, method_name: str, target: int | None, out: Path, overrides: list[str]) -> None:
     """Reads, computes, writes; says the class, its logit and, for FullGrad, how complete the full-gradients are."""
-    run, saliency = (compose_run([f"experiment={name}", *extra, *overrides]) for name, extra in (
-        (model_name, []), ("saliency_gallery", [f"saliency={method_name}"])))  # fmt: skip
+    run = compose_run([f"experiment={model_name}", *(word for word in overrides if not word.startswith("saliency."))])
+    of_method = [word for word in overrides if word.startswith(("saliency.", "scale"))]
+    saliency = compose_run(["experiment=saliency_gallery", f"saliency={method_name}", *of_method])
     image = read(path)
     upstream = Run(run, Paths.of(run))
     hardware: Hardware = build(run["trainer"], where="trainer")

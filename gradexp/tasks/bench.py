@@ -25,6 +25,7 @@ from gradexp import layers
 from gradexp.data.loader import TensorLoader
 from gradexp.data.sources import Split
 from gradexp.runs import versions, write_atomically
+from gradexp.tasks import bench_saliency
 from gradexp.tasks.build import build
 from gradexp.tasks.compose import compose_run
 from gradexp.tasks.hardware import Hardware, native_bf16
@@ -238,9 +239,11 @@ def run(results: Path, *, quick: bool) -> str:
         for precision in precisions:
             rows += measure(model, make_hardware(precision), KINDS, **how)
     facts = {**hardware.facts(), "precision": precisions, "batch": BATCH, "versions": versions()}
-    text = markdown(rows, facts, native_bf16(hardware.kind))
+    maps = bench_saliency.rows(hardware, quick=quick)
+    text = markdown(rows, facts, native_bf16(hardware.kind)) + "\n" + bench_saliency.markdown(maps)
     if not quick:
-        content = json.dumps({"machine": facts, "rows": [asdict(row) for row in rows]}, indent=2) + "\n"
+        found = {"machine": facts, "rows": [asdict(row) for row in rows], "maps": [asdict(row) for row in maps]}
+        content = json.dumps(found, indent=2) + "\n"
         write_atomically(results / "bench.json", content.encode())
         write_atomically(results / "bench.md", text.encode())
     return text

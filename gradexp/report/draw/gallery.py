@@ -91,8 +91,7 @@ def _grid(lines: int, columns: int, titles: Sequence[str]) -> tuple[Figure, Any]
     side = PAGE_WIDTH / columns
     figure = Figure(figsize=(PAGE_WIDTH, lines * side + 0.22))
     grid = figure.subplots(lines, columns, squeeze=False)
-    engine: Any = figure.get_layout_engine()
-    engine.set(w_pad=0.015, h_pad=0.015, wspace=0, hspace=0)
+    figure.set_layout_engine("constrained", w_pad=0.015, h_pad=0.015, wspace=0, hspace=0)
     for axes in grid.flat:
         axes.set_axis_off()
     for axes, title in zip(grid[0], titles, strict=True):

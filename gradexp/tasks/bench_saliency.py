@@ -1,0 +1,126 @@
+"""What a FullGrad map costs: against one forward and one backward of its model, and against the grad-cam package."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import multiprocessing
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from gradexp.saliency import FullGrad
+from gradexp.tasks.build import build
+from gradexp.tasks.compose import compose_run
+from gradexp.tasks.hardware import Hardware
+
+FORWARD_BACKWARD = "forward + input-gradient"
+PACKAGE = "FullGrad of grad-cam"
+LARGE = {"batch": 16, "size": 224}  # of VGG-16-BN, whose memory is measured
+
+
+@dataclass(frozen=True)
+class Row:
+    model: str
+    batch: int
+    what: str
+    images_per_second: float | None
+    ratio: float | None  # of its time to forward + input-gradient
+    peak_memory_mib: int | None
+
+
+def network(name: str) -> nn.Module:
+    """Random weights: what a map costs does not depend on them."""
+    if name == "vgg16_bn":
+        large: nn.Module = torchvision.models.vgg16_bn(weights=None, init_weights=False)
+        return large
+    small: nn.Module = build(compose_run(["experiment=teacher", f"model={name}"])["model"], where="model")
+    return small
+
+
+def fullgrad() -> FullGrad:
+    method: FullGrad = build(compose_run(["experiment=saliency_gallery", "saliency=fullgrad"])["saliency"], where="saliency")
+    return method
+
+
+def contestants(model: nn.Module, images: Tensor) -> dict[str, Callable[[], Any]]:
+    """What is measured; the package only where it is installed."""
+
+    def forward_backward() -> None:
+        inputs = images.detach().requires_grad_()
+        torch.autograd.grad(model(inputs).max(1).values.sum(), inputs)
+
+    method = fullgrad()
+    found: dict[str, Callable[[], Any]] = {FORWARD_BACKWARD: forward_backward, "FullGrad": lambda: method(model, images)}
+    if importlib.util.find_spec("pytorch_grad_cam"):
+        from pytorch_grad_cam import FullGrad as Theirs
+
+        package = Theirs(copy.deepcopy(model), [])  # its hooks stay on its model
+        found[PACKAGE] = lambda: package(images, None)
+    return found
+
+
+def measure(name: str, hardware: Hardware, *, batch: int, size: int, rounds: int) -> list[Row]:
+    """Medians over `rounds` interleaved rounds after one that warms up."""
+    hardware.apply()
+    model = hardware.place(network(name)).eval()
+    images = torch.randn(batch, 3, size, size, device=hardware.device).contiguous(memory_format=torch.channels_last)
+    functions = contestants(model, images)
+    seconds: dict[str, list[float]] = {what: [] for what in functions}
+    for _ in range(rounds + 1):
+        for what, function in functions.items():
+            begun = time.perf_counter()
+            function()
+            if hardware.kind == "gpu":
+                torch.cuda.synchronize()
+            seconds[what].append(time.perf_counter() - begun)
+    medians = {what: statistics.median(values[1:]) for what, values in seconds.items()}
+    base = medians[FORWARD_BACKWARD]
+    return [Row(name, batch, what, batch / median, median / base, None) for what, median in medians.items()]
+
+
+def memory(name: str, *, batch: int, size: int) -> Row:
+    """MiB that a process of its own reaches in one FullGrad."""
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=_peak, args=(name, batch, size, queue))
+    process.start()
+    peak: int = queue.get()
+    process.join()
+    return Row(name, batch, "FullGrad", None, None, peak)
+
+
+def _peak(name: str, batch: int, size: int, queue: Any) -> None:
+    model = network(name).eval().to(memory_format=torch.channels_last)
+    fullgrad()(model, torch.randn(batch, 3, size, size))
+    queue.put(round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
+
+
+def rows(hardware: Hardware, *, quick: bool) -> list[Row]:
+    found = measure("vgg9", hardware, batch=64, size=32, rounds=2 if quick else 7)
+    return found if quick else [*found, memory("vgg16_bn", **LARGE)]
+
+
+def markdown(measured: list[Row]) -> str:
+    lines = [
+        "# The cost of a map",
+        "",
+        "fp32; ratio: of the time to one forward and one input-gradient of the same model.",
+        *([] if any(row.what == PACKAGE for row in measured) else ["Not installed: grad-cam (`pip install -e '.[bench]'`)."]),
+        "",
+        "| model | batch | what | images/s | ratio | peak memory (MiB) |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in measured:
+        speed = "" if row.images_per_second is None else f"{row.images_per_second:.1f}"
+        ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
+        peak = "" if row.peak_memory_mib is None else str(row.peak_memory_mib)
+        lines.append(f"| {row.model} | {row.batch} | {row.what} | {speed} | {ratio} | {peak} |")
+    return "\n".join(lines) + "\n"

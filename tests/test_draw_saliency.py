@@ -1,0 +1,122 @@
+"""Figures of Chapter 3 from sample records; the command that explains a picture."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from gradexp import runs
+from gradexp.errors import UserError
+from gradexp.report import figures, specs
+from gradexp.report.draw import gallery, removal
+from gradexp.report.specs import Source
+from gradexp.runs import ROOT
+from gradexp.saliency import __main__ as command
+
+SPEC: dict[str, Any] = {"number": "9.9", "xlabel": "x", "ylabel": "y", "thesis": "fig 3.2b", "first": 1, "rows": 2}
+
+
+def one(folder: Path, spec: dict[str, Any], *records: dict[str, Any]) -> figures.Series:
+    sources = []
+    for i, record in enumerate(records):
+        name = f"{spec['label']}-{spec.get('x', '')}-{i}"
+        sources.append(Source(name, folder / f"{name}.json", "python run.py"))
+        arrays = record.pop("arrays", None)
+        if arrays:
+            np.savez(folder / f"{name}.npz", **arrays)
+            record["arrays"] = {"sha256": runs.sha256(folder / f"{name}.npz")}
+        runs.write_record(sources[-1].record, {"id": name, **record})
+    return figures.Series(spec, tuple(sources))
+
+
+def test_retrained_accuracies_are_means_over_seeds_beside_the_thesis(tmp_path: Path) -> None:
+    series = [one(tmp_path, {"label": "untouched", "x": 0}, {"metrics": {"test/accuracy": 60.0}})]
+    for x, values in ((10, (50.0, 54.0)), (50, (30.0, 30.0))):
+        records = [{"metrics": {"test/accuracy": value}} for value in values]
+        series.append(one(tmp_path, {"label": "FullGrad", "x": x}, *records))
+    figure, rows = removal.retrained_accuracy(SPEC, series)
+    assert [(row["series"], row["x"], row["mean"], row["n"], row["thesis"]) for row in rows] == [
+        ("untouched", "0", "60", 1, ""),
+        ("FullGrad", "10", "52", 2, 57.2),
+        ("FullGrad", "50", "30", 2, 37.4),
+    ]
+    assert float(rows[1]["std"]) == pytest.approx(8**0.5, abs=0.01)
+    curve = next(line for line in figure.axes[0].lines if line.get_label() == "FullGrad")
+    assert list(curve.get_xdata()) == [0, 10, 50]  # every curve begins where nothing is removed
+
+
+def test_output_changes_are_in_order_of_the_fraction(tmp_path: Path) -> None:
+    metrics = {"test/output_change@removed=0.1": 0.4, "test/output_change@removed=0.025": 0.2, "test/completeness_error": 0.0}
+    metrics |= {f"{name}/std": 0.1 for name in list(metrics)[:2]}
+    _, rows = removal.output_change(SPEC, [one(tmp_path, {"label": "Random"}, {"metrics": metrics})])
+    assert [(row["x"], row["mean"], row["std"]) for row in rows] == [("2.5", "0.2", "0.1"), ("10", "0.4", "0.1")]
+
+
+def pictures(seed: int = 0) -> dict[str, np.ndarray]:
+    generator = np.random.default_rng(seed)
+    maps = {name: generator.normal(size=(4, 8, 8)).astype(np.float16) for name in ("maps", "layer/input", "layer/a", "layer/b")}
+    return {"images": generator.integers(0, 256, (4, 3, 8, 8), dtype=np.uint8), **maps}
+
+
+def test_a_gallery_shows_the_images_that_its_spec_chooses(tmp_path: Path) -> None:
+    record: dict[str, Any] = {"metrics": {}, "labels": [5, 6, 7, 8], "layers": ["input", "a", "b"]}
+    series = [one(tmp_path, {"label": name, "overlay": name == "b"}, {**record, "arrays": pictures()}) for name in ("a", "b")]
+    figure, rows = gallery.gallery(SPEC, series)
+    assert [(row["image"], row["column"], row["label"]) for row in rows] == [(1, "a", 6), (1, "b", 6), (2, "a", 7), (2, "b", 7)]
+    assert len(figure.axes) == 6
+    other = one(tmp_path, {"label": "c"}, {**record, "arrays": pictures(1)})
+    with pytest.raises(UserError, match="different images"):
+        gallery.gallery(SPEC, [series[0], other])
+    figure, rows = gallery.layers({**SPEC, "columns": 5}, series[:1])
+    assert [row["column"] for row in rows[:4]] == ["input", "a", "b", "sum"]
+    assert len(figure.axes) == 4 * 5
+
+
+def test_an_overlay_is_the_image_in_grey_where_the_map_is_zero() -> None:
+    image = np.full((3, 2, 2), 255, dtype=np.uint8)
+    blended = gallery.overlaid(np.array([[0.0, 1.0], [0.0, 0.0]]), image)
+    np.testing.assert_allclose(blended[0, 0], 0.95)
+    assert blended[0, 1, 0] > blended[0, 1, 2]  # red where the map is large
+
+
+def test_points_are_runs_of_every_series_and_only_at_their_scales() -> None:
+    spec = specs.load("figure", "3.2b")
+    found = list(figures.overrides_of(spec, "cpu"))
+    assert len(found) == 1 + 6 * 3
+    assert len(list(figures.overrides_of(spec, "paper"))) == 1 + 6 * 5
+    assert found[0][1] == [["experiment=roar", "scale=cpu", "data.removal=null", "seed=0"]]
+    assert specs.parts("figure", "3.2") == ["3.2a", "3.2b"]
+    assert specs.parts("figure", "3.1") == ["3.1"]
+
+
+# --- python -m gradexp.saliency ---------------------------------------------------------------------------
+
+
+def test_pictures_of_any_mode_are_read(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 4), dtype=np.uint8)
+    pixels[:10, :, 3] = 0  # transparent: becomes white
+    Image.fromarray(pixels).save(tmp_path / "rgba.png")
+    Image.fromarray(pixels[..., 0]).save(tmp_path / "grey.png")
+    Image.fromarray(pixels[:1, :1]).save(tmp_path / "one.png")
+    (tmp_path / "words.png").write_text("no picture")
+    assert (np.asarray(command.read(tmp_path / "rgba.png"))[:10] == 255).all()
+    assert command.read(tmp_path / "grey.png").mode == "RGB"
+    for name, message in (("one.png", "at least 8x8"), ("words.png", "can't be read"), ("absent.png", "can't be read")):
+        with pytest.raises(UserError, match=message):
+            command.read(tmp_path / name)
+
+
+def test_the_command_draws_a_map(tmp_path: Path, places: list[str]) -> None:
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50), dtype=np.uint8)).save(tmp_path / "photo.png")
+    words = [sys.executable, "-m", "gradexp.saliency", str(tmp_path / "photo.png"), "--set", "scale=quick", "logger=none"]
+    tiny = ["scale.width=0.04", "optim.passes=1", "trainer.threads=1", *places]
+    done = subprocess.run([*words, *tiny], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "completeness error" in done.stdout
+    assert Image.open(tmp_path / "photo_fullgrad.png").size[0] > 1000
+    wrong = subprocess.run([*words[:4], "--target", "10", *words[4:], *tiny], cwd=ROOT, capture_output=True, text=True)
+    assert wrong.stderr.strip() == "error: target=10: the model has classes 0 to 9"
