@@ -217,3 +217,10 @@ def test_the_thesiss_quantities_are_told_apart() -> None:
     thesis = tables.read_thesis(ROOT / "results" / "thesis.csv")
     keys = [("5.2", "lambda = 1e-5", "mu = 1e-3", quantity) for quantity in ("test accuracy (%)", "GAN-test (%)")]
     assert [thesis[key].value for key in keys] == [75.37, 85.64]
+
+
+def test_every_part_of_table_5_2_stands_beside_the_thesis(tmp_path: Path) -> None:
+    spec = yaml.safe_load((ROOT / "conf" / "table" / "5.2.yaml").read_text())
+    made = tables.build(spec, "quick", plan, Paths(Path("data"), tmp_path, Path("outputs")))
+    assert tables.printed(made.cell("λ = 1e-5", "μ = 1e-3")) == "75.37 / 85.64"
+    assert all(part.thesis for cell in made.cells for part in cell.parts)

@@ -216,7 +216,7 @@ def build(spec: Config, scale: str, plan: Planner, paths: Paths) -> Table:
     data: set[str] = set()
     for row, column, seeds in cells_of(spec, scale):
         sources = tuple(Source.of(plan(overrides), paths) for overrides in seeds)
-        names = (str(place.get("thesis", place["label"])) for place in (row, column))
+        names = [str(place.get("thesis", place["label"])) for place in (row, column)]
         settings = {key: _setting(key, row, column, spec) for key in ("metric", "spread", "thesis_metric")}
         metrics, quantities = _listed(settings["metric"]), _listed(settings["thesis_metric"])
         spreads = values_of(sources, settings["spread"]) if settings["spread"] else ()
