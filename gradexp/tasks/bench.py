@@ -20,18 +20,23 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn import functional
 
 from gradexp import layers
-from gradexp.data.loader import TensorLoader
+from gradexp.data.loader import TensorLoader, TrainingStream
 from gradexp.data.sources import Split
 from gradexp.runs import versions, write_atomically
 from gradexp.tasks import bench_saliency
 from gradexp.tasks.build import build
 from gradexp.tasks.compose import compose_run
 from gradexp.tasks.hardware import Hardware, native_bf16
+from gradexp.tasks.train import fit
 from gradexp.terms import Activations, AntiScoreMatching, CrossEntropy, GradientNorm, Jacobian, ScoreMatching, Term
 from gradexp.terms.step import Targets
+from gradexp.training.callbacks import Checkpointer, ProgressLine
+from gradexp.training.classifier import Classifier
 from gradexp.training.distillation import Distillation
+from gradexp.training.optim import Optim
 from gradexp.training.targets import LiveTargets, StoredTargets
 
 BATCH = 128
@@ -104,11 +109,11 @@ def network(name: str) -> nn.Module:
     return model
 
 
-def images() -> TensorLoader:
+def images(count: int = IMAGES) -> TensorLoader:
     """Noise in the shape of CIFAR-100; a step's cost does not depend on what it sees."""
-    split = Split(np.random.default_rng(0).integers(0, 256, (IMAGES, 3, 32, 32), dtype=np.uint8), np.arange(IMAGES) % 100)
+    split = Split(np.random.default_rng(0).integers(0, 256, (count, 3, 32, 32), dtype=np.uint8), np.arange(count) % 100)
     half = torch.full((3,), 0.5)
-    return TensorLoader(split, np.arange(IMAGES), batch_size=BATCH, mean=half, std=half, shuffle=True, flip=True, crop=4)
+    return TensorLoader(split, np.arange(count), batch_size=BATCH, mean=half, std=half, shuffle=True, flip=True, crop=4)
 
 
 def make_step(kind: Kind, model: str, hardware: Hardware, loader: TensorLoader, folder: Path) -> Callable[[], None]:
@@ -223,6 +228,65 @@ def _peak(kind: str, model: str, precision: str, queue: Any) -> None:
     queue.put(round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
 
 
+@dataclass(frozen=True)
+class Loop:
+    """What the trainer adds to a bare loop over the same cross-entropy steps."""
+
+    per_class: int
+    precision: str
+    bare: float  # images/s
+    trained: float  # images/s
+
+    @property
+    def overhead(self) -> float:
+        """Percent."""
+        return 100 * (self.bare / self.trained - 1)
+
+
+def measure_loop(per_class: int, hardware: Hardware, *, steps: int, rounds: int) -> Loop:
+    """VGG-4 on images of CIFAR-100's shape: a loop written by hand and the trainer take turns; medians of `rounds`."""
+    hardware.apply()
+    loader = images(100 * per_class)
+    shown = sum(len(batch.labels) for batch in TrainingStream(loader, steps))
+    seconds: dict[str, list[float]] = {"bare": [], "trained": []}
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in range(rounds):
+            seconds["bare"].append(_bare_loop(loader, hardware, steps))
+            seconds["trained"].append(_trainer_loop(loader, hardware, steps, Path(folder)))
+    bare, trained = (shown / statistics.median(values) for values in seconds.values())
+    return Loop(per_class, hardware.precision, bare, trained)
+
+
+def _optim(steps: int) -> Optim:
+    node = compose_run(["experiment=jacobian_distill", "optim.passes=null", f"optim.steps={steps}"])["optim"]
+    optim: Optim = build(node, where="optim")
+    return optim
+
+
+def _bare_loop(loader: TensorLoader, hardware: Hardware, steps: int) -> float:
+    """Seconds of a loop with nothing in it but the model, its loss and its optimizer."""
+    student = hardware.place(network("vgg4"))
+    optimizer, schedule = _optim(steps).build(list(student.parameters()), steps)
+    begun = time.perf_counter()
+    for batch in TrainingStream(loader, steps):
+        with hardware.autocast():
+            loss = functional.cross_entropy(student(batch.images), batch.labels)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        schedule.step()
+    return time.perf_counter() - begun
+
+
+def _trainer_loop(loader: TensorLoader, hardware: Hardware, steps: int, folder: Path) -> float:
+    """Seconds between the first and the last step of a training as a run does it: terms, curves, progress, trainer."""
+    student = hardware.place(network("vgg4"))
+    module = Classifier(student, {"ce": CrossEntropy(weight=1)}, _optim(steps), steps_per_pass=len(loader), seed=0)
+    progress = ProgressLine("bench", steps)
+    fit(module, TrainingStream(loader, steps), hardware, None, Checkpointer(folder / "last.ckpt", every=60), progress)
+    return progress.seconds
+
+
 def make_hardware(precision: str) -> Hardware:
     config = compose_run(["experiment=teacher", f"trainer.precision={precision}"])
     hardware: Hardware = build(config["trainer"], where="trainer")
@@ -238,18 +302,19 @@ def run(results: Path, *, quick: bool) -> str:
     for model in ["vgg4"] if quick else MODELS:
         for precision in precisions:
             rows += measure(model, make_hardware(precision), KINDS, **how)
+    loops = [] if quick else [measure_loop(count, make_hardware(precisions[-1]), steps=150, rounds=5) for count in (1, 10)]
     facts = {**hardware.facts(), "precision": precisions, "batch": BATCH, "versions": versions()}
     maps = bench_saliency.rows(hardware, quick=quick)
-    text = markdown(rows, facts, native_bf16(hardware.kind)) + "\n" + bench_saliency.markdown(maps)
+    text = markdown(rows, loops, facts, native_bf16(hardware.kind)) + "\n" + bench_saliency.markdown(maps)
     if not quick:
-        found = {"machine": facts, "rows": [asdict(row) for row in rows], "maps": [asdict(row) for row in maps]}
-        content = json.dumps(found, indent=2) + "\n"
+        found = {name: [asdict(row) for row in part] for name, part in (("rows", rows), ("loops", loops), ("maps", maps))}
+        content = json.dumps({"machine": facts, **found}, indent=2) + "\n"
         write_atomically(results / "bench.json", content.encode())
         write_atomically(results / "bench.md", text.encode())
     return text
 
 
-def markdown(rows: Sequence[Row], facts: dict[str, Any], has_bf16: bool) -> str:
+def markdown(rows: Sequence[Row], loops: Sequence[Loop], facts: dict[str, Any], has_bf16: bool) -> str:
     lines = [
         "# The cost of a step",
         "",
@@ -265,4 +330,8 @@ def markdown(rows: Sequence[Row], facts: dict[str, Any], has_bf16: bool) -> str:
         memory = "" if row.peak_memory_mib is None else str(row.peak_memory_mib)
         numbers = f"{row.images_per_second:.0f} | {row.ratio:.2f} | {row.limit:.2f} | {100 * row.share:.0f} %"
         lines.append(f"| {row.model} | {row.precision} | {row.kind} | {numbers} | {memory} |")
+    if loops:
+        lines += ["", "The trainer beside a loop written by hand (VGG-4, cross-entropy, images/s):", ""]
+        lines += ["| images per class | precision | by hand | trainer | overhead |", "|---|---|---|---|---|"]
+        lines += [f"| {x.per_class} | {x.precision} | {x.bare:.0f} | {x.trained:.0f} | {x.overhead:.1f} % |" for x in loops]
     return "\n".join(lines) + "\n"
