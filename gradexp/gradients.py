@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +54,9 @@ def gradients_of(
     values: {name: (B, ...)}, on the way from the images to the logits, such as the outputs of layers. The gradient at
     a layer's output is the gradient with respect to the layer's bias, position by position. -> {name: (B, ...)}.
     """
-    found = _gradients(scalar(logits, labels, target), list(values.values()), differentiable)
+    with torch.enable_grad():
+        output = scalar(logits, labels, target)
+    found = _gradients(output, list(values.values()), differentiable)
     return dict(zip(values, found, strict=True))
 
 
@@ -156,7 +160,7 @@ def _product(gradient: Tensor, images: Tensor, direction: Tensor, differentiable
 def _gradients(values: Tensor, inputs: Sequence[Tensor], differentiable: bool) -> tuple[Tensor, ...]:
     # The sum keeps one backward pass for the whole batch. In train mode, batch statistics couple the images:
     # this is then the gradient of the batch's sum, as in the author's code.
-    with layers.only_inputs():
+    with torch.enable_grad(), layers.only_inputs():
         return torch.autograd.grad(values.sum(), inputs, create_graph=differentiable, retain_graph=True)
 
 
@@ -242,20 +246,20 @@ class FullGradient:
 
 @dataclass(frozen=True)
 class _Call:
-    """A module with a bias at work. `before`: the affine module whose output a normalisation was given."""
+    """A module with a bias at work. `before`: the call of the affine module whose output a normalisation was given."""
 
     name: str
     module: nn.Module
     given: Tensor
     output: Tensor
-    before: nn.Module | None = None
+    before: _Call | None = None
 
     def bias(self, differentiable: bool) -> Tensor | None:
         """Shaped to multiply the gradient at the output; None where there is none."""
         if isinstance(self.module, CURVED):  # linearised at its input: b = y - s(z) z (§3.4)
             slope = torch.autograd.grad(self.output.sum(), self.given, create_graph=differentiable, retain_graph=True)[0]
             return self.output - slope * self.given
-        bias = effective_bias(self.module, self.before)
+        bias = effective_bias(self.module, self.before.module if self.before else None)
         return None if bias is None else bias.view(-1, *[1] * (self.output.dim() - 2))
 
 
@@ -272,8 +276,7 @@ def effective_bias(module: nn.Module, before: nn.Module | None = None, features:
     if features is None:
         mean, variance = module.running_mean, module.running_var
     else:
-        wide = features if features.dtype == torch.float64 else features.float()
-        variance, mean = torch.var_mean(wide.transpose(0, 1).flatten(1), dim=1, correction=0)
+        variance, mean = torch.var_mean(_wide(features).transpose(0, 1).flatten(1), dim=1, correction=0)
     if mean is None or variance is None:
         raise UserError("a batch normalisation without running statistics has no bias of its own; give it these")
     shift = mean if before is None or own is None else mean - own
@@ -300,6 +303,7 @@ def full_gradient(
     """
     if model.training:
         raise UserError("full-gradients are those of a model in eval mode: call model.eval()")
+    _check_known(model)
     with torch.enable_grad():
         images = images.detach().requires_grad_()
         logits, calls = _called(model, images)
@@ -326,16 +330,17 @@ def _called(model: nn.Module, images: Tensor) -> tuple[Tensor, list[_Call]]:
         again = sum(call.module is module for call in calls)
         calls.append(_Call(f"{name}:{again + 1}" if again else name, module, given, output))
 
-    hooks: dict[str, Hook] = {}
+    biased = {name: module for name, module in model.named_modules() if isinstance(module, (*AFFINE, *NORMS, *CURVED))}
+    with _hooked(model, {name: partial(keep, name) for name in biased}):
+        return model(images), calls
+
+
+def _check_known(model: nn.Module) -> None:
     for name, module in model.named_modules():
-        if isinstance(module, (*AFFINE, *NORMS, *CURVED)):
-            hooks[name] = partial(keep, name)
-        elif not list(module.children()) and not isinstance(module, (*HOMOGENEOUS, *POOLS)):
+        if not list(module.children()) and not isinstance(module, (*AFFINE, *NORMS, *CURVED, *HOMOGENEOUS, *POOLS)):
             raise UserError(
                 f"the bias of a {type(module).__name__} ({name}) is not known to gradexp/gradients.py; add it there"
             )
-    with _hooked(model, hooks):
-        return model(images), calls
 
 
 def _merged(calls: Sequence[_Call]) -> list[_Call]:
@@ -347,5 +352,72 @@ def _merged(calls: Sequence[_Call]) -> list[_Call]:
         before = affine.get(id(call.given)) if isinstance(call.module, NORMS) else None
         if before is not None:
             swallowed.add(before.name)
-        merged.append(_Call(call.name, call.module, call.given, call.output, before.module if before else None))
+        merged.append(replace(call, before=before))
     return [call for call in merged if call.name not in swallowed]
+
+
+# --- layers by their place --------------------------------------------------------------------------------
+
+RULES = "`block 2`, `last block`, `last`, or the name of a module"
+
+
+class Layer(NamedTuple):
+    """A layer's name, and that of the convolution in front of it where it is a normalisation."""
+
+    name: str
+    before: str | None
+
+
+def find_layer(model: nn.Module, rule: str, images: Tensor) -> Layer:
+    """The layer that a rule names.
+
+    `block N`: the first convolution of the N-th block, after its normalisation and before its activation; a block is
+    what lies between two changes of the spatial size. `last block`: that of the last block. `last`: the last
+    convolution. Anything else is the name of a module. images (B, C, H, W): any, of the right size.
+    Raises UserError when nothing matches.
+    """
+    training = model.training
+    with torch.no_grad():
+        _, calls = _called(model.eval(), images)
+    model.train(training)
+    merged = _merged(calls)
+    convolutions = [call for call in merged if isinstance((call.before or call).module, nn.Conv2d)]
+    starts = [call for i, call in enumerate(convolutions) if i == 0 or _size(call) != _size(convolutions[i - 1])]
+    named = {f"block {i + 1}": call for i, call in enumerate(starts)} | {call.name: call for call in merged}
+    if convolutions:
+        named |= {"last block": starts[-1], "last": convolutions[-1]}
+    if rule in named:
+        call = named[rule]
+        return Layer(call.name, call.before.name if call.before else None)
+    modules = dict(model.named_modules())
+    if rule not in modules:
+        kind = f"it has {len(starts)} blocks" if re.fullmatch(r"block \d+", rule) else f"it is {RULES}"
+        raise UserError(f"{type(model).__name__} has no layer {rule!r}: {kind}{nearest(rule, [*named, *modules])}")
+    return Layer(rule, None)
+
+
+def layer_bias(model: nn.Module, layer: Layer, features: Tensor | None = None) -> Tensor:
+    """The effective bias of a layer, (c,). features: as for `effective_bias`. Raises UserError for one without."""
+    before = model.get_submodule(layer.before) if layer.before else None
+    bias = effective_bias(model.get_submodule(layer.name), before, features)
+    if bias is None:
+        raise UserError(f"layer {layer.name} has no bias; choose a layer that has one")
+    return bias
+
+
+def _size(call: _Call) -> torch.Size:
+    return call.output.shape[2:]
+
+
+def attention_map(features: Tensor) -> Tensor:
+    """Sum of squares over channels (Eq. 2.7), at least in float32. (B, c, h, w) -> (B, h, w)."""
+    return _wide(features).square().sum(1)
+
+
+def channel_sum(values: Tensor) -> Tensor:
+    """Sum over channels, at least in float32. (B, c, h, w) -> (B, h, w)."""
+    return values.sum(1, dtype=values.dtype if values.dtype == torch.float64 else torch.float32)
+
+
+def _wide(values: Tensor) -> Tensor:
+    return values if values.dtype == torch.float64 else values.float()

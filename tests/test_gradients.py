@@ -15,6 +15,7 @@ from gradexp.data.sources import Split
 from gradexp.errors import UserError
 from gradexp.models.vgg import VGG
 from gradexp.terms import Activations, AntiScoreMatching, CrossEntropy, GradientNorm, Jacobian, ScoreMatching, Step
+from gradexp.terms.step import Map
 from gradexp.training.targets import LiveTargets, StoredTargets
 
 CLASSES = 3
@@ -281,13 +282,17 @@ def test_anti_score_matching_saturates_image_by_image() -> None:
 # --- stored targets ---------------------------------------------------------------------------------------
 
 
-def stored(folder: Path, teacher: nn.Module, steps: int = 12) -> tuple[TensorLoader, LiveTargets, StoredTargets]:
+LAYER = "features.norm1"
+MAPS = [Map("attention", LAYER), Map("gradient", LAYER, "label")]
+
+
+def stored(folder: Path, teacher: nn.Module, maps: list[Map] = MAPS) -> tuple[TensorLoader, LiveTargets, StoredTargets]:
     images = np.random.default_rng(0).integers(0, 256, (10, 2, 6, 6), dtype=np.uint8)
     statistics = {"mean": torch.full((2,), 0.5), "std": torch.full((2,), 0.3)}
     options = {"batch_size": 4, "shuffle": True, "flip": True, "crop": 1}
     loader = TensorLoader(Split(images, np.arange(10) % CLASSES), np.arange(10), **statistics, **options)
-    live = LiveTargets(teacher.float(), with_gradient=True)
-    return loader, live, StoredTargets(live, loader, steps, folder, target="label")
+    live = LiveTargets(teacher.float(), with_gradient=True, layers=[LAYER])
+    return loader, live, StoredTargets(live, loader, 12, folder, target="label", maps=maps)
 
 
 def test_stored_targets_are_the_live_ones(tmp_path: Path) -> None:
@@ -297,6 +302,8 @@ def test_stored_targets_are_the_live_ones(tmp_path: Path) -> None:
         torch.testing.assert_close(kept.logits(batch), live.logits(batch), rtol=1e-5, atol=1e-5)
         gradient = live.input_gradient(batch, "label")
         torch.testing.assert_close(kept.input_gradient(batch, "label").float(), gradient, rtol=2**-8, atol=1e-6)
+        for wanted in MAPS:
+            torch.testing.assert_close(kept.map(batch, wanted).float(), live.map(batch, wanted), rtol=2**-8, atol=1e-5)
         seen += len(batch.row)
     assert seen == 40
     assert len(kept.keys) <= 40
@@ -313,14 +320,25 @@ def test_filling_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Mo
     whole = stored(tmp_path / "whole", net(1))[2]
     folder = tmp_path / "cut"
     stored(folder, net(1))
-    for name in ("logits.f32", "gradients.bf16"):
+    for name in whole.kept:
         content = bytearray((folder / name).read_bytes())
         content[len(content) // 2 :] = bytes(len(content) - len(content) // 2)
         (folder / name).write_bytes(content)
-    (folder / "chunks_done.txt").write_text("3")
+        (folder / f"{name}.done").write_text("3")
     again = stored(folder, net(1))[2]
-    assert torch.equal(again._logits, whole._logits)
-    assert torch.equal(again._gradients, whole._gradients)
+    assert list(whole.kept) == ["logits", "gradient-label", f"attention-{LAYER}", f"gradient-{LAYER}-label"]
+    for name, values in whole.kept.items():
+        assert torch.equal(again.kept[name], values), name
+
+
+def test_another_method_adds_what_it_needs_to_the_same_folder(tmp_path: Path) -> None:
+    before = stored(tmp_path / "targets", net(1), maps=[])[2]
+    assert list(before.kept) == ["logits", "gradient-label"]
+    middle = len(before.keys) // 2  # out of the canary's sight
+    before.kept["logits"][middle] = 7  # would be gone if it were computed again
+    after = stored(tmp_path / "targets", net(1))[2]
+    assert torch.equal(after.kept["logits"], before.kept["logits"])
+    assert len(after.kept) == 2 + len(MAPS)
 
 
 def test_the_canary_finds_another_teachers_targets(tmp_path: Path) -> None:

@@ -225,7 +225,9 @@ def build(spec: Config, scale: str, plan: Planner, paths: Paths) -> Table:
                 row=row["label"],
                 column=column["label"],
                 sources=sources,
-                thesis=thesis.get((spec["number"], *names, *([quantity] if quantity else []))),
+                thesis=thesis.get(
+                    (spec["thesis"] if "thesis" in spec else spec["number"], *names, *([quantity] if quantity else []))
+                ),
                 comparable=scale in spec["comparable"],
                 metric=metric,
                 values=values_of(sources, metric),
@@ -240,10 +242,13 @@ def build(spec: Config, scale: str, plan: Planner, paths: Paths) -> Table:
         config = plan(seeds[0]).config
         changes |= departures(config, plan(paper).config)
         data.add(config["data"]["name"])
-    upstream = [(line, Source.of(plan([*line["overrides"], f"scale={scale}"]), paths)) for line in spec.get("upstream", [])]
+    lines = [line for line in spec.get("upstream", []) if scale in line.get("scales", spec["seeds"])]
+    upstream = [(line, Source.of(plan([*line["overrides"], f"scale={scale}"]), paths)) for line in lines]
+    missing = any(cell.missing for cell in cells)
     caption = [
         *([spec["note"]] if spec.get("note") else []),
         *(["Cells marked – are not part of this scale."] if scale in spec.get("only", {}) else []),
+        *([f"Its empty cells need {spec['needs'][scale]}."] if missing and scale in spec.get("needs", {}) else []),
         _departure_sentence(scale, changes),
         *(_upstream_sentence(line, run, spec, thesis) for line, run in upstream),
         *(

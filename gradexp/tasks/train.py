@@ -6,8 +6,8 @@ import hashlib
 import io
 import json
 import logging
-import math
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import lightning
@@ -25,11 +25,12 @@ from gradexp.tasks.build import build
 from gradexp.tasks.hardware import Hardware
 from gradexp.tasks.loggers import finish, make_logger
 from gradexp.terms import Term
-from gradexp.terms.step import Targets
+from gradexp.terms.step import Map, Targets
 from gradexp.training.callbacks import Checkpointer, ProgressLine
 from gradexp.training.classifier import Classifier
+from gradexp.training.dropout import dropout_after
 from gradexp.training.optim import Optim
-from gradexp.training.targets import LiveTargets, StoredTargets
+from gradexp.training.targets import LiveTargets, StoredTargets, bytes_each
 
 EVALUATION_BATCH = 512
 
@@ -52,9 +53,12 @@ def train(run: Run) -> Result:
     checkpointer = Checkpointer(run.folder / "last.ckpt", every=hardware.checkpoint_every)
     progress = ProgressLine(f"{run.config['name']} {run.id}", module.total_steps)
     logger = make_logger(run)
-    fit(module, stream, hardware, logger, checkpointer, progress)
+    with dropout_after(student, run.config["method"].get("dropout"), loader.example):
+        fit(module, stream, hardware, logger, checkpointer, progress)
 
     metrics: dict[str, Any] = module.curves | judge(module, data, hardware)
+    if "train/angle" in module.curves:
+        metrics["angle"] = module.curves["train/angle"][-1]
     finish(logger, {name: value for name, value in metrics.items() if not isinstance(value, list)})
     save_weights(run, student)
     checkpointer.path.unlink(missing_ok=True)
@@ -101,7 +105,7 @@ def make_student(run: Run, terms: dict[str, Term]) -> nn.Module:
         term.check(student)
     if any(term.third_derivatives for term in terms.values()):
         return gradients.allow_third_derivatives(student)
-    wanted = any(term.needs_input_gradient for term in terms.values())
+    wanted = any(term.gradient_target for term in terms.values())
     return layers.accelerate(student) if wanted and fast_gradients(run.config) else student
 
 
@@ -124,31 +128,47 @@ def make_module(
                 f"method.terms.{name} needs a teacher, method={method['name']} has none; "
                 f"take a method with one, such as method=ce_a_j, and set its weights"
             )
+    teacher = load_model(run.upstream("teacher"), hardware) if "teacher" in run.config["upstream"] else None
+    for term in terms.values():
+        term.place(student, teacher, loader.example)
     extra: dict[str, Any] = {}
-    if "teacher" in run.config["upstream"]:
-        extra["targets"] = make_targets(run, terms, loader, optim.total_steps(len(loader)), hardware)
+    if teacher is not None:
+        extra["targets"] = make_targets(run, teacher, terms, loader, optim.total_steps(len(loader)), hardware)
+        if method.get("angle"):
+            extra["angle"] = method["angle"]
     node = {"_target_": method["module"]}
     common = {"student": student, "terms": terms, "optim": optim, "seed": run.config["seed"]}
     module: Classifier = build(node, where="method.module", steps_per_pass=len(loader), **common, **extra)
     return module
 
 
-def make_targets(run: Run, terms: dict[str, Term], loader: Loader, steps: int, hardware: Hardware) -> Targets:
+def make_targets(
+    run: Run, teacher: nn.Module, terms: dict[str, Term], loader: Loader, steps: int, hardware: Hardware
+) -> Targets:
     """The teacher's targets: computed once for all views where that pays, otherwise for every batch."""
-    wanted = {term.gradient_target for term in terms.values() if term.needs_teacher and term.gradient_target}
-    upstream = run.upstream("teacher")
-    live = LiveTargets(load_model(upstream, hardware), with_gradient=bool(wanted))
-    target = next(iter(wanted), None)
-    bytes_each = 4 * run.config["data"]["classes"] + (2 * math.prod(loader.example.shape[1:]) if target else 0)
-    views = loader.count * loader.views
-    fits = views * bytes_each <= hardware.store_gib * 2**30
-    pays = steps * loader.batch_size >= 1.5 * views
-    if not (fits and pays) or len(wanted) > 1 or target == "all":
+    helped = [term for term in terms.values() if term.needs_teacher]
+    wanted = {term.gradient_target for term in helped if term.gradient_target and term.needs_input_gradient}
+    if run.config["method"].get("angle"):
+        wanted.add(run.config["method"]["angle"])
+    names = list(dict.fromkeys(layer for term in helped for layer in term.teacher_layers))
+    with_gradient = bool(wanted) or any(term.gradient_target for term in helped)
+    live = LiveTargets(teacher, with_gradient=with_gradient, layers=names)
+    if len(wanted) > 1 or "all" in wanted or any(term.teacher_layers and not term.teacher_maps for term in helped):
         return live
-    facts = [run.used["teacher"], loader.fingerprint, steps, target, hardware.precision]
+    what: dict[str, Any] = {"target": next(iter(wanted), None), "maps": _maps(helped)}
+    views = loader.count * loader.views
+    fits = views * bytes_each(live, loader, **what) <= hardware.store_gib * 2**30
+    pays = steps * loader.batch_size >= 1.5 * views
+    if not (fits and pays):
+        return live
+    facts = [run.used["teacher"], loader.fingerprint, steps, hardware.precision]
     folder = run.paths.cache / "targets" / hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
     with hardware.autocast():
-        return StoredTargets(live, loader, steps, folder, target=target)
+        return StoredTargets(live, loader, steps, folder, **what)
+
+
+def _maps(terms: Sequence[Term]) -> list[Map]:
+    return list(dict.fromkeys(wanted for term in terms for wanted in term.teacher_maps))
 
 
 def load_model(run: Run, hardware: Hardware) -> nn.Module:

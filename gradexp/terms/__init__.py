@@ -1,8 +1,12 @@
 """Loss terms, one a file."""
 
 from gradexp.terms.activations import Activations
+from gradexp.terms.attention import Attention
+from gradexp.terms.bias_decay import BiasDecay
+from gradexp.terms.bias_gradient import BiasGradient
 from gradexp.terms.cross_entropy import CrossEntropy
 from gradexp.terms.fooling import Fooling
+from gradexp.terms.full_gradient import FullGradient
 from gradexp.terms.gradient_norm import GradientNorm
 from gradexp.terms.jacobian import Jacobian
 from gradexp.terms.score_matching import AntiScoreMatching, ScoreMatching
@@ -12,8 +16,12 @@ from gradexp.terms.term import Term
 __all__ = [
     "Activations",
     "AntiScoreMatching",
+    "Attention",
+    "BiasDecay",
+    "BiasGradient",
     "CrossEntropy",
     "Fooling",
+    "FullGradient",
     "GradientNorm",
     "Jacobian",
     "ScoreMatching",

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from gradexp import gradients
 from gradexp.data.loader import Batch
+from gradexp.gradients import Layer
+
+
+class Map(NamedTuple):
+    """A layer's map, summed over channels: `attention` (Eq. 2.7), or the `gradient` of a target there (Eq. 4.3)."""
+
+    kind: str
+    layer: str
+    target: str | None = None
 
 
 class Targets(Protocol):
@@ -28,12 +37,16 @@ class Targets(Protocol):
     def layer_gradient(self, batch: Batch, layer: str, target: str) -> Tensor:
         """The gradient at a layer's output, (B, c, h, w)."""
 
+    def map(self, batch: Batch, wanted: Map) -> Tensor:
+        """(B, h, w)."""
+
 
 class Step:
     """Images, labels, student and teacher of one step; terms share its forwards and gradients.
 
     differentiable_input: whether some term needs the student's input-gradient. student_layers: the names of the
-    modules of the student whose outputs, or the gradients there, terms read.
+    modules of the student whose outputs, or the gradients there, terms read. student_biases: layers whose bias they
+    read.
     """
 
     def __init__(
@@ -44,11 +57,13 @@ class Step:
         *,
         differentiable_input: bool = False,
         student_layers: Sequence[str] = (),
+        student_biases: Sequence[Layer] = (),
     ) -> None:
         self.batch, self.student, self.teacher = batch, student, teacher
         self.images = batch.images.detach().requires_grad_() if differentiable_input else batch.images
         self.labels = batch.labels
         self.student_layers = student_layers
+        self.student_biases = {layer.name: layer for layer in student_biases}
         self._student_gradients: dict[tuple[str, str], dict[str, Tensor]] = {}
         self._teacher_gradients: dict[str, Tensor] = {}
 
@@ -83,11 +98,18 @@ class Step:
         key = (target, student_bn)
         if key not in self._student_gradients:
             logits, features = self._forward(student_bn)
-            values = ({gradients.INPUT: self.images} if self.images.requires_grad else {}) | features
+            values = {gradients.INPUT: self.images} if self.images.requires_grad else {}
+            values |= {layer: features[layer] for layer in self.student_layers}
             self._student_gradients[key] = gradients.gradients_of(
                 logits, values, self.labels, target=target, differentiable=torch.is_grad_enabled()
             )
         return self._student_gradients[key]
+
+    def student_bias(self, layer: str, student_bn: str) -> Tensor:
+        """The effective bias of one of `student_biases` (gradients.effective_bias), (c,), differentiable."""
+        place = self.student_biases[layer]
+        statistics = place.before if student_bn == "batch" and self.student.training else None
+        return gradients.layer_bias(self.student, place, self.student_features(statistics) if statistics else None)
 
     def student_hessian_trace(self, estimator: str, sigma: float, target: str) -> Tensor:
         """(B,), one-sample estimate, differentiable.
@@ -109,8 +131,7 @@ class Step:
     @cached_property
     def _batch_forward(self) -> tuple[Tensor, dict[str, Tensor]]:
         """Logits and the outputs of `student_layers`."""
-        with gradients.captured(self.student, self.student_layers) as features:
-            return self.student(self.images), features
+        return self._captured()
 
     @cached_property
     def _running_forward(self) -> tuple[Tensor, dict[str, Tensor]]:
@@ -118,10 +139,14 @@ class Step:
         training = self.student.training
         self.student.eval()
         try:
-            with gradients.captured(self.student, self.student_layers) as features:
-                return self.student(self.images), features
+            return self._captured()
         finally:
             self.student.train(training)
+
+    def _captured(self) -> tuple[Tensor, dict[str, Tensor]]:
+        before = [layer.before for layer in self.student_biases.values() if layer.before]
+        with gradients.captured(self.student, [*self.student_layers, *before]) as features:
+            return self.student(self.images), features
 
     # The teacher: all of it constant
 
@@ -143,6 +168,10 @@ class Step:
     def teacher_layer_gradient(self, layer: str, target: str) -> Tensor:
         """The gradient at one of the teacher's layers, (B, c, h, w)."""
         return self._teacher.layer_gradient(self.batch, layer, target)
+
+    def teacher_map(self, wanted: Map) -> Tensor:
+        """(B, h, w)."""
+        return self._teacher.map(self.batch, wanted)
 
     def angle(self) -> Tensor | None:
         """Mean angle in degrees between the input-gradients that the terms have asked for; None without any."""

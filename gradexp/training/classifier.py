@@ -36,11 +36,13 @@ class Classifier(lightning.LightningModule):
         self.steps_per_pass, self.seed = steps_per_pass, seed
         self.needs_input_gradient = any(term.needs_input_gradient for term in terms.values())
         self.student_layers = tuple(dict.fromkeys(layer for term in terms.values() for layer in term.student_layers))
+        self.student_biases = tuple({layer for term in terms.values() for layer in term.student_biases})
         self.full_precision = any(term.full_precision for term in terms.values())
         self.total_steps = optim.total_steps(steps_per_pass)
         self.curves: dict[str, list[float]] = {}
         self.diverged = False
         self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
         self._summed = 0
 
     def configure_optimizers(self) -> Any:
@@ -57,13 +59,7 @@ class Classifier(lightning.LightningModule):
         return self._loss(batch)
 
     def _loss(self, batch: Batch) -> Tensor:
-        step = Step(
-            batch,
-            self.student,
-            self.targets,
-            differentiable_input=self.needs_input_gradient,
-            student_layers=self.student_layers,
-        )
+        step = self.make_step(batch)
         parts = {name: term.weight * term(step) for name, term in self.terms.items()}
         loss = torch.stack(list(parts.values())).sum()
         self._add({f"train/loss/{name}": part for name, part in parts.items()} | {"train/loss": loss} | self.observe(step))
@@ -71,19 +67,30 @@ class Classifier(lightning.LightningModule):
             self._end_pass()
         return loss
 
+    def make_step(self, batch: Batch, *, differentiable_input: bool = False) -> Step:
+        return Step(
+            batch,
+            self.student,
+            self.targets,
+            differentiable_input=differentiable_input or self.needs_input_gradient,
+            student_layers=self.student_layers,
+            student_biases=self.student_biases,
+        )
+
     def observe(self, step: Step) -> dict[str, Tensor]:
-        """Further scalars of a step whose means are worth a curve."""
+        """Further scalars of a step whose means are worth a curve; not every step need have them."""
         return {}
 
     def _add(self, values: dict[str, Tensor]) -> None:
         for name, value in values.items():
             value = value.detach().float()
             self._sums[name] = self._sums[name] + value if name in self._sums else value
+            self._counts[name] = self._counts.get(name, 0) + 1
         self._summed += 1
 
     def _end_pass(self) -> None:
-        means = {name: float(total) / self._summed for name, total in self._sums.items()}
-        self._sums, self._summed = {}, 0
+        means = {name: float(total) / self._counts[name] for name, total in self._sums.items()}
+        self._sums, self._counts, self._summed = {}, {}, 0
         for name, mean in means.items():
             self.curves.setdefault(name, []).append(float(f"{mean:.5g}"))
         if self.logger is not None:
@@ -95,7 +102,9 @@ class Classifier(lightning.LightningModule):
     # Everything that a resumed run must know beyond parameters and optimizer.
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["curves"], checkpoint["sums"], checkpoint["summed"] = self.curves, self._sums, self._summed
+        checkpoint["curves"], checkpoint["sums"] = self.curves, self._sums
+        checkpoint["counts"], checkpoint["summed"] = self._counts, self._summed
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.curves, self._sums, self._summed = checkpoint["curves"], checkpoint["sums"], checkpoint["summed"]
+        self.curves, self._sums = checkpoint["curves"], checkpoint["sums"]
+        self._counts, self._summed = checkpoint["counts"], checkpoint["summed"]

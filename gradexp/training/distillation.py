@@ -2,15 +2,39 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
+from gradexp import gradients
+from gradexp.data.loader import Batch
 from gradexp.terms import Step
 from gradexp.training.classifier import Classifier
 
 
 class Distillation(Classifier):
-    """A Classifier whose terms match a teacher; where they match gradients, the angle between these is recorded."""
+    """A Classifier whose terms match a teacher; the angle between input-gradients is recorded where terms match them.
+
+    angle: whose input-gradients to compare where no term does, None for nobody's; this looks at the first batch of
+    every pass, because only there it costs a backward pass of its own.
+    """
+
+    def __init__(self, *args: Any, angle: str | None = None, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.angle = angle
+
+    @property
+    def _looks(self) -> bool:
+        return self.angle is not None and not self.needs_input_gradient and self._summed == 0
+
+    def make_step(self, batch: Batch, *, differentiable_input: bool = False) -> Step:
+        return super().make_step(batch, differentiable_input=differentiable_input or self._looks)
 
     def observe(self, step: Step) -> dict[str, Tensor]:
+        if self.angle is not None and self._looks:
+            with torch.no_grad():
+                student = step.student_input_gradient(self.angle, "batch")
+            return {"train/angle": gradients.angle(student, step.teacher_input_gradient(self.angle)).mean()}
         angle = step.angle()
         return {} if angle is None else {"train/angle": angle}

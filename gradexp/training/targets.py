@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import filelock
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from gradexp import gradients
 from gradexp.data.loader import Batch, Loader
 from gradexp.errors import UserError
+from gradexp.terms.step import Map
 
 CHUNK = 256  # views computed at a time
 CANARY = 8  # views computed again at the start of every run
@@ -51,6 +52,12 @@ class LiveTargets:
         """(B, c, h, w), at one of `layers`."""
         return self._gradients_at(batch, target)[layer]
 
+    def map(self, batch: Batch, wanted: Map) -> Tensor:
+        """(B, h, w), of one of `layers`."""
+        if wanted.kind == "attention":
+            return gradients.attention_map(self.features(batch, wanted.layer))
+        return gradients.channel_sum(self.layer_gradient(batch, wanted.layer, str(wanted.target)))
+
     def _forward(self, batch: Batch) -> Tensor:
         if self._batch is not batch:
             with torch.set_grad_enabled(self.with_gradient), gradients.captured(self.teacher, self.layers) as features:
@@ -72,78 +79,109 @@ class StoredTargets:
     """A frozen teacher's targets for exactly the (image, view) pairs that a training will show, computed once.
 
     Every method of a table shows the same views of the same images, so all of them, and every repeat of a run,
-    share one folder. Logits are kept in float32, input-gradients in bfloat16. They are computed in fixed chunks
-    before training starts: what a run reads does not depend on who computed it, or on how often it was interrupted.
+    share one folder with a file for each quantity, and compute only what is not there yet. Logits are kept in float32,
+    the rest in bfloat16. They are computed in fixed chunks before training starts: what a run reads does not depend
+    on who computed it, or on how often it was interrupted.
 
-    target: whose input-gradient is kept, None to keep logits alone. Raises UserError when stored values are not
-    the teacher's.
+    target: whose input-gradient is kept, None for none. maps: of which layers. Anything else is asked of `live`.
+    Raises UserError when stored values are not the teacher's.
     """
 
-    def __init__(self, live: LiveTargets, loader: Loader, steps: int, folder: Path, *, target: str | None) -> None:
-        self.live, self.loader, self.target = live, loader, target
+    def __init__(
+        self,
+        live: LiveTargets,
+        loader: Loader,
+        steps: int,
+        folder: Path,
+        *,
+        target: str | None,
+        maps: Sequence[Map] = (),
+    ) -> None:
+        self.live, self.loader, self.folder = live, loader, folder
+        self.compute: dict[str, Callable[[Batch], Tensor]] = _quantities(live, target, maps)
         self.keys = loader.visited(steps)
         folder.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(f"{folder}.lock"):
-            first = self._values(0, 1)
-            self._logits = _mapped(folder / "logits.f32", (len(self.keys), *first[0].shape[1:]), torch.float32)
-            shape = (len(self.keys), *first[1].shape[1:]) if first[1] is not None else (0,)
-            self._gradients = _mapped(folder / "gradients.bf16", shape, torch.bfloat16)
-            self._fill(folder / "chunks_done.txt")
-        self._check(folder)
+            first = self._values(0, 1, self.compute)
+            self.kept = {
+                name: _mapped(folder / name, (len(self.keys), *one.shape[1:]), one.dtype) for name, one in first.items()
+            }
+            self._fill()
+        self._check()
 
     def logits(self, batch: Batch) -> Tensor:
         """(B, K) float32."""
-        return self._logits[self._slots(batch)].to(batch.images.device)
+        return self._read("logits", batch)
 
     def input_gradient(self, batch: Batch, target: str) -> Tensor:
         """(B, C, H, W) bfloat16."""
-        if target != self.target:
-            return self.live.input_gradient(batch, target)
-        return self._gradients[self._slots(batch)].to(batch.images.device)
+        name = _name("gradient", target)
+        return self._read(name, batch) if name in self.kept else self.live.input_gradient(batch, target)
+
+    def map(self, batch: Batch, wanted: Map) -> Tensor:
+        """(B, h, w) bfloat16."""
+        name = _name(*wanted)
+        return self._read(name, batch) if name in self.kept else self.live.map(batch, wanted)
 
     def features(self, batch: Batch, layer: str) -> Tensor:
-        """(B, c, h, w), not stored."""
+        """(B, c, h, w), never stored."""
         return self.live.features(batch, layer)
 
     def layer_gradient(self, batch: Batch, layer: str, target: str) -> Tensor:
-        """(B, c, h, w), not stored."""
+        """(B, c, h, w), never stored."""
         return self.live.layer_gradient(batch, layer, target)
 
-    def _slots(self, batch: Batch) -> Tensor:
-        return torch.searchsorted(self.keys, self.loader.key(batch.row, batch.view))
+    def _read(self, name: str, batch: Batch) -> Tensor:
+        slots = torch.searchsorted(self.keys, self.loader.key(batch.row, batch.view))
+        return self.kept[name][slots].to(batch.images.device)
 
-    def _values(self, start: int, end: int) -> tuple[Tensor, Tensor | None]:
+    def _values(self, start: int, end: int, names: Iterable[str]) -> dict[str, Tensor]:
         keys = self.keys[start:end]
         batch = self.loader.batch(keys // self.loader.views, keys % self.loader.views)
-        gradient = self.live.input_gradient(batch, self.target).cpu() if self.target else None
-        return self.live.logits(batch).float().cpu(), gradient
+        return {name: self.compute[name](batch).cpu() for name in names}
 
-    def _fill(self, done_file: Path) -> None:
-        done = int(done_file.read_text()) if done_file.exists() else 0
+    def _fill(self) -> None:
+        files = {name: self.folder / f"{name}.done" for name in self.compute}
+        done = {name: int(file.read_text()) if file.exists() else 0 for name, file in files.items()}
         chunks = -(-len(self.keys) // CHUNK)
-        if done < chunks:
+        if min(done.values()) < chunks:
             print(f"teacher targets: computing {len(self.keys)} views once", flush=True)
-        for chunk in range(done, chunks):
+        for chunk in range(min(done.values()), chunks):
             span = slice(chunk * CHUNK, (chunk + 1) * CHUNK)
-            logits, gradient = self._values(span.start, span.stop)
-            self._logits[span] = logits
-            if gradient is not None:
-                self._gradients[span] = gradient.to(torch.bfloat16)
-            draft = done_file.with_suffix(".draft")
-            draft.write_text(str(chunk + 1))
-            draft.replace(done_file)
+            for name, values in self._values(span.start, span.stop, [name for name in done if done[name] <= chunk]).items():
+                self.kept[name][span] = values
+                draft = files[name].with_suffix(".draft")
+                draft.write_text(str(chunk + 1))
+                draft.replace(files[name])
 
-    def _check(self, folder: Path) -> None:
+    def _check(self) -> None:
         """A canary: the first chunk's head and the last one's are computed again."""
         for start in {0, max(0, len(self.keys) - CANARY)}:
-            span = slice(start, start + CANARY)
-            logits, gradient = self._values(span.start, span.stop)
-            good = torch.allclose(logits, self._logits[span], rtol=0.05, atol=0.05 * float(logits.abs().max()))
-            if gradient is not None:
-                size = float(gradient.float().norm())
-                good &= float((gradient.float() - self._gradients[span].float()).norm()) <= 0.05 * size
-            if not good:
-                raise UserError(f"stored teacher targets in {folder} are not this teacher's; delete that folder")
+            for name, values in self._values(start, start + CANARY, self.compute).items():
+                distance = (values.float() - self.kept[name][start : start + CANARY].float()).norm()
+                if distance > 0.05 * values.float().norm():
+                    raise UserError(f"stored teacher targets in {self.folder} are not this teacher's; delete that folder")
+
+
+def bytes_each(live: LiveTargets, loader: Loader, *, target: str | None, maps: Sequence[Map]) -> int:
+    """What storing one view's targets takes."""
+    batch = loader.batch(torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long))
+    values = [compute(batch) for compute in _quantities(live, target, maps).values()]
+    return sum(value.numel() * value.element_size() for value in values)
+
+
+def _quantities(live: LiveTargets, target: str | None, maps: Sequence[Map]) -> dict[str, Callable[[Batch], Tensor]]:
+    """{name: how to compute it}."""
+    found: dict[str, Callable[[Batch], Tensor]] = {"logits": lambda batch: live.logits(batch).float()}
+    if target is not None:
+        found[_name("gradient", target)] = lambda batch: live.input_gradient(batch, target).bfloat16()
+    for wanted in maps:
+        found[_name(*wanted)] = lambda batch, wanted=wanted: live.map(batch, wanted).bfloat16()  # type: ignore[misc]
+    return found
+
+
+def _name(*words: str | None) -> str:
+    return "-".join(word for word in words if word)
 
 
 def _mapped(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

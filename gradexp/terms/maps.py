@@ -1,0 +1,86 @@
+"""Matching what layers of teacher and student have in common when their channels differ: maps summed over channels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from gradexp import gradients
+from gradexp.errors import UserError
+from gradexp.terms.step import Step
+from gradexp.terms.term import Term
+
+
+class MatchMaps(Term):
+    """Sum over pairs of layers of the distance between student's and teacher's map, each of norm 1; mean over the batch.
+
+    student_layers, teacher_layers: pairs of layers, each by its name or by its place (gradients.find_layer).
+    squared: whether the distance is. A map that is smaller than its partner is resized, where `resizes`.
+    """
+
+    needs_teacher = True
+    resizes = False
+
+    def __init__(self, *, weight: float, student_layers: Sequence[str], teacher_layers: Sequence[str], squared: bool) -> None:
+        super().__init__(weight=weight)
+        if len(student_layers) != len(teacher_layers):
+            raise UserError(
+                f"student_layers are {len(student_layers)}, teacher_layers {len(teacher_layers)}: they are matched in pairs"
+            )
+        self.student_layers, self.teacher_layers, self.squared = tuple(student_layers), tuple(teacher_layers), squared
+
+    def place(self, student: nn.Module, teacher: nn.Module | None, images: Tensor) -> None:
+        super().place(student, teacher, images)
+        if teacher is None:
+            return
+        for mine, theirs in zip(self.student_layers, self.teacher_layers, strict=True):
+            sizes = _size(student, mine, images), _size(teacher, theirs, images)
+            if sizes[0] != sizes[1] and not (self.resizes and sorted(sizes) == [torch.Size(map(min, *sizes)), max(sizes)]):
+                raise UserError(
+                    f"the student's {mine} has {_pixels(sizes[0])} positions, the teacher's {theirs} {_pixels(sizes[1])}: "
+                    f"choose student_layers and teacher_layers of common spatial sizes"
+                )
+
+    def forward(self, step: Step) -> Tensor:
+        pairs = zip(self.student_layers, self.teacher_layers, strict=True)
+        parts = [self.distance(self.student_map(step, mine), self.teacher_map(step, theirs)) for mine, theirs in pairs]
+        return torch.stack(parts).sum()
+
+    def student_map(self, step: Step, layer: str) -> Tensor:
+        """(B, h, w), differentiable."""
+        raise NotImplementedError
+
+    def teacher_map(self, step: Step, layer: str) -> Tensor:
+        """(B, h, w)."""
+        raise NotImplementedError
+
+    def distance(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """(B, h, w) and (B, h', w') -> scalar."""
+        size = max(student.shape[1:], teacher.shape[1:])
+        units = [functional.normalize(resized(maps, size).flatten(1), dim=1) for maps in (student, teacher.to(student))]
+        difference = units[0] - units[1]
+        return (difference.square().sum(1) if self.squared else torch.linalg.vector_norm(difference, dim=1)).mean()
+
+
+def resized(maps: Tensor, size: Sequence[int]) -> Tensor:
+    """(B, h, w) -> (B, *size), bilinear; maps of this size are left alone."""
+    if tuple(maps.shape[1:]) == tuple(size):
+        return maps
+    return functional.interpolate(maps[:, None], size=tuple(size), mode="bilinear", align_corners=False)[:, 0]
+
+
+def _size(model: nn.Module, layer: str, images: Tensor) -> torch.Size:
+    training = model.training
+    with torch.no_grad(), gradients.captured(model.eval(), [layer]) as outputs:
+        model(images)
+    model.train(training)
+    if outputs[layer].dim() != 4:
+        raise UserError(f"the output of {layer} is no map: choose a layer with channels, rows and columns")
+    return outputs[layer].shape[2:]
+
+
+def _pixels(size: Sequence[int]) -> str:
+    return "x".join(map(str, size))

@@ -1,0 +1,473 @@
+"""Chapter 4's terms: full-gradient matching, attention, bias-gradients and dropout at one layer."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from gradexp import gradients, layers
+from gradexp.data.loader import Batch
+from gradexp.errors import UserError
+from gradexp.models.vgg import VGG
+from gradexp.runs import Paths, Run, ensure
+from gradexp.tasks.build import build
+from gradexp.tasks.compose import compose_run
+from gradexp.terms import Attention, BiasDecay, BiasGradient, FullGradient, Step, Term
+from gradexp.terms.maps import resized
+from gradexp.training.dropout import dropout_after
+from gradexp.training.targets import LiveTargets
+
+CLASSES = 3
+PLACES = ["block 1", "block 2"]
+
+
+def net(seed: int, channels: tuple[Any, ...] = (4, "M", 5, 6)) -> nn.Module:
+    """A small VGG in float64 whose batch normalisation has random statistics, in eval mode."""
+    torch.manual_seed(seed)
+    model = VGG(name="tiny", layers=channels, width=1, channels=2, classes=CLASSES, dropout=None).double()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_()  # type: ignore[union-attr]
+            module.running_var.uniform_(0.5, 2)  # type: ignore[union-attr]
+            nn.init.uniform_(module.weight, 0.5, 2)
+            nn.init.normal_(module.bias)
+    return model.eval()
+
+
+def batch(count: int = 4) -> Batch:
+    generator = torch.Generator().manual_seed(7)
+    images = torch.randn(count, 2, 8, 8, dtype=torch.float64, generator=generator)
+    labels = torch.randint(CLASSES, (count,), generator=generator)
+    return Batch(images, labels, torch.arange(count), torch.zeros(count, dtype=torch.long))
+
+
+def value(term: Term, student: nn.Module, teacher: nn.Module | None = None, data: Batch | None = None) -> Tensor:
+    """The term as a training step computes it."""
+    data = data or batch()
+    term.place(student, teacher, data.images[:1])
+    live = LiveTargets(copy.deepcopy(teacher), with_gradient=True, layers=term.teacher_layers) if teacher else None
+    step = Step(data, student, live, student_layers=term.student_layers, student_biases=term.student_biases)
+    return term(step)
+
+
+def full_gradient(**changes: Any) -> FullGradient:
+    options = {"squared": True, "target": "label", "student_bn": "batch", "times_bias": False}
+    options |= {"student_layers": PLACES, "teacher_layers": PLACES}
+    return FullGradient(weight=1, **{**options, **changes})
+
+
+def attention(**changes: Any) -> Attention:
+    return Attention(weight=1, **{"student_layers": PLACES, "teacher_layers": PLACES, "squared": True, **changes})
+
+
+# --- layers by their place --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model", "places"),
+    [
+        ("vgg9", {"block 1": "norm1", "block 2": "norm2", "block 3": "norm3", "last block": "norm7", "last": "norm8"}),
+        ("vgg11", {"block 1": "norm1", "block 2": "norm3", "block 3": "norm5", "last block": "norm9", "last": "norm10"}),
+    ],
+)
+def test_blocks_of_the_thesis_networks(model: str, places: dict[str, str]) -> None:
+    """§4.7: the layers that are matched have 64, 128 and 256 channels."""
+    config = compose_run(["experiment=teacher", f"model={model}", "scale=paper"])
+    network, image = build(config["model"], where="model"), torch.zeros(1, 3, 32, 32)
+    found = {place: gradients.find_layer(network, place, image) for place in places}
+    assert {place: layer.name for place, layer in found.items()} == {p: f"features.{n}" for p, n in places.items()}
+    assert all(layer.before == layer.name.replace("norm", "conv") for layer in found.values())
+    channels = [network.get_submodule(found[place].name).num_features for place in ("block 1", "block 2", "block 3")]
+    assert channels == [64, 128, 256]
+    assert network.training
+
+
+def test_blocks_of_a_resnet_are_its_stages() -> None:
+    config = compose_run(["experiment=teacher", "model=resnet18", "scale.width=0.05"])
+    network = build(config["model"], where="model")
+    names = [gradients.find_layer(network, f"block {i}", torch.zeros(1, 3, 32, 32)).name for i in (1, 2, 4)]
+    assert names == ["norm", "stages.1.0.norm1", "stages.3.0.norm1"]
+
+
+def test_a_rule_that_matches_nothing_is_an_error() -> None:
+    model, image = net(0), batch(1).images
+    assert gradients.find_layer(model, "linear", image) == ("linear", None)
+    assert gradients.find_layer(model, "features.norm3", image) == ("features.norm3", "features.conv3")
+    with pytest.raises(UserError, match="no layer 'block 3': it has 2 blocks"):
+        gradients.find_layer(model, "block 3", image)
+    with pytest.raises(UserError, match=r"`last block`.*did you mean features.norm3"):
+        gradients.find_layer(model, "features.norm33", image)
+
+
+# --- matching maps ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [full_gradient, attention])
+@pytest.mark.parametrize("squared", [True, False])
+def test_a_student_that_is_its_teacher_has_nothing_to_match(make: Callable[..., Term], squared: bool) -> None:
+    student = net(0)
+    found = value(make(squared=squared), student, net(0))
+    assert found.item() == pytest.approx(0, abs=1e-12)
+    gradient = torch.autograd.grad(found, student.features.conv1.weight)[0]  # type: ignore[union-attr]
+    assert gradient.abs().max() < 1e-12  # not NaN, where the distance has a corner
+
+
+def test_the_full_gradient_term_does_not_see_the_size_of_gradients() -> None:
+    teacher, expected = net(1), value(full_gradient(), net(0), net(1))
+    assert expected > 0.01
+    for side in (0, 1):
+        pair = [net(0), copy.deepcopy(teacher)]
+        with torch.no_grad():
+            pair[side].linear.weight *= 37  # type: ignore[operator, union-attr]
+        torch.testing.assert_close(value(full_gradient(), *pair), expected)
+
+
+def test_the_attention_term_does_not_see_the_size_of_features() -> None:
+    expected = value(attention(), net(0), net(1))
+    assert expected > 0.01
+    pair = [net(0), net(1)]
+    with torch.no_grad():
+        pair[1].features.norm2.weight *= 5  # type: ignore[operator, union-attr]
+        pair[1].features.norm2.bias *= 5  # type: ignore[operator, union-attr]
+    torch.testing.assert_close(value(attention(), *pair), expected)
+
+
+def by_hand(student: nn.Module, teacher: nn.Module, kind: str, squared: bool, times_bias: bool = False) -> float:
+    """Eqs. 2.8 and 4.3 image by image, from definitions alone."""
+    data, total = batch(), 0.0
+    for i in range(4):
+        for names in (("features.norm1", "features.norm1"), ("features.norm2", "features.norm2")):
+            maps = []
+            for model, name in zip((student, teacher), names, strict=True):
+                kept: list[Tensor] = []
+                hook = model.get_submodule(name).register_forward_hook(lambda *call, kept=kept: kept.append(call[2]))
+                logits = model(data.images[i : i + 1])
+                hook.remove()
+                if kind == "attention":
+                    each = kept[0].abs() ** 2
+                else:
+                    (each,) = torch.autograd.grad(logits[0, data.labels[i]], kept)
+                if times_bias:
+                    each = gradients.full_gradient(model, data.images[i : i + 1], data.labels[i : i + 1]).biases[name]
+                maps.append(each[0].sum(0))
+            distance = torch.linalg.vector_norm(maps[0] / maps[0].norm() - maps[1] / maps[1].norm())
+            total += distance.item() ** (2 if squared else 1) / 4
+    return total
+
+
+@pytest.mark.parametrize("squared", [True, False])
+def test_terms_against_their_equations(squared: bool) -> None:
+    student, teacher = net(0), net(1, (7, "M", 3))
+    found = value(full_gradient(squared=squared), student, teacher)
+    assert found.item() == pytest.approx(by_hand(student, teacher, "gradient", squared), rel=1e-10)
+    found = value(attention(squared=squared), student, teacher)
+    assert found.item() == pytest.approx(by_hand(student, teacher, "attention", squared), rel=1e-10)
+    found = value(full_gradient(squared=squared, times_bias=True), student, teacher)
+    assert found.item() == pytest.approx(by_hand(student, teacher, "gradient", squared, times_bias=True), rel=1e-10)
+
+
+def test_resizing_leaves_equal_sizes_untouched() -> None:
+    maps = torch.randn(2, 4, 4)
+    assert resized(maps, (4, 4)) is maps
+    expected = functional.interpolate(maps[:, None], size=(8, 8), mode="bilinear")[:, 0]
+    torch.testing.assert_close(resized(maps, (8, 8)), expected)
+
+
+def test_the_smaller_map_is_resized_to_the_larger() -> None:
+    """Student at 8 pixels, teacher at 4: as if the teacher's map had been enlarged by hand."""
+    student, teacher, data = net(0), net(1), batch()
+    term = full_gradient(student_layers=["block 1"], teacher_layers=["block 2"])
+    found = value(term, student, teacher)
+    maps = []
+    for model, layer in ((student, "features.norm1"), (teacher, "features.norm2")):
+        with gradients.captured(model, [layer]) as outputs:
+            logits = model(data.images)
+        (gradient,) = torch.autograd.grad(gradients.scalar(logits, data.labels, "label").sum(), outputs[layer])
+        maps.append(gradient.sum(1))
+    maps[1] = functional.interpolate(maps[1][:, None], scale_factor=2, mode="bilinear")[:, 0]
+    cosine = functional.cosine_similarity(maps[0].flatten(1), maps[1].flatten(1), dim=1)
+    torch.testing.assert_close(found, (2 - 2 * cosine).mean())
+
+
+def test_maps_that_cannot_be_matched_are_errors() -> None:
+    with pytest.raises(UserError, match=r"8x8 positions, the teacher's features.norm2 4x4: choose"):
+        value(attention(student_layers=["block 1"], teacher_layers=["block 2"]), net(0), net(1))
+    with pytest.raises(UserError, match="linear is no map"):
+        value(full_gradient(student_layers=["linear"], teacher_layers=["block 2"]), net(0), net(1))
+    with pytest.raises(UserError, match="matched in pairs"):
+        attention(student_layers=["block 1"])
+
+
+class Wide(nn.Module):
+    """Maps of 4 rows and 16 columns, which no map of 8x8 fits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 3, 3, padding=1, dtype=torch.float64)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.conv(images.reshape(len(images), 2, 4, 16)).mean((2, 3))
+
+
+def test_maps_without_common_sizes_are_errors() -> None:
+    with pytest.raises(UserError, match="the teacher's conv 4x16: choose student_layers"):
+        value(full_gradient(student_layers=["block 1"], teacher_layers=["block 1"]), net(0), Wide().eval())
+
+
+@pytest.mark.parametrize("fast", [False, True], ids=["stock", "fast"])
+@pytest.mark.parametrize("student_bn", ["batch", "running"])
+@pytest.mark.parametrize("name", ["full_gradient", "times_bias", "bias_gradient"])
+def test_parameter_gradients_through_double_backward(name: str, student_bn: str, fast: bool) -> None:
+    """Against finite differences along a random direction of all parameters, through batch statistics too."""
+    terms: dict[str, Callable[[], Term]] = {
+        "full_gradient": lambda: full_gradient(student_bn=student_bn),
+        "times_bias": lambda: full_gradient(student_bn=student_bn, times_bias=True),
+        "bias_gradient": lambda: bias_gradient(layer="block 2", student_bn=student_bn),
+    }
+    student, teacher = net(0).train(), net(1)
+    if fast:
+        layers.accelerate(student)
+    parameters = list(student.parameters())
+    directions = [torch.randn_like(parameter) for parameter in parameters]
+
+    def loss(epsilon: float) -> Tensor:
+        moved = copy.deepcopy(student)
+        with torch.no_grad():
+            for parameter, direction in zip(moved.parameters(), directions, strict=True):
+                parameter += epsilon * direction
+        return value(terms[name](), moved, teacher)
+
+    found = torch.autograd.grad(value(terms[name](), student, teacher), parameters, allow_unused=True)
+    exact = sum((g * d).sum().item() for g, d in zip(found, directions, strict=True) if g is not None)
+    slope = (loss(1e-6) - loss(-1e-6)).item() / 2e-6
+    assert exact == pytest.approx(slope, rel=1e-5, abs=1e-8)
+
+
+# --- Proposition 10 and dropout ---------------------------------------------------------------------------
+
+
+def bias_gradient(**changes: str) -> BiasGradient:
+    options = {"layer": "block 2", "noise": "position", "target": "label", "student_bn": "running"}
+    return BiasGradient(weight=1, **{**options, **changes})
+
+
+def noisy_outputs(model: nn.Module, data: Batch, layer: str, change: Callable[[Tensor], Tensor], count: int) -> Tensor:
+    """The label's logit with a layer's output changed, `count` times for each image. (count, B)."""
+    hook = model.get_submodule(layer).register_forward_hook(lambda *call: change(call[2]))
+    with torch.no_grad():
+        logits = model(data.images.repeat(count, 1, 1, 1))
+    hook.remove()
+    return gradients.scalar(logits, data.labels.repeat(count), "label").view(count, -1)
+
+
+@pytest.mark.parametrize("noise", ["position", "channel"])
+def test_proposition_10(noise: str) -> None:
+    """E (y - f(b xi))^2 = (y - f)^2 + sigma^2 ||b df/db||^2, xi ~ N(1, sigma^2); exact for piecewise-linear nets."""
+    model, data, sigma, count = net(0), batch(2), 1e-4, 2000
+    penalty = value(bias_gradient(noise=noise), model, data=data).item()
+    bias = gradients.layer_bias(model, gradients.Layer("features.norm2", "features.conv2")).detach()
+    truth = torch.randn(2, dtype=torch.float64)
+    clean = (truth - gradients.scalar(model(data.images), data.labels, "label").detach()).square().mean().item()
+
+    def outputs(sign: int) -> Tensor:
+        torch.manual_seed(3)
+        size = (2 * count, 5, 4, 4) if noise == "position" else (2 * count, 5, 1, 1)
+        shift = sign * sigma * torch.randn(size, dtype=torch.float64) * bias.view(-1, 1, 1)
+        return noisy_outputs(model, data, "features.norm2", lambda output: output + shift, count)
+
+    losses = torch.stack([(truth - outputs(sign)).square() for sign in (1, -1)]).mean(0).mean(1)
+    error = losses.std().item() / count**0.5
+    assert error < 0.05 * sigma**2 * penalty  # the interval is narrow enough to refute a wrong constant
+    assert abs(losses.mean().item() - clean - sigma**2 * penalty) < 4 * error
+
+
+def test_scaling_the_parameters_is_what_channel_noise_means() -> None:
+    """The effective bias of one channel is scaled by scaling the parameters: the change is b df/db."""
+    model, data = net(0), batch(1)
+    bias = gradients.layer_bias(model, gradients.Layer("features.norm2", "features.conv2")).detach()
+    slopes = []
+    for channel in range(5):
+        ends = []
+        for sign in (1, -1):
+            moved = copy.deepcopy(model)
+            with torch.no_grad():
+                moved.features.norm2.bias[channel] += sign * 1e-6 * bias[channel]  # type: ignore[operator, union-attr]
+            ends.append(moved(data.images)[0, data.labels[0]].item())
+        slopes.append((ends[0] - ends[1]) / 2e-6)
+    found = value(bias_gradient(noise="channel"), model, data=data).item()
+    assert found == pytest.approx(sum(slope**2 for slope in slopes), rel=1e-5)
+
+
+def squared_sensitivity(model: nn.Module, data: Batch, layer: str) -> Tensor:
+    """||z df/dz||^2 of Eq. 4.1, (B,)."""
+    with gradients.captured(model, [layer]) as outputs:
+        logits = model(data.images)
+    (slope,) = torch.autograd.grad(gradients.scalar(logits, data.labels, "label").sum(), outputs[layer])
+    return (outputs[layer] * slope).square().flatten(1).sum(1).detach()
+
+
+def test_dropout_in_the_limit_of_low_noise() -> None:
+    """Eq. 4.1, multiplicative Gaussian noise on the activations of an early layer."""
+    model, data, sigma, count = net(0), batch(2), 1e-4, 2000
+    limit = squared_sensitivity(model, data, "features.relu1").mean().item()
+    clean = gradients.scalar(model(data.images), data.labels, "label").detach()
+
+    def outputs(sign: int) -> Tensor:
+        torch.manual_seed(3)
+        return noisy_outputs(model, data, "features.relu1", lambda z: z * (1 + sign * sigma * torch.randn_like(z)), count)
+
+    losses = torch.stack([(clean - outputs(sign)).square() for sign in (1, -1)]).mean(0).mean(1)
+    error = losses.std().item() / count**0.5
+    assert error < 0.05 * sigma**2 * limit
+    assert abs(losses.mean().item() - sigma**2 * limit) < 4 * error
+
+
+def test_our_dropout_is_equation_4_1() -> None:
+    """Behind its layer the network is linear in the activations, so the equation holds for any noise: p = 0.5."""
+    model, data, count, p = net(0), batch(2), 4000, 0.5
+    sigma2 = p / (1 - p)  # variance of a mask that is 0 or 1 / (1 - p)
+    expected = sigma2 * squared_sensitivity(model, data, "features.relu3").mean().item()
+    clean = gradients.scalar(model(data.images), data.labels, "label").detach()
+    model.features.norm3.train()  # type: ignore[union-attr]
+    model.features.norm3.momentum = 0.0  # type: ignore[union-attr]
+    normalise = model.features.norm3  # type: ignore[union-attr]
+    normalise.forward = lambda x: functional.batch_norm(  # type: ignore[method-assign, union-attr]
+        x,
+        normalise.running_mean,
+        normalise.running_var,
+        normalise.weight,
+        normalise.bias,
+        eps=normalise.eps,  # type: ignore[arg-type, union-attr]
+    )
+    with dropout_after(model, {"layer": "last", "probability": p}, data.images[:1]):
+        model.features.norm3.training = True  # type: ignore[union-attr]
+        outputs = noisy_outputs(model, data, "features.relu3", lambda output: output, count)
+    losses = (clean - outputs).square().mean(1)
+    error = losses.std().item() / count**0.5
+    assert error < 0.05 * expected
+    assert abs(losses.mean().item() - expected) < 4 * error
+    assert not model.features.norm3._forward_hooks  # type: ignore[union-attr]
+
+
+def test_dropout_of_one_layer_is_silent_in_eval_mode_and_checked() -> None:
+    model, data = net(0), batch()
+    expected = model(data.images)
+    with dropout_after(model, {"layer": "last block", "probability": 0.5}, data.images[:1]):
+        assert torch.equal(model(data.images), expected)
+        assert not torch.equal(model.train()(data.images), expected)
+    with (
+        pytest.raises(UserError, match=r"method.dropout.probability=1"),
+        dropout_after(model, {"layer": "last", "probability": 1}, data.images[:1]),
+    ):
+        pass
+
+
+def test_bias_decay_is_the_squared_norm_of_the_effective_bias() -> None:
+    model = net(0)
+    norm, conv = model.features.norm2, model.features.conv2  # type: ignore[union-attr]
+    scale = norm.weight / (norm.running_var + norm.eps).sqrt()  # type: ignore[operator, union-attr]
+    bias = norm.bias - scale * (norm.running_mean - conv.bias)  # type: ignore[operator, union-attr]
+    found = value(BiasDecay(weight=1, layer="block 2", student_bn="running"), model)
+    torch.testing.assert_close(found, bias.square().sum())
+
+
+def test_a_layer_without_bias_is_an_error() -> None:
+    model = net(0)
+    model.features.norm2, model.features.conv2.bias = nn.Identity(), None  # type: ignore[union-attr]
+    for term in (bias_gradient(), BiasDecay(weight=1, layer="block 2", student_bn="batch"), full_gradient(times_bias=True)):
+        with pytest.raises(UserError, match=r"features.conv2 has no bias"):
+            value(term, model, net(1))
+
+
+# --- a step, a run ----------------------------------------------------------------------------------------
+
+
+def test_a_step_of_fg_att_takes_one_forward_and_one_gradient_of_each_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = compose_run(["experiment=fullgrad_distill", "method=fg_att"])["method"]["terms"]
+    terms: list[Term] = [build(node, where=name) for name, node in config.items()]
+    student, teacher, data = net(0, (4, "M", 5, "M", 6)).train(), net(1, (4, "M", 5, "M", 6)), batch()
+    for term in terms:
+        term.place(student, teacher, data.images[:1])
+    names = {"student": student, "teacher": teacher}
+    calls: list[str] = []
+    for name, model in names.items():
+        model.register_forward_hook(lambda *_, name=name: calls.append(name))
+    taken = gradients._gradients
+    monkeypatch.setattr(gradients, "_gradients", lambda *call: calls.append("gradient") or taken(*call))
+    layers_read = terms[3].student_layers
+    assert layers_read == ("features.norm1", "features.norm2", "features.norm3") == terms[4].teacher_layers
+    live = LiveTargets(teacher, with_gradient=True, layers=layers_read)
+    step = Step(data, student, live, differentiable_input=True, student_layers=layers_read)
+    torch.stack([term(step) for term in terms]).sum().backward()  # type: ignore[no-untyped-call]
+    assert step.angle() is not None
+    assert sorted(calls) == ["gradient", "gradient", "student", "teacher"]
+
+
+TINY = ["scale=quick", "scale.width=0.05", "optim.passes=3", "trainer.threads=1", "trainer.precision=32", "logger=none"]
+
+
+def run(experiment: str, places: list[str], *words: str) -> Run:
+    teacher = ["+upstream.teacher.optim.passes=1", "+upstream.teacher.scale.width=0.05"] if "full" in experiment else []
+    config = compose_run([f"experiment={experiment}", *TINY, *teacher, *words, *places])
+    return Run(config, Paths.of(config))
+
+
+def test_stored_and_live_targets_train_the_same_student(places: list[str]) -> None:
+    places = [*places, "data.per_class=2", "data.crop=0", "optim.passes=4"]
+    kept = ensure(run("fullgrad_distill", places, "method=fg_att"))
+    outputs = Path(places[1].partition("=")[2])
+    (folder,) = (found for found in (outputs / "cache" / "targets").iterdir() if found.is_dir())
+    names = {file.name for file in folder.iterdir() if not file.name.endswith(".done")}
+    layer = "features.norm{}"
+    assert {"logits", "gradient-label"} < names
+    assert {f"attention-{layer.format(i)}" for i in (1, 2, 3)} < names
+    assert {f"gradient-{layer.format(i)}-label" for i in (1, 2, 3)} < names
+    live = ensure(run("fullgrad_distill", [f"{place}-live" if "paths" in place else place for place in places],
+                      "method=fg_att", "trainer.store_gib=0"))  # fmt: skip
+    assert live["id"] == kept["id"]
+    for name, curve in kept["metrics"].items():
+        if isinstance(curve, list):  # their last passes differ by what Adam makes of bf16's rounding
+            assert curve[:2] == pytest.approx(live["metrics"][name][:2], rel=2e-2), name
+    assert kept["metrics"]["angle"] == kept["metrics"]["train/angle"][-1]
+
+
+@pytest.mark.parametrize("method", ["ce_a_10", "att"])
+def test_the_angle_is_recorded_where_no_term_matches_gradients(places: list[str], method: str) -> None:
+    words = [f"method={method}", "data.per_class=3", "optim.batch_size=16"]
+    record = ensure(run("fullgrad_distill", places, *words))
+    assert len(record["metrics"]["train/angle"]) == 3
+    assert all(30 < angle < 120 for angle in record["metrics"]["train/angle"])
+    without = ensure(run("fullgrad_distill", places, *words, "method.angle=null"))
+    assert "train/angle" not in without["metrics"]
+    for name, curve in without["metrics"].items():
+        assert curve == record["metrics"][name], name  # looking changes nothing
+
+
+@pytest.mark.parametrize("method", ["none", "dropout", "bias_decay", "bias_gradient"])
+def test_regularisers_train(places: list[str], method: str) -> None:
+    record = ensure(run("bias_gradient", places, f"method={method}", "data.per_class=2", "optim.passes=2"))
+    assert record["status"] == "finished"
+    assert (f"train/loss/{method}" in record["metrics"]) == method.startswith("bias")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["bias_gradient", "method.terms.bias_gradient.layer=block 9"], "no layer 'block 9': it has 5 blocks"),
+        (["bias_gradient", "method=dropout", "method.dropout.layer=norm"], "no layer 'norm'"),
+        (["fullgrad_distill", "method.terms.attention.student_layers=[block 2,block 1,block 3]"], "positions"),
+    ],
+)
+def test_wrong_layers_are_errors(places: list[str], words: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        ensure(run(words[0], places, *words[1:], "data.per_class=2"))
+
+
+def test_a_method_that_matches_needs_a_teacher() -> None:
+    with pytest.raises(UserError, match="method fg_att needs a teacher"):
+        compose_run(["experiment=bias_gradient", "method=fg_att"])
