@@ -60,6 +60,11 @@ def gradients_of(
     return dict(zip(values, found, strict=True))
 
 
+def gradient_of_values(values: Tensor, images: Tensor, *, differentiable: bool) -> Tensor:
+    """Input-gradient of one value an image, computed from `images` with `images.requires_grad`. (B,) -> (B, C, H, W)."""
+    return _gradients(values, [images], differentiable)[0]
+
+
 def input_gradient(model: nn.Module, images: Tensor, labels: Tensor, *, target: str = "label") -> Tensor:
     """Input-gradient of `model` in its present mode, as a constant.
 

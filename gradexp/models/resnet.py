@@ -31,7 +31,7 @@ class ResNet(nn.Module):
     """images (B, channels, H, W) -> logits (B, classes).
 
     blocks: number of blocks in each stage; stage i has 64 * width * 2^i channels and, but for the first, halves the
-    image. activation: makes one, such as nn.ReLU or a softplus.
+    image. activation: makes one, such as nn.ReLU or a softplus. stem_stride: of the first convolution.
     """
 
     def __init__(
@@ -43,11 +43,12 @@ class ResNet(nn.Module):
         channels: int,
         classes: int,
         activation: Callable[[], nn.Module],
+        stem_stride: int = 1,
     ) -> None:
         super().__init__()
         self.name = name
         first = max(1, round(64 * width))
-        self.stem = nn.Conv2d(channels, first, 3, padding=1, bias=False)
+        self.stem = nn.Conv2d(channels, first, 3, stride=stem_stride, padding=1, bias=False)
         self.norm = nn.BatchNorm2d(first)
         self.act = activation()
         stages: list[nn.Module] = []

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -46,10 +47,39 @@ class VGG(nn.Module):
         self.linear = nn.Linear(channels, classes)
 
     def forward(self, images: Tensor) -> Tensor:
+        return self.linear(self.hidden(images))
+
+    def hidden(self, images: Tensor) -> Tensor:
+        """What the linear layer sees: images (B, channels, H, W) -> (B, c)."""
         if min(images.shape[-2:]) < 2**self.pools:
             raise UserError(
                 f"{self.name} halves the image {self.pools} times, which leaves nothing of {images.shape[-1]} pixels; "
                 f"take a smaller model, or images of at least {2**self.pools} pixels"
             )
-        features = self.features(images).mean(dim=(2, 3))  # global average pooling
-        return self.linear(self.dropout(features))
+        return self.dropout(self.features(images).mean(dim=(2, 3)))  # global average pooling
+
+
+class TwoHeadedVGG(VGG):
+    """A VGG with a second linear layer `source` on the same hidden layer (thesis §2.6.3): images -> logits (B, classes).
+
+    The logits of the source's classes are the output of the module `source`, for terms that ask for it.
+    """
+
+    def __init__(self, *, source_classes: int, **options: Any) -> None:
+        super().__init__(**options)
+        self.source = nn.Linear(self.linear.in_features, source_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        hidden = self.hidden(images)
+        self.source(hidden)
+        return self.linear(hidden)
+
+    def start_from(self, weights: Mapping[str, Tensor]) -> None:
+        """Takes over a VGG that was trained on the source; the target's head stays new. Raises UserError for another model."""
+        renamed = {name.replace("linear.", "source."): value for name, value in weights.items()}
+        mine = {name: value for name, value in self.state_dict().items() if not name.startswith("linear.")}
+        if {name: value.shape for name, value in mine.items()} != {name: value.shape for name, value in renamed.items()}:
+            raise UserError(
+                f"{self.name} can't start from these weights: upstream.start.model must be the same VGG, on the source"
+            )
+        self.load_state_dict(renamed, strict=False)

@@ -56,7 +56,7 @@ def train(run: Run) -> Result:
     with dropout_after(student, run.config["method"].get("dropout"), loader.example):
         fit(module, stream, hardware, logger, checkpointer, progress)
 
-    metrics: dict[str, Any] = module.curves | judge(module, data, hardware)
+    metrics: dict[str, Any] = module.curves | module.summary() | judge(module, data, hardware)
     if "train/angle" in module.curves:
         metrics["angle"] = module.curves["train/angle"][-1]
     finish(logger, {name: value for name, value in metrics.items() if not isinstance(value, list)})
@@ -100,7 +100,8 @@ def make_student(run: Run, terms: dict[str, Term]) -> nn.Module:
     """The model before training: new, or with the weights of the upstream run `start` where there is one."""
     student: nn.Module = build(run.config["model"], where="model")
     if "start" in run.config["upstream"]:
-        student.load_state_dict(torch.load(run.upstream("start").weights, weights_only=True, map_location="cpu"))
+        weights = torch.load(run.upstream("start").weights, weights_only=True, map_location="cpu")
+        getattr(student, "start_from", student.load_state_dict)(weights)
     for term in terms.values():
         term.check(student)
     if any(term.third_derivatives for term in terms.values()):

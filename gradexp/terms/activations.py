@@ -7,14 +7,17 @@ from gradexp.terms.term import Term, choose, precise, reduce
 class Activations(Term):
     """Squared distance of student's and teacher's logits (Proposition 1, first term).
 
-    reduction: `sum` or `mean` over the K classes; mean over the batch.
+    reduction: `sum` or `mean` over the K classes; mean over the batch. head: the student's layer that is matched instead
+    of its logits (LwF, §2.5: the teacher's classes are not the student's).
     """
 
     needs_teacher = True
 
-    def __init__(self, *, weight: float, reduction: str) -> None:
+    def __init__(self, *, weight: float, reduction: str, head: str | None = None) -> None:
         super().__init__(weight=weight)
+        self.student_layers = (head,) if head else ()
         self.reduction = choose("reduction", reduction, "sum", "mean")
 
     def forward(self, step: Step) -> Tensor:
-        return reduce((precise(step.student_logits) - precise(step.teacher_logits)).square(), self.reduction)
+        student = step.student_features(self.student_layers[0]) if self.student_layers else step.student_logits
+        return reduce((precise(student) - precise(step.teacher_logits)).square(), self.reduction)

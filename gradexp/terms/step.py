@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import NamedTuple, Protocol
 
@@ -39,6 +39,9 @@ class Targets(Protocol):
 
     def map(self, batch: Batch, wanted: Map) -> Tensor:
         """(B, h, w)."""
+
+    def feature_gradient(self, batch: Batch, layer: str, pick: Callable[[Tensor], Tensor]) -> Tensor:
+        """The input-gradient of one value an image that `pick` makes of a layer's output, (B, C, H, W)."""
 
 
 class Step:
@@ -111,6 +114,11 @@ class Step:
         statistics = place.before if student_bn == "batch" and self.student.training else None
         return gradients.layer_bias(self.student, place, self.student_features(statistics) if statistics else None)
 
+    def student_feature_gradient(self, layer: str, pick: Callable[[Tensor], Tensor]) -> Tensor:
+        """The input-gradient of one value an image that `pick` makes of a layer's output, (B, C, H, W), differentiable."""
+        values = pick(self.student_features(layer))
+        return gradients.gradient_of_values(values, self.images, differentiable=torch.is_grad_enabled())
+
     def student_hessian_trace(self, estimator: str, sigma: float, target: str) -> Tensor:
         """(B,), one-sample estimate, differentiable.
 
@@ -164,6 +172,10 @@ class Step:
         if target not in self._teacher_gradients:
             self._teacher_gradients[target] = self._teacher.input_gradient(self.batch, target)
         return self._teacher_gradients[target]
+
+    def teacher_feature_gradient(self, layer: str, pick: Callable[[Tensor], Tensor]) -> Tensor:
+        """The same for one of the teacher's layers."""
+        return self._teacher.feature_gradient(self.batch, layer, pick)
 
     def teacher_layer_gradient(self, layer: str, target: str) -> Tensor:
         """The gradient at one of the teacher's layers, (B, c, h, w)."""

@@ -81,6 +81,10 @@ class Classifier(lightning.LightningModule):
         """Further scalars of a step whose means are worth a curve; not every step need have them."""
         return {}
 
+    def summary(self) -> dict[str, float]:
+        """Numbers that the curves of the whole training give."""
+        return {}
+
     def _add(self, values: dict[str, Tensor]) -> None:
         for name, value in values.items():
             value = value.detach().float()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+
 from pathlib import Path
 
 import filelock
@@ -57,6 +58,11 @@ class LiveTargets:
         if wanted.kind == "attention":
             return gradients.attention_map(self.features(batch, wanted.layer))
         return gradients.channel_sum(self.layer_gradient(batch, wanted.layer, str(wanted.target)))
+
+    def feature_gradient(self, batch: Batch, layer: str, pick: Callable[[Tensor], Tensor]) -> Tensor:
+        """(B, C, H, W), of what `pick` makes of the output of one of `layers`."""
+        self._forward(batch)
+        return gradients.gradient_of_values(pick(self._features[layer]), self._images, differentiable=False)
 
     def _forward(self, batch: Batch) -> Tensor:
         if self._batch is not batch:
@@ -134,6 +140,10 @@ class StoredTargets:
     def _read(self, name: str, batch: Batch) -> Tensor:
         slots = torch.searchsorted(self.keys, self.loader.key(batch.row, batch.view))
         return self.kept[name][slots].to(batch.images.device)
+
+    def feature_gradient(self, batch: Batch, layer: str, pick: Callable[[Tensor], Tensor]) -> Tensor:
+        """(B, C, H, W), not stored."""
+        return self.live.feature_gradient(batch, layer, pick)
 
     def _values(self, start: int, end: int, names: Iterable[str]) -> dict[str, Tensor]:
         keys = self.keys[start:end]
