@@ -2,6 +2,7 @@
 
 from gradexp.terms.activations import Activations
 from gradexp.terms.attention import Attention
+from gradexp.terms.attention_jacobian import AttentionJacobian
 from gradexp.terms.bias_decay import BiasDecay
 from gradexp.terms.bias_gradient import BiasGradient
 from gradexp.terms.cross_entropy import CrossEntropy
@@ -17,6 +18,7 @@ __all__ = [
     "Activations",
     "AntiScoreMatching",
     "Attention",
+    "AttentionJacobian",
     "BiasDecay",
     "BiasGradient",
     "CrossEntropy",
