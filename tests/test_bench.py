@@ -21,6 +21,11 @@ def test_limits_by_hand() -> None:
     assert bench.limit(kind("ce"), "vgg4") == 1
     assert bench.limit(kind("j, stored targets"), "vgg4") == pytest.approx((6 * sum(VGG4) - VGG4[0]) / plain)
     assert bench.limit(kind("anti-score-matching"), "vgg4") == pytest.approx(2)
+    assert bench.limit(kind("fg_att, stored targets"), "vgg4") == bench.limit(kind("j, stored targets"), "vgg4")
+    assert bench.limit(kind("bias-gradient"), "vgg4") == 1  # nothing lies behind its layer
+    vgg11, first = bench.convolutions(bench.network("vgg11"))
+    last = 9 * 512 * 512 * 2**2
+    assert bench.limit(kind("bias-gradient"), "vgg11") == pytest.approx(1 + 3 * last / (3 * vgg11 - first))
     teacher, _ = bench.convolutions(bench.network("vgg9"))
     assert bench.limit(kind("a, live teacher"), "vgg4") == pytest.approx((plain + teacher) / plain)
 

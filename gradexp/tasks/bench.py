@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from gradexp import layers
+from gradexp import gradients, layers
 from gradexp.data.loader import TensorLoader, TrainingStream
 from gradexp.data.sources import Split
 from gradexp.runs import versions, write_atomically
@@ -30,7 +30,7 @@ from gradexp.tasks import bench_saliency
 from gradexp.tasks.build import build
 from gradexp.tasks.compose import compose_run
 from gradexp.tasks.hardware import Hardware, native_bf16
-from gradexp.tasks.train import fit
+from gradexp.tasks.train import fit, make_terms
 from gradexp.terms import Activations, AntiScoreMatching, CrossEntropy, GradientNorm, Jacobian, ScoreMatching, Term
 from gradexp.terms.step import Targets
 from gradexp.training.callbacks import Checkpointer, ProgressLine
@@ -41,6 +41,7 @@ from gradexp.training.targets import LiveTargets, StoredTargets
 
 BATCH = 128
 IMAGES = 256  # two batches: enough to give every step new images
+EXAMPLE = torch.zeros(1, 3, 32, 32)
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Kind:
     teacher: str = "none"  # none | live | stored
     fast: bool = True
     passes: float = 3  # convolution passes over the student: 3 for forward, weight- and input-gradient
+    late_passes: float = 0  # over what lies behind the first convolution of its last block
     teacher_passes: float = 0
 
 
@@ -75,6 +77,12 @@ def _anti() -> dict[str, Term]:
     return {"s": AntiScoreMatching(weight=1e-4, ceiling=1000, estimator="taylor", sigma=0.01, target="label")}
 
 
+def _method(name: str) -> dict[str, Term]:
+    """The terms of a method, as its runs have them."""
+    experiment = compose_run(["experiment=teacher", f"method={name}", "+upstream.teacher.experiment=teacher"])
+    return {term: made for term, made in make_terms(experiment).items() if term != "cross_entropy"}
+
+
 KINDS = (
     Kind("ce", dict),
     Kind("a, live teacher", _activations, "live", teacher_passes=1),
@@ -85,6 +93,10 @@ KINDS = (
     Kind("j, stored targets", _jacobian, "stored", passes=6),
     Kind("gradient norm naive", _norm, fast=False, passes=6),
     Kind("gradient norm", _norm, passes=6),
+    Kind("attention, stored targets", lambda: _method("att"), "stored"),
+    Kind("fg_att, live teacher", lambda: _method("fg_att"), "live", passes=6, teacher_passes=2),
+    Kind("fg_att, stored targets", lambda: _method("fg_att"), "stored", passes=6),
+    Kind("bias-gradient", lambda: _method("bias_gradient"), late_passes=3),
     Kind("score-matching", _score, passes=9),
     Kind("anti-score-matching", _anti, passes=6),
 )
@@ -121,10 +133,13 @@ def make_step(kind: Kind, model: str, hardware: Hardware, loader: TensorLoader, 
     torch.manual_seed(0)
     student = hardware.place(network(model))
     terms = {"ce": CrossEntropy(weight=1), **kind.terms()}
-    if kind.fast and any(term.needs_input_gradient for term in terms.values()):
+    teacher = None if kind.teacher == "none" else hardware.place(network("vgg9"))
+    for term in terms.values():
+        term.place(student, teacher, loader.example)
+    if kind.fast and any(term.gradient_target for term in terms.values()):
         layers.accelerate(student)
     optim = build(compose_run(["experiment=jacobian_distill"])["optim"], where="optim")
-    targets = _targets(kind, terms, hardware, loader, folder)
+    targets = _targets(kind, teacher, terms, hardware, loader, folder) if teacher else None
     module = Distillation(student, terms, optim, steps_per_pass=10**9, seed=0, targets=targets)
     optimizer, _ = optim.build(list(student.parameters()), 10**9)
     batches = list(loader)
@@ -142,31 +157,38 @@ def make_step(kind: Kind, model: str, hardware: Hardware, loader: TensorLoader, 
     return step
 
 
-def _targets(kind: Kind, terms: dict[str, Term], hardware: Hardware, loader: TensorLoader, folder: Path) -> Targets | None:
-    if kind.teacher == "none":
-        return None
-    target = next((term.gradient_target for term in terms.values() if term.gradient_target), None)
-    torch.manual_seed(1)
-    live = LiveTargets(hardware.place(network("vgg9")), with_gradient=target is not None)
+def _targets(
+    kind: Kind, teacher: nn.Module, terms: dict[str, Term], hardware: Hardware, loader: TensorLoader, folder: Path
+) -> Targets:
+    target = next((term.gradient_target for term in terms.values() if term.needs_input_gradient), None)
+    names = list(dict.fromkeys(layer for term in terms.values() for layer in term.teacher_layers))
+    live = LiveTargets(teacher, with_gradient=target is not None, layers=names)
     if kind.teacher == "live":
         return live
+    maps = list(dict.fromkeys(wanted for term in terms.values() for wanted in term.teacher_maps))
     with hardware.autocast():
-        return StoredTargets(live, loader, len(loader), folder / f"{hardware.precision}-{target}", target=target)
+        return StoredTargets(live, loader, len(loader), folder / kind.name, target=target, maps=maps)
+
+
+def _costs(model: nn.Module) -> dict[str, float]:
+    """Multiply-adds of one image's forward pass, {convolution: cost}, in the order of their calls."""
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
+    with torch.no_grad(), gradients.captured(model.eval(), names) as outputs:
+        model(EXAMPLE)
+    return {name: output[0].numel() * model.get_submodule(name).weight[0].numel() for name, output in outputs.items()}  # type: ignore[index]
 
 
 def convolutions(model: nn.Module) -> tuple[float, float]:
     """Multiply-adds of one image's forward pass: in all convolutions, and in the first one alone."""
-    costs: list[float] = []
-
-    def count(module: nn.Module, _: Any, output: torch.Tensor) -> None:
-        costs.append(output[0].numel() * module.weight[0].numel())  # type: ignore[index]
-
-    handles = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, nn.Conv2d)]
-    with torch.no_grad():
-        model.eval()(torch.zeros(1, 3, 32, 32))
-    for handle in handles:
-        handle.remove()
+    costs = list(_costs(model).values())
     return sum(costs), costs[0]
+
+
+def late_convolutions(model: nn.Module) -> float:
+    """Multiply-adds behind the first convolution of the last block."""
+    costs = _costs(model)
+    first = list(costs).index(str(gradients.find_layer(model, "last block", EXAMPLE).before))
+    return sum(list(costs.values())[first + 1 :])
 
 
 def limit(kind: Kind, model: str) -> float:
@@ -176,9 +198,11 @@ def limit(kind: Kind, model: str) -> float:
     forward pass that is not differentiated with respect to the images.
     """
     whole, first = convolutions(network(model))
+    late = late_convolutions(network(model)) if kind.late_passes else 0
     teacher, _ = convolutions(network("vgg9"))
     saved = 2 if kind.name in ("score-matching", "anti-score-matching") else 1
-    return (kind.passes * whole - saved * first + kind.teacher_passes * teacher) / (3 * whole - first)
+    work = kind.passes * whole + kind.late_passes * late - saved * first + kind.teacher_passes * teacher
+    return work / (3 * whole - first)
 
 
 def measure(model: str, hardware: Hardware, kinds: Sequence[Kind], *, rounds: int, memory: bool, budget: float) -> list[Row]:
