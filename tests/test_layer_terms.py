@@ -252,7 +252,7 @@ def test_parameter_gradients_through_double_backward(name: str, student_bn: str,
 
 
 def bias_gradient(**changes: str) -> BiasGradient:
-    options = {"layer": "block 2", "noise": "position", "target": "label", "student_bn": "running"}
+    options = {"layer": "block 2", "bias": "effective", "noise": "position", "target": "label", "student_bn": "running"}
     return BiasGradient(weight=1, **{**options, **changes})
 
 
@@ -286,10 +286,13 @@ def test_proposition_10(noise: str) -> None:
     assert abs(losses.mean().item() - clean - sigma**2 * penalty) < 4 * error
 
 
-def test_scaling_the_parameters_is_what_channel_noise_means() -> None:
-    """The effective bias of one channel is scaled by scaling the parameters: the change is b df/db."""
+@pytest.mark.parametrize("kind", ["explicit", "effective"])
+def test_channel_noise_scales_the_bias_of_a_channel(kind: str) -> None:
+    """b df/db by moving the parameter, with b the parameter itself or all that the layer adds."""
     model, data = net(0), batch(1)
-    bias = gradients.layer_bias(model, gradients.Layer("features.norm2", "features.conv2")).detach()
+    bias = model.features.norm2.bias.detach().clone()  # type: ignore[operator, union-attr]
+    if kind == "effective":
+        bias = gradients.layer_bias(model, gradients.Layer("features.norm2", "features.conv2")).detach()
     slopes = []
     for channel in range(5):
         ends = []
@@ -299,7 +302,7 @@ def test_scaling_the_parameters_is_what_channel_noise_means() -> None:
                 moved.features.norm2.bias[channel] += sign * 1e-6 * bias[channel]  # type: ignore[operator, union-attr]
             ends.append(moved(data.images)[0, data.labels[0]].item())
         slopes.append((ends[0] - ends[1]) / 2e-6)
-    found = value(bias_gradient(noise="channel"), model, data=data).item()
+    found = value(bias_gradient(noise="channel", bias=kind), model, data=data).item()
     assert found == pytest.approx(sum(slope**2 for slope in slopes), rel=1e-5)
 
 
@@ -367,19 +370,20 @@ def test_dropout_of_one_layer_is_silent_in_eval_mode_and_checked() -> None:
         pass
 
 
-def test_bias_decay_is_the_squared_norm_of_the_effective_bias() -> None:
+def test_bias_decay_is_the_squared_norm_of_the_bias() -> None:
     model = net(0)
     norm, conv = model.features.norm2, model.features.conv2  # type: ignore[union-attr]
     scale = norm.weight / (norm.running_var + norm.eps).sqrt()  # type: ignore[operator, union-attr]
-    bias = norm.bias - scale * (norm.running_mean - conv.bias)  # type: ignore[operator, union-attr]
-    found = value(BiasDecay(weight=1, layer="block 2", student_bn="running"), model)
-    torch.testing.assert_close(found, bias.square().sum())
+    effective = norm.bias - scale * (norm.running_mean - conv.bias)  # type: ignore[operator, union-attr]
+    for kind, bias in (("explicit", norm.bias), ("effective", effective)):
+        found = value(BiasDecay(weight=1, layer="block 2", bias=kind, student_bn="running"), model)
+        torch.testing.assert_close(found, bias.square().sum())  # type: ignore[operator, union-attr]
 
 
 def test_a_layer_without_bias_is_an_error() -> None:
     model = net(0)
     model.features.norm2, model.features.conv2.bias = nn.Identity(), None  # type: ignore[union-attr]
-    for term in (bias_gradient(), BiasDecay(weight=1, layer="block 2", student_bn="batch"), full_gradient(times_bias=True)):
+    for term in (bias_gradient(), bias_gradient(bias="explicit"), full_gradient(times_bias=True)):
         with pytest.raises(UserError, match=r"features.conv2 has no bias"):
             value(term, model, net(1))
 
