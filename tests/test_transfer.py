@@ -1,6 +1,8 @@
-"""Chapter 2's transfer terms (§2.5): attention Jacobians against loops written by hand."""
+"""Chapter 2's transfer terms (§2.5): attention Jacobians against loops written by hand, and a run at scale=quick."""
 
 import copy
+import subprocess
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -79,3 +81,10 @@ def test_windows_are_parts_of_the_map() -> None:
         window_size(9, 8)
     with pytest.raises(UserError, match="full, none, s/N"):
         window_size("half", 8)
+
+
+def test_a_transfer_run(run_py: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    short = ["optim.passes=2", "+upstream.teacher.optim.passes=1", "logger=none"]
+    done = run_py("experiment=jacobian_transfer", "scale=quick", "method=lwf_att_j", *short)
+    assert done.returncode == 0, done.stderr
+    assert "finished: test/accuracy=" in done.stdout
