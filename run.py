@@ -1,36 +1,35 @@
 """python run.py experiment=NAME [overrides]: one run.   python run.py -m ...: Hydra multirun."""
 
-import os
 import sys
+from contextlib import nullcontext
 
 import hydra
 from omegaconf import DictConfig
 
-from gradexp.errors import UserError
-from gradexp.runs import Paths, Run, ensure, say
-from gradexp.tasks.compose import check_overrides, compose_run
+from gradexp.runs import Paths, Run, ensure, objective, say
+from gradexp.tasks.command import honest
+from gradexp.tasks.compose import check_overrides, compose_run, refuse_many_devices
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(_: DictConfig) -> float | None:
-    """The run's test accuracy, where it has one: what a sweeper optimises."""
+    """The run's objective, where it has one: what a sweeper optimises."""
     from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
 
-    try:
-        config = compose_run(HydraConfig.get().overrides.task)
+    hydra_config = HydraConfig.get()
+    # Processes of joblib and submitit raise: one run that fails must not end the others.
+    with nullcontext() if "Basic" not in hydra_config.launcher["_target_"] else honest():
+        config = compose_run(hydra_config.overrides.task)
+        if hydra_config.mode == RunMode.MULTIRUN:
+            refuse_many_devices(config)
         record = ensure(Run(config, Paths.of(config)))
-    except UserError as error:
-        if "HYDRA_FULL_ERROR" in os.environ:
-            raise
-        sys.exit(f"error: {error}")
-    say(record)
-    accuracy: float | None = record["metrics"].get("test/accuracy")
-    return accuracy
+        say(record)
+        direction = hydra_config.sweeper.get("direction")
+        return objective(record, str(getattr(direction, "name", direction)))
 
 
 if __name__ == "__main__":
-    try:
+    with honest():
         check_overrides(sys.argv[1:])
-    except UserError as error:
-        sys.exit(f"error: {error}")
     main()

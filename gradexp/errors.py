@@ -9,6 +9,6 @@ class UserError(Exception):
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
-    """', did you mean X?' for the word most like `word`, or '' when none is near."""
+    """The end of a sentence: ', did you mean X?' with the word most like `word`, or '.' when none is near."""
     matches = get_close_matches(word, list(words), n=1, cutoff=0.5)
-    return f", did you mean {matches[0]}?" if matches else ""
+    return f", did you mean {matches[0]}?" if matches else "."

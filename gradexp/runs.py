@@ -12,13 +12,13 @@ import importlib.metadata
 import io
 import json
 import math
-import os
 import platform
 import re
 import resource
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -29,7 +29,11 @@ from typing import Any
 import filelock
 import numpy as np
 
+from gradexp import schema
 from gradexp.errors import UserError
+from gradexp.files import intact
+from gradexp.files import sha256 as sha256
+from gradexp.files import write_atomically as write_atomically
 from gradexp.registry import locate
 
 Config = dict[str, Any]
@@ -37,7 +41,7 @@ DEFAULT_DATA = "data"  # as in conf/config.yaml; the only data root that need no
 ROOT = Path(__file__).resolve().parents[1]
 
 # What changes only where and how a run is executed is not part of its identity.
-HARDWARE = ("paths", "trainer", "logger", "launcher", "gradients")
+HARDWARE = ("paths", "trainer", "logger", "launcher", "gradients", "objective")
 RECORD_LIMIT = 64 * 1024  # bytes; longer curves go to a compressed file beside the record
 VERSIONED = ("torch", "torchvision", "lightning", "hydra-core", "numpy", "gradexp")
 
@@ -108,22 +112,6 @@ class Paths:
         return self.outputs / "cache"
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes beside `path`, syncs, renames: a reader sees the whole content or none of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    with draft.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 # --- records ----------------------------------------------------------------------------------------------
 
 
@@ -134,9 +122,15 @@ def read_record(path: Path) -> Config:
         if "curves_file" in record:
             curves = gzip.decompress((path.parent / record["curves_file"]).read_bytes())
             record["metrics"] |= json.loads(curves)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"record {path} can't be read ({error}); delete it and run again, or restore it with git") from None
+    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, zlib.error) as error:
+        raise _unreadable(path, str(error)) from None
+    if wrong := schema.faults(record, complete=False):
+        raise _unreadable(path, wrong[0])
     return record
+
+
+def _unreadable(path: Path, why: str) -> UserError:
+    return UserError(f"record {path} can't be read ({why}); delete it and run again, or restore it with git")
 
 
 def write_record(path: Path, record: Config) -> None:
@@ -237,7 +231,7 @@ class Run:
         shared = {key: self.config[key] for key in HARDWARE if key in self.config}
         run = Run(config | shared, self.paths)
         made = run.folder / product
-        ensure(run, needs=made.exists)
+        ensure(run, needs=lambda: intact(made))
         self.used[name] = {"id": run.id, "experiment": config["name"], f"{made.stem}_sha256": sha256(made)}
         return run
 
@@ -261,8 +255,12 @@ def ensure(run: Run, needs: Callable[[], bool] = lambda: True) -> Config:
         if record:
             _compare(record, fresh)
             return record
+        if wrong := schema.faults(_finite(fresh), complete=True):
+            raise ValueError(f"{run.config['name']} {run.id} made no valid record: {'; '.join(wrong)}")
+        for draft in run.record_path.parent.glob(f".{run.record_path.name}.*"):
+            draft.unlink()  # of a process that died while it wrote; this one holds the lock
         write_record(run.record_path, fresh)
-        return fresh
+        return read_record(run.record_path)
 
 
 def _perform(run: Run) -> Config:
@@ -343,6 +341,22 @@ def versions() -> dict[str, str]:
 
 def _short(value: float | None) -> str:
     return "nan" if value is None else f"{value:.2f}" if abs(value) >= 1 else f"{value:.3g}"
+
+
+def objective(record: Config, direction: str) -> float | None:
+    """What a sweeper is told: the metric that the config calls `objective`; the worst value where training diverged.
+
+    direction: `maximize` or `minimize`, the sweeper's; anything else where nobody optimises: a missing metric is then None.
+    Raises UserError for a metric that a sweeper needs and the run has not.
+    """
+    name, metrics = record["config"].get("objective", "test/accuracy"), record["metrics"]
+    wanted = direction in ("maximize", "minimize")
+    if wanted and (name not in metrics or isinstance(metrics[name], list)):
+        numbers = sorted(key for key, value in metrics.items() if not isinstance(value, list))
+        raise UserError(f"objective={name}: this run measures {', '.join(numbers)}; set objective to one of them")
+    value: float | None = metrics.get(name)
+    missing = value is None or not math.isfinite(value)
+    return (-math.inf if direction == "maximize" else math.inf) if wanted and missing else value
 
 
 def say(record: Config) -> None:

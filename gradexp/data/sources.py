@@ -20,6 +20,7 @@ import numpy as np
 
 from gradexp.data import subsets
 from gradexp.errors import UserError
+from gradexp.files import sha256
 
 SPLITS = ("train", "test")
 
@@ -191,7 +192,7 @@ def _save(folder: Path, splits: dict[str, Split]) -> None:
     for name, split in splits.items():
         np.save(draft / f"{name}_images.npy", split.images)
         np.save(draft / f"{name}_labels.npy", split.labels)
-    checksums = {file.name: _sha256(file) for file in sorted(draft.glob("*.npy"))}
+    checksums = {file.name: sha256(file) for file in sorted(draft.glob("*.npy"))}
     (draft / "checksums.json").write_text(json.dumps(checksums, indent=2))
     shutil.rmtree(folder, ignore_errors=True)
     draft.rename(folder)
@@ -200,11 +201,6 @@ def _save(folder: Path, splits: dict[str, Split]) -> None:
 def _intact(folder: Path) -> bool:
     try:
         checksums = json.loads((folder / "checksums.json").read_text())
-        return all(_sha256(folder / name) == value for name, value in checksums.items())
+        return all(sha256(folder / name) == value for name, value in checksums.items())
     except (OSError, ValueError):
         return False
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()

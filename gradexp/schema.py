@@ -1,0 +1,79 @@
+"""What a record is, checked when one is written and when one is read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any
+
+STATUS = ("finished", "diverged")
+
+# Every record has these; tasks add facts of their own (data, device, steps, ...).
+REQUIRED: dict[str, type | tuple[type, ...]] = {
+    "id": str,
+    "experiment": str,
+    "scale": str,
+    "seed": int,
+    "status": str,
+    "metrics": dict,
+    "config": dict,
+    "upstream": dict,
+    "seconds": dict,
+    "peak_memory_mib": int,
+    "versions": dict,
+    "git": dict,
+    "started": str,
+    "ended": str,
+}
+OPTIONAL: dict[str, type | tuple[type, ...]] = {
+    "data": dict,
+    "arrays": dict,
+    "curves_file": str,
+    "device": str,
+    "devices": int,
+    "precision": str,
+    "strict": bool,
+    "threads": int,
+    "parameters": int,
+    "steps": int,
+    "images_per_second": (int, float),
+}
+
+
+def faults(record: Any, *, complete: bool) -> list[str]:
+    """What is wrong with a record, nothing where it is right. complete: every required field must be there."""
+    if not isinstance(record, dict) or not isinstance(record.get("metrics"), dict):
+        return ["it has no metrics"]
+    found = [f"it has no {name}" for name in REQUIRED if complete and name not in record]
+    for name, kind in (REQUIRED | OPTIONAL).items():
+        if name in record and (not isinstance(record[name], kind) or (isinstance(record[name], bool) and kind is not bool)):
+            found.append(f"{name} is {type(record[name]).__name__}")
+    if found:
+        return found
+    found += [f"metric {name} is no number" for name, value in record["metrics"].items() if not _numbers(value)]
+    if record.get("status", STATUS[0]) not in STATUS:
+        found.append(f"status is {record['status']}")
+    if complete:
+        found += _details(record)
+    return found
+
+
+def _details(record: Mapping[str, Any]) -> list[str]:
+    found = [] if re.fullmatch("[0-9a-f]{12}", record["id"]) else [f"id is {record['id']}"]
+    found += [f"seconds has no {name}" for name in ("wall", "cpu") if not isinstance(record["seconds"].get(name), int | float)]
+    found += [f"upstream {name} has no id" for name, run in record["upstream"].items() if "id" not in run]
+    for name in ("started", "ended"):
+        try:
+            datetime.fromisoformat(record[name])
+        except ValueError:
+            found.append(f"{name} is no time")
+    return found
+
+
+def _numbers(value: Any) -> bool:
+    return all(map(_number, value)) if isinstance(value, list) else _number(value)
+
+
+def _number(value: Any) -> bool:
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))

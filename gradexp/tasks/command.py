@@ -1,0 +1,42 @@
+"""What every command does about errors: one line that names the mend, and an honest exit code."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from gradexp.errors import UserError
+
+STOPPED = 143  # as a shell says of a process that SIGTERM ended
+MENDS = {
+    errno.ENOSPC: "the disk is full; make room and type the command again, it goes on from the last checkpoint",
+    errno.EDQUOT: "the disk quota is used up; make room and type the command again, it goes on from the last checkpoint",
+    errno.EROFS: "the file system is read-only; name another folder: paths.results=FOLDER paths.outputs=FOLDER",
+    errno.EACCES: "writing is not permitted; name another folder: paths.results=FOLDER paths.outputs=FOLDER",
+}
+
+# Read when CUDA starts, so it is there before torch is imported; trainer.strict=true needs it.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+@contextmanager
+def honest() -> Iterator[None]:
+    """Ends the process with a line instead of a traceback where the user can mend what is wrong."""
+    try:
+        yield
+    except UserError as error:
+        if "HYDRA_FULL_ERROR" in os.environ:
+            raise
+        sys.exit(f"error: {error}")
+    except OSError as error:
+        if error.errno not in MENDS:
+            raise
+        sys.exit(f"error: {error.filename2 or error.filename or 'a file'} can't be written: {MENDS[error.errno]}")
+    except BaseException as error:
+        if type(error).__name__ != "Stopped":  # its module imports torch
+            raise
+        print(error, flush=True)
+        sys.exit(STOPPED)

@@ -1,0 +1,30 @@
+"""make verify: whether every record is whole and is what its config says, and whether a sample of quick runs repeats."""
+
+import argparse
+import sys
+
+from gradexp.runs import Paths
+from gradexp.tasks.command import honest
+from gradexp.tasks.compose import compose_run
+from gradexp.tasks.verify import Finding, verify
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sample", type=int, default=3, help="how many quick records to repeat")
+    parser.add_argument("--seed", type=int, default=0, help="which ones")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="of trainer or paths")
+    given = parser.parse_args()
+    config = compose_run(["experiment=teacher", "logger=none", *given.set])
+    extra = {name: config[name] for name in ("trainer", "logger", "gradients")}
+    wrong = 0
+    for line in verify(Paths.of(config), sample=given.sample, seed=given.seed, extra=extra):
+        wrong += isinstance(line, Finding)
+        print(f"{line.record.parent.name}/{line.record.name}: {line.what}" if isinstance(line, Finding) else line, flush=True)
+    if wrong:
+        sys.exit(f"error: {wrong} findings")
+
+
+if __name__ == "__main__":
+    with honest():
+        main()

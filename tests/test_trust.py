@@ -1,0 +1,190 @@
+"""What a number rests on: repeats, schemas, verification, files that are never executed."""
+
+import ast
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gradexp import files, schema
+from gradexp.errors import UserError
+from gradexp.runs import ROOT, Paths, Run, ensure, read_record, write_record
+from gradexp.tasks.compose import compose_run
+from gradexp.tasks.verify import Finding, alike, verify
+
+TINY = ["scale=quick", "scale.width=0.04", "optim.passes=2", "data.per_class=3", "trainer.threads=1", "logger=none"]
+DISTILL = ["experiment=jacobian_distill", *TINY, "+upstream.teacher.optim.passes=1", "+upstream.teacher.scale.width=0.03"]
+
+
+def run(places: list[str], *words: str) -> Run:
+    config = compose_run([*(words or ["experiment=teacher", *TINY]), *places])
+    return Run(config, Paths.of(config))
+
+
+def test_strict_repeats_are_identical_to_the_bit(places: list[str]) -> None:
+    words = [*DISTILL, "method=ce_a_j", "trainer.strict=true", "trainer.threads=1"]
+    try:
+        made = [run([f"{place}/{i}" for place in places], *words) for i in range(2)]
+        records = [ensure(each) for each in made]
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.set_num_threads(1)
+    assert records[0]["metrics"] == records[1]["metrics"]
+    assert records[0]["strict"] is True
+    assert made[0].weights.read_bytes() == made[1].weights.read_bytes()
+
+
+def test_settings_of_the_gpu_are_there_before_torch() -> None:
+    import subprocess
+    import sys
+
+    code = (
+        "import sys; sys.argv = ['run.py']; import runpy; runpy.run_path('run.py', run_name='other'); import os; "
+        "sys.exit('torch' in sys.modules or os.environ['CUBLAS_WORKSPACE_CONFIG'] != ':4096:8')"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_committed_records_are_valid() -> None:
+    for path in (ROOT / "results" / "runs").glob("*/*.json"):
+        assert schema.faults(read_record(path), complete=True) == [], path
+
+
+BROKEN: dict[str, Any] = {
+    "seed": "0",
+    "metrics": {"test/accuracy": "high"},
+    "status": "fine",
+    "id": "teacher",
+    "seconds": {"wall": 1},
+    "started": "yesterday",
+    "upstream": {"teacher": {}},
+    "config": None,
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_record_is_not_valid(name: str, places: list[str]) -> None:
+    good = json.loads(next((ROOT / "results" / "runs" / "teacher").glob("*.json")).read_text())
+    assert schema.faults(good, complete=True) == []
+    assert schema.faults({**good, name: BROKEN[name]}, complete=True)
+    assert schema.faults({key: value for key, value in good.items() if key != name}, complete=True)
+
+
+def test_verify_finds_what_is_wrong(places: list[str]) -> None:
+    """Repeats a whole run; then finds a number, an upstream and a config that were changed by hand, and a spoilt file."""
+    made = run(places, *DISTILL, "method=ce")
+    good = ensure(made)
+    extra = {name: made.config[name] for name in ("trainer", "logger", "gradients")}
+
+    def findings(sample: int = 0) -> list[str]:
+        lines = verify(made.paths, sample=sample, seed=0, extra=extra)
+        return [line.what for line in lines if isinstance(line, Finding)]
+
+    assert findings(sample=1) == []
+    write_record(made.record_path, {**good, "metrics": {**good["metrics"], "test/accuracy": 99.0}})
+    (found,) = findings(sample=1)
+    assert found.startswith("test/accuracy was 99.0, now it is ")
+    write_record(made.record_path, {**good, "config": {**good["config"], "seed": 5}})
+    assert "has the id" in findings()[0]
+    write_record(made.record_path, {**good, "upstream": {"teacher": {"id": "0" * 12}}})
+    assert "upstream teacher is not the run" in findings()[0]
+    other = {**good["config"], "task": {"_target_": "os.system", "version": 0}}
+    write_record(made.record_path, {**good, "config": other})
+    texts = " ".join(findings())
+    assert "os.system is refused" in texts
+    assert "version is 0" in texts
+    made.record_path.write_bytes(made.record_path.read_bytes()[:100])
+    assert "can't be read" in findings()[0]
+
+
+def test_numbers_agree_as_well_as_machines_do() -> None:
+    assert alike("test/accuracy", 60.0, 61.5)
+    assert not alike("test/accuracy", 60.0, 63.0)
+    assert alike("train/loss", [9.0, 1.0], [1.0, 1.01])
+    assert not alike("train/loss", [1.0], [1.0, 1.0])
+    assert alike("x", None, None)
+    assert not alike("x", None, 1.0)
+
+
+def test_nothing_that_is_loaded_can_execute() -> None:
+    """torch.load reads tensors only, everywhere; nothing unpickles."""
+    found = 0
+    for path in (ROOT / "gradexp").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                assert "pickle" not in ast.unparse(node), path
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
+                found += 1
+                assert "weights_only=True" in ast.unparse(node), path
+    assert found >= 4
+
+
+def test_a_seal_knows_the_old_file_and_the_new(tmp_path: Path) -> None:
+    """Killed between the seal and the file, the old file is still what was written."""
+    path = tmp_path / "file"
+
+    def put(content: bytes) -> None:
+        draft = files.draft_of(path)
+        draft.write_bytes(content)
+        files.put_sealed(draft, path)
+
+    put(b"old")
+    old = path.read_bytes()
+    put(b"new")
+    assert files.intact(path)
+    path.write_bytes(old)
+    assert files.intact(path)
+    path.write_bytes(b"nwe")
+    assert not files.intact(path)
+
+
+@pytest.mark.parametrize("spoil", ["truncated", "flipped", "empty"])
+def test_a_damaged_checkpoint_is_set_aside(places: list[str], spoil: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from gradexp.training.callbacks import Checkpointer, Stopped
+
+    whole = ensure(run([f"{place}/whole" for place in places]))
+    original = Checkpointer.on_train_batch_end
+
+    def stop(self: Checkpointer, trainer: Any, *_: Any) -> None:
+        self.save(trainer)
+        raise Stopped
+
+    made = run(places)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Checkpointer, "on_train_batch_end", stop)
+        with pytest.raises(Stopped):
+            ensure(made)
+    assert Checkpointer.on_train_batch_end is original
+    checkpoint = made.folder / "last.ckpt"
+    content = bytearray(checkpoint.read_bytes())
+    content[len(content) // 2] ^= 1
+    checkpoint.write_bytes({"truncated": content[:-7], "flipped": content, "empty": b""}[spoil])
+    assert ensure(made)["metrics"] == whole["metrics"]
+    assert "is damaged, so it is set aside" in capsys.readouterr().out
+
+
+def test_damaged_weights_of_a_teacher_are_made_again(places: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    first = ensure(run(places, *DISTILL, "method=a"))
+    teacher = next(Path(run(places).paths.outputs).rglob("teacher/*/weights.pt"))
+    content = bytearray(teacher.read_bytes())
+    content[len(content) // 2] ^= 1
+    teacher.write_bytes(content)
+    second = ensure(run(places, *DISTILL, "method=ce_a"))
+    assert second["upstream"] == first["upstream"]
+    assert "same numbers as its record" in capsys.readouterr().out
+
+
+def test_full_disks_and_read_only_folders_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    import errno
+
+    from gradexp.tasks.command import honest
+
+    for number, words in ((errno.ENOSPC, "make room"), (errno.EROFS, "paths.results=FOLDER")):
+        with pytest.raises(SystemExit, match=words), honest():
+            raise OSError(number, "no", "results/x.json")
+    with pytest.raises(UserError), pytest.MonkeyPatch.context() as patch, honest():
+        patch.setenv("HYDRA_FULL_ERROR", "1")
+        raise UserError("no")
