@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gradexp import layers
+from gradexp import layers, ranks
 from gradexp.errors import UserError, nearest
 
 TARGETS = ("label", "top", "logprob", "all")
@@ -88,7 +88,7 @@ def taylor_trace(model: nn.Module, images: Tensor, logits: Tensor, labels: Tenso
 
     logits = model(images); the noisy images are a second pass in the model's present mode. -> (B,).
     """
-    noisy = model(images + sigma * torch.randn_like(images))
+    noisy = model(images + sigma * ranks.normal_like(images))
     return 2 / sigma**2 * (scalar(noisy, labels, target) - scalar(logits, labels, target))
 
 
@@ -98,7 +98,7 @@ def hutchinson_trace(gradient: Tensor, images: Tensor, *, differentiable: bool) 
     gradient: the differentiable input-gradient at `images`. Where batch statistics couple the images, the products
     between different images add noise of mean zero. -> (B,).
     """
-    direction = torch.randn_like(images)
+    direction = ranks.normal_like(images)
     return (_product(gradient, images, direction, differentiable) * direction).flatten(1).sum(1)
 
 
@@ -112,43 +112,13 @@ def exact_trace(gradient: Tensor, images: Tensor) -> Tensor:
     return torch.stack(diagonal).sum(0)
 
 
-class ElementaryBatchNorm(nn.BatchNorm2d):
-    """nn.BatchNorm2d out of elementary operations, which have derivatives of every order."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        mean, variance = self.running_mean, self.running_var
-        if mean is None or variance is None or self.num_batches_tracked is None or self.momentum is None:
-            return super().forward(input)
-        if self.training:
-            count = input.numel() // input.shape[1]
-            var, now = torch.var_mean(input, dim=(0, 2, 3), correction=0)
-            self.num_batches_tracked.add_(1)
-            mean.lerp_(now.detach().to(mean.dtype), self.momentum)
-            variance.lerp_(var.detach().to(variance.dtype) * count / (count - 1), self.momentum)
-            mean, variance = now, var
-        scale = self.weight * torch.rsqrt(variance + self.eps)
-        return input * scale.view(-1, 1, 1) + (self.bias - mean * scale).view(-1, 1, 1)
-
-
-def allow_third_derivatives(model: nn.Module) -> nn.Module:
-    """Makes `model` trainable through a Hessian, in place: PyTorch's batch normalisation has two derivatives, so has ours.
-
-    Values, parameters and state stay what they were. Returns `model`.
-    """
-    for module in layers.restore(model).modules():
-        if type(module) is nn.BatchNorm2d and module.affine:
-            module.__class__ = ElementaryBatchNorm
-    return model
-
-
-def refuse_third_derivatives(model: nn.Module) -> None:
+def check_third_derivatives(model: nn.Module) -> None:
     """Raises UserError where training through a Hessian would meet a layer that is differentiable only twice."""
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d) and not isinstance(module, ElementaryBatchNorm):
-            raise UserError(
-                "the hutchinson estimator needs third derivatives, batch normalisation has two: "
-                "call gradients.allow_third_derivatives(model) first, or take the taylor estimator"
-            )
+    if any(type(module) is nn.BatchNorm2d for module in model.modules()):
+        raise UserError(
+            "the hutchinson estimator needs third derivatives, and torch's batch normalisation has two: "
+            "set gradients.backend=fast, or take the taylor estimator"
+        )
 
 
 def angle(first: Tensor, second: Tensor) -> Tensor:
@@ -281,7 +251,7 @@ def effective_bias(module: nn.Module, before: nn.Module | None = None, features:
     if features is None:
         mean, variance = module.running_mean, module.running_var
     else:
-        variance, mean = torch.var_mean(_wide(features).transpose(0, 1).flatten(1), dim=1, correction=0)
+        variance, mean = ranks.moments(_wide(features))
     if mean is None or variance is None:
         raise UserError("a batch normalisation without running statistics has no bias of its own; give it these")
     shift = mean if before is None or own is None else mean - own

@@ -240,7 +240,7 @@ def _wide(values: Tensor, like: Tensor) -> Tensor:
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """nn.BatchNorm2d, differentiable twice at first-order cost."""
+    """nn.BatchNorm2d, differentiable twice at first-order cost, and any number of times (the stock layer: twice)."""
 
     def forward(self, input: Tensor) -> Tensor:
         mean, variance, seen = self.running_mean, self.running_var, self.num_batches_tracked

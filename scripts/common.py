@@ -11,8 +11,9 @@ from typing import Any
 from gradexp.errors import UserError
 from gradexp.report import specs
 from gradexp.runs import ROOT, Paths
-from gradexp.tasks.compose import compose_run, plan
-from gradexp.tasks.many import Failure, missing, run_all
+from gradexp.tasks.command import honest
+from gradexp.tasks.compose import compose_run, plan, refuse_many_devices
+from gradexp.tasks.many import Failure, make_launcher, missing, run_all
 
 Make = Callable[[dict[str, Any], "Job"], None]
 
@@ -25,15 +26,16 @@ class Job:
     workers: int
     paths: Paths
     extra: Sequence[str]
+    launcher: Any = None
 
     def fill(self, title: str, wanted: Iterable[Sequence[str]]) -> list[Failure]:
         """Runs what is missing of the runs that these overrides stand for; returns those that failed."""
-        runs = [plan(overrides) for overrides in wanted]
+        runs = [plan(overrides) for overrides in dict.fromkeys(map(tuple, wanted))]
         absent = missing(runs, self.paths) if self.workers else []
         if not absent:
             return []
         print(f"{title}, scale={self.scale}: {len(absent)} of {len(runs)} runs are missing", flush=True)
-        return run_all(absent, self.paths, workers=self.workers, extra=self.extra)
+        return run_all(absent, self.paths, workers=self.workers, extra=self.extra, launcher=self.launcher)
 
 
 def make_all(kind: str, make: Make, about: str | None) -> None:
@@ -43,20 +45,34 @@ def make_all(kind: str, make: Make, about: str | None) -> None:
     parser.add_argument("--scale", default="cpu")
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--render-only", action="store_true")
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="of trainer, logger or paths, for every run")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="of trainer, logger, paths or launcher")
+    parser.add_argument("--launcher", default="local", help="a file of conf/launcher: local or slurm")
     given = parser.parse_args()
-    try:
-        paths = Paths.of(compose_run(["experiment=teacher", *given.set]))
-        job = Job(given.scale, 0 if given.render_only else given.workers, paths, given.set)
+    with honest():
+        of_launcher = [word for word in given.set if word.startswith("launcher.")]
+        extra = [word for word in given.set if word not in of_launcher]
+        config = compose_run(["experiment=teacher", f"scale={given.scale}", *extra])
+        if given.workers > 1:
+            refuse_many_devices(config)
+        launcher = make_launcher(given.launcher, of_launcher)
+        job = Job(given.scale, 0 if given.render_only else given.workers, Paths.of(config), extra, launcher)
         for part in [part for number in given.numbers for part in specs.parts(kind, number)]:
             make(specs.load(kind, part), job)
-        for number in [] if given.numbers else specs.numbers(kind):
-            try:
-                make(specs.load(kind, number), job)
-            except UserError as error:
-                print(error)
-    except UserError as error:
-        sys.exit(f"error: {error}")
+        if not given.numbers and not make_every(kind, make, job) and job.workers:
+            sys.exit(1)
+
+
+def make_every(kind: str, make: Make, job: Job) -> bool:
+    """All tables or figures that the scale has; says what is wrong with one and goes on. Whether all was well."""
+    found = [spec for spec in (specs.load(kind, number) for number in specs.numbers(kind)) if job.scale in spec["seeds"]]
+    well = True
+    for spec in found:
+        try:
+            make(spec, job)
+        except UserError as error:
+            print(error)
+            well = False
+    return well
 
 
 def report(files: Iterable[Path], failures: Sequence[Failure]) -> None:

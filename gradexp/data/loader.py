@@ -7,6 +7,7 @@ and the same after a resume.
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -18,15 +19,19 @@ from gradexp.errors import UserError
 
 
 class Batch(NamedTuple):
-    """images (B, C, H, W) float, labels (B,), row (B,): among the images of the loader, view (B,): which crop and flip."""
+    """images (B, C, H, W) float, labels (B,), row (B,): among the images of the loader, view (B,): which crop and flip.
+
+    share: (number of the first image, number of all images) where this is a process's part of a batch, None for a whole one.
+    """
 
     images: Tensor
     labels: Tensor
     row: Tensor
     view: Tensor
+    share: tuple[int, int] | None = None
 
 
-class Loader:
+class Loader(ABC):
     """The order in which images are shown, and the view of each: a function of (seed, epoch). A subclass makes batches.
 
     labels (N,); mean, std (C,) of pixels in [0, 1]. flip: mirror half of the images. crop: a random window, moved by up
@@ -57,18 +62,18 @@ class Loader:
             raise UserError("one training image has no batch statistics; raise data.per_class")
 
     @property
+    @abstractmethod
     def fingerprint(self) -> str:
         """Sixteen digits that name the images, their normalisation and the order in which they are shown."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def example(self) -> Tensor:
         """One black image as a model sees it, (1, C, H, W): for sizes, where values do not matter."""
-        raise NotImplementedError
 
+    @abstractmethod
     def batch(self, rows: Tensor, view: Tensor) -> Batch:
         """These images as seen through these views."""
-        raise NotImplementedError
 
     def __len__(self) -> int:
         return -(-self.count // self.batch_size) - self.lone
@@ -76,13 +81,17 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         return self.batches(epoch=0)
 
-    def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """The batches of one pass over the images, from number `start` on."""
+    def batches(self, epoch: int, start: int = 0, *, rank: int = 0, world: int = 1) -> Iterator[Batch]:
+        """The batches of one pass over the images, from number `start` on; of each, the part of process `rank` of `world`."""
         order, view = self._draw(epoch)
         last = len(self) - 1
         ends = [None if number == last else (number + 1) * self.batch_size for number in range(len(self))]
-        chosen = [order[number * self.batch_size : ends[number]] for number in range(start, len(self))]
-        return self._made([(rows, view[rows]) for rows in chosen])
+        parts = [order[number * self.batch_size : ends[number]].tensor_split(world) for number in range(start, len(self))]
+        made = self._made([(each[rank], view[each[rank]]) for each in parts])
+        if world == 1:
+            return made
+        shares = ((sum(map(len, each[:rank])), sum(map(len, each))) for each in parts)
+        return (batch._replace(share=share) for batch, share in zip(made, shares, strict=True))
 
     def _made(self, wanted: Sequence[tuple[Tensor, Tensor]]) -> Iterator[Batch]:
         """The batches of these rows and views, in order."""
@@ -157,11 +166,18 @@ class TrainingStream:
     """A whole training as one sequence of `steps` batches, pass after pass.
 
     To the trainer it is a single long epoch, so that short passes cost nothing, and a checkpoint can be taken
-    after any step: the state is the number of batches given so far.
+    after any step: the state is the number of batches given so far, by whatever number of processes.
+    rank, world: this process gives its part of every batch.
     """
 
-    def __init__(self, loader: Loader, steps: int) -> None:
-        self.loader, self.steps, self.step = loader, steps, 0
+    def __init__(self, loader: Loader, steps: int, *, rank: int = 0, world: int = 1) -> None:
+        self.loader, self.steps, self.step, self.rank, self.world = loader, steps, 0, rank, world
+        last = loader.count - (len(loader) - 1) * loader.batch_size
+        if min(last, loader.batch_size) < world:
+            raise UserError(
+                f"{world} devices can't share a batch of {min(last, loader.batch_size)} images, such as the last of a pass; "
+                f"take fewer devices"
+            )
 
     def __len__(self) -> int:
         return self.steps
@@ -169,7 +185,7 @@ class TrainingStream:
     def __iter__(self) -> Iterator[Batch]:
         while self.step < self.steps:
             epoch, start = divmod(self.step, len(self.loader))
-            for batch in self.loader.batches(epoch, start):
+            for batch in self.loader.batches(epoch, start, rank=self.rank, world=self.world):
                 if self.step == self.steps:
                     return
                 self.step += 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from gradexp.errors import UserError
+from gradexp.files import sha256
 
 MANIFEST = "maps.json"  # written last: its presence means that the maps are complete
 
@@ -49,8 +49,3 @@ class Removal:
         places = np.load(self._folder / f"{split}.npy", mmap_mode="r")
         pixels = places[0].size
         return np.asarray(places >= pixels - round(self.fraction * pixels))
-
-
-def sha256(file: Path) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()

@@ -37,12 +37,24 @@ def _built(value: Any, where: str) -> Any:
 
 
 def _has_default(function: Callable[..., Any], key: str) -> bool:
-    parameter = inspect.signature(function).parameters.get(key)
+    parameter = _parameters(function).get(key)
     return parameter is not None and parameter.default is not parameter.empty
 
 
+def _parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """What a function takes; of a class that hands `**options` on to its base classes, also what these take."""
+    found = dict(inspect.signature(function).parameters)
+    for base in inspect.getmro(function)[1:-1] if inspect.isclass(function) else ():
+        rest = [name for name, parameter in found.items() if parameter.kind is parameter.VAR_KEYWORD]
+        if not rest:
+            break
+        del found[rest[0]]
+        found = dict(inspect.signature(base).parameters) | found
+    return found
+
+
 def _check_keys(function: Callable[..., Any], given: dict[str, Any], where: str) -> None:
-    parameters = inspect.signature(function).parameters
+    parameters = _parameters(function)
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         return
     for key in given:
@@ -51,7 +63,7 @@ def _check_keys(function: Callable[..., Any], given: dict[str, Any], where: str)
 
 
 def _check_complete(function: Callable[..., Any], arguments: dict[str, Any], where: str) -> None:
-    for name, parameter in inspect.signature(function).parameters.items():
+    for name, parameter in _parameters(function).items():
         named = parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD)
         if named and parameter.default is parameter.empty and name not in arguments:
             raise UserError(f"{where}.{name} is missing: {function.__name__} needs it")

@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from gradexp.errors import UserError, nearest
 from gradexp.runs import HARDWARE, ROOT, Config
+from gradexp.tasks import remembered
 
 CONF = ROOT / "conf"
 
@@ -52,7 +53,7 @@ def plan(overrides: Sequence[str]) -> Planned:
     for key in config:
         if key not in known:
             raise UserError(f"the experiment sets {key}, which no run reads{nearest(str(key), known)}")
-    maps = ["maps"] if config["data"].get("removal") else []
+    maps = ["maps"] if config.get("data", {}).get("removal") else []
     names = [*config["method"]["upstream"], *maps] if "method" in config else config["upstream"]
     upstream = {name: _upstream(config, name) for name in names}
     nested = {name: {key: value for key, value in run.config.items() if key not in HARDWARE} for name, run in upstream.items()}
@@ -102,6 +103,17 @@ def check_overrides(arguments: Sequence[str]) -> None:
         compose_run(overrides)
 
 
+def refuse_many_devices(config: Config) -> None:
+    """Raises UserError where one of several runs wants several devices."""
+    trainer = config["trainer"]
+    if trainer["devices"] != 1 or trainer["num_nodes"] != 1:
+        raise UserError(
+            f"trainer.devices={trainer['devices']} trainer.num_nodes={trainer['num_nodes']} is for one run at a time: several "
+            f"runs that each take all devices get in each other's way. Give each run one device (trainer.devices=1), or "
+            f"start them one by one without -m"
+        )
+
+
 def _choices(override: Override) -> list[str]:
     """The override as it stands, one override for each value of a sweep, or none for a continuous sweep."""
     if not override.is_sweep_override():
@@ -113,6 +125,14 @@ def _choices(override: Override) -> list[str]:
 
 @cache
 def _compose(overrides: tuple[str, ...]) -> Config:
+    known = remembered.recall(CONF, overrides)
+    if known is None:
+        known = _composed(overrides)
+        remembered.remember(CONF, overrides, known)
+    return known
+
+
+def _composed(overrides: tuple[str, ...]) -> Config:
     try:
         if GlobalHydra.instance().is_initialized():
             composed = compose("config", overrides=list(overrides))
@@ -132,7 +152,7 @@ def _missing_choice(error: MissingConfigException) -> str:
     options = [option for option in error.options or [] if not option.startswith("_")]
     if not group:
         return str(error).splitlines()[0]
-    hint = nearest(choice, options) or "."
+    hint = nearest(choice, options)
     return f"{group}={choice}: there is no conf/{group}/{choice}.yaml{hint} There is: {', '.join(options)}"
 
 

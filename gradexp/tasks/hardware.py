@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from typing import Any
 
 import torch
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 
 from gradexp.errors import UserError
@@ -35,6 +39,16 @@ def _keep_memory() -> None:
     mallopt(trim_threshold, 2**31 - 1)
 
 
+def _forbid_chance() -> None:
+    """Repeats are bit-identical on the same machine, or an operation that can't promise it raises an error.
+
+    CUBLAS_WORKSPACE_CONFIG, which must be there before CUDA starts, is set by gradexp.tasks.command.
+    """
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+
+
 def _wake_vector_math() -> None:
     """Makes softplus and log1p on the CPU nine times faster.
 
@@ -47,23 +61,24 @@ def _wake_vector_math() -> None:
 class Hardware:
     """Device, precision and memory layout of a run.
 
+    devices: how many processes train together on each of `num_nodes` machines (tasks/processes.py); `auto` for all GPUs.
     precision: `32`, `bf16`, or `auto` (bf16 where the device computes it natively). checkpoint_every: seconds.
-    threads: CPU threads, None for torch's choice. store_gib: a teacher's targets are computed once for all views,
-    and kept in memory-mapped files, where they need no more than this.
+    strict: see _forbid_chance. threads: CPU threads of a process, None for torch's choice. store_gib: a teacher's targets
+    are computed once for all views, and kept in memory-mapped files, where they need no more than this.
     """
 
     def __init__(
         self,
         *,
         accelerator: str,
-        devices: int,
+        devices: int | str,
         num_nodes: int,
-        strategy: str,
         precision: str | int,
         channels_last: bool,
         checkpoint_every: float,
         store_gib: float,
         threads: int | None,
+        strict: bool,
     ) -> None:
         self.kind = ("gpu" if torch.cuda.is_available() else "cpu") if accelerator == "auto" else accelerator
         if self.kind == "gpu" and not torch.cuda.is_available():
@@ -75,14 +90,21 @@ class Hardware:
             # Emulated, it is many times slower than fp32, and torch 2.14's convolutions have corrupted memory with it.
             raise UserError("trainer.precision=bf16: this processor has no bf16 arithmetic; use 32 or auto")
         self.precision, self.channels_last, self.checkpoint_every = wanted, channels_last, checkpoint_every
-        self.devices, self.num_nodes, self.strategy, self.threads = devices, num_nodes, strategy, threads
-        self.store_gib = store_gib
-        self.device = torch.device("cuda" if self.kind == "gpu" else "cpu")
+        self.store_gib, self.threads, self.num_nodes, self.strict = store_gib, threads, num_nodes, strict
+        self.devices = (torch.cuda.device_count() if self.kind == "gpu" else 1) if devices == "auto" else int(devices)
+        if self.kind == "gpu" and self.devices > torch.cuda.device_count():
+            raise UserError(f"trainer.devices={devices}: this machine has {torch.cuda.device_count()} GPUs")
+        self.together = self.devices * num_nodes
+        self.is_part = "TORCHELASTIC_RUN_ID" in os.environ
+        self.rank, local = (int(os.environ[name]) if self.is_part else 0 for name in ("RANK", "LOCAL_RANK"))
+        self.device = torch.device("cuda", local) if self.kind == "gpu" else torch.device("cpu")
 
     def apply(self) -> None:
         """Settings of the whole process."""
-        if self.threads:
-            torch.set_num_threads(self.threads)
+        if self.threads or self.is_part:
+            torch.set_num_threads(self.threads or max(1, (os.cpu_count() or 1) // self.devices))
+        if self.strict:
+            _forbid_chance()
         _keep_memory()
         _wake_vector_math()
 
@@ -91,13 +113,15 @@ class Hardware:
         return model.to(self.device).to(memory_format=layout)
 
     def trainer_options(self) -> dict[str, Any]:
-        return {
-            "accelerator": self.kind,
-            "devices": self.devices,
-            "num_nodes": self.num_nodes,
-            "strategy": self.strategy,
-            "precision": LIGHTNING_PRECISION[self.precision],
-        }
+        """Of Lightning's Trainer. The environment is named: what SLURM says of the job is not what trains together."""
+        options = {"accelerator": self.kind, "precision": LIGHTNING_PRECISION[self.precision]}
+        if not self.is_part:
+            return {**options, "devices": 1, "plugins": [LightningEnvironment()]}
+        backend = "nccl" if self.kind == "gpu" else "gloo"
+        # Not every method uses every parameter; buffers are the same everywhere by construction (gradexp/ranks.py).
+        strategy = DDPStrategy(find_unused_parameters=True, broadcast_buffers=False, process_group_backend=backend)
+        nodes = {"devices": self.devices, "num_nodes": self.num_nodes}
+        return {**options, **nodes, "strategy": strategy, "plugins": [TorchElasticEnvironment()]}
 
     def autocast(self) -> torch.autocast:
         """What Lightning does around a training step."""
@@ -106,4 +130,5 @@ class Hardware:
     def facts(self) -> dict[str, Any]:
         """What a record says of the machine; never its name."""
         name = torch.cuda.get_device_name() if self.kind == "gpu" else torch.cpu.get_capabilities().get("cpu_name", "cpu")
-        return {"device": name, "precision": self.precision, "threads": torch.get_num_threads()}
+        facts = {"device": name, "precision": self.precision, "threads": torch.get_num_threads()}
+        return facts | ({"devices": self.together} if self.together > 1 else {}) | ({"strict": True} if self.strict else {})

@@ -1,25 +1,20 @@
-"""Many runs: what is missing, each in a process of its own."""
+"""Many runs: what is missing, each in a process of its own, those that others stand on first."""
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import sys
 import time
-import traceback
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import repeat
 from pathlib import Path
+from typing import Any
 
-from gradexp.errors import UserError
-from gradexp.runs import Paths, Run, ensure, run_id, say
-from gradexp.tasks.compose import Planned, compose_run
+import yaml
 
-# Every run is forked from one server that has already imported what training needs: a process of its own,
-# without the ten seconds of imports that a fresh interpreter costs.
-PRELOADED = ["gradexp.tasks.train", "gradexp.tasks.compose"]
+from gradexp.errors import UserError, nearest
+from gradexp.runs import ROOT, Paths, run_id
+from gradexp.tasks.build import build
+from gradexp.tasks.compose import Planned
+from gradexp.tasks.launchers import Local, Slurm, Work
 
 
 @dataclass(frozen=True)
@@ -34,62 +29,76 @@ def missing(planned: Iterable[Planned], paths: Paths) -> list[Planned]:
     return [run for run in unique.values() if not paths.record(run.config).exists()]
 
 
-def upstream_of(runs: Iterable[Planned], paths: Paths) -> list[Planned]:
-    """The runs without a record that others stand on, deepest first.
+def generations(runs: Sequence[Planned], paths: Paths) -> list[list[Planned]]:
+    """The runs and all missing ones below them, once each: every run in a later generation than those it stands on.
 
     One with a record but without its weights is done again by its first user, the others wait for it.
     """
-    below = [run.upstream for run in runs]
-    return missing([found for level in below for found in [*upstream_of(level, paths), *level]], paths)
+    depth: dict[str, tuple[int, Planned]] = {}
+
+    def visit(run: Planned) -> int:
+        name = run_id(run.config)
+        if name not in depth:
+            below = missing(run.upstream, paths)
+            depth[name] = (1 + max(map(visit, below), default=-1), run)
+        return depth[name][0]
+
+    for run in missing(runs, paths):
+        visit(run)
+    last = max((level for level, _ in depth.values()), default=-1)
+    return [[run for level, run in depth.values() if level == wanted] for wanted in range(last + 1)]
 
 
-def run_all(runs: Sequence[Planned], paths: Paths, *, workers: int, extra: Sequence[str] = ()) -> list[Failure]:
-    """Does the runs, `workers` at a time, their upstream runs first and once; returns those that failed.
+def make_launcher(name: str, words: Sequence[str] = ()) -> Any:
+    """The launcher of conf/launcher/NAME.yaml. words: `launcher.KEY=VALUE`. Raises UserError for a name or key there is not."""
+    names = [file.stem for file in (ROOT / "conf" / "launcher").glob("*.yaml")]
+    if name not in names:
+        raise UserError(f"launcher={name}: there is none{nearest(name, names)} There is: {', '.join(sorted(names))}")
+    node = yaml.safe_load((ROOT / "conf" / "launcher" / f"{name}.yaml").read_text(encoding="utf-8"))
+    for word in words:
+        key, _, value = word.removeprefix("launcher.").partition("=")
+        if key not in node:
+            raise UserError(f"{word}: launcher={name} has no key {key}{nearest(key, node)}")
+        node[key] = yaml.safe_load(value)
+    return build(node, where="launcher")
+
+
+def run_all(
+    runs: Sequence[Planned], paths: Paths, *, workers: int, extra: Sequence[str] = (), launcher: Local | Slurm | None = None
+) -> list[Failure]:
+    """Does the runs, their upstream runs first and once; returns those that failed and those that wait for them.
 
     extra: hardware overrides for every run. The cores are shared out among the workers.
     """
-    failures: list[Failure] = []
-    for stage in (upstream_of(runs, paths), list(runs)):
-        count = min(workers, len(stage)) or 1
-        threads = max(1, (os.cpu_count() or 1) // count)
-        places = [f"[{i}/{len(stage)}]" for i in range(1, len(stage) + 1)]
-        with ThreadPoolExecutor(count) as pool:
-            done = pool.map(_run, places, stage, repeat(paths), repeat(threads), repeat(extra))
-            failures += [failure for failure in done if failure]
-        if failures:
-            break
-    return failures
+    launcher = launcher or Local()
+    failed: dict[str, Failure] = {}
+    for stage in generations(runs, paths):
+        ready = []
+        for run in stage:
+            cause = next((failed[name] for name in map(_id, run.upstream) if name in failed), None)
+            if cause:
+                failed[_id(run)] = Failure(run.command, cause.log)
+            else:
+                ready.append(run)
+        works = [Work((*run.overrides, *extra), paths.folder(run.config) / "log.txt") for run in ready]
+        begun = time.monotonic()
+
+        def said(number: int, code: int, works: Sequence[Work] = works, ready: Sequence[Planned] = ready) -> None:
+            run, log = ready[number], works[number].log
+            seconds = time.monotonic() - begun  # noqa: B023 (called before the next generation begins)
+            print(f"[{number + 1}/{len(ready)}] {seconds:.0f} s  {run.command}\n    {_last_line(log, code)}", flush=True)
+            if code:
+                failed[_id(run)] = Failure(run.command, log)
+
+        if works:
+            launcher.do(works, workers, said)
+    return list(failed.values())
 
 
-def _run(place: str, planned: Planned, paths: Paths, threads: int, extra: Sequence[str]) -> Failure | None:
-    log = paths.folder(planned.config) / "log.txt"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    begun = time.monotonic()
-    process = context.Process(target=_work, args=([*planned.overrides, *extra], threads, log))
-    process.start()
-    process.join()
+def _id(run: Planned) -> str:
+    return run_id(run.config)
+
+
+def _last_line(log: Path, code: int) -> str:
     lines = log.read_text().splitlines() if log.exists() else []
-    last = lines[-1] if lines else f"it ended with exit code {process.exitcode} and printed nothing"
-    print(f"{place} {time.monotonic() - begun:.0f} s  {planned.command}\n    {last}", flush=True)
-    return Failure(planned.command, log) if process.exitcode else None
-
-
-def _work(overrides: Sequence[str], threads: int, log: Path) -> None:
-    """What `python run.py OVERRIDES` does, written to a log."""
-    import torch
-
-    output = log.open("w", buffering=1)  # stays open: an exit message is written after this function
-    os.dup2(output.fileno(), 1)
-    os.dup2(output.fileno(), 2)
-    sys.stdout = sys.stderr = output
-    torch.set_num_threads(threads)
-    try:
-        config = compose_run(overrides)
-        say(ensure(Run(config, Paths.of(config))))
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    except Exception:
-        traceback.print_exc()
-        sys.exit(1)
+    return lines[-1] if lines else f"it ended with exit code {code} and printed nothing"

@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import logging
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import lightning
 import torch
 from torch import nn
 
-from gradexp import gradients, layers
+from gradexp import layers, ranks
 from gradexp.data.dataset import ImageData
 from gradexp.data.loader import Loader, TrainingStream
 from gradexp.data.removal import MANIFEST
 from gradexp.errors import UserError
 from gradexp.evaluate.accuracy import accuracy
-from gradexp.runs import Config, Paths, Result, Run, write_atomically
+from gradexp.files import draft_of, put_sealed
+from gradexp.runs import Config, Paths, Result, Run
 from gradexp.tasks.build import build
 from gradexp.tasks.hardware import Hardware
 from gradexp.tasks.loggers import finish, make_logger
+from gradexp.tasks.processes import train_together
 from gradexp.terms import Term
 from gradexp.terms.step import Map, Targets
 from gradexp.training.callbacks import Checkpointer, ProgressLine
@@ -35,8 +38,47 @@ from gradexp.training.targets import LiveTargets, StoredTargets, bytes_each
 EVALUATION_BATCH = 512
 
 
+@dataclass(frozen=True)
+class Training:
+    """What there is before the first step."""
+
+    run: Run
+    hardware: Hardware
+    data: ImageData
+    loader: Loader
+    student: nn.Module
+    module: Classifier
+    checkpointer: Checkpointer
+    progress: ProgressLine
+
+
 def train(run: Run) -> Result:
     """The run's model after its last step; weights in `run.weights`."""
+    training = prepare(run)
+    module, student, hardware, checkpointer = training.module, training.student, training.hardware, training.checkpointer
+    together = hardware.together > 1
+    # A metrics.csv that other processes wrote would be begun anew.
+    logger = None if together and run.config["logger"]["_target_"].endswith("csv") else make_logger(run)
+    steps = train_elsewhere(training) if together else run_steps(training, logger)
+    metrics: dict[str, Any] = module.curves | module.summary() | judge(module, training.data, hardware)
+    if "train/angle" in module.curves:
+        metrics["angle"] = module.curves["train/angle"][-1]
+    finish(logger, {name: value for name, value in metrics.items() if not isinstance(value, list)})
+    save_weights(run, student)
+    checkpointer.remove()
+    facts = {
+        "data": training.data.fingerprint(),
+        "parameters": sum(parameter.numel() for parameter in student.parameters()),
+        "steps": steps,
+        "images_per_second": round(training.progress.images_per_second, 1),
+        "earlier_seconds": checkpointer.earlier,
+        **hardware.facts(),
+    }
+    return Result(metrics, status="diverged" if module.diverged else "finished", facts=facts)
+
+
+def prepare(run: Run) -> Training:
+    """Everything but the training itself, upstream runs included."""
     hardware: Hardware = build(run.config["trainer"], where="trainer")
     hardware.apply()
     data = make_data(run.config, run.paths)
@@ -48,29 +90,35 @@ def train(run: Run) -> Result:
     terms = make_terms(run.config)
     student = hardware.place(make_student(run, terms))
     module = make_module(run, student, terms, optim, loader, hardware)
-
-    stream = TrainingStream(loader, module.total_steps)
+    if hardware.is_part:
+        ranks.share_layers(student)
     checkpointer = Checkpointer(run.folder / "last.ckpt", every=hardware.checkpoint_every)
     progress = ProgressLine(f"{run.config['name']} {run.id}", module.total_steps)
-    logger = make_logger(run)
-    with dropout_after(student, run.config["method"].get("dropout"), loader.example):
-        fit(module, stream, hardware, logger, checkpointer, progress)
+    return Training(run, hardware, data, loader, student, module, checkpointer, progress)
 
-    metrics: dict[str, Any] = module.curves | module.summary() | judge(module, data, hardware)
-    if "train/angle" in module.curves:
-        metrics["angle"] = module.curves["train/angle"][-1]
-    finish(logger, {name: value for name, value in metrics.items() if not isinstance(value, list)})
-    save_weights(run, student)
-    checkpointer.path.unlink(missing_ok=True)
-    facts = {
-        "data": data.fingerprint(),
-        "parameters": sum(parameter.numel() for parameter in student.parameters()),
-        "steps": module.global_step,
-        "images_per_second": round(progress.images_per_second, 1),
-        "earlier_seconds": checkpointer.earlier,
-        **hardware.facts(),
-    }
-    return Result(metrics, status="diverged" if module.diverged else "finished", facts=facts)
+
+def train_part(run: Run) -> None:
+    """What each of the processes of `train_together` does; the last checkpoint of the first holds the outcome."""
+    training = prepare(run)
+    run_steps(training, make_logger(run) if training.hardware.rank == 0 else None)
+
+
+def train_elsewhere(training: Training) -> int:
+    """Has the training done by several processes; the outcome is put into `training`. -> steps done."""
+    run, hardware, checkpointer = training.run, training.hardware, training.checkpointer
+    if checkpointer.usable():
+        checkpointer.load_state_dict(load_checkpoint(checkpointer.path)["callbacks"]["Checkpointer"])
+    train_together(run, devices=hardware.devices, nodes=hardware.num_nodes)
+    state = load_checkpoint(checkpointer.path)
+    training.module.load_state_dict(state["state_dict"])
+    training.module.on_load_checkpoint(state)
+    training.progress.load_outcome(state["callbacks"]["ProgressLine"])
+    return int(state["global_step"])
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+    return state
 
 
 def judge(module: Classifier, data: ImageData, hardware: Hardware) -> dict[str, float]:
@@ -104,8 +152,6 @@ def make_student(run: Run, terms: dict[str, Term]) -> nn.Module:
         getattr(student, "start_from", student.load_state_dict)(weights)
     for term in terms.values():
         term.check(student)
-    if any(term.third_derivatives for term in terms.values()):
-        return gradients.allow_third_derivatives(student)
     wanted = any(term.gradient_target for term in terms.values())
     return layers.accelerate(student) if wanted and fast_gradients(run.config) else student
 
@@ -180,9 +226,19 @@ def load_model(run: Run, hardware: Hardware) -> nn.Module:
 
 
 def save_weights(run: Run, model: nn.Module) -> None:
-    content = io.BytesIO()
-    torch.save({name: value.cpu().contiguous() for name, value in model.state_dict().items()}, content)
-    write_atomically(run.weights, content.getvalue())
+    draft = draft_of(run.weights)
+    torch.save({name: value.cpu().contiguous() for name, value in model.state_dict().items()}, draft)
+    put_sealed(draft, run.weights)
+
+
+def run_steps(training: Training, logger: Any) -> int:
+    """This process's part of the training, from the last checkpoint where there is one. -> steps done."""
+    hardware, module = training.hardware, training.module
+    world = hardware.together if hardware.is_part else 1
+    stream = TrainingStream(training.loader, module.total_steps, rank=hardware.rank, world=world)
+    with dropout_after(training.student, training.run.config["method"].get("dropout"), training.loader.example):
+        fit(module, stream, hardware, logger, training.checkpointer, training.progress)
+    return int(module.global_step)
 
 
 def fit(
@@ -192,20 +248,22 @@ def fit(
     logger: Any,
     checkpointer: Checkpointer,
     progress: ProgressLine,
+    *watching: lightning.Callback,
 ) -> None:
     """Runs the training to its end, from the last checkpoint where there is one."""
     with warnings.catch_warnings():
         # Lightning warns of loaders without workers and of a log interval; neither exists here.
         warnings.simplefilter("ignore")
-        logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+        for name in ("lightning.pytorch", "lightning.fabric"):
+            logging.getLogger(name).setLevel(logging.ERROR)
         trainer = lightning.Trainer(
             **hardware.trainer_options(),
             max_epochs=1,
             logger=logger or False,
-            callbacks=[checkpointer, progress],
+            callbacks=[checkpointer, progress, *watching],
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-        resume = checkpointer.path if checkpointer.path.exists() else None
+        resume = checkpointer.path if checkpointer.usable() else None
         trainer.fit(module, stream, ckpt_path=resume, weights_only=True)

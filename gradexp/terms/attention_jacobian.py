@@ -2,13 +2,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from gradexp.errors import UserError
 from gradexp.gradients import attention_map
+from gradexp.terms.maps import common_size
 from gradexp.terms.step import Step
-from gradexp.terms.term import Term, precise
+from gradexp.terms.term import Term, choose, precise
 
 
 class AttentionJacobian(Term):
@@ -16,20 +17,33 @@ class AttentionJacobian(Term):
 
     The attention maps (Eq. 2.7) of one pair of layers, that of `level` (from 1), are averaged over a square window with
     stride 1. The pixel is the teacher's largest; the same one is taken of the student.
-    window: see window_size.
+    window: see window_size. student_bn: `batch` or `running` statistics.
     """
 
     needs_teacher = True
     gradient_target = "attention"
 
     def __init__(
-        self, *, weight: float, student_layers: Sequence[str], teacher_layers: Sequence[str], level: int, window: str | int
+        self,
+        *,
+        weight: float,
+        student_layers: Sequence[str],
+        teacher_layers: Sequence[str],
+        level: int,
+        window: str | int,
+        student_bn: str,
     ) -> None:
         super().__init__(weight=weight)
         if not 1 <= level <= min(len(student_layers), len(teacher_layers)):
             raise UserError(f"level={level}: there are the levels 1 to {min(len(student_layers), len(teacher_layers))}")
         self.student_layers, self.teacher_layers = (student_layers[level - 1],), (teacher_layers[level - 1],)
-        self.window = window
+        self.window, self.student_bn = window, choose("student_bn", student_bn, "batch", "running")
+
+    def place(self, student: nn.Module, teacher: nn.Module | None, images: Tensor) -> None:
+        super().place(student, teacher, images)
+        if teacher is not None:
+            size = common_size((student, self.student_layers[0]), (teacher, self.teacher_layers[0]), images)
+            window_size(self.window, min(size))
 
     def forward(self, step: Step) -> Tensor:
         largest = pooled(attention_map(step.teacher_features(self.teacher_layers[0])), self.window).argmax(dim=1)
@@ -38,7 +52,7 @@ class AttentionJacobian(Term):
             values = pooled(attention_map(features), self.window)
             return values.gather(1, largest[:, None])[:, 0]
 
-        student = step.student_feature_gradient(self.student_layers[0], pick)
+        student = step.student_feature_gradient(self.student_layers[0], pick, self.student_bn)
         teacher = step.teacher_feature_gradient(self.teacher_layers[0], pick)
         directions = [functional.normalize(precise(gradient).flatten(1), dim=1) for gradient in (student, teacher)]
         return (directions[0] - directions[1]).square().sum(1).mean()

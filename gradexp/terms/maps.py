@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -14,7 +15,7 @@ from gradexp.terms.step import Step
 from gradexp.terms.term import Term
 
 
-class MatchMaps(Term):
+class MatchMaps(Term, ABC):
     """Sum over pairs of layers of the distance between student's and teacher's map, each of norm 1; mean over the batch.
 
     student_layers, teacher_layers: pairs of layers, each by its name or by its place (gradients.find_layer).
@@ -37,25 +38,20 @@ class MatchMaps(Term):
         if teacher is None:
             return
         for mine, theirs in zip(self.student_layers, self.teacher_layers, strict=True):
-            sizes = _size(student, mine, images), _size(teacher, theirs, images)
-            if sizes[0] != sizes[1] and not (self.resizes and sorted(sizes) == [torch.Size(map(min, *sizes)), max(sizes)]):
-                raise UserError(
-                    f"the student's {mine} has {_pixels(sizes[0])} positions, the teacher's {theirs} {_pixels(sizes[1])}: "
-                    f"choose student_layers and teacher_layers of common spatial sizes"
-                )
+            common_size((student, mine), (teacher, theirs), images, resizes=self.resizes)
 
     def forward(self, step: Step) -> Tensor:
         pairs = zip(self.student_layers, self.teacher_layers, strict=True)
         parts = [self.distance(self.student_map(step, mine), self.teacher_map(step, theirs)) for mine, theirs in pairs]
         return torch.stack(parts).sum()
 
+    @abstractmethod
     def student_map(self, step: Step, layer: str) -> Tensor:
         """(B, h, w), differentiable."""
-        raise NotImplementedError
 
+    @abstractmethod
     def teacher_map(self, step: Step, layer: str) -> Tensor:
         """(B, h, w)."""
-        raise NotImplementedError
 
     def distance(self, student: Tensor, teacher: Tensor) -> Tensor:
         """(B, h, w) and (B, h', w') -> scalar."""
@@ -70,6 +66,22 @@ def resized(maps: Tensor, size: Sequence[int]) -> Tensor:
     if tuple(maps.shape[1:]) == tuple(size):
         return maps
     return functional.interpolate(maps[:, None], size=tuple(size), mode="bilinear", align_corners=False)[:, 0]
+
+
+def common_size(
+    mine: tuple[nn.Module, str], theirs: tuple[nn.Module, str], images: Tensor, *, resizes: bool = False
+) -> torch.Size:
+    """Rows and columns of the maps of the student's layer and the teacher's. Raises UserError where they differ.
+
+    resizes: whether one may be smaller than the other; the larger size is then returned.
+    """
+    sizes = _size(*mine, images), _size(*theirs, images)
+    if sizes[0] != sizes[1] and not (resizes and sorted(sizes) == [torch.Size(map(min, *sizes)), max(sizes)]):
+        raise UserError(
+            f"the student's {mine[1]} has {_pixels(sizes[0])} positions, the teacher's {theirs[1]} {_pixels(sizes[1])}: "
+            f"choose student_layers and teacher_layers of common spatial sizes"
+        )
+    return max(sizes)
 
 
 def _size(model: nn.Module, layer: str, images: Tensor) -> torch.Size:

@@ -23,7 +23,6 @@ class HessianTrace(Term):
             raise UserError(f"sigma={sigma}: the noise of a trace estimate has a positive standard deviation, such as 0.01")
         self.estimator, self.sigma = choose("estimator", estimator, "taylor", "hutchinson"), sigma
         self.target = choose("target", target, *TARGETS[:3])
-        self.third_derivatives = estimator == "hutchinson"
         self.gradient_target = target if estimator == "hutchinson" else None
 
     def check(self, student: nn.Module) -> None:

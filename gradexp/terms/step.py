@@ -114,19 +114,19 @@ class Step:
         statistics = place.before if student_bn == "batch" and self.student.training else None
         return gradients.layer_bias(self.student, place, self.student_features(statistics) if statistics else None)
 
-    def student_feature_gradient(self, layer: str, pick: Callable[[Tensor], Tensor]) -> Tensor:
+    def student_feature_gradient(self, layer: str, pick: Callable[[Tensor], Tensor], student_bn: str) -> Tensor:
         """The input-gradient of one value an image that `pick` makes of a layer's output, (B, C, H, W), differentiable."""
-        values = pick(self.student_features(layer))
+        values = pick(self.student_features(layer, student_bn))
         return gradients.gradient_of_values(values, self.images, differentiable=torch.is_grad_enabled())
 
     def student_hessian_trace(self, estimator: str, sigma: float, target: str) -> Tensor:
         """(B,), one-sample estimate, differentiable.
 
         estimator: `taylor` costs one more forward pass of the student, with noise of standard deviation sigma;
-        `hutchinson` one more backward pass, and needs gradients.allow_third_derivatives(student).
+        `hutchinson` one more backward pass, and needs layers that are three times differentiable.
         """
         if estimator == "hutchinson":
-            gradients.refuse_third_derivatives(self.student)
+            gradients.check_third_derivatives(self.student)
             gradient = self.student_input_gradient(target, "batch")
             return gradients.hutchinson_trace(gradient, self.images, differentiable=torch.is_grad_enabled())
         return gradients.taylor_trace(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor, nn
 
@@ -10,14 +12,13 @@ from gradexp.gradients import Layer, find_layer, layer_bias
 from gradexp.terms.step import Map, Step
 
 
-class Term(nn.Module):
+class Term(nn.Module, ABC):
     """A differentiable scalar of one step; the training loss is the sum of weight * term.
 
     needs_teacher: whether the step must have one. gradient_target: whose gradient it needs (see
     gradexp.gradients.scalar), None for a term without gradients. needs_input_gradient: whether that is the gradient
     at the input, or at layers alone. full_precision: whether mixed precision would spoil it; the whole step is then
-    computed without. third_derivatives: whether training differentiates a Hessian (see
-    gradients.allow_third_derivatives).
+    computed in full.
 
     student_layers, teacher_layers: the modules whose outputs, or the gradients there, it reads. teacher_maps: all that
     it asks of `teacher_layers`, where that can be stored. reads_bias: whether it reads the bias of `student_layers`.
@@ -30,7 +31,6 @@ class Term(nn.Module):
     reads_bias = False
     student_biases: tuple[Layer, ...] = ()
     full_precision = False
-    third_derivatives = False
 
     @property
     def needs_input_gradient(self) -> bool:
@@ -60,8 +60,9 @@ class Term(nn.Module):
         if teacher is not None:
             self.teacher_layers = tuple(find_layer(teacher, rule, images).name for rule in self.teacher_layers)
 
+    @abstractmethod
     def forward(self, step: Step) -> Tensor:
-        raise TypeError(f"{type(self).__name__} does not define forward")
+        """The term's value, a differentiable scalar."""
 
 
 def choose(name: str, value: str, *allowed: str) -> str:

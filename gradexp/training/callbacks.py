@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import os
+import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -11,32 +12,88 @@ from typing import Any
 import lightning
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from gradexp import ranks
+from gradexp.files import draft_of, intact, put_sealed, remove_sealed
+
+# From the user or the system; from SLURM before a job's end; from SLURM as submitit asks for it.
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 PLAIN_EVERY = 30.0  # seconds between lines where there is no terminal
 REFRESH_EVERY = 0.5  # seconds between updates of the bar
 
 
+class Stopped(BaseException):
+    """A signal asked the training to stop, and its checkpoint is written."""
+
+
+def hand_on(number: int, handler: Any) -> None:
+    """After the checkpoint that a signal asked for: on to whoever handled it before. Raises Stopped where nobody did."""
+    if not callable(handler):
+        raise Stopped(f"stopped by {signal.Signals(number).name}; the checkpoint is written, the same command goes on from it")
+    handler(number, None)
+
+
 class Checkpointer(lightning.Callback):
-    """Saves the whole training state every so many seconds; remembers the seconds that earlier attempts took."""
+    """Saves the whole training state every so many seconds, and when a signal asks the training to stop.
+
+    After a signal's checkpoint, whoever handled the signal before goes on (submitit requeues the job); where nobody
+    did, Stopped is raised. Remembers the seconds that earlier attempts took.
+    """
 
     def __init__(self, path: Path, *, every: float) -> None:
         self.path, self.every = path, every
         self.earlier = {"wall": 0.0, "cpu": 0.0}
         self._wall, self._cpu = time.monotonic(), time.process_time()
         self._saved = time.monotonic()
+        self._signal: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def setup(self, *_: Any, **__: Any) -> None:
+        if threading.current_thread() is threading.main_thread() and not self._before:
+            self._before = {number: signal.getsignal(number) for number in SIGNALS}
+
+    def on_train_start(self, *_: Any) -> None:
+        for number in self._before:  # Lightning's handlers exchange messages between processes at any moment
+            signal.signal(number, self._notice)
+
+    def teardown(self, *_: Any, **__: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def _notice(self, number: int, _: Any) -> None:
+        self._signal = number
 
     def on_train_batch_end(self, trainer: lightning.Trainer, *_: Any) -> None:
-        if time.monotonic() - self._saved >= self.every:
-            self.save(trainer)
+        late = time.monotonic() - self._saved >= self.every
+        if not ranks.agreed(late or self._signal is not None):
+            return
+        self.save(trainer)
+        if ranks.agreed(self._signal is not None):
+            number, self._signal = self._signal or signal.SIGTERM, None
+            hand_on(number, self._before.get(number))
+
+    def on_train_end(self, trainer: lightning.Trainer, *_: Any) -> None:
+        if trainer.world_size > 1:
+            self.save(trainer)  # what the processes hand over
 
     def save(self, trainer: lightning.Trainer) -> None:
-        draft = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        draft.parent.mkdir(parents=True, exist_ok=True)
+        draft = draft_of(self.path)
         trainer.save_checkpoint(draft)
         if trainer.is_global_zero:
-            with draft.open("rb") as file:
-                os.fsync(file.fileno())
-            draft.replace(self.path)
+            put_sealed(draft, self.path)
         self._saved = time.monotonic()
+
+    def usable(self) -> bool:
+        """Whether there is a checkpoint to go on from; a damaged one is set aside."""
+        if not self.path.exists() or intact(self.path):
+            return self.path.exists()
+        aside = self.path.with_suffix(".damaged")
+        self.path.replace(aside)
+        print(f"checkpoint {aside} is damaged, so it is set aside: training begins anew", flush=True)
+        return False
+
+    def remove(self) -> None:
+        remove_sealed(self.path)
 
     def state_dict(self) -> dict[str, float]:
         spent = {"wall": time.monotonic() - self._wall, "cpu": time.process_time() - self._cpu}
@@ -70,7 +127,7 @@ class ProgressLine(lightning.Callback):
             self._bar.start()
 
     def on_train_batch_end(self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Any, *_: Any) -> None:
-        self.images += len(batch[0])
+        self.images += batch.share[1] if batch.share else len(batch.images)
         now = time.monotonic()
         self.seconds = now - self._begun
         if now - self._shown < (REFRESH_EVERY if self._bar else PLAIN_EVERY) or not trainer.is_global_zero:
@@ -92,6 +149,13 @@ class ProgressLine(lightning.Callback):
 
     def on_exception(self, *_: Any) -> None:
         self._stop()
+
+    def state_dict(self) -> dict[str, float]:
+        return {"images": self.images, "seconds": self.seconds}
+
+    def load_outcome(self, state: dict[str, float]) -> None:
+        """What the bar of another process saw."""
+        self.images, self.seconds = int(state["images"]), state["seconds"]
 
     def _stop(self) -> None:
         if self._bar:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import lightning
 import torch
 from torch import Tensor, nn
 
+from gradexp import ranks
 from gradexp.data.loader import Batch, mix
 from gradexp.terms import Step, Term
 from gradexp.terms.step import Targets
@@ -53,19 +55,21 @@ class Classifier(lightning.LightningModule):
         torch.manual_seed(mix(self.seed, self.global_step))  # dropout draws the same after a resume
 
     def training_step(self, batch: Batch, _: int) -> Tensor:
-        if self.full_precision:
-            with torch.autocast(batch.images.device.type, enabled=False):
-                return self._loss(batch)
-        return self._loss(batch)
+        share = None if batch.share is None else ranks.Share(*batch.share)
+        full = torch.autocast(batch.images.device.type, enabled=False) if self.full_precision else nullcontext()
+        with ranks.sharing(share), full:
+            return self._loss(batch)
 
     def _loss(self, batch: Batch) -> Tensor:
         step = self.make_step(batch)
         parts = {name: term.weight * term(step) for name, term in self.terms.items()}
         loss = torch.stack(list(parts.values())).sum()
-        self._add({f"train/loss/{name}": part for name, part in parts.items()} | {"train/loss": loss} | self.observe(step))
+        part = ranks.part(batch.images)  # terms are means over this process's images
+        values = {f"train/loss/{name}": value for name, value in parts.items()} | {"train/loss": loss} | self.observe(step)
+        self._add({name: value * part for name, value in values.items()})
         if self._summed == self.steps_per_pass or self.global_step + 1 == self.total_steps:
             self._end_pass()
-        return loss
+        return loss * (part * ranks.world())  # the processes' gradients are averaged
 
     def make_step(self, batch: Batch, *, differentiable_input: bool = False) -> Step:
         return Step(
@@ -93,7 +97,7 @@ class Classifier(lightning.LightningModule):
         self._summed += 1
 
     def _end_pass(self) -> None:
-        means = {name: float(total) / self._counts[name] for name, total in self._sums.items()}
+        means = {name: float(total) / self._counts[name] for name, total in self._totals().items()}
         self._sums, self._counts, self._summed = {}, {}, 0
         for name, mean in means.items():
             self.curves.setdefault(name, []).append(float(f"{mean:.5g}"))
@@ -103,12 +107,19 @@ class Classifier(lightning.LightningModule):
             self.diverged = True  # NaN is a result: the run ends here and says so
             self.trainer.should_stop = True
 
+    def _totals(self) -> dict[str, Tensor]:
+        """The sums over all processes."""
+        if not self._sums or ranks.world() == 1:
+            return self._sums
+        return dict(zip(self._sums, ranks.total(torch.stack(list(self._sums.values()))), strict=True))
+
     # Everything that a resumed run must know beyond parameters and optimizer.
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["curves"], checkpoint["sums"] = self.curves, self._sums
+        checkpoint["curves"], checkpoint["sums"], checkpoint["diverged"] = self.curves, self._totals(), self.diverged
         checkpoint["counts"], checkpoint["summed"] = self._counts, self._summed
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.curves, self._sums = checkpoint["curves"], checkpoint["sums"]
+        self.curves, self.diverged, sums = checkpoint["curves"], checkpoint.get("diverged", False), checkpoint["sums"]
+        self._sums = sums if ranks.first() else {name: torch.zeros_like(value) for name, value in sums.items()}
         self._counts, self._summed = checkpoint["counts"], checkpoint["summed"]

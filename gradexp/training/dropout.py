@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn import functional
 
+from gradexp import ranks
 from gradexp.errors import UserError
 from gradexp.gradients import find_layer
 
@@ -28,7 +28,7 @@ def dropout_after(model: nn.Module, where: Mapping[str, Any] | None, images: Ten
     if not 0 <= probability < 1:
         raise UserError(f"method.dropout.probability={probability}: it is at least 0 and less than 1")
     layer = model.get_submodule(find_layer(model, where["layer"], images).name)
-    hook = layer.register_forward_hook(lambda module, _, output: functional.dropout(output, probability, module.training))
+    hook = layer.register_forward_hook(lambda module, _, output: ranks.dropout(output, probability, module.training))
     try:
         yield
     finally:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from gradexp import gradients
 from gradexp.data.loader import Batch, Loader
 from gradexp.errors import UserError
+from gradexp.files import reserve, write_atomically
 from gradexp.terms.step import Map
 
 CHUNK = 256  # views computed at a time
@@ -150,18 +153,28 @@ class StoredTargets:
         return {name: self.compute[name](batch).cpu() for name in names}
 
     def _fill(self) -> None:
-        files = {name: self.folder / f"{name}.done" for name in self.compute}
-        done = {name: int(file.read_text()) if file.exists() else 0 for name, file in files.items()}
+        """Computes the chunks that are not there, or are not what was computed: a `.crc` file holds their checksums."""
         chunks = -(-len(self.keys) // CHUNK)
-        if min(done.values()) < chunks:
-            print(f"teacher targets: computing {len(self.keys)} views once", flush=True)
-        for chunk in range(min(done.values()), chunks):
+        files = {name: self.folder / f"{name}.crc" for name in self.compute}
+        sums = {name: _read_sums(file)[:chunks] for name, file in files.items()}
+        for name, known in sums.items():
+            right = [i < len(known) and known[i] == self._sum(name, i) for i in range(chunks)]
+            sums[name] = [known[i] if right[i] else None for i in range(chunks)]
+            if any(known[i] is not None and not right[i] for i in range(len(known))):
+                print(f"teacher targets: {self.folder / name} is damaged; what is wrong is computed again", flush=True)
+        absent = [chunk for chunk in range(chunks) if any(known[chunk] is None for known in sums.values())]
+        if absent:
+            print(f"teacher targets: computing {min(len(absent) * CHUNK, len(self.keys))} views once", flush=True)
+        for chunk in absent:
             span = slice(chunk * CHUNK, (chunk + 1) * CHUNK)
-            for name, values in self._values(span.start, span.stop, [name for name in done if done[name] <= chunk]).items():
+            for name, values in self._values(span.start, span.stop, [n for n in sums if sums[n][chunk] is None]).items():
                 self.kept[name][span] = values
-                draft = files[name].with_suffix(".draft")
-                draft.write_text(str(chunk + 1))
-                draft.replace(files[name])
+                sums[name][chunk] = self._sum(name, chunk)
+                write_atomically(files[name], json.dumps(sums[name]).encode())
+
+    def _sum(self, name: str, chunk: int) -> int:
+        values = self.kept[name][chunk * CHUNK : (chunk + 1) * CHUNK]
+        return zlib.crc32(values.contiguous().view(torch.uint8).numpy().data)
 
     def _check(self) -> None:
         """A canary: the first chunk's head and the last one's are computed again."""
@@ -193,8 +206,17 @@ def _name(*words: str | None) -> str:
     return "-".join(word for word in words if word)
 
 
+def _read_sums(file: Path) -> list[int | None]:
+    try:
+        found = json.loads(file.read_text())
+        return found if isinstance(found, list) else []
+    except (OSError, ValueError):
+        return []
+
+
 def _mapped(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     count = math.prod(shape)
     if not count:
         return torch.empty(shape, dtype=dtype)
+    reserve(path, count * dtype.itemsize)
     return torch.from_file(str(path), shared=True, size=count, dtype=dtype).view(shape)

@@ -1,0 +1,192 @@
+"""Where the runs of a table are done: processes of this machine, or jobs of a cluster."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gradexp.errors import UserError
+from gradexp.runs import Paths, Run, ensure, say
+from gradexp.tasks.command import STOPPED, honest
+from gradexp.tasks.compose import compose_run
+
+# Every run is forked from one server that has already imported what training needs: a process of its own,
+# without the ten seconds of imports that a fresh interpreter costs.
+PRELOADED = ["gradexp.tasks.train", "gradexp.tasks.compose"]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What `python run.py OVERRIDES` does, written to a log; called in a process of its own."""
+
+    overrides: tuple[str, ...]
+    log: Path
+
+    def __call__(self, threads: int | None = None) -> None:
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        output = self.log.open("w", buffering=1)  # stays open: an exit message is written after this function
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+        sys.stdout = sys.stderr = output
+        if threads:
+            import torch
+
+            torch.set_num_threads(threads)
+        try:
+            with honest():
+                config = compose_run(self.overrides)
+                say(ensure(Run(config, Paths.of(config))))
+        except Exception:
+            traceback.print_exc()
+            sys.exit(1)
+
+    def checkpoint(self) -> Any:
+        """What submitit queues again when a job is preempted: the same work, which goes on from its checkpoint."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)
+
+
+Said = Callable[[int, int], None]  # the number of a piece of work, its exit code
+
+
+class Local:
+    """`workers` processes at a time, each with its part of the cores, and a GPU of its own where there are GPUs."""
+
+    def __init__(self) -> None:
+        self._running: dict[int, Any] = {}
+        self._stopped = False
+
+    def do(self, works: Sequence[Work], workers: int, said: Said) -> None:
+        """Does all of it; `said` hears of every end. Raises SystemExit when a signal asked to stop, all checkpoints written."""
+        gpus = visible_gpus()
+        count = min(workers, len(works), len(gpus) or workers)
+        leases: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        for number in range(count):
+            leases.put(gpus[number] if gpus else None)
+        threads = max(1, (os.cpu_count() or 1) // count)
+        with self._passing_signals(), ThreadPoolExecutor(count) as pool:
+            list(pool.map(lambda item: said(item[0], self._one(item[1], threads, leases)), enumerate(works)))
+        if self._stopped:
+            sys.exit(STOPPED)
+
+    def _one(self, work: Work, threads: int, leases: queue.SimpleQueue[str | None]) -> int:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)
+        lease = leases.get()
+        try:
+            if self._stopped:
+                return STOPPED
+            process = context.Process(target=_leased, args=(work, threads, lease))
+            process.start()
+            self._running[id(process)] = process
+            if self._stopped:
+                process.terminate()
+            process.join()
+            del self._running[id(process)]
+            return process.exitcode or 0
+        finally:
+            leases.put(lease)
+
+    @contextmanager
+    def _passing_signals(self) -> Iterator[None]:
+        """Inside, SIGTERM is passed on to the runs, which write their checkpoints."""
+
+        def stop(*_: Any) -> None:
+            self._stopped = True
+            for process in list(self._running.values()):
+                process.terminate()
+
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.signal(signal.SIGTERM, stop)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _leased(work: Work, threads: int, gpu: str | None) -> None:
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+    work(threads)
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs that this process may use, without importing torch."""
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        return [name for name in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if name.strip() and name != "-1"]
+    try:
+        words = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
+        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.split()
+    except (OSError, subprocess.CalledProcessError):
+        return []
+
+
+class Slurm:
+    """Jobs of an array; the command waits for them. cluster: `slurm`, or `local` for submitit's processes here."""
+
+    def __init__(
+        self,
+        *,
+        cluster: str,
+        partition: str | None,
+        account: str | None,
+        gpus: int,
+        cpus: int,
+        memory_gb: float,
+        hours: float,
+        requeues: int,
+        warning: int,
+        array: int,
+    ) -> None:
+        self.cluster, self.requeues, self.poll = cluster, requeues, 5.0 if cluster == "slurm" else 0.2
+        self.common = {"timeout_min": round(60 * hours), "gpus_per_node": gpus, "cpus_per_task": cpus, "mem_gb": memory_gb}
+        given = {"slurm_partition": partition, "slurm_account": account, "slurm_array_parallelism": array}
+        given["slurm_signal_delay_s"] = warning
+        self.slurm = {key: value for key, value in given.items() if value is not None} if cluster == "slurm" else {}
+
+    def do(self, works: Sequence[Work], workers: int, said: Said) -> None:
+        """Submits all of it at once and waits; `said` hears of every end."""
+        import submitit
+
+        options = {"max_num_timeout": self.requeues}
+        folder = works[0].log.parents[3] / "slurm" / "%j"
+        try:
+            executor = submitit.AutoExecutor(
+                folder, cluster=self.cluster, **{f"{self.cluster}_{k}": v for k, v in options.items()}
+            )
+        except RuntimeError as error:
+            raise UserError(
+                f"launcher=slurm: {error}; start it on a machine where sbatch works, or use LAUNCHER=local"
+            ) from None
+        executor.update_parameters(**self.common, **self.slurm, name="gradexp")
+        with executor.batch():
+            jobs = [executor.submit(work) for work in works]
+        waiting = dict(enumerate(jobs))
+        while waiting:
+            for number in [number for number, job in waiting.items() if job.done()]:
+                said(number, _code(waiting.pop(number)))
+            time.sleep(self.poll)
+
+
+def _code(job: Any) -> int:
+    try:
+        return 1 if job.exception() else 0
+    except Exception as error:  # no result: killed, or cancelled
+        print(f"job {job.job_id}: {str(error).splitlines()[0]}", flush=True)
+        return 1

@@ -1,0 +1,396 @@
+"""What happens when things go wrong, tried: kills, full disks, crowds, jumping clocks, damaged files.
+
+python scripts/reliability.py                 all trials, to docs/reliability.md
+python scripts/reliability.py --kills 4       a short one, printed only, as is --soak:
+python scripts/reliability.py --soak 100      so many quick runs by two workers, killed at random, against a calm sweep
+"""
+
+import argparse
+import multiprocessing
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gradexp.files import sha256, write_atomically
+from gradexp.runs import ROOT, git_state, read_record
+from gradexp.tasks.launchers import PRELOADED, Work
+
+TINY = ("scale=quick", "scale.width=0.04", "data.per_class=8", "trainer.threads=1", "trainer.strict=true", "logger=none")
+BELOW = ("optim.passes=30", "trainer.checkpoint_every=0")
+EXPERIMENTS = {
+    "training": ("experiment=teacher", *TINY, *BELOW),
+    "teacher targets": (
+        *("experiment=jacobian_distill", "method=ce_a_j", *TINY, *BELOW, "data.crop=0"),
+        *("+upstream.teacher.optim.passes=2", "+upstream.teacher.scale.width=0.03"),
+    ),
+    "saliency maps": (
+        *("experiment=saliency_maps", *TINY, "trainer.checkpoint_every=0"),
+        *("+upstream.model.optim.passes=2", "+upstream.model.scale.width=0.03"),
+    ),
+}
+# Of a record, what may differ between two repeats: when, how long, how fast, and on what.
+PASSING = ("seconds", "started", "ended", "images_per_second", "peak_memory_mib", "git", "versions", "threads", "device")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What was done, how often, whether all went as it should, and what the user read."""
+
+    what: str
+    times: int
+    good: int
+    message: str
+
+
+class WrongError(Exception):
+    """A trial did not end as it should."""
+
+
+def work(place: Path, words: Sequence[str], *more: str) -> Work:
+    """A run with its results and outputs below `place`."""
+    folders = (f"paths.results={place}/results", f"paths.outputs={place}/outputs")
+    log = place / "logs" / f"{abs(hash((*words, *more)))}.txt"
+    return Work((*words, *more, *folders), log)
+
+
+def start(task: Callable[[], None]) -> Any:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    process = context.Process(target=task)
+    process.start()
+    return process
+
+
+def finish(task: Callable[[], None]) -> int:
+    process = start(task)
+    process.join()
+    return int(process.exitcode)
+
+
+def left(place: Path) -> dict[str, Any]:
+    """What runs left that must be the same however they were disturbed: records without what passes, weights, maps."""
+    found: dict[str, Any] = {}
+    for file in sorted(place.glob("results/runs/*/*.json")):
+        found[file.stem] = {key: value for key, value in read_record(file).items() if key not in PASSING}
+        found[file.stem]["config"].pop("trainer")
+    for pattern in ("weights.pt", "*.npy"):
+        found |= {f"{file.parent.name}/{file.name}": sha256(file) for file in place.glob(f"outputs/runs/*/*/{pattern}")}
+    return found
+
+
+def expect(condition: bool, why: str) -> None:
+    if not condition:
+        raise WrongError(why)
+
+
+def last(task: Work) -> str:
+    lines = task.log.read_text().splitlines() if task.log.exists() else []
+    return lines[-1] if lines else ""
+
+
+# --- kills ------------------------------------------------------------------------------------------------
+
+
+def kills(name: str, count: int, folder: Path, chance: random.Random) -> Trial:
+    """SIGKILL at `count` random moments of a run, each followed by a second attempt that must end as if nothing had been."""
+    words = EXPERIMENTS[name]
+    whole = folder / "whole"
+    begun = time.monotonic()
+    expect(finish(work(whole, words)) == 0, f"{name}: the undisturbed run failed: {last(work(whole, words))}")
+    length, expected, good = time.monotonic() - begun, left(whole), 0
+    for number in range(count):
+        place = folder / str(number)
+        process = start(work(place, words))
+        process.join(chance.uniform(0, length))
+        process.kill()
+        process.join()
+        records = list(place.glob("results/runs/*/*.json"))
+        expect(all(read_record(file) for file in records), "a record is not whole")
+        expect(finish(work(place, words)) == 0, last(work(place, words)))
+        expect(left(place) == expected, f"{name}, killed: not what the undisturbed run left; see {place}")
+        expect(not list(place.glob("results/runs/*/.*")), "a draft was left among the records")
+        good += 1
+    return Trial(f"SIGKILL at a random moment: {name}", count, good, "the second attempt leaves the same bytes")
+
+
+def kills_while_recording(count: int, folder: Path, chance: random.Random) -> Trial:
+    """SIGKILL between the last step and the record."""
+    words, good = EXPERIMENTS["training"], 0
+    expect(finish(work(folder / "whole", words)) == 0, "the undisturbed run failed")
+    expected = left(folder / "whole")
+    for number in range(count):
+        place = folder / str(number)
+        process = start(work(place, words))
+        while process.is_alive() and not list(place.rglob("weights.pt*")):
+            time.sleep(0.0005)
+        process.join(chance.uniform(0, 0.02))
+        process.kill()
+        process.join()
+        expect(finish(work(place, words)) == 0, last(work(place, words)))
+        expect(left(place) == expected, f"not what the undisturbed run left; see {place}")
+        good += 1
+    return Trial("SIGKILL while weights and record are written", count, good, "the second attempt leaves the same bytes")
+
+
+# --- crowds -----------------------------------------------------------------------------------------------
+
+
+def crowd(size: int, folder: Path) -> Trial:
+    """`size` processes at a time, every run of one small table wanted `size` times."""
+    small = [*EXPERIMENTS["teacher targets"], "optim.passes=2", "trainer.checkpoint_every=60"]
+    runs = [(*small, f"method={method}") for method in ("ce", "a", "ce_a_j")]
+    for words in runs:
+        expect(finish(work(folder / "alone", words)) == 0, "the undisturbed run failed")
+    with ThreadPoolExecutor(size) as pool:
+        codes = list(
+            pool.map(lambda i: [finish(work(folder / "crowd", words, f"logger.group=g{i}")) for words in runs], range(size))
+        )
+    expect(not any(map(any, codes)), "a process failed")
+    alone, together = (_without_logger(left(folder / name)) for name in ("alone", "crowd"))
+    expect(alone == together, "the records differ from those of one process")
+    return Trial(
+        f"{size} processes on one table", 1, 1, f"{len(list(folder.glob('crowd/results/runs/*/*.json')))} records, each once"
+    )
+
+
+def _without_logger(found: dict[str, Any]) -> dict[str, Any]:
+    for value in found.values():
+        if isinstance(value, dict):
+            value["config"].pop("logger")
+    return found
+
+
+# --- disks ------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def mounted(folder: Path, options: str) -> Iterator[None]:
+    """A small file system of its own at `folder`. Raises PermissionError where that is not allowed."""
+    folder.mkdir(parents=True)
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True).returncode:
+        raise PermissionError
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+def full_disk(size: str, folder: Path) -> Trial:
+    words, place = EXPERIMENTS["teacher targets"], folder / "place"
+    expect(finish(work(folder / "whole", words)) == 0, "the undisturbed run failed")
+    with mounted(place / "outputs", f"size={size}"):
+        task = work(place, words)
+        expect(finish(task) == 1, f"a full disk of {size} did not end the run with exit code 1: {last(task)}")
+        message = last(task)
+        expect("the disk is full" in message, f"no clear message: {message}")
+        expect(not list(place.glob("results/runs/jacobian_distill/*.json")), "a record was written")
+        subprocess.run(["mount", "-o", "remount,size=64m", place / "outputs"], check=True)
+        expect(finish(work(place, words)) == 0, last(task))
+        expect(left(place) == left(folder / "whole"), "not what the undisturbed run left")
+    return Trial(f"a disk of {size} fills up, then has room", 1, 1, _plain(message, folder))
+
+
+def read_only(folder: Path) -> Trial:
+    words, place = EXPERIMENTS["training"], folder / "place"
+    with mounted(place / "results", "ro"):
+        task = work(place, words)
+        expect(finish(task) == 1, "it did not end with exit code 1")
+        expect("read-only" in last(task), f"no clear message: {last(task)}")
+    return Trial("a read-only results folder", 1, 1, _plain(last(task), folder))
+
+
+# --- clocks -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Jumping:
+    """A piece of work whose wall clock jumps by up to a day, back and forth, whenever it is read."""
+
+    task: Work
+
+    def __call__(self) -> None:
+        true = time.time
+        time.time = lambda: true() + random.uniform(-86400, 86400)
+        self.task()
+
+
+def jumping_clock(folder: Path) -> Trial:
+    words = EXPERIMENTS["teacher targets"]
+    expect(finish(work(folder / "steady", words)) == 0, "the undisturbed run failed")
+    expect(finish(Jumping(work(folder / "jumping", words))) == 0, last(work(folder / "jumping", words)))
+    expect(left(folder / "steady") == left(folder / "jumping"), "the records differ")
+    return Trial("a wall clock that jumps by up to a day (mocked)", 1, 1, "the same bytes; durations are monotonic")
+
+
+# --- damaged files ----------------------------------------------------------------------------------------
+
+
+def damage(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 255
+    file.write_bytes(content)
+
+
+def damaged(what: str, pattern: str, message: str, folder: Path, *, stops: bool = False) -> Trial:
+    """Damages a file that a run left half-way, or that it needs, and tries again."""
+    words, place = EXPERIMENTS["teacher targets"], folder / "place"
+    expect(finish(work(folder / "whole", words)) == 0, "the undisturbed run failed")
+    process = start(work(place, words))
+    while process.is_alive() and not list(place.glob("outputs/runs/jacobian_distill/*/last.ckpt")):
+        time.sleep(0.001)
+    process.kill()
+    process.join()
+    files = list(place.glob(pattern))
+    expect(bool(files), f"there is no {pattern}")
+    for file in files:
+        damage(file)
+    task = work(place, words)
+    code, text = finish(task), task.log.read_text()
+    said = next((line for line in text.splitlines() if message in line), "")
+    expect(bool(said), f"no clear message: {text[-500:]}")
+    expect("Traceback" not in text, f"a traceback: {text[-500:]}")
+    expect(code == int(stops), f"exit code {code}")
+    if not stops:
+        expect(left(place) == left(folder / "whole"), "not what the undisturbed run left")
+    return Trial(f"a damaged {what}", 1, 1, _plain(said, folder))
+
+
+def damaged_parquet(folder: Path) -> Trial:
+    data = folder / "data" / "cifar10"
+    data.mkdir(parents=True)
+    for name in ("train-0.parquet", "test-0.parquet"):
+        (data / name).write_bytes(b"PAR1 and then nothing of use PAR1")
+    task = work(folder, EXPERIMENTS["training"], "data=cifar10", f"paths.data={folder}/data")
+    expect(finish(task) == 1, "it did not end with exit code 1")
+    expect("can't be used" in last(task), f"no clear message: {last(task)}")
+    return Trial("a damaged parquet file", 1, 1, _plain(last(task), folder))
+
+
+def _plain(text: str, folder: Path) -> str:
+    return text.replace(f"{folder}/", "").replace("|", "\\|")
+
+
+# --- all of it --------------------------------------------------------------------------------------------
+
+DAMAGES: list[tuple[str, str, str, bool]] = [
+    ("checkpoint", "outputs/runs/jacobian_distill/*/last.ckpt", "is set aside", False),
+    ("teacher's weights", "outputs/runs/teacher/*/weights.pt", "same numbers as its record", False),
+    ("cache of teacher targets", "outputs/cache/targets/*/gradient-label", "is damaged", False),
+    ("record of a teacher", "results/runs/teacher/*.json", "can't be read", True),
+]
+
+
+def trials(count: int, seed: int) -> Iterator[tuple[str, Callable[[Path], Trial]]]:
+    """(name, trial) of every trial; count: of kills in all."""
+    chance = random.Random(seed)
+    for name in EXPERIMENTS:
+        yield f"kills {name}", lambda folder, name=name: kills(name, max(1, count * 3 // 10), folder, chance)  # type: ignore[misc]
+    yield "kills record", lambda folder: kills_while_recording(max(1, count // 10), folder, chance)
+    for size in (2, 8):
+        yield f"crowd of {size}", lambda folder, size=size: crowd(size, folder)  # type: ignore[misc]
+    for room in ("40k", "600k"):
+        yield f"full disk {room}", lambda folder, room=room: full_disk(room, folder)  # type: ignore[misc]
+    yield "read-only", read_only
+    yield "clock", jumping_clock
+    for what, pattern, message, stops in DAMAGES:
+        yield (
+            f"damaged {what}",
+            lambda folder, w=what, p=pattern, m=message, s=stops: damaged(w, p, m, folder, stops=s),  # type: ignore[misc]
+        )
+    yield "damaged parquet", damaged_parquet
+
+
+def attempt(name: str, trial: Callable[[Path], Trial]) -> Trial:
+    """The trial in a folder of its own, which stays where it went wrong."""
+    folder = Path(tempfile.mkdtemp(prefix="gradexp-reliability-"))
+    begun = time.monotonic()
+    try:
+        done = trial(folder)
+    except PermissionError:
+        done = Trial(name, 0, 0, "not tried: mounting a small file system needs root")
+    except WrongError as wrong:
+        done = Trial(name, 1, 0, f"WRONG: {wrong}")
+    if done.good == done.times:
+        subprocess.run(["rm", "-rf", str(folder)], check=True)
+    print(f"{time.monotonic() - begun:.0f} s  {done.good}/{done.times}  {done.what}: {done.message}", flush=True)
+    return done
+
+
+def page(done: Sequence[Trial]) -> str:
+    rows = [f"| {trial.what} | {trial.good}/{trial.times} | {trial.message} |" for trial in done]
+    return "\n".join(
+        [
+            "# Faults, tried",
+            "",
+            "Written by `python scripts/reliability.py`, which tries each of these on narrow networks and scikit-learn's",
+            "digits. A trial is good when nothing wrong was written, the user read a line that names the mend, and the next",
+            "attempt left the records, weights and maps of an undisturbed run, bit for bit (times and speeds aside). Commit "
+            f"`{str(git_state()['commit'])[:12]}`.",
+            "",
+            "| what was done | good | what the user reads, or finds |",
+            "|---|---|---|",
+            *rows,
+            "",
+        ]
+    )
+
+
+def soak(count: int, seed: int) -> Trial:
+    """`count` quick runs over two workers, every second attempt killed at random, against an undisturbed sweep."""
+    folder, chance = Path(tempfile.mkdtemp(prefix="gradexp-soak-")), random.Random(seed)
+    small = [*EXPERIMENTS["teacher targets"], "optim.passes=10"]
+    methods = ("ce", "a", "ce_a", "a_j", "ce_a_j")
+    runs = [(*small, f"method={methods[i % 5]}", f"seed={i // 5}") for i in range(count)]
+    killed: list[int] = []
+
+    def stubborn(words: Sequence[str]) -> None:
+        while True:
+            process = start(work(folder / "disturbed", words))
+            if chance.random() < 0.5:
+                process.join(chance.uniform(0, 4))
+                killed.extend([1] if process.is_alive() else [])
+                process.kill()
+            process.join()
+            if process.exitcode == 0:
+                return
+            expect(process.exitcode == -9, last(work(folder / "disturbed", words)))
+
+    for words in runs:
+        expect(finish(work(folder / "calm", words)) == 0, last(work(folder / "calm", words)))
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(stubborn, runs))
+    calm, disturbed = left(folder / "calm"), left(folder / "disturbed")
+    expect(calm == disturbed, f"the sweeps differ; see {folder}")
+    return Trial(f"soak of {count} runs", count, count, f"{sum(killed)} kills, {len(calm)} records and files, equal to the bit")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, help="how many; 30 for the page")
+    parser.add_argument("--soak", type=int, help="how many runs")
+    parser.add_argument("--only", help="trials whose name holds this")
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    if given.soak:
+        chosen = [("soak", lambda _: soak(given.soak, given.seed))]
+    else:
+        chosen = [item for item in trials(given.kills or 30, given.seed) if not given.only or given.only in item[0]]
+    done = [attempt(name, trial) for name, trial in chosen]
+    if not (given.soak or given.kills or given.only):
+        write_atomically(ROOT / "docs" / "reliability.md", page(done).encode())
+        print("written: docs/reliability.md")
+    if any(trial.good < trial.times for trial in done):
+        sys.exit("error: something went wrong")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+"""Many runs at once: generations, leases, signals, clusters, sweepers."""
+
+import json
+import math
+import os
+import signal
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gradexp.errors import UserError
+from gradexp.runs import Paths, Run, ensure, objective, run_id
+from gradexp.tasks.compose import compose_run, plan
+from gradexp.tasks.launchers import Local, visible_gpus
+from gradexp.tasks.many import generations, make_launcher, run_all
+from gradexp.training.callbacks import Checkpointer, Stopped
+
+TINY = ["scale=quick", "scale.width=0.04", "optim.passes=2", "data.per_class=3", "trainer.threads=1", "logger=none"]
+
+
+def paths_of(places: list[str]) -> Paths:
+    return Paths.of(compose_run(["experiment=teacher", *places]))
+
+
+def test_upstream_runs_come_in_an_earlier_generation_and_once(places: list[str]) -> None:
+    """ROAR stands on maps, which stand on a classifier; a student and its teacher come along."""
+    runs = [plan(["experiment=roar", "scale=quick", f"seed={seed}"]) for seed in (0, 1)]
+    runs += [plan(["experiment=jacobian_distill", "scale=quick"])]
+    found = generations(runs, paths_of(places))
+    place = {run_id(run.config): number for number, stage in enumerate(found) for run in stage}
+    assert len(place) == sum(map(len, found))
+
+    def check(run: Any) -> None:
+        for below in run.upstream:
+            assert place[run_id(below.config)] < place[run_id(run.config)]
+            check(below)
+
+    for run in runs:
+        check(run)
+    assert len(found) == 3
+
+
+class Lease:
+    """Notes which GPU it was given, and when."""
+
+    def __init__(self, folder: Path, number: int) -> None:
+        self.file = folder / f"{number}.json"
+
+    def __call__(self, threads: int) -> None:
+        begun = time.monotonic()
+        time.sleep(0.2)
+        self.file.write_text(json.dumps([os.environ["CUDA_VISIBLE_DEVICES"], begun, time.monotonic()]))
+
+
+def test_a_gpu_is_leased_to_one_run_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    assert visible_gpus() == ["3", "5"]
+    Local().do([Lease(tmp_path, number) for number in range(5)], 4, lambda *_: None)  # type: ignore[misc]
+    leases = [json.loads(file.read_text()) for file in tmp_path.glob("*.json")]
+    assert len(leases) == 5
+    assert {gpu for gpu, *_ in leases} == {"3", "5"}
+    for gpu in ("3", "5"):
+        times = sorted((begun, ended) for name, begun, ended in leases if name == gpu)
+        assert all(ended <= begun for (_, ended), (begun, _) in pairwise(times))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
+def test_a_signal_checkpoints_and_the_next_attempt_goes_on(
+    places: list[str], monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    def run(place: str) -> Run:
+        config = compose_run(["experiment=teacher", *TINY, "optim.passes=6", *(f"{folder}/{place}" for folder in places)])
+        return Run(config, Paths.of(config))
+
+    whole = ensure(run("whole"))
+    original = Checkpointer.on_train_batch_end
+
+    def signalled(self: Checkpointer, trainer: Any, *rest: Any) -> None:
+        if trainer.global_step == 3:
+            os.kill(os.getpid(), number)
+        original(self, trainer, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpointer, "on_train_batch_end", signalled)
+        with pytest.raises(Stopped, match=number.name):
+            ensure(run("again"))
+        assert signal.getsignal(number) == signal.SIG_DFL
+    assert (run("again").folder / "last.ckpt").exists()
+    assert ensure(run("again"))["metrics"] == whole["metrics"]
+
+
+def test_a_signals_earlier_handler_goes_on_after_the_checkpoint(places: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As submitit's does, which queues the job again."""
+    heard: list[int] = []
+    config = compose_run(["experiment=teacher", *TINY, *places])
+    run = Run(config, Paths.of(config))
+    before = signal.signal(signal.SIGUSR2, lambda number, _: heard.append(number))
+    original = Checkpointer.save
+
+    def save(self: Checkpointer, trainer: Any) -> None:
+        assert not heard
+        original(self, trainer)
+
+    monkeypatch.setattr(Checkpointer, "save", save)
+    monkeypatch.setattr(Checkpointer, "on_train_start", _then_signal(Checkpointer.on_train_start, signal.SIGUSR2))
+    try:
+        assert ensure(run)["status"] == "finished"
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    assert heard == [signal.SIGUSR2]
+
+
+def _then_signal(function: Callable[..., None], number: signal.Signals) -> Callable[..., None]:
+    def call(*given: Any) -> None:
+        function(*given)
+        os.kill(os.getpid(), number)
+
+    return call
+
+
+def test_jobs_through_submitit(tmp_path: Path, places: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """submitit's own processes in SLURM's place: records, a failed job with its log, what waits for it."""
+    launcher = make_launcher("slurm", ["launcher.cluster=local", "launcher.gpus=0", "launcher.hours=0.1"])
+    distil = ["experiment=jacobian_distill", "+upstream.teacher.data.per_class=1000", "method=a", *TINY]
+    runs = [plan(["experiment=teacher", *TINY]), plan(distil)]
+    failures = run_all(runs, paths_of(places), workers=1, extra=["trainer.threads=1", *places], launcher=launcher)
+    assert [path.stem for path in tmp_path.rglob("results/runs/*/*.json")] == [run_id(runs[0].config)]
+    assert len(failures) == 2
+    assert failures[1].command == runs[1].command
+    assert failures[0].log == failures[1].log
+    assert "ask for at most" in failures[0].log.read_text()
+
+
+def test_launchers_say_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="did you mean slurm"):
+        make_launcher("slurn")
+    with pytest.raises(UserError, match="did you mean partition"):
+        make_launcher("slurm", ["launcher.partitoin=gpu"])
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(UserError, match="LAUNCHER=local"):
+        make_launcher("slurm").do([type("Any", (), {"log": Path("a/b/c/d/e")})], 1, lambda *_: None)
+
+
+def test_an_objective_is_the_experiments_and_nan_is_the_worst() -> None:
+    record = {"config": {"objective": "gan_test"}, "metrics": {"gan_test": 71.0, "test/accuracy": None, "curve": [1.0]}}
+    assert objective(record, "maximize") == 71.0
+    diverged = {**record, "config": {"objective": "test/accuracy"}}
+    assert (objective(diverged, "maximize"), objective(diverged, "minimize")) == (-math.inf, math.inf)
+    assert objective(diverged, "None") is None
+    for wrong in ("curve", "nothing"):
+        with pytest.raises(UserError, match="this run measures gan_test, test/accuracy"):
+            objective({**record, "config": {"objective": wrong}}, "maximize")
+
+
+def test_optuna_survives_runs_that_diverge(tmp_path: Path, run_py: Callable[..., Any]) -> None:
+    search = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=2", "hydra.sweeper.direction=maximize"]
+    search += ["hydra/sweeper/sampler=grid", "optim.optimizer.lr=choice(1e35,0.001)"]
+    done = run_py("-m", *search, "experiment=teacher", *TINY, "optim.passes=6")
+    assert done.returncode == 0, done.stderr
+    assert "diverged" in done.stdout
+    assert "optim.optimizer.lr: 0.001" in (tmp_path / "outputs" / "hydra" / "optimization_results.yaml").read_text()
+
+
+def test_joblib_finishes_the_others_when_one_fails(tmp_path: Path, run_py: Callable[..., Any]) -> None:
+    done = run_py(
+        "-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "experiment=teacher", *TINY, "data.validation=3,0.3"
+    )
+    assert done.returncode != 0
+    assert "it is a fraction" in done.stderr
+    assert len(list(tmp_path.rglob("results/runs/teacher/*.json"))) == 1

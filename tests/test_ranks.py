@@ -1,0 +1,201 @@
+"""Two processes compute what one does: gradients, samples, records."""
+
+import multiprocessing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from gradexp import layers, ranks
+from gradexp.data.loader import Batch, TensorLoader, TrainingStream
+from gradexp.data.sources import Split
+from gradexp.errors import UserError
+from gradexp.runs import Paths, Run, ensure
+from gradexp.tasks.build import build
+from gradexp.tasks.compose import compose_run
+from gradexp.tasks.train import make_terms
+from gradexp.training.callbacks import Checkpointer, Stopped
+from gradexp.training.classifier import Classifier
+from gradexp.training.dropout import dropout_after
+from gradexp.training.targets import LiveTargets
+
+WORLD, COUNT, SIZE = 2, 7, 16
+
+METHODS = {
+    "a_j": ["experiment=jacobian_distill", "method=a_j"],
+    "ce_a_j": ["experiment=jacobian_distill", "method=ce_a_j"],
+    "ce_a_j, running statistics": ["experiment=jacobian_distill", "method.terms.jacobian.student_bn=running"],
+    "full Jacobian": ["experiment=jacobian_distill", "method=a_j", "method.terms.jacobian.target=all"],
+    "fg_att": ["experiment=fullgrad_distill", "method=fg_att", "model=vgg4"],
+    "gradient_norm, dropout": ["experiment=teacher", "model=vgg4", "method=gradient_norm", "model.dropout=0.25"],
+    "bias_gradient": ["experiment=bias_gradient", "method=bias_gradient", "model=vgg4"],
+    "effective bias": ["experiment=bias_gradient", "model=vgg4", "method.terms.bias_gradient.bias=effective"],
+    "dropout at a layer": ["experiment=bias_gradient", "method=dropout", "model=vgg4"],
+    "score_matching": ["experiment=score_matching", "method=score_matching"],
+    "hutchinson": ["experiment=score_matching", "method.terms.score_matching.estimator=hutchinson"],
+    "anti": ["experiment=score_matching", "method=anti_score_matching"],
+}
+
+
+def loader() -> TensorLoader:
+    generator = torch.Generator().manual_seed(5)
+    images = torch.randint(256, (COUNT, 3, SIZE, SIZE), generator=generator, dtype=torch.uint8).numpy()
+    half = torch.full((3,), 0.5)
+    split = Split(images, (torch.arange(COUNT) % 10).numpy())
+    return TensorLoader(split, range(COUNT), batch_size=COUNT, mean=half, std=half, shuffle=True, flip=True, crop=2, seed=3)
+
+
+def classifier(words: list[str]) -> tuple[Classifier, dict[str, Any] | None]:
+    """A random student and teacher in float64, their batch statistics far from the stored ones."""
+    config = compose_run([*words, "scale=quick", "scale.width=0.04", "data.channels=3"])
+    torch.manual_seed(7)
+    student, teacher = (build(config["model"], where="model").double() for _ in range(2))
+    for module in [*student.modules(), *teacher.modules()]:
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.weight, 1, 0.3)
+            nn.init.normal_(module.bias, 0, 0.3)
+    terms = make_terms(config)
+    example = torch.zeros(1, 3, SIZE, SIZE, dtype=torch.float64)
+    for term in terms.values():
+        term.place(student, teacher if term.needs_teacher else None, example)
+    names = [layer for term in terms.values() for layer in term.teacher_layers]
+    layers.accelerate(student)
+    targets = LiveTargets(teacher, with_gradient=True, layers=names)
+    optim = build(config["optim"], where="optim")
+    module = Classifier(student, terms, optim, steps_per_pass=2, seed=0, targets=targets)
+    return module.train(), config["method"].get("dropout")
+
+
+class Stepping(nn.Module):
+    """What Lightning wraps: a forward that is the training step."""
+
+    def __init__(self, module: Classifier) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, batch: Batch) -> Tensor:
+        self.module.on_train_batch_start(batch, 0)
+        return self.module.training_step(batch, 0)
+
+
+def gradients(words: list[str], rank: int, world: int) -> dict[str, Tensor]:
+    """Parameter gradients, batch statistics and loss of one step on this process's part of the batch."""
+    module, where = classifier(words)
+    batch = next(loader().batches(0, rank=rank, world=world))
+    batch = batch._replace(images=batch.images.double())
+    stepping: nn.Module = Stepping(module)
+    if world > 1:
+        ranks.share_layers(module.student)
+        stepping = DistributedDataParallel(stepping, find_unused_parameters=True, broadcast_buffers=False)
+    with dropout_after(module.student, where, torch.zeros(1, 3, SIZE, SIZE, dtype=torch.float64)):
+        stepping(batch).backward()
+    found = {name: value.grad for name, value in module.student.named_parameters() if value.grad is not None}
+    found |= {name: value.double() for name, value in module.student.named_buffers()}
+    return found | {"loss": module._totals()["train/loss"].double()}
+
+
+def _rank(rank: int, place: str, work: Callable[[int], Any], results: Any) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{place}", rank=rank, world_size=WORLD)
+    results.put((rank, work(rank)))
+    distributed.barrier()
+    distributed.destroy_process_group()
+
+
+def in_two_processes(place: Path, work: Callable[[int], Any]) -> list[Any]:
+    """[what rank 0 found, what rank 1 found]."""
+    context = multiprocessing.get_context("fork")
+    results = context.SimpleQueue()
+    workers = [context.Process(target=_rank, args=(rank, str(place), work, results)) for rank in range(WORLD)]
+    for worker in workers:
+        worker.start()
+    found = dict(results.get() for _ in workers)
+    for worker in workers:
+        worker.join(20)
+    return [found[rank] for rank in range(WORLD)]
+
+
+def test_gradients_of_every_method_are_those_of_one_process(tmp_path: Path) -> None:
+    """In float64, on a batch that two processes can't halve: 7 images, 4 and 3."""
+    single = {name: gradients(words, 0, 1) for name, words in METHODS.items()}
+
+    def work(rank: int) -> dict[str, dict[str, Any]]:
+        return {
+            name: {key: value.numpy() for key, value in gradients(words, rank, WORLD).items()}
+            for name, words in METHODS.items()
+        }
+
+    for found in in_two_processes(tmp_path / "meet", work):
+        for method, expected in single.items():
+            assert found[method].keys() == expected.keys(), method
+            for name, value in expected.items():
+                tolerance = 1e-6 if name == "loss" else 1e-10  # curves are kept in float32
+                distance = (torch.as_tensor(found[method][name]) - value).norm()
+                assert distance <= tolerance * (1 + value.norm()), f"{method}: {name}"
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_processes_share_every_batch_of_the_same_sequence(world: int) -> None:
+    """Resumed by another number of processes after three steps, the sequence of images and views is the same."""
+
+    def shown(stream: TrainingStream) -> list[Tensor]:
+        return [torch.stack([batch.row, batch.view]) for batch in stream]
+
+    def streams(world: int) -> list[TrainingStream]:
+        return [TrainingStream(loader(), 5, rank=rank, world=world) for rank in range(world)]
+
+    (whole,) = map(shown, streams(1))
+    parts = list(zip(*map(shown, streams(world)), strict=True))
+    assert all(torch.equal(torch.cat(part, dim=1), batch) for part, batch in zip(parts, whole, strict=True))
+    resumed = streams(world)
+    for stream in resumed:
+        stream.load_state_dict({"step": 3})
+    parts = list(zip(*map(shown, resumed), strict=True))
+    assert len(parts) == 2
+    assert all(torch.equal(torch.cat(part, dim=1), batch) for part, batch in zip(parts, whole[3:], strict=True))
+
+
+def test_more_processes_than_images_are_refused() -> None:
+    with pytest.raises(UserError, match="fewer devices"):
+        TrainingStream(loader(), 5, rank=0, world=COUNT + 1)
+
+
+def test_one_process_begins_and_two_finish(places: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped after three of five steps and resumed by trainer=ddp: the id, the one record and the numbers of one process.
+
+    Numbers agree as well as torch's batch normalisation computes: on the CPU it sums channels-last images naively.
+    """
+    words = ["experiment=teacher", "model=vgg4", "scale=quick", "scale.width=0.1", "data.per_class=4", "optim.batch_size=17"]
+    words += ["optim.passes=null", "optim.steps=5", "logger=none", "trainer.precision=32", "trainer.threads=1"]
+
+    def run(place: str, *more: str) -> Run:
+        config = compose_run([*words, *more, *(f"{folder}/{place}" for folder in places)])
+        return Run(config, Paths.of(config))
+
+    whole = ensure(run("whole"))
+    with monkeypatch.context() as patch:
+        steps = iter([False, False, True])
+        patch.setattr(Checkpointer, "on_train_batch_end", lambda self, trainer, *_: next(steps) and stop(self, trainer))
+        with pytest.raises(Stopped):
+            ensure(run("shared"))
+    shared = ensure(run("shared", "trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.threads=1"))
+    assert (shared["id"], shared["steps"], shared["devices"]) == (whole["id"], 5, 2)
+    assert [path.stem for path in run("shared").paths.results.rglob("*.json")] == [whole["id"]]
+    assert shared["metrics"]["train/loss"] == pytest.approx(whole["metrics"]["train/loss"], rel=1e-2)
+    assert shared["metrics"]["test/accuracy"] == pytest.approx(whole["metrics"]["test/accuracy"], abs=5)
+
+
+def stop(checkpointer: Checkpointer, trainer: Any) -> None:
+    checkpointer.save(trainer)
+    raise Stopped
+
+
+def test_many_runs_with_many_devices_each_are_refused(run_py: Callable[..., Any]) -> None:
+    done = run_py("-m", "experiment=teacher", "scale=quick", "seed=0,1", "trainer.devices=2", "logger=none")
+    assert done.returncode != 0
+    assert "one run at a time" in done.stderr
+    assert "Traceback" not in done.stderr
