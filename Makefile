@@ -1,10 +1,12 @@
 # Thin: each line calls a script or run.py. `make` alone lists what there is.
 SCALE ?= cpu
 WORKERS ?= 2
+LAUNCHER ?= local
+SET ?=
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: help setup quickstart test lint tables figures bench clean
+.PHONY: help setup quickstart test lint tables figures reproduce claims plan report verify bench clean
 .DEFAULT_GOAL := help
 
 help:
@@ -12,9 +14,15 @@ help:
 	@echo "make quickstart                            setup if needed, then Table 2.1 at scale=quick"
 	@echo "make test                                  linter, type checker, the whole test suite"
 	@echo "make table-2.1 [SCALE=cpu] [WORKERS=2]     run what is missing, then render and print"
+	@echo "     LAUNCHER=slurm SET='KEY=VALUE ...'    on a cluster; hardware settings, such as trainer.precision=32"
+	@echo "make verify [ARGS='--sample 3']            whether records are whole, and quick ones repeat"
 	@echo "make bench [ARGS=--quick]                  what a training step costs, to results/bench.md"
 	@echo "make figure-2.1 [SCALE=cpu] [WORKERS=2]    likewise a figure"
 	@echo "make tables figures [SCALE=cpu]            render every table and figure from records; trains nothing"
+	@echo "make plan [SCALE=cpu] [ARGS=--probe]       what is missing, and its hours, memory and disk on this machine"
+	@echo "make reproduce [SCALE=cpu] [WORKERS=2]     everything that is missing, then tables, figures, claims, report"
+	@echo "make claims [SCALE=cpu]                    what the thesis says, and whether our records say so too"
+	@echo "make report [SCALE=cpu]                    one HTML page of all of it, each number with its record"
 
 setup: .venv/installed
 
@@ -38,16 +46,34 @@ lint: setup
 	@$(BIN)/mypy
 
 table-%: setup
-	@$(BIN)/python scripts/make_table.py $* --scale $(SCALE) --workers $(WORKERS)
+	@$(BIN)/python scripts/make_table.py $* --scale $(SCALE) --workers $(WORKERS) --launcher $(LAUNCHER) $(if $(SET),--set $(SET))
 
 figure-%: setup
-	@$(BIN)/python scripts/make_figure.py $* --scale $(SCALE) --workers $(WORKERS)
+	@$(BIN)/python scripts/make_figure.py $* --scale $(SCALE) --workers $(WORKERS) --launcher $(LAUNCHER) $(if $(SET),--set $(SET))
 
 tables: setup
 	@$(BIN)/python scripts/make_table.py --scale $(SCALE) --render-only
 
 figures: setup
 	@$(BIN)/python scripts/make_figure.py --scale $(SCALE) --render-only
+
+plan: setup
+	@$(BIN)/python scripts/plan.py --scale $(SCALE) $(ARGS)
+
+# What is missing of every table and figure, then all of the pages; goes on where something failed, and says so at the end.
+reproduce: setup
+	@code=0; for what in table figure; do \
+		$(BIN)/python scripts/make_$$what.py --scale $(SCALE) --workers $(WORKERS) --launcher $(LAUNCHER) $(if $(SET),--set $(SET)) || code=1; \
+	done; $(BIN)/python scripts/make_claims.py --scale $(SCALE) && $(BIN)/python scripts/make_report.py --scale $(SCALE) && exit $$code
+
+claims: setup
+	@$(BIN)/python scripts/make_claims.py --scale $(SCALE)
+
+report: setup
+	@$(BIN)/python scripts/make_report.py --scale $(SCALE)
+
+verify: setup
+	@$(BIN)/python scripts/verify.py $(ARGS)
 
 bench: setup
 	@$(BIN)/python scripts/bench.py $(ARGS)

@@ -6,13 +6,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from gradexp import runs
 from gradexp.errors import UserError
-from gradexp.report import figures
+from gradexp.report import figures, specs
 from gradexp.report.draw.curves import curves
+from gradexp.report.draw.illustration import illustration
 from gradexp.report.specs import Source
+from gradexp.tasks.compose import plan
 
 SPEC = {"number": "9.1", "metric": "train/loss", "xlabel": "pass", "ylabel": "loss", "also": ["svg"]}
 
@@ -54,3 +57,24 @@ def test_a_figure_without_its_runs_names_the_commands(tmp_path: Path) -> None:
 def test_drawing_needs_no_torch() -> None:
     code = "import sys, gradexp.report.figures, gradexp.report.draw.curves; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_run_without_data_can_be_planned() -> None:
+    """Figure 2.1's, at a scale that does not bring a data set along."""
+    assert "data" not in plan(["experiment=jacobian_illustration", "scale=cpu"]).config
+
+
+def test_figure_2_1_shows_every_curve_once_and_its_note(tmp_path: Path) -> None:
+    x = np.linspace(-1, 1, 5, dtype=np.float32)
+    arrays = dict.fromkeys(("x", "teacher", "activations", "noise", "jacobian", "points", "values", "slopes"), x)
+    source = Source("a", tmp_path / "a.json", "")
+    facts = runs._write_arrays(source.record.with_suffix(".npz"), arrays)
+    runs.write_record(source.record, {"metrics": {}, "arrays": facts})
+    drawn = [figures.Series({"label": "fits"}, (source,))]
+    figure, rows = illustration({}, drawn)
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert len(labels) == len(set(labels)) == 6
+    assert [row["jacobian"] for row in rows] == ["-1.00000", "-0.50000", "0.00000", "0.50000", "1.00000"]
+    spec = {**specs.load("figure", "2.1"), "also": ["svg"]}
+    files = figures.make(spec, "quick", drawn, illustration, tmp_path / "results")
+    assert "not evidence" in files[2].read_text()  # the note names what was changed after looking

@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from gradexp.errors import UserError
+from gradexp.report import specs as report_specs
 from gradexp.report import tables
 from gradexp.runs import ROOT, Paths, run_id, write_record
 from gradexp.tasks.compose import plan
@@ -139,6 +140,32 @@ def test_bold_is_per_column_or_per_row(best: str | None, per: str, expected: set
     assert {cell.ours for cell in tables.mark_best(cells, best, per) if cell.best} == expected
 
 
+def test_a_row_apart_does_not_compete() -> None:
+    cells = [tables.Cell(row, "x", (), None, False, "m", (value,)) for row, value in (("a", 1.0), ("b", 2.0), ("oracle", 9.0))]
+    assert [cell.best for cell in tables.mark_best(cells, "max", "column", ["oracle"])] == [False, True, False]
+
+
+def test_departures_that_a_note_describes_are_not_listed() -> None:
+    (sentence,) = [x for x in table_with(told=["optim."], notes={"quick": "12 passes."}).caption if "departs" in x]
+    assert sentence == "Scale quick departs from scale=paper in: what is said above."
+    assert "12 passes." in table_with(notes={"quick": "12 passes.", "cpu": "More."}).caption
+    assert "More." not in table_with(notes={"cpu": "More."}).caption
+    assert table_with(title="On {data}, {where}", where={"quick": "here"}).title == "On toy, here"
+
+
+def table_with(**changes: Any) -> tables.Table:
+    return tables.build({**SPEC, **changes}, "quick", fake_plan, Paths(Path("data"), GOLDEN, Path("outputs")))
+
+
+@pytest.mark.parametrize(("wrong", "right"), [("nots", "notes"), ("rows: [{labl: a}]\nnumber", "label")])
+def test_a_misspelt_key_of_a_table_is_an_error(wrong: str, right: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report_specs, "ROOT", tmp_path)
+    (tmp_path / "conf" / "table").mkdir(parents=True)
+    (tmp_path / "conf" / "table" / "9.yaml").write_text(f"{wrong}: x\n")
+    with pytest.raises(UserError, match=f"there is no key .*, did you mean {right}"):
+        report_specs.load("table", "9")
+
+
 def specs() -> list[Path]:
     return sorted((ROOT / "conf" / "table").glob("*.yaml"))
 
@@ -148,11 +175,38 @@ def test_every_cell_composes_and_has_its_number_in_the_thesis(path: Path) -> Non
     spec = yaml.safe_load(path.read_text())
     thesis = tables.read_thesis(ROOT / "results" / "thesis.csv")
     shown = []
-    for row, column, seeds in tables.cells_of(spec, "paper"):
+    for row, column, seeds in tables.cells_of(spec, "paper" if "paper" in spec["seeds"] else "cpu"):
         assert (spec.get("thesis", spec["number"]), *(place.get("thesis", place["label"]) for place in (row, column))) in thesis
         metric = next(place["metric"] for place in (row, column, spec) if "metric" in place)
-        shown += [(run_id(plan(overrides).config), str(metric)) for overrides in seeds]
+        shown += [(run_id(plan(overrides).config), str(metric)) for overrides in seeds[:1]]
     assert len(set(shown)) == len(shown), "two cells show the same number"
+
+
+def test_a_column_may_have_seeds_of_its_own() -> None:
+    first, *others = SPEC["columns"]
+    spec = {**SPEC, "columns": [{**first, "seeds": {"cpu": [7]}}, *others], "seeds": {"cpu": [0, 1]}}
+    for _, column, runs in tables.cells_of(spec, "cpu"):
+        assert [words[-1] for words in runs] == (["seed=7"] if column["label"] == first["label"] else ["seed=0", "seed=1"])
+    made = tables.build(spec, "cpu", fake_plan, Paths(Path("data"), GOLDEN, Path("outputs")))
+    assert f"Seeds: 0, 1 (column {first['label']}: 7). The test set is read once, after the last step." in made.caption
+
+
+def printed_in_the_thesis(item: str) -> set[tuple[str, str]]:
+    with (ROOT / "results" / "thesis.csv").open(newline="") as file:
+        return {(line["row"], line["column"]) for line in csv.DictReader(file) if line["item"] == item}
+
+
+@pytest.mark.parametrize("path", specs(), ids=lambda path: path.stem)
+def test_every_number_of_the_thesiss_table_has_its_cell(path: Path) -> None:
+    spec = yaml.safe_load(path.read_text())
+    if "thesis" in spec:
+        pytest.skip("not one of the thesis's own tables")
+    cells = {
+        tuple(str(place.get("thesis", place["label"])) for place in (row, column))
+        for row, column, _ in tables.cells_of(spec, "paper")
+    }
+    beside = {tuple(line["thesis"]) for line in spec.get("upstream", [])}
+    assert printed_in_the_thesis(spec["number"]) == cells | (beside & printed_in_the_thesis(spec["number"]))
 
 
 def committed(pattern: str) -> list[Path]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,7 @@ STYLE: Any = {
     "pdf.fonttype": 42,
     "svg.hashsalt": "gradexp",
 }
+NOTE_WIDTH = 150  # characters of a line below a figure of two columns
 COLUMN_WIDTH = 3.4  # inches: one column of a two-column page
 PAGE_WIDTH = 7.0  # inches: both
 # Okabe and Ito's colour-blind safe palette. One colour a method, the same in every figure.
@@ -118,6 +120,9 @@ def make(spec: Config, scale: str, series: Sequence[Series], draw: Draw, results
         raise UserError(f"figure {spec['number']}, scale={scale}: runs are missing; make them with\n{commands}")
     with mpl.rc_context(STYLE):
         figure, rows = draw(spec, series)
+        if "note" in spec:
+            small = {"fontsize": 6.5, "color": "#555555", "x": 0.01, "ha": "left", "ma": "left"}
+            figure.supxlabel(textwrap.fill(spec["note"], NOTE_WIDTH), **small)
         stem = results / "figures" / scale / f"figure_{spec['number'].replace('.', '_')}"
         for kind in ("png", "pdf", *spec.get("also", [])):
             content = io.BytesIO()

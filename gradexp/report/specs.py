@@ -22,6 +22,17 @@ class Planned(Protocol):
     def command(self) -> str: ...
 
 
+SHOWN = ("experiment", "metric", "spread", "thesis_metric")  # of a row, a column or the table
+TABLE_KEYS = (
+    *("number", "thesis", "title", "where", "note", "notes", "told", "needs", "corner", "best", "best_per"),
+    *("seeds", "comparable", "only", "rows", "columns", "upstream", *SHOWN),
+)
+PART_KEYS = {
+    "rows": ("label", "thesis", "overrides", "apart", *SHOWN),
+    "columns": ("label", "thesis", "overrides", "scales", "seeds", *SHOWN),
+    "upstream": ("label", "thesis", "overrides", "scales", "metric"),
+}
+
 Planner = Callable[[Sequence[str]], Planned]
 
 
@@ -59,7 +70,19 @@ def load(kind: str, number: str) -> Config:
     if number not in there:
         raise UserError(f"no {kind} {number}{nearest(number, there)} conf/{kind}/ has {', '.join(there) or 'none'}")
     spec: Config = yaml.safe_load((ROOT / "conf" / kind / f"{number}.yaml").read_text(encoding="utf-8"))
+    if kind == "table":
+        check_keys(spec, TABLE_KEYS, f"table {number}")
+        for part, known in PART_KEYS.items():
+            for node in spec.get(part, []):
+                check_keys(node, known, f"table {number}, {part}")
     return spec
+
+
+def check_keys(node: Config, known: Sequence[str], where: str) -> None:
+    """Raises UserError for a key that is not known."""
+    for key in node:
+        if key not in known:
+            raise UserError(f"{where}: there is no key {key}{nearest(str(key), known)} It may have {', '.join(known)}")
 
 
 def seeds_of(spec: Config, scale: str) -> list[int]:

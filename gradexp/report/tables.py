@@ -26,6 +26,7 @@ from gradexp.runs import ROOT, Config, Paths, identity, read_record, write_atomi
 
 EMPTY = "–"
 COLUMNS = ("row", "column", "metric", "ours", "std", "n", "thesis", "difference", "run_ids")
+DEPARTS = "Scale {} departs from scale=paper in:"
 UNINTERESTING = ("scale", "_target_", "version", "channels", "classes", "size")  # said by others, or no protocol
 
 
@@ -93,13 +94,14 @@ class Table:
     columns: tuple[str, ...]
     cells: tuple[Cell, ...]
     best_per: str = "column"
+    departures: tuple[tuple[str, str, str], ...] = ()  # every (setting, here, at scale=paper)
 
     def cell(self, row: str, column: str) -> Cell:
         return next(cell for cell in self.cells if (cell.row, cell.column) == (row, column))
 
     @property
     def missing(self) -> list[Source]:
-        return [source for cell in self.cells for source in cell.missing]
+        return list(dict.fromkeys(source for cell in self.cells for source in cell.missing))
 
 
 def value_of(record: Config, metric: str) -> float:
@@ -123,10 +125,10 @@ def read_thesis(path: Path) -> dict[tuple[str, ...], Thesis]:
     return found
 
 
-def mark_best(cells: Sequence[Cell], best: str | None, per: str = "column") -> tuple[Cell, ...]:
+def mark_best(cells: Sequence[Cell], best: str | None, per: str = "column", apart: Sequence[str] = ()) -> tuple[Cell, ...]:
     """Bold as in the thesis: the best of each column (`row`, or whole `table`), where at least two of its cells are filled.
 
-    best: `max`, `min`, or None for a table without bold numbers.
+    best: `max`, `min`, or None for a table without bold numbers. apart: rows that do not compete, such as an oracle.
     """
     if best is None:
         return tuple(cells)
@@ -134,13 +136,13 @@ def mark_best(cells: Sequence[Cell], best: str | None, per: str = "column") -> t
     groups: dict[str, list[float]] = {}
     for cell in cells:
         value = cell.parts[-1].ours
-        if value is not None and value == value:
+        if value is not None and value == value and cell.row not in apart:
             groups.setdefault(getattr(cell, per, ""), []).append(value)
     winners = {group: pick(numbers) for group, numbers in groups.items() if len(numbers) > 1}
 
     def wins(cell: Cell) -> bool:
         value = cell.parts[-1].ours
-        return value is not None and value == winners.get(getattr(cell, per, ""))
+        return value is not None and cell.row not in apart and value == winners.get(getattr(cell, per, ""))
 
     return tuple(replace(cell, best=wins(cell)) for cell in cells)
 
@@ -197,14 +199,19 @@ def cells_of(spec: Config, scale: str) -> Iterator[tuple[Config, Config, list[li
     """(row, column, overrides of each seed) for all cells that the scale has.
 
     A scale listed under the spec's `only` runs nothing but the cells that it names there: the others stay empty.
+    A column may have `seeds` of its own.
     """
-    all_seeds = seeds_of(spec, scale)
     only = spec.get("only", {}).get(scale)
     columns = [column for column in spec["columns"] if scale in column.get("scales", spec["seeds"])]
     for row in spec["rows"]:
         for column in columns:
-            seeds = all_seeds if only is None or [row["label"], column["label"]] in only else []
+            wanted = only is None or [row["label"], column["label"]] in only
+            seeds = _seeds(spec, column, scale) if wanted else []
             yield row, column, [overrides_of(spec, row, column, scale, seed) for seed in seeds]
+
+
+def _seeds(spec: Config, column: Config, scale: str) -> list[int]:
+    return list(column.get("seeds", {}).get(scale, seeds_of(spec, scale)))
 
 
 def build(spec: Config, scale: str, plan: Planner, paths: Paths) -> Table:
@@ -242,33 +249,35 @@ def build(spec: Config, scale: str, plan: Planner, paths: Paths) -> Table:
         config = plan(seeds[0]).config
         changes |= departures(config, plan(paper).config)
         data.add(config["data"]["name"])
+    apart = [row["label"] for row in spec["rows"] if row.get("apart")]
     lines = [line for line in spec.get("upstream", []) if scale in line.get("scales", spec["seeds"])]
     upstream = [(line, Source.of(plan([*line["overrides"], f"scale={scale}"]), paths)) for line in lines]
     missing = any(cell.missing for cell in cells)
     caption = [
-        *([spec["note"]] if spec.get("note") else []),
+        *(text for text in (spec.get("note"), spec.get("notes", {}).get(scale)) if text),
         *(["Cells marked – are not part of this scale."] if scale in spec.get("only", {}) else []),
         *([f"Its empty cells need {spec['needs'][scale]}."] if missing and scale in spec.get("needs", {}) else []),
-        _departure_sentence(scale, changes),
+        _departure_sentence(scale, changes, tuple(spec.get("told", ()))),
         *(_upstream_sentence(line, run, spec, thesis) for line, run in upstream),
         *(
             []
             if scale in spec["comparable"]
             else ["The thesis's numbers mark their places; at this scale they can't be compared."]
         ),
-        f"Seeds: {', '.join(map(str, spec['seeds'][scale]))}. The test set is read once, after the last step.",
+        _seed_sentence(spec, scale),
         origins([read_record(file) for file in dict.fromkeys(s.record for c in cells for s in c.sources if s.finished)]),
     ]
     return Table(
         number=spec["number"],
-        title=spec["title"].format(data=", ".join(sorted(data))),
+        title=spec["title"].format(data=", ".join(sorted(data)), where=spec.get("where", {}).get(scale)),
         corner=spec["corner"],
         scale=scale,
         caption=tuple(caption),
         rows=tuple(row["label"] for row in spec["rows"]),
         columns=tuple(dict.fromkeys(cell.column for cell in cells)),
-        cells=mark_best(cells, spec["best"], spec.get("best_per", "column")),
+        cells=mark_best(cells, spec["best"], spec.get("best_per", "column"), apart),
         best_per=spec.get("best_per", "column"),
+        departures=tuple((key, _word(here), _word(paper)) for key, (here, paper) in changes.items()),
     )
 
 
@@ -276,11 +285,25 @@ def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def _departure_sentence(scale: str, changes: dict[str, tuple[Any, Any]]) -> str:
+def _departure_sentence(scale: str, changes: dict[str, tuple[Any, Any]], told: tuple[str, ...] = ()) -> str:
+    """told: starts of keys whose departures the spec's note describes."""
     if not changes:
         return f"Scale {scale}: the protocol of scale=paper."
-    listed = "; ".join(f"`{key}` {_word(here)} (paper: {_word(paper)})" for key, (here, paper) in changes.items())
-    return f"Scale {scale} departs from scale=paper in: {listed}."
+    named = {key: values for key, values in changes.items() if not key.startswith(told)}
+    listed = "; ".join(f"`{key}` {_word(here)} (paper: {_word(paper)})" for key, (here, paper) in named.items())
+    places = [*(["what is said above"] if len(named) < len(changes) else []), *([listed] if listed else [])]
+    return f"{DEPARTS.format(scale)} {'; '.join(places)}."
+
+
+def _seed_sentence(spec: Config, scale: str) -> str:
+    own = [column for column in spec["columns"] if scale in column.get("seeds", {})]
+    listed = [f"column {column['label']}: {_enumerated(_seeds(spec, column, scale))}" for column in own]
+    exceptions = f" ({'; '.join(listed)})" if listed else ""
+    return f"Seeds: {_enumerated(seeds_of(spec, scale))}{exceptions}. The test set is read once, after the last step."
+
+
+def _enumerated(values: Sequence[Any]) -> str:
+    return ", ".join(map(str, values))
 
 
 def _word(value: Any) -> str:

@@ -26,7 +26,7 @@ TANGENT = 0.28  # half the length of a tangent, in units of x
 def illustration(spec: Config, series: Sequence[Series]) -> tuple[Figure, list[Row]]:
     """Two panels: a student that matches values alone; students that match slopes, explicitly and through noise."""
     arrays = series[0].arrays[0]
-    figure = Figure(figsize=(2 * COLUMN_WIDTH, 0.78 * COLUMN_WIDTH))
+    figure = Figure(figsize=(2 * COLUMN_WIDTH, 0.95 * COLUMN_WIDTH))
     for axes, (title, students) in zip(figure.subplots(1, 2, sharey=True), PANELS, strict=True):
         axes.plot(arrays["x"], arrays["teacher"], color="black", linewidth=1.0, label="teacher")
         for name, label, style in students:
@@ -35,7 +35,8 @@ def illustration(spec: Config, series: Sequence[Series]) -> tuple[Figure, list[R
             _tangents(axes, arrays)
         axes.plot(arrays["points"], arrays["values"], "o", color="black", markersize=4, label="data points", zorder=3)
         axes.set(title=title, xlabel="input x")
-        axes.legend(loc="lower right")
+    entries = {label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(entries.values(), entries.keys(), loc="outside upper center", ncols=-(-len(entries) // 2))
     figure.axes[0].set_ylabel("output")
     names = ("teacher", *COLOURS)
     rows: list[Row] = [
@@ -47,4 +48,5 @@ def illustration(spec: Config, series: Sequence[Series]) -> tuple[Figure, list[R
 def _tangents(axes: Axes, arrays: dict[str, Any]) -> None:
     for x, y, slope in zip(arrays["points"], arrays["values"], arrays["slopes"], strict=True):
         half = TANGENT / (1 + slope**2) ** 0.5
-        axes.plot([x - half, x + half], [y - half * slope, y + half * slope], color="black", linewidth=2.6, alpha=0.35)
+        ends = [x - half, x + half], [y - half * slope, y + half * slope]
+        axes.plot(*ends, color="black", linewidth=2.6, alpha=0.35, label="teacher's slopes")

@@ -1,0 +1,386 @@
+"""What the thesis says about its tables and figures (conf/claims.yaml), and whether our records say so too.
+
+A claim is a set of comparisons of cells that must all hold. Differences of cells are taken seed by seed. A chapter's claims
+share one level of significance (Holm). Nothing is concluded from one seed: such a claim has a direction, and no more.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from gradexp.errors import UserError
+from gradexp.report.grid import Grid, Place
+from gradexp.report.inference import BOOTSTRAP_FROM, MANY, Estimate, estimate, estimate_over_images, holm, seeds_needed
+from gradexp.report.specs import Planner, Source, check_keys
+from gradexp.runs import Config, Paths, write_atomically
+
+VERDICTS = ("holds", "contradicted", "underpowered", "direction only", "not run")
+FILE_KEYS = ("confidence", "power", "resamples", "claims")
+FORMS = ("greater", "less", "near")
+KEYS = ("id", "section", "says", "item", "across", "panel", "metric", *FORMS, "within", "by", "at", "unit", "except", "because")
+CELL_KEYS = ("row", "column", "metric", "minus")
+UNITS = ("seeds", "images")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One comparison of a claim. thesis: the same difference of the thesis's own numbers, where it prints them."""
+
+    label: str
+    in_scale: bool
+    estimate: Estimate | None
+    noise: float | None  # standard error that the runs have in themselves, over draws or images
+    thesis: float | None
+    sources: tuple[Source, ...]
+
+    @property
+    def agrees(self) -> bool | None:
+        return None if self.estimate is None else self.estimate.mean > 0
+
+    @property
+    def missing(self) -> tuple[Source, ...]:
+        return tuple(source for source in self.sources if not source.finished)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A claim with its verdict. p: two-sided, the smaller of for and against; further: seeds still needed, where known."""
+
+    id: str
+    section: str
+    says: str
+    item: str
+    unit: str  # what the intervals are over: seeds, or the images of one model
+    note: str
+    comparisons: tuple[Comparison, ...]
+    verdict: str = "not run"
+    p: float | None = None
+    p_holm: float | None = None
+    further: int | None = None
+
+    @property
+    def chapter(self) -> str:
+        return self.section.lstrip("§").partition(".")[0]
+
+    @property
+    def planned(self) -> tuple[Comparison, ...]:
+        """The comparisons that this scale has."""
+        return tuple(one for one in self.comparisons if one.in_scale)
+
+    @property
+    def run(self) -> tuple[Comparison, ...]:
+        return tuple(one for one in self.comparisons if one.estimate)
+
+    @property
+    def agreeing(self) -> int:
+        return sum(bool(one.agrees) for one in self.run)
+
+    @property
+    def n(self) -> int:
+        """Seeds of the comparison that has fewest."""
+        return min((one.estimate.n for one in self.run if one.estimate), default=0)
+
+    @property
+    def missing(self) -> tuple[Source, ...]:
+        return tuple(dict.fromkeys(source for one in self.planned for source in one.missing))
+
+
+# --- verdicts ---------------------------------------------------------------------------------------------
+
+
+def judge(claims: Sequence[Judged], *, confidence: float, power: float) -> list[Judged]:
+    """The claims with their verdicts; Holm's correction is over those of a chapter that can be tested."""
+    adjusted: dict[str, float] = {}
+    for chapter in {claim.chapter for claim in claims}:
+        family = [claim for claim in claims if claim.chapter == chapter and _tested(claim)]
+        values = holm([min(1.0, 2 * min(sides(claim))) for claim in family])
+        adjusted |= {claim.id: value for claim, value in zip(family, values, strict=True)}
+    return [_judge(claim, adjusted.get(claim.id), level=1 - confidence, power=power) for claim in claims]
+
+
+def _tested(claim: Judged) -> list[Estimate]:
+    return [one.estimate for one in claim.run if one.estimate and one.estimate.p_for is not None]
+
+
+def sides(claim: Judged) -> tuple[float, float]:
+    """One-sided p-values for the claim and against it.
+
+    All comparisons must hold, so the largest p-value speaks for it (an intersection-union test), once all have been run.
+    One that fails is enough, so the smallest, times their number, speaks against it.
+    """
+    tested = _tested(claim)
+    whole = len(tested) == len(claim.planned)
+    against = min(1.0, len(tested) * min(e.p_against or 0.0 for e in tested))
+    return (max(e.p_for or 0.0 for e in tested) if whole else 1.0), against
+
+
+def _judge(claim: Judged, p_holm: float | None, *, level: float, power: float) -> Judged:
+    if not claim.run:
+        return claim
+    if p_holm is None:
+        return replace(claim, verdict="direction only")
+    supporting, opposing = sides(claim)
+    p = min(1.0, 2 * min(supporting, opposing))
+    claim = replace(claim, p=p, p_holm=p_holm)
+    if p_holm < level:
+        return replace(claim, verdict="holds" if supporting < opposing else "contradicted")
+    if len(_tested(claim)) < len(claim.planned):
+        return replace(claim, verdict="direction only")
+    own = level * p / p_holm  # the level that Holm leaves to this claim
+    needed = [seeds_needed(e.mean, e.std, level=own, power=power) for e in _tested(claim) if e.std]
+    known = [total for total in needed if total is not None]
+    further = max(known) - claim.n if known and len(known) == len(needed) else None
+    return replace(claim, verdict="underpowered", further=further)
+
+
+# --- conf/claims.yaml -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sum:
+    """Cells with their signs, and a constant."""
+
+    name: str
+    cells: tuple[tuple[int, Place], ...] = ()
+    constant: float = 0.0
+
+    def __sub__(self, other: Sum) -> Sum:
+        return Sum(
+            f"{self.name} − {other.name}",
+            self.cells + tuple((-sign, place) for sign, place in other.cells),
+            self.constant - other.constant,
+        )
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One comparison as the file states it: `gap` > 0."""
+
+    label: str
+    gap: Sum
+    worst: float  # the number of a diverged run
+    excepted: bool  # the thesis's own numbers do not bear it out
+
+
+def load(file: Path) -> Config:
+    """The file of claims, its keys checked."""
+    whole: Config = yaml.safe_load(file.read_text(encoding="utf-8"))
+    check_keys(whole, FILE_KEYS, file.name)
+    for spec in whole["claims"]:
+        check_keys(spec, KEYS, f"claim {spec.get('id')}")
+    twice = [name for name, count in Counter(spec["id"] for spec in whole["claims"]).items() if count > 1]
+    if twice:
+        raise UserError(f"{file.name}: the id {twice[0]} is there twice; rename one")
+    return whole
+
+
+def pairs(spec: Config, grid: Grid) -> list[Pair]:
+    """The comparisons of a claim. Raises UserError for names that its table or figure does not have."""
+    forms = [form for form in FORMS if form in spec]
+    if len(forms) != 1:
+        raise UserError(f"it says {' and '.join(forms) or 'nothing'}; give one of {', '.join(FORMS)}")
+    worst = math.inf if forms[0] == "less" else -math.inf
+    levels = [level if isinstance(level, list) else [level] for level in spec[forms[0]]]
+    across = spec.get("across", "rows")
+    every = list(grid.columns if across == "rows" else grid.rows) or [""]
+    other = {"rows": "column", "columns": "row"}[across]
+    free = any(isinstance(node, str) or (isinstance(node, dict) and other not in node) for level in levels for node in level)
+    places = [str(at) for at in spec.get("at", every if free else [""])]
+    excepted = [tuple(map(str, triple)) for triple in spec.get("except", [])]
+    found = []
+    for at, (upper, lower) in itertools.product(places, itertools.pairwise(levels)):
+        for a, b in itertools.product(upper, lower):
+            left, right = (_sum(node, at, across, spec.get("metric"), grid) for node in (a, b))
+            key = (left.name, right.name, at)
+            out = key in excepted
+            excepted = [triple for triple in excepted if triple != key]
+            found += [
+                Pair(label + (f", {at}" if at else ""), gap, worst, out) for label, gap in _gaps(forms[0], left, right, spec)
+            ]
+    if excepted:
+        raise UserError(f"except: there is no comparison {excepted[0]}")
+    return found
+
+
+def _gaps(form: str, left: Sum, right: Sum, spec: Config) -> Iterator[tuple[str, Sum]]:
+    """(label, what must be positive)."""
+    if form == "near":
+        within = Sum(f"{spec['within']:g}", constant=-float(spec["within"]))
+        yield f"{left.name} > {right.name} − {within.name}", left - right - within
+        yield f"{left.name} < {right.name} + {within.name}", right - left - within
+        return
+    margin = float(spec.get("by", 0))
+    extra = f" {'+' if (margin > 0) == (form == 'greater') else '−'} {abs(margin):g}" if margin else ""
+    gap = left - right if form == "greater" else right - left
+    yield f"{left.name} {'>' if form == 'greater' else '<'} {right.name}{extra}", gap - Sum("", constant=margin)
+
+
+def _sum(node: Any, at: str, across: str, metric: str | None, grid: Grid) -> Sum:
+    """A cell as the file names it: a row (or column, `across: columns`), a number, or {row, column, metric, minus}."""
+    if isinstance(node, int | float):
+        return Sum(f"{node:g}", constant=float(node))
+    if isinstance(node, str):
+        node = {"row" if across == "rows" else "column": node}
+    check_keys(node, CELL_KEYS, "cell")
+    row, column = (str(node.get(key, "" if across == key + "s" else at)) for key in ("row", "column"))
+    place = Place(row, column, node.get("metric", metric))
+    grid.check(place)
+    name = " at ".join(str(node[key]) for key in ("row", "column", "metric") if key in node)
+    whole = Sum(name, ((1, place),))
+    return whole if "minus" not in node else whole - _sum(node["minus"], at, across, metric, grid)
+
+
+def read(file: Path, scale: str, plan: Planner, paths: Paths) -> list[Judged]:
+    """Every claim of the file with its verdict at a scale."""
+    whole = load(file)
+    grids: dict[tuple[str, str | None], Grid] = {}
+    claims = []
+    for spec in whole["claims"]:
+        key = spec["item"], spec.get("panel")
+        try:
+            grid = grids.setdefault(key, grids.get(key) or Grid(*key, scale, plan, paths))
+            claims.append(_claim(spec, grid, whole))
+        except UserError as error:
+            raise UserError(f"{file.name}, claim {spec['id']}: {error}") from None
+    return judge(claims, confidence=whole["confidence"], power=whole["power"])
+
+
+def _claim(spec: Config, grid: Grid, whole: Config) -> Judged:
+    unit = spec.get("unit", "seeds")
+    if unit not in UNITS:
+        raise UserError(f"unit {unit!r}: it is one of {', '.join(UNITS)}")
+    found = [_compare(pair, grid, unit, whole) for pair in pairs(spec, grid) if not pair.excepted]
+    says, note = (" ".join(str(spec.get(key, "")).split()) for key in ("says", "because"))
+    return Judged(str(spec["id"]), spec["section"], says, spec["item"], unit, note, tuple(found))
+
+
+def _compare(pair: Pair, grid: Grid, unit: str, whole: Config) -> Comparison:
+    cells = pair.gap.cells
+    sources = [grid.sources(place) for _, place in cells]
+    values = [(sign, grid.values(place)) for sign, place in cells]
+    seeds = sorted(set.intersection(*(set(found) for _, found in values)))
+    signed = [[(sign, found[seed].value) for sign, found in values] for seed in seeds]
+    gaps = [pair.gap.constant + sum(sign * (pair.worst if math.isnan(x) else x) for sign, x in one) for one in signed]
+    errors = [found[seed].error for _, found in values for seed in seeds]
+    noise = None if None in errors or not seeds else math.sqrt(sum((e or 0.0) ** 2 for e in errors) / len(seeds))
+    if unit == "images" and seeds:
+        estimated: Estimate | None = estimate_over_images(float(np.mean(gaps)), noise, whole["confidence"])
+    else:
+        estimated = estimate(gaps, confidence=whole["confidence"], resamples=whole["resamples"]) if seeds else None
+    printed = [(sign, grid.thesis(place)) for sign, place in cells]
+    thesis = None if None in [x for _, x in printed] else pair.gap.constant + sum(sign * (x or 0.0) for sign, x in printed)
+    runs = tuple(dict.fromkeys(source for found in sources for source in found.values()))
+    return Comparison(pair.label, all(sources), estimated, noise, thesis, runs)
+
+
+# --- pages ------------------------------------------------------------------------------------------------
+
+COUNTS = ("comparisons", "planned", "run", "agreeing", "seeds")
+COLUMNS = ("id", "section", "item", "says", "verdict", "unit", *COUNTS, "p", "p_holm", "further_seeds")
+
+
+def to_csv(claims: Sequence[Judged]) -> str:
+    """One line a claim; comparisons: in the thesis, in this scale (`planned`), of finished runs, and those that agree."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for c in claims:
+        counts = (len(c.comparisons), len(c.planned), len(c.run), c.agreeing, c.n)
+        numbers = ["" if value is None else f"{value:.4g}" for value in (c.p, c.p_holm, c.further)]
+        writer.writerow([c.id, c.section, c.item, c.says, c.verdict, c.unit, *counts, *numbers])
+    return out.getvalue()
+
+
+def verdict(claim: Judged) -> str:
+    """The verdict in words, with what it lacks."""
+    if claim.verdict == "direction only":
+        return f"direction only: {({len(claim.run): 'for', 0: 'against'}).get(claim.agreeing, 'mixed')}"
+    if claim.verdict != "underpowered" or claim.unit == "images":
+        return claim.verdict
+    if claim.further is None:
+        return f"underpowered: over {MANY} seeds needed"
+    return f"underpowered: {claim.further} more seed{'s' * (claim.further > 1)} needed"
+
+
+def to_markdown(claims: Sequence[Judged], scale: str, confidence: float) -> str:
+    """A table of verdicts a chapter, and every comparison behind them."""
+    lines = [f"**Claims of the thesis, scale={scale}.** {tally(claims)}", "", *explanation(confidence)]
+    for chapter, group in itertools.groupby(claims, key=lambda claim: claim.chapter):
+        some = list(group)
+        lines += ["", f"### Chapter {chapter}", "", tally(some), ""]
+        lines += _grid(("claim", "where", "comparisons", "seeds", "p (Holm)", "verdict"), map(summary, some))
+        lines += ["", "<details><summary>Comparisons</summary>", ""]
+        heads = ("claim", "comparison", "by how much", "seeds", "thesis")
+        lines += _grid(heads, ([f"`{claim.id}`", *detail(one, claim.unit)] for claim in some for one in claim.comparisons))
+        lines += ["", "</details>"]
+    return "\n".join(lines) + "\n"
+
+
+def tally(claims: Sequence[Judged]) -> str:
+    """`12 claims: 3 hold, ...`"""
+    counts = Counter(claim.verdict for claim in claims)
+    return f"{len(claims)} claims: {', '.join(f'{counts[name]} {name}' for name in VERDICTS if counts[name])}."
+
+
+def explanation(confidence: float) -> list[str]:
+    return [
+        f"- A claim **holds** when all its comparisons do, and is **contradicted** when one goes the other way, at a level "
+        f"of {1 - confidence:g} that the claims of a chapter share (Holm). Differences are paired by seed (Student's test).",
+        f"- Intervals ({confidence:.0%}) are bootstrapped over seeds from {BOOTSTRAP_FROM} seeds on, and Student's below.",
+        "- **Direction only**: a comparison has one seed, or is not run yet, so nothing can be tested; it says which way the "
+        "numbers point. **Underpowered**: tested, and undecided; the further seeds are those with which a test would find the "
+        "difference as it is now estimated, four times out of five. From two or three seeds that is a rough number.",
+        "- *Over images*: saliency methods on one trained model are compared over its test images (normal theory, as if each "
+        "method had images of its own). Such a verdict is about this model. In all other claims the spread inside a run, over "
+        "draws of noise or samples, decides nothing; it is shown behind ± in brackets where there is one seed.",
+    ]
+
+
+def _grid(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    escaped = ([cell.replace("|", r"\|") for cell in row] for row in rows)
+    return [f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *escaped)]
+
+
+def summary(claim: Judged) -> list[str]:
+    where = f"{claim.section}, {claim.item}" + (", over images" if claim.unit == "images" else "")
+    says = f"`{claim.id}` {claim.says}" + (f" ({claim.note})" if claim.note else "")
+    out = len(claim.comparisons) - len(claim.planned)
+    count = f"{claim.agreeing} of {len(claim.run)} agree"
+    absent = len(claim.planned) - len(claim.run)
+    parts = [*([count] if claim.run else []), *([f"{absent} not run"] if absent else [])]
+    parts += [f"{out} not part of this scale"] if out else []
+    return [says, where, "; ".join(parts), str(claim.n or ""), _p(claim.p_holm), f"**{verdict(claim)}**"]
+
+
+def detail(one: Comparison, unit: str) -> list[str]:
+    thesis = "" if one.thesis is None else f"{one.thesis:+.4g}"
+    e = one.estimate
+    if e is None:
+        return [one.label, "not run" if one.in_scale else "not part of this scale", "", thesis]
+    width = f" [{e.low:+.4g}, {e.high:+.4g}]" if e.low is not None and e.high is not None else ""
+    inside = f" (± {one.noise:.2g} inside the run)" if one.noise and e.n == 1 and unit == "seeds" else ""
+    return [one.label, f"{e.mean:+.4g}{width}{inside}", str(e.n), thesis]
+
+
+def _p(value: float | None) -> str:
+    return "" if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def write(claims: Sequence[Judged], scale: str, confidence: float, results: Path) -> list[Path]:
+    """Writes results/claims/<scale>.md and .csv."""
+    stem = results / "claims" / scale
+    files = {".md": to_markdown(claims, scale, confidence), ".csv": to_csv(claims)}
+    for suffix, content in files.items():
+        write_atomically(stem.with_suffix(suffix), content.encode())
+    return [stem.with_suffix(suffix) for suffix in files]

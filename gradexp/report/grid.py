@@ -1,0 +1,132 @@
+"""The cells of a table or figure: the runs behind them, their numbers by seed, and what the thesis prints."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from scipy import stats
+
+from gradexp.errors import UserError, nearest
+from gradexp.report import figures, specs, tables
+from gradexp.report.specs import Planner, Source
+from gradexp.runs import ROOT, Config, Paths, read_record
+
+
+@dataclass(frozen=True)
+class Value:
+    """One number of one run; error: its standard error inside the run, over noise draws, images or samples."""
+
+    value: float
+    error: float | None = None
+
+    @classmethod
+    def of(cls, record: Config, metric: str, x: str | None, column: str) -> Value:
+        """A record's metric; of a curve, its value where `x` is the column. Raises UserError for one that it does not have."""
+        metrics = record["metrics"]
+        if metric not in metrics:
+            raise UserError(f"record {record['id']} has no metric {metric}{nearest(metric, metrics)}")
+        value = metrics[metric]
+        if isinstance(value, list):
+            places = [i for i, at in enumerate(metrics.get(x, [])) if f"{at:g}" == column]
+            if not places:
+                grid = [f"{at:g}" for at in metrics.get(x, [])]
+                raise UserError(f"record {record['id']}: {metric} is a curve, not drawn at {column!r}{nearest(column, grid)}")
+            value = value[places[0]]
+        return cls(math.nan if value is None else float(value), _error(record, metric))
+
+
+def _error(record: Config, metric: str) -> float | None:
+    """Standard error inside a run: from its deviation over images or draws, or from its binomial interval (95 %)."""
+    metrics = record["metrics"]
+    spread, low, high = (metrics.get(f"{metric}/{name}") for name in ("std", "low", "high"))
+    count = record.get("images") or record["config"].get("task", {}).get("draws")
+    if spread is not None and count:
+        return float(spread) / math.sqrt(count)
+    return None if low is None or high is None else (high - low) / (2 * float(stats.norm.ppf(0.975)))
+
+
+@dataclass(frozen=True)
+class Place:
+    """A cell that a claim names; a figure's column is a point or an x of its curves, '' where it has neither."""
+
+    row: str
+    column: str
+    metric: str | None = None
+
+
+class Grid:
+    """A table or figure as cells with runs. A figure's rows are its series."""
+
+    def __init__(self, item: str, panel: str | None, scale: str, plan: Planner, paths: Paths) -> None:
+        kind, _, number = item.partition(" ")
+        if kind not in ("table", "figure"):
+            raise UserError(f"item {item!r}: it is `table NUMBER` or `figure NUMBER`")
+        self.spec, self.plan, self.paths = specs.load(kind, number), plan, paths
+        self._sources: dict[tuple[str, str], dict[int, Source]] = {}
+        self.words: dict[tuple[str, str], list[list[str]]] = {}  # what to type for each seed
+        if kind == "table":
+            rows, columns = self.spec["rows"], self.spec["columns"]
+            self.words = {(r["label"], c["label"]): words for r, c, words in tables.cells_of(self.spec, scale)}
+        else:
+            rows = [one for one in self.spec["series"] if one.get("panel") == panel]
+            points = [point for one in rows for point in one.get("points", self.spec.get("points", []))]
+            columns = [{"label": f"{point['x']:g}"} for point in points]
+            for one, words in figures.overrides_of(self.spec, scale):
+                if one.get("panel") == panel:
+                    self.words[one["label"], f"{one['x']:g}" if points else ""] = words
+        self.rows, self.columns = ({one["label"]: one for one in entries} for entries in (rows, columns))
+        if not rows:
+            raise UserError(f"panel {panel!r}: {item} has {', '.join(map(str, self.spec.get('panels', {}))) or 'none'}")
+
+    def check(self, place: Place) -> None:
+        """Raises UserError for a name that the table or figure does not have."""
+        for what, name, known in (("row", place.row, self.rows), ("column", place.column, self.columns)):
+            if known and name not in known:
+                raise UserError(f"there is no {what} {name!r}{nearest(name, known)} It has {', '.join(known)}")
+
+    def sources(self, place: Place) -> dict[int, Source]:
+        """The cell's runs by seed; none where the scale does not have the cell."""
+        key = (place.row, place.column if self.columns else "")
+        if key not in self._sources:
+            words = self.words.get(key, [])
+            self._sources[key] = {int(one[-1].removeprefix("seed=")): Source.of(self.plan(one), self.paths) for one in words}
+        return self._sources[key]
+
+    def values(self, place: Place) -> dict[int, Value]:
+        """The cell's numbers by seed, of the runs that are finished."""
+        done = {seed: source for seed, source in self.sources(place).items() if source.finished}
+        metric, x = self.metric(place), self.spec.get("x")
+        return {seed: Value.of(read_record(source.record), metric, x, place.column) for seed, source in done.items()}
+
+    def metric(self, place: Place) -> str:
+        """The recorded metric; `{fraction}` in its name stands for a column in per cent."""
+        metric = place.metric or self._setting("metric", place)
+        if not isinstance(metric, str):
+            raise UserError(f"metric: say which{' of ' + ', '.join(metric) if metric else ''}")
+        return metric.format(fraction=f"{float(place.column) / 100:g}") if "{" in metric else metric
+
+    def thesis(self, place: Place) -> float | None:
+        """What the thesis prints in this cell."""
+        item: Any = self.spec.get("thesis", self.spec["number"])
+        if isinstance(item, dict):
+            return item.get(place.metric or "")
+        names = [str(self._entry(place)[i].get("thesis", name)) for i, name in enumerate((place.row, place.column))]
+        metrics, quantities = self._setting("metric", place), self._setting("thesis_metric", place)
+        if isinstance(quantities, list):
+            quantities = quantities[metrics.index(self.metric(place))]
+        printed = _thesis().get((item, *names, *([quantities] if quantities else [])))
+        return None if printed is None else printed.value
+
+    def _entry(self, place: Place) -> tuple[Config, Config]:
+        return self.rows.get(place.row, {}), self.columns.get(place.column, {})
+
+    def _setting(self, key: str, place: Place) -> Any:
+        return next((spec[key] for spec in (*self._entry(place), self.spec) if key in spec), None)
+
+
+@cache
+def _thesis() -> dict[tuple[str, ...], tables.Thesis]:
+    return tables.read_thesis(ROOT / "results" / "thesis.csv")

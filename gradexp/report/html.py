@@ -1,0 +1,415 @@
+"""One self-contained page of everything at one scale: tables, figures, claims, plan, bench, and the record behind each number.
+
+It opens from disk, without network or server. What it shows of a record is data and never markup: JSON that the page's one
+script writes as text, under a content security policy that runs no other script and loads nothing.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import yaml
+from markupsafe import Markup, escape
+from PIL import Image
+
+from gradexp.report import claims, figures, tables
+from gradexp.report.specs import Planned, Planner, Source
+from gradexp.runs import ROOT, Config, Paths, read_record, run_id, write_atomically
+
+PAGE = Path(__file__).with_name("page")
+CSV_LIMIT = 256 * 1024  # bytes; plotted values beyond it are named, not carried along
+
+
+@dataclass(frozen=True)
+class Mark:
+    """How a cell stands to the thesis's number, told by colour, by sign and in words: "above", "the thesis's number"."""
+
+    name: str
+    sign: str
+    words: str
+
+
+CLOSE, ABOVE, BELOW, DIVERGED, APART, EMPTY, ABSENT = MARKS = (
+    Mark("close", "≈", "to the thesis's number"),
+    Mark("above", "▲", "the thesis's number"),
+    Mark("below", "▼", "the thesis's number"),
+    Mark("diverged", "✕", "in training"),
+    Mark("apart", "·", "no number to set ours against, or a scale that can't be"),
+    Mark("not run", "○", "yet: the cell holds the command"),
+    Mark("absent", "", "not part of this scale"),
+)
+CLAIM_SIGNS = {"holds": "✓", "contradicted": "✕", "underpowered": "?", "direction only": "→", "not run": "○"}
+
+
+def mark(cell: tables.Cell, close: float) -> Mark:
+    """A cell's standing, by its last metric (the one that also decides which cell is best).
+
+    close: the largest |ours − thesis| / |thesis| that counts as close; so does what lies within the standard deviation
+    over runs that either number has (a deviation inside runs, over images or draws, is another matter).
+    """
+    last = cell.parts[-1]
+    if not cell.sources:
+        return ABSENT
+    if last.ours is None:
+        return EMPTY
+    if math.isnan(last.ours):
+        return DIVERGED
+    if last.difference is None or last.thesis is None:
+        return APART
+    over_runs = [] if last.spreads else [last.std or 0.0, last.thesis.std or 0.0]
+    if abs(last.difference) <= max(close * abs(last.thesis.value), *over_runs, 0.0):
+        return CLOSE
+    return ABOVE if last.difference > 0 else BELOW
+
+
+@dataclass(frozen=True)
+class View:
+    """What the template draws: a table or a figure, with the anchors of the panels that its cells or series open."""
+
+    number: str
+    table: tables.Table | None = None
+    title: str = ""
+    anchors: dict[Any, str] = field(default_factory=dict)  # by (row, column), or by series
+    marks: dict[Any, Mark] = field(default_factory=dict)
+    picture: str | None = None
+    csv: tuple[str, str | None] | None = None  # its place under results, its content as a data address
+    missing: Sequence[Source] = ()
+
+    @property
+    def empty(self) -> int:
+        return self.counts[EMPTY.name]
+
+    @property
+    def cells(self) -> int:
+        """Of the table, at this scale."""
+        return len(self.marks) - self.counts[ABSENT.name]
+
+    @property
+    def caption(self) -> list[str]:
+        """The table's sentences, but the one on its departures, which stand in a table of their own."""
+        if self.table is None:
+            return []
+        departs = tables.DEPARTS.format(self.table.scale)
+        return [sentence for sentence in self.table.caption if not sentence.startswith(departs)]
+
+    @property
+    def counts(self) -> Counter[str]:
+        return Counter(one.name for one in self.marks.values())
+
+
+@dataclass
+class Chapter:
+    number: str
+    title: str
+    tables: list[View]
+    figures: list[View]
+    claims: list[claims.Judged]
+
+    @property
+    def filled(self) -> bool:
+        return bool(self.tables or self.figures or self.claims)
+
+
+class Panels:
+    """What cells open: entries (a cell, a series, a claim) and the records behind them, each record once."""
+
+    def __init__(self, paths: Paths, commands: dict[str, str], points: int) -> None:
+        self.paths, self.commands, self.points = paths, commands, points
+        self.entries: dict[str, Config] = {}
+        self.records: dict[str, Config] = {}
+        self.pool: list[Any] = []
+        self._places: dict[str, int] = {}
+
+    def entry(self, anchor: str, kind: str, title: str, facts: Sequence[tuple[str, str]], sources: Iterable[Source]) -> str:
+        """Adds what one link opens, and returns the link's anchor."""
+        sources = list(sources)
+        for source in sources:
+            self.commands.setdefault(source.id, source.command)
+            if source.finished:
+                self._add(source.record)
+        self.entries[anchor] = {
+            "kind": kind,
+            "title": title,
+            "facts": facts,
+            "runs": [source.id for source in sources if source.finished],
+            "todo": [source.command for source in sources if not source.finished],
+        }
+        return anchor
+
+    def _add(self, path: Path) -> None:
+        """A record, and those it stands on."""
+        if path.stem in self.records or not path.exists():
+            return
+        record = self.records[path.stem] = read_record(path)
+        for run in record.get("upstream", {}).values():
+            self._add(self.paths.results / "runs" / run["experiment"] / f"{run['id']}.json")
+
+    def packed(self) -> Config:
+        """JSON-ready: curves thinned, equal parts of configs stored once."""
+        records = {run: self._slim(record) for run, record in sorted(self.records.items())}
+        return {"entries": self.entries, "records": records, "pool": self.pool}
+
+    def _slim(self, record: Config) -> Config:
+        metrics = record["metrics"]
+        kept = {key: value for key, value in record.items() if key not in ("metrics", "curves_file")}
+        return {
+            **{key: self._intern(value) for key, value in kept.items()},
+            "numbers": {name: value for name, value in metrics.items() if not isinstance(value, list)},
+            "curves": {name: curve(value, self.points) for name, value in metrics.items() if isinstance(value, list)},
+            "command": self.commands.get(record["id"]),
+        }
+
+    def _intern(self, value: Any) -> Any:
+        """Dicts become {"$": place in the pool}: most configs differ in a few leaves."""
+        if not isinstance(value, dict):
+            return value
+        content = {key: self._intern(item) for key, item in value.items()}
+        text = json.dumps(content, sort_keys=True)
+        if text not in self._places:
+            self._places[text] = len(self.pool)
+            self.pool.append(content)
+        return {"$": self._places[text]}
+
+
+def curve(values: Sequence[Any], points: int) -> Config:
+    """A curve as at most `points` means of equal stretches, four digits each; null where a stretch has no number."""
+    if not all(isinstance(value, int | float | None) for value in values):
+        return {"n": len(values), "y": []}
+    numbers = np.array([np.nan if value is None else value for value in values], dtype=float)
+    stretches = np.array_split(numbers, min(points, len(numbers)) or 1)
+    finite = [part[np.isfinite(part)] for part in stretches]
+    return {"n": len(values), "y": [float(f"{part.mean():.4g}") if len(part) else None for part in finite]}
+
+
+def remembering(plan: Planner, commands: dict[str, str]) -> Planner:
+    """A planner that notes the shortest command of every run it plans, upstream runs included."""
+
+    def note(run: Planned) -> Planned:
+        run_name = run_id(run.config)
+        commands[run_name] = min(commands.get(run_name, run.command), run.command, key=len)
+        for below in getattr(run, "upstream", ()):
+            note(below)
+        return run
+
+    return lambda overrides: note(plan(overrides))
+
+
+# --- views ------------------------------------------------------------------------------------------------
+
+
+def table_view(table: tables.Table, panels: Panels, close: float) -> View:
+    anchors, marks = {}, {}
+    for cell in table.cells:
+        place = cell.row, cell.column
+        marks[place] = mark(cell, close)
+        anchor = f"cell-{table.number}-{table.rows.index(cell.row)}-{table.columns.index(cell.column)}"
+        facts = [(label, text) for label, text in facts_of(cell, marks[place]) if text]
+        anchors[place] = panels.entry(anchor, f"Table {table.number}", f"{cell.row} · {cell.column}", facts, cell.sources)
+    return View(table.number, table, table.title, anchors, marks, missing=table.missing)
+
+
+def facts_of(cell: tables.Cell, standing: Mark) -> list[tuple[str, str]]:
+    return [
+        ("ours", tables.ours(cell) if cell.values else ""),
+        ("thesis", tables.printed(cell)),
+        ("difference", tables.gap(cell)),
+        ("standing", f"{standing.sign} {standing.name}"),
+        ("metric", ", ".join(part.metric for part in cell.parts)),
+    ]
+
+
+def plain(cell: tables.Cell) -> str:
+    """Mean and standard deviation of each metric, without the number of seeds."""
+    return " / ".join(tables.number(one.ours) + (f" ± {one.std:.2f}" if one.std is not None else "") for one in cell.parts)
+
+
+def figure_view(spec: Config, series: Sequence[figures.Series], scale: str, panels: Panels) -> View:
+    number = str(spec["number"])
+    runs: dict[str, list[Source]] = {}
+    for one in series:  # a series of several points is one to the reader
+        runs.setdefault(one.label, []).extend(one.sources)
+    anchors = {
+        label: panels.entry(f"series-{number}-{i}", f"Figure {number}", label, [], sources)
+        for i, (label, sources) in enumerate(runs.items())
+    }
+    stem = panels.paths.results / "figures" / scale / f"figure_{number.replace('.', '_')}"
+    return View(
+        number,
+        title=str(spec["title"]),
+        anchors=anchors,
+        picture=picture(stem),
+        csv=values(stem.with_suffix(".csv")),
+        missing=figures.missing(series),
+    )
+
+
+def claim_views(judged: Sequence[claims.Judged], panels: Panels) -> Sequence[claims.Judged]:
+    """The claims, each with a panel of the runs that it compares."""
+    for claim in judged:
+        sources = dict.fromkeys(source for one in claim.comparisons for source in one.sources)
+        panels.entry(f"claim-{claim.id}", f"Claim, {claim.item}", claim.says, [("verdict", claim.verdict)], sources)
+    return judged
+
+
+def picture(stem: Path) -> str | None:
+    """The figure as a data address: its SVG where that is the smaller one, otherwise its PNG, compressed without loss."""
+    found = {}
+    if stem.with_suffix(".png").exists():
+        found["png"] = _compressed(stem.with_suffix(".png"))
+    if stem.with_suffix(".svg").exists():
+        found["svg+xml"] = stem.with_suffix(".svg").read_bytes()
+    if not found:
+        return None
+    kind = min(found, key=lambda name: len(found[name]))
+    return f"data:image/{kind};base64,{base64.b64encode(found[kind]).decode()}"
+
+
+def _compressed(path: Path) -> bytes:
+    with Image.open(path) as image:
+        opaque = image.convert("RGB") if "A" not in image.mode or image.getchannel("A").getextrema()[0] == 255 else image
+        if opaque.mode == "RGB" and opaque.getcolors(256):
+            opaque = opaque.quantize(256, dither=Image.Dither.NONE)  # a palette of all its colours: nothing is lost
+        out = io.BytesIO()
+        opaque.save(out, "png", optimize=True)
+    return min(out.getvalue(), path.read_bytes(), key=len)
+
+
+def values(path: Path) -> tuple[str, str | None] | None:
+    if not path.exists():
+        return None
+    content = path.read_bytes()
+    address = f"data:text/csv;base64,{base64.b64encode(content).decode()}" if len(content) <= CSV_LIMIT else None
+    return path.name, address
+
+
+# --- the page ---------------------------------------------------------------------------------------------
+
+
+def settings() -> Config:
+    """conf/report.yaml."""
+    found: Config = yaml.safe_load((ROOT / "conf" / "report.yaml").read_text(encoding="utf-8"))
+    return found
+
+
+def chapters(
+    tables_made: Sequence[View], figures_made: Sequence[View], judged: Sequence[claims.Judged], said: Config
+) -> list[Chapter]:
+    """By the first digit of a number; what has none stands in a last chapter of its own."""
+    known = [*((str(one["number"]), one["title"]) for one in said["chapters"]), ("", "Beyond the thesis")]
+    names = {number for number, _ in known}
+
+    def belongs(number: str) -> str:
+        return number[:1] if number[:1] in names else ""
+
+    made = [
+        Chapter(
+            number,
+            title,
+            [view for view in tables_made if belongs(view.number) == number],
+            [view for view in figures_made if belongs(view.number) == number],
+            [claim for claim in judged if belongs(claim.chapter) == number],
+        )
+        for number, title in known
+    ]
+    return [chapter for chapter in made if chapter.filled]
+
+
+def render(
+    scale: str,
+    parts: Sequence[Chapter],
+    panels: Panels,
+    said: Config,
+    *,
+    made_by: str,
+    bench: Config | None = None,
+    costs: Sequence[Config] = (),
+    explanation: Sequence[str] = (),
+) -> str:
+    """The page. made_by: the version and commit that made it; explanation: of the claims' verdicts, in Markdown."""
+    script = (PAGE / "page.js").read_text(encoding="utf-8")
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(PAGE),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.globals |= {"ours": tables.ours, "plain": plain, "printed": tables.printed, "gap": tables.gap}
+    environment.globals |= {
+        "tally": claims.tally,
+        "summary": claims.summary,
+        "detail": claims.detail,
+        "verdict": claims.verdict,
+    }
+    environment.globals |= {"breakable_dot": Markup(".<wbr>"), "marks": MARKS, "claim_signs": CLAIM_SIGNS}
+    environment.filters |= {"prose": lambda text: prose(text, panels), "markdown": markdown, "quantity": quantity}
+    records = sorted(panels.records.values(), key=lambda record: (record["experiment"], record["id"]))
+    return environment.get_template("page.html").render(
+        scale=scale,
+        said=said,
+        chapters=parts,
+        records=records,
+        commands=panels.commands,
+        bench=bench,
+        costs=costs,
+        explanation=explanation,
+        made_by=made_by,
+        origins=tables.origins(records),
+        data=embedded(panels.packed()),
+        style=Markup((PAGE / "page.css").read_text(encoding="utf-8")),
+        script=Markup(script),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    )
+
+
+def embedded(value: Any) -> Markup:
+    """Compact JSON that can stand inside a script element whatever its strings say."""
+    text = json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return Markup(text)
+
+
+def prose(text: str, panels: Panels) -> Markup:
+    """A caption's sentence: `code`, and (run ID) as a link to its record."""
+    marked = re.sub(r"`([^`]*)`", r"<code>\1</code>", str(escape(text)))
+    known = panels.records.keys()
+
+    def link(found: re.Match[str]) -> str:
+        return f'run <a href="#run-{found[1]}">{found[1]}</a>' if found[1] in known else found[0]
+
+    return Markup(re.sub(r"run ([0-9a-f]{12})", link, marked))
+
+
+def markdown(text: str) -> Markup:
+    """A line of Markdown with strong and emphasised words."""
+    strong = re.sub(r"\*\*([^*]+)\*\*", r"<strong>\1</strong>", str(escape(text.removeprefix("- "))))
+    return Markup(re.sub(r"\*([^*]+)\*", r"<em>\1</em>", strong))
+
+
+def quantity(value: Any) -> str:
+    """A measured number with three digits; words as they are."""
+    if value is None:
+        return tables.EMPTY
+    if isinstance(value, bool) or not isinstance(value, float):
+        return str(value)
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def write(page: str, scale: str, results: Path) -> Path:
+    """results/report/<scale>.html"""
+    path = results / "report" / f"{scale}.html"
+    write_atomically(path, page.encode())
+    return path

@@ -1,0 +1,65 @@
+"""make report SCALE=cpu: one page of everything at a scale, from records alone; trains nothing."""
+
+import argparse
+import json
+import os
+from typing import Any
+
+from common import shown
+
+from gradexp import __version__
+from gradexp.report import claims, figures, html, specs, tables
+from gradexp.report import plan as costs
+from gradexp.runs import ROOT, Paths, git_state
+from gradexp.tasks.command import honest
+from gradexp.tasks.compose import compose_run, plan
+
+CLAIMS = ROOT / "conf" / "claims.yaml"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--scale", default="cpu")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="of paths")
+    given = parser.parse_args()
+    with honest():
+        paths = Paths.of(compose_run(["experiment=teacher", f"scale={given.scale}", *given.set]))
+        path = html.write(page(given.scale, paths), given.scale, paths.results)
+    print(f"written: {shown(path)} ({path.stat().st_size / 1024:,.0f} KiB); open it in a browser")
+
+
+def page(scale: str, paths: Paths) -> str:
+    commands: dict[str, str] = {}
+    planner = html.remembering(plan, commands)
+    said = html.settings()
+    panels = html.Panels(paths, commands, said["curve_points"])
+    made = [tables.build(spec, scale, planner, paths) for spec in having(scale, "table")]
+    drawn = [(spec, figures.gather(spec, scale, planner, paths)) for spec in having(scale, "figure")]
+    parts = html.chapters(
+        [html.table_view(table, panels, said["close"]) for table in made],
+        [html.figure_view(spec, series, scale, panels) for spec, series in drawn],
+        html.claim_views(claims.read(CLAIMS, scale, planner, paths), panels),
+        said,
+    )
+    bench = paths.results / "bench.json"
+    git = git_state()
+    return html.render(
+        scale,
+        parts,
+        panels,
+        said,
+        made_by=f"gradexp {__version__}, commit {(git['commit'] or 'none')[:8]}{' (dirty)' if git['dirty'] else ''}",
+        explanation=claims.explanation(claims.load(CLAIMS)["confidence"]),
+        bench=json.loads(bench.read_text()) if bench.exists() else None,
+        costs=costs.to_table(costs.build(scale, plan, paths, costs.History.of(paths)), os.cpu_count() or 1),
+    )
+
+
+def having(scale: str, kind: str) -> list[dict[str, Any]]:
+    """The tables or figures that a scale has."""
+    found = [specs.load(kind, number) for number in specs.numbers(kind)]
+    return [spec for spec in found if scale in spec["seeds"]]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""make plan SCALE=cpu: what is missing and what it costs.   --probe measures, for a few steps, what no record tells."""
+
+import argparse
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict
+from hashlib import sha256
+
+import torch
+
+from gradexp.errors import UserError
+from gradexp.report import plan as report
+from gradexp.runs import Config, Paths, write_atomically
+from gradexp.tasks import probe
+from gradexp.tasks.build import build
+from gradexp.tasks.command import honest
+from gradexp.tasks.compose import compose_run, plan
+from gradexp.tasks.hardware import Hardware
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--scale", default="cpu")
+    parser.add_argument("--probe", action="store_true", help="minutes for each kind of run of which nothing is known")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="of trainer, logger or paths, for every run")
+    given = parser.parse_args()
+    with honest():
+        config = compose_run(["experiment=teacher", f"scale={given.scale}", *given.set])
+        paths, hardware = Paths.of(config), build(config["trainer"], where="trainer")
+        history = known(paths, hardware)
+        rows = report.build(given.scale, plan, paths, history)
+        if given.probe:
+            measure([run.config | {"trainer": config["trainer"]} for run in rows[-1].unknown], paths, history)
+            history = known(paths, hardware)
+            rows = report.build(given.scale, plan, paths, history)
+    free = shutil.disk_usage(next(place for place in (paths.outputs, *paths.outputs.parents) if place.exists())).free
+    print(report.to_text(rows, given.scale, slots(hardware), hardware.facts()["device"], free / 2**30))
+
+
+def known(paths: Paths, hardware: Hardware) -> report.History:
+    return report.History.of(paths, hardware.facts()["device"], "wall" if hardware.kind == "gpu" else "cpu")
+
+
+def slots(hardware: Hardware) -> int:
+    """How many runs go on at a time."""
+    return torch.cuda.device_count() if hardware.kind == "gpu" else os.cpu_count() or 1
+
+
+def measure(configs: Sequence[Config], paths: Paths, history: report.History) -> None:
+    """Probes one run of each kind, the shortest, and keeps the samples under outputs/probes/."""
+    short = sorted(configs, key=lambda config: report.amount(config, history.sizes) or 0, reverse=True)
+    kinds = {report.signature(config): config for config in short}
+    for number, (name, config) in enumerate(kinds.items(), 1):
+        print(f"[{number}/{len(kinds)}] probing {config['name']} {config.get('method', {}).get('name', '')}", flush=True)
+        try:
+            found = probed(config, paths, history)
+        except UserError as error:
+            print(f"    {error}", flush=True)
+            continue
+        content = json.dumps({"sample": asdict(found), "sizes": history.sizes}, indent=2).encode()
+        write_atomically(paths.outputs / "probes" / f"{sha256(name.encode()).hexdigest()[:12]}.json", content)
+
+
+def probed(config: Config, paths: Paths, history: report.History) -> report.Sample:
+    if "optim" in config:
+        return report.probed_training(config, probe.in_its_own_process(probe.training, config, paths, threads=1), history)
+    cut = [report.shrunk(config, n) for n in report.LADDER]
+    if None in cut:
+        raise UserError("it can't be cut short; it takes seconds to minutes")
+    return report.probed_looking(config, probe.in_its_own_process(probe.looking, cut, paths, threads=1), history)
+
+
+if __name__ == "__main__":
+    main()

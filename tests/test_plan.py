@@ -1,0 +1,202 @@
+"""What a plan counts, and how near its estimates come to what runs then cost."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gradexp.report import plan as report
+from gradexp.report.plan import History, Row, Sample
+from gradexp.runs import Config, Paths, Run, ensure, run_id, write_record
+from gradexp.tasks import probe
+from gradexp.tasks.compose import Planned, plan
+
+SIZES = {"digits": (1437, 360)}
+WHOLE = {"name": "digits", "train_images": 1437, "test_images": 360}
+TEACHER = ["experiment=teacher", "scale=quick"]
+STUDENT = ["experiment=jacobian_distill", "scale=quick"]
+
+
+def config(*words: str) -> Config:
+    return plan([*words, "logger=none"]).config
+
+
+def at(folder: Path) -> Paths:
+    return Paths(folder / "data", folder / "results", folder / "outputs")
+
+
+def record(paths: Paths, run: Config, cpu: float, **facts: Any) -> None:
+    content = {
+        "id": run_id(run), "experiment": run["name"], "config": run, "status": "finished", "upstream": {}, "device": "here",
+        "seconds": {"cpu": cpu, "wall": 2 * cpu}, "started": "2026-01-01T00:00:00+00:00", "peak_memory_mib": 700, "metrics": {},
+    }  # fmt: skip
+    write_record(paths.record(run), content | facts)
+
+
+@pytest.mark.parametrize(
+    ("words", "images"),
+    [
+        ([*TEACHER, "optim.passes=8"], 8 * 1437),
+        ([*STUDENT, "data.per_class=5", "optim.passes=60"], 60 * 50),
+        ([*STUDENT, "data.per_class=5", "optim.passes=null", "optim.steps=40"], 40 * 50),
+        ([*STUDENT, "data.per_class=50", "optim.passes=null", "optim.steps=40"], 40 * 128),
+        (["experiment=pixel_perturbation", "scale=quick"], 100),
+        (["experiment=mnist_pixel_perturbation", "scale=quick"], 360),
+        (["experiment=noise_robustness", "scale=quick"], 360 * 41),
+        (["experiment=gan_test", "scale=quick"], 100 * 50),
+        (["experiment=saliency_maps", "scale=quick"], 1437 + 360),
+    ],
+)
+def test_amounts(words: list[str], images: float) -> None:
+    assert report.amount(config(*words), SIZES) == images
+
+
+def test_like_runs_differ_in_amount_only() -> None:
+    base = config(*STUDENT, "method=ce_a", "data.per_class=1")
+    alike = [["data.per_class=5", "seed=3", "optim.optimizer.lr=0.1", "method.terms.activations.weight=0.5"]]
+    other = [["model=vgg6"], ["method=ce_a_j"], ["optim.batch_size=64"], ["data.crop=0"], ["scale.width=0.5"]]
+    for words in alike:
+        assert report.signature(config(*STUDENT, "method=ce_a", *words)) == report.signature(base)
+    for words in other:
+        assert report.signature(config(*STUDENT, "method=ce_a", *words)) != report.signature(base)
+
+
+def test_a_record_is_scaled_by_its_images(tmp_path: Path) -> None:
+    """100 s of the processor, half of the clock's, for 600 images at 10 a second: 30 s for these, 70 s at any amount."""
+    paths, run = at(tmp_path), config(*STUDENT, "method=ce_a", "data.per_class=1")
+    record(paths, run, 100.0, images_per_second=10.0, parameters=2**18)
+    history = History.of(paths, "here")
+    cost = history.cost(config(*STUDENT, "method=ce_a", "data.per_class=10"))
+    assert cost == report.Cost(seconds=pytest.approx(70 + 300), memory_mib=700, disk_mib=1, basis="record")
+    assert history.cost(config(*STUDENT, "method=ce_a_j", "data.per_class=1")) is None
+    elsewhere = History.of(paths, "another").cost(run)
+    assert elsewhere is not None
+    assert elsewhere.basis == "record elsewhere"
+
+
+def test_a_teacher_that_was_trained_inside_a_run_is_not_its_own_cost(tmp_path: Path) -> None:
+    paths, run = at(tmp_path), config(*STUDENT, "method=ce_a", "data.per_class=1")
+    teacher = run["upstream"]["teacher"] | {"trainer": {}, "logger": {}, "gradients": {}}
+    record(paths, teacher, 80.0, started="2026-01-01T00:00:05+00:00", data=WHOLE)
+    for started, seconds in (("2026-01-01T00:00:00+00:00", 20.0), ("2026-01-01T00:01:00+00:00", 100.0)):
+        record(paths, run, 100.0, upstream={"teacher": {"id": run_id(teacher)}}, started=started)
+        cost = History.of(paths).cost(run)
+        assert cost is not None
+        assert cost.seconds == seconds
+
+
+def test_the_nearest_records_decide_and_probes_only_where_there_is_none() -> None:
+    run = config(*STUDENT, "method=ce", "data.per_class=10")  # 6,000 images
+    name, common = report.signature(run), {"memory_mib": 1.0, "disk_mib": 1.0, "device": "here"}
+    far = [Sample(name, 10.0, 10.0, 1.0, **common)] * 3
+    near = [Sample(name, 6000.0 + i, (6000.0 + i) * rate, rate, **common) for i, rate in enumerate((2, 2, 2, 3, 9))]
+    probed = Sample(name, 6000.0, 3.0, 1 / 6000, **common, probe=True)
+    history = History(samples={name: [*far, *near, probed]})
+    assert history.cost(run).seconds == 12000  # type: ignore[union-attr]
+    only = History(samples={name: [probed]}).cost(run)
+    assert only is not None
+    assert (only.basis, only.seconds) == ("probe", 3.0)
+
+
+def test_rows_count_runs_once_and_say_what_is_not_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two tables share a run and the teacher; the teacher has a record, but no weights on this disk."""
+    typed = [[*STUDENT, f"method={method}", "data.per_class=1"] for method in ("ce", "ce_a", "a_j")]
+    monkeypatch.setattr(report, "items", lambda scale: [("table x", "X", typed[:2]), ("table y", "Y", typed[1:])])
+    paths, runs = at(tmp_path), [plan(words) for words in typed]
+    record(paths, runs[0].config, 10.0)
+    record(paths, runs[1].config | {"seed": 7}, 20.0)
+    teacher = runs[1].upstream[0]
+    record(paths, teacher.config, 40.0, data=WHOLE)
+
+    def build() -> list[Row]:
+        return report.build("quick", plan, paths, History.of(paths))
+
+    x, y, everything = build()
+    assert [(row.present, row.missing, row.shared, row.rebuilt) for row in (x, y, everything)] == [
+        (2, 1, 2, 1),
+        (1, 2, 2, 1),
+        (2, 2, 2, 1),
+    ]
+    assert [row.seconds for row in (x, y, everything)] == [60.0, 60.0, 60.0]
+    assert [run.command for run in everything.unknown] == [runs[2].command]
+    assert dict(everything.bases) == {"record": 2}
+    weights = paths.folder(teacher.config) / "weights.pt"
+    weights.parent.mkdir(parents=True)
+    weights.touch()
+    assert build()[0].seconds == 20.0
+    text = report.to_text(build(), "quick", 2, "processor", 10)
+    assert "1 record; 1 unknown" in text
+    assert "≥ 0.00" in text
+    assert "nothing is known" in text
+
+
+def test_a_run_that_is_done_needs_nothing(tmp_path: Path) -> None:
+    """Its teacher may be gone."""
+    run: Planned = plan([*STUDENT, "method=ce_a", "data.per_class=1"])
+    record(at(tmp_path), run.config, 1.0)
+    assert not any(need.to_do for need in report.needed([run], at(tmp_path)).values() if need.present)
+
+
+# --- estimates against what runs cost -----------------------------------------------------------------------
+
+TINY = ["scale.width=0.1", "+upstream.teacher.optim.passes=1", "+upstream.teacher.scale.width=0.1", "trainer.threads=1"]
+
+
+def spent(run: Config, paths: Paths) -> float:
+    """Processor seconds of a run, which a busy machine changes little, what it stands on being there."""
+    for name in run["upstream"]:
+        Run(run, paths).upstream(name)
+    return float(ensure(Run(run, paths))["seconds"]["cpu"])
+
+
+def within(estimate: report.Cost | None, actual: float) -> bool:
+    return estimate is not None and 0.6 * actual < estimate.seconds < 1.4 * actual
+
+
+TRIES = range(3)  # even processor seconds vary on a busy machine; an estimate that is wrong is wrong each time
+
+
+def test_an_estimate_from_a_record_is_within_40_per_cent(tmp_path: Path) -> None:
+    """From 10 images per class to 30; the estimate is made before the run, so that it can't know it.
+
+    The first run of a process pays for what it loads: another one goes before both.
+    """
+    sizes = (1, 10, 30)
+    first, small, large = (config(*STUDENT, "method=ce_a_j", *TINY, f"data.per_class={k}", "optim.passes=12") for k in sizes)
+    spent(first, at(tmp_path / "first"))
+
+    def good(paths: Paths) -> bool:
+        spent(small, paths)
+        history = History.of(paths)
+        assert sum(map(len, history.samples.values())) == 2  # it and its teacher
+        estimate = history.cost(large)
+        return within(estimate, spent(large, paths))
+
+    assert any(good(at(tmp_path / str(number))) for number in TRIES)
+
+
+@pytest.mark.parametrize("words", [[*STUDENT, "method=ce_j", "data.per_class=20", "optim.passes=20", *TINY]], ids=["training"])
+def test_an_estimate_from_a_probe_is_within_40_per_cent(tmp_path: Path, words: Sequence[str]) -> None:
+    """The probe and the run in one process, one after the other."""
+
+    def good(folder: Path) -> bool:
+        run, history = config(*words), History()
+        history.add(report.probed_training(run, probe.training(run, at(folder / "probe")), history))
+        return within(history.cost(run), spent(run, at(folder / "run")))
+
+    assert any(good(tmp_path / str(number)) for number in TRIES)
+
+
+def test_an_estimate_from_a_cut_run_is_within_40_per_cent(tmp_path: Path) -> None:
+    words = ["experiment=pixel_perturbation", "scale=quick", "saliency=integrated_gradients", "saliency.steps=8"]
+    words += ["evaluate.images=200", "+upstream.model.optim.passes=1", "scale.width=0.1", "trainer.threads=1"]
+
+    def good(paths: Paths) -> bool:
+        run, history = config(*words), History()
+        cut = [report.shrunk(run, n) for n in report.LADDER]
+        records = probe.looking([one for one in cut if one], paths)
+        history.add(report.probed_looking(run, records, history))
+        return within(history.cost(run), spent(run, paths))
+
+    assert any(good(at(tmp_path / str(number))) for number in TRIES)

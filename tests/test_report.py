@@ -1,0 +1,329 @@
+"""The page of `make report`, read as a browser's parser reads it."""
+
+import base64
+import dataclasses
+import hashlib
+import io
+import json
+import re
+import sys
+from collections.abc import Sequence
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_tables import GOLDEN, SPEC, fake_plan
+
+from gradexp.report import claims, figures, html, tables
+from gradexp.report.specs import Source
+from gradexp.runs import ROOT, Paths, run_id, write_record
+
+HOSTILE = '</script><script>window.hacked = 1</script><img src=x onerror="window.hacked = 1">'
+SAID = html.settings()
+BENCH = {
+    "machine": {"device": "a machine", "precision": ["32", "bf16"]},
+    "rows": [{"model": "vgg4", "ratio": 2.25, "peak": None}],
+}
+COSTS = [{"": "table 2.1", "present": "5", "missing": "3", "hours": "0.42", "known from": "3 record"}]
+
+
+class Parsed(HTMLParser):
+    """Elements with their attributes, and the text of each script."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str]]] = []
+        self.text: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, {key: value or "" for key, value in attrs}))
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+    def of(self, tag: str, **wanted: str) -> list[dict[str, str]]:
+        return [found for name, found in self.elements if name == tag and wanted.items() <= found.items()]
+
+
+def whole(scale: str, seed: int, overrides: Sequence[str], **facts: Any) -> dict[str, Any]:
+    """A record with everything that real ones have."""
+    config = fake_plan(overrides).config
+    return {
+        "id": run_id(config),
+        "experiment": config["name"],
+        "scale": scale,
+        "seed": seed,
+        "status": "finished",
+        "config": config | {"seed": seed, "optim": {"passes": 60, "optimizer": {"lr": 0.001, "name": "Adam"}}},
+        "metrics": {"test/accuracy": 10.0 + seed, "train/loss": [4 / (1 + i) for i in range(500)]},
+        "upstream": {},
+        "data": {"name": "toy", "train_images": 100, "subset": "0123456789abcdef"},
+        "device": "cpu",
+        "precision": "32",
+        "threads": 1,
+        "parameters": 718692,
+        "git": {"commit": "0123456789abcdef", "dirty": False},
+        "seconds": {"wall": 36.0, "cpu": 30.0},
+        "started": "2026-01-02T03:04:05+00:00",
+        "ended": "2026-01-02T03:04:41+00:00",
+        **facts,
+    }
+
+
+def fill(results: Path, scale: str = "cpu", device: str = "cpu") -> dict[str, dict[str, Any]]:
+    """The golden records made whole, and two at `quick`; one of them diverged. -> {id: record}"""
+    stored = {}
+    teacher = whole(scale, 0, ["experiment=teacher", f"scale={scale}"])
+    for method, count, seed in (("ce", 1, 0), ("ce", 1, 1), ("ce", 5, 0), ("a", 1, 0), ("a", 5, 0)):
+        words = ["experiment=jacobian_distill", f"scale={scale}", f"method={method}", f"data.per_class={count}", f"seed={seed}"]
+        record = whole(scale, seed, words, device=device, upstream={"teacher": {"id": teacher["id"], "experiment": "teacher"}})
+        golden = GOLDEN / "runs" / "jacobian_distill" / f"{record['id']}.json"
+        record["metrics"] |= json.loads(golden.read_text())["metrics"] if golden.exists() else {}
+        stored[record["id"]] = record
+    stored[teacher["id"]] = teacher | {"metrics": {"test/accuracy": 63.9}}
+    for record in stored.values():
+        write_record(results / "runs" / record["experiment"] / f"{record['id']}.json", record)
+    return stored
+
+
+def picture(results: Path, scale: str) -> np.ndarray:
+    """Writes figure 2.1's files; returns its pixels."""
+    pixels = (255 * np.random.default_rng(0).random((20, 30, 3))).astype(np.uint8)
+    pixels[:10] = 255
+    stem = results / "figures" / scale / "figure_2_1"
+    stem.parent.mkdir(parents=True)
+    Image.fromarray(pixels).save(stem.with_suffix(".png"), compress_level=0)
+    stem.with_suffix(".csv").write_text("x,mean\n1,2\n")
+    return pixels
+
+
+def judged(sources: Sequence[Source], says: str = "A beats CE.") -> claims.Judged:
+    one = claims.Comparison("A minus CE, 1", True, claims.Estimate(3.5, 2, low=1.0, high=6.0), None, 5.04, tuple(sources))
+    return claims.Judged("2.1-a", "§2.6.1", says, "table 2.1", "seeds", "", (one,), "holds", 0.02, 0.04)
+
+
+def render(results: Path, scale: str = "cpu", spec: dict[str, Any] = SPEC, words: str = "") -> str:
+    """A page with one table, one drawn figure, one without its runs, a claim and a benchmark."""
+    paths = Paths(Path("data"), results, Path("outputs"))
+    commands: dict[str, str] = {}
+    panels = html.Panels(paths, commands, points=100)
+    planner = html.remembering(fake_plan, commands)
+    table = tables.build(spec, scale, planner, paths)
+    filled = [source for cell in table.cells for source in cell.sources if source.finished]
+    drawn = {"number": "2.1", "title": f"Fits {words}"}, [figures.Series({"label": f"fit {words}"}, tuple(filled[:1]))]
+    absent = {"number": "other", "title": "Not drawn"}, [figures.Series({"label": "gone"}, tuple(table.missing[:1]))]
+    claim = judged(filled[:2], f"A beats CE. {words}")
+    parts = html.chapters(
+        [html.table_view(table, panels, SAID["close"])],
+        [html.figure_view(*one, scale, panels) for one in (drawn, absent)],
+        html.claim_views([claim], panels),
+        SAID,
+    )
+    return html.render(scale, parts, panels, SAID, made_by="gradexp, commit 01234567", bench=BENCH, costs=COSTS)
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> str:
+    results = tmp_path_factory.mktemp("results")
+    fill(results)
+    picture(results, "cpu")
+    return render(results)
+
+
+def data_of(page: str) -> dict[str, Any]:
+    """What the page's script reads."""
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)
+    assert found
+    data: dict[str, Any] = json.loads(found[1])
+    return data
+
+
+def unpack(value: Any, pool: list[Any]) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return {key: unpack(item, pool) for key, item in (pool[value["$"]] if "$" in value else value).items()}
+
+
+def test_every_cell_is_there_with_both_numbers_and_opens_its_records_or_its_command(page: str) -> None:
+    parsed, data = Parsed(page), data_of(page)
+    labels = {found["href"][1:]: found["aria-label"] for found in parsed.of("a") if "aria-label" in found}
+    assert labels["cell-2.1-0-0"].startswith("Cross-Entropy (CE), 1: 5.22 ± 0.27 (n=2); thesis 5.69; difference −0.47; below")
+    assert labels["cell-2.1-0-1"] == "Cross-Entropy (CE), 5: NaN (n=1); thesis 13.9; diverged"
+    assert len(labels) == len([found for found in parsed.of("td") if "cell" in found.get("class", "")]) == 4
+    cell = data["entries"]["cell-2.1-1-1"]
+    assert (cell["title"], cell["runs"]) == ("A only · 5", ["d53379d2c6d7"])
+    assert cell["todo"] == ["python run.py experiment=jacobian_distill scale=cpu method=a data.per_class=5 seed=1"]
+    assert data["records"]["d53379d2c6d7"]["command"].endswith("method=a data.per_class=5 seed=0")
+
+
+def test_links_stay_inside_and_nothing_is_loaded(page: str) -> None:
+    parsed, data = Parsed(page), data_of(page)
+    ids = [found["id"] for _, found in parsed.elements if "id" in found]
+    assert len(set(ids)) == len(ids)
+    panels = {*data["entries"], *(f"run-{run}" for run in data["records"])}
+    addresses = [found[key] for _, found in parsed.elements for key in ("href", "src") if key in found]
+    for address in addresses:
+        assert address.startswith("data:") or address[1:] in {*ids, *panels}, address
+    assert {one["runs"][0] for one in data["entries"].values() if one["runs"]} <= data["records"].keys()
+    assert "url(" not in page
+    assert "@import" not in page
+    assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)", page)
+
+
+def test_only_the_pages_own_script_may_run(page: str) -> None:
+    script = (html.PAGE / "page.js").read_text()
+    (policy,) = (found["content"] for found in Parsed(page).of("meta") if found.get("http-equiv"))
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"<script>{script}</script>" in page
+    assert f"script-src 'sha256-{digest}'" in policy
+    assert policy.startswith("default-src 'none'")
+
+
+def test_markup_in_records_and_configs_is_text(tmp_path: Path) -> None:
+    fill(tmp_path, device=HOSTILE)
+    rows = [SPEC["rows"][0], SPEC["rows"][1] | {"label": f"A {HOSTILE}"}]
+    page = render(tmp_path, spec=SPEC | {"rows": rows, "note": HOSTILE, "title": HOSTILE}, words=HOSTILE)
+    parsed, data = Parsed(page), data_of(page)
+    assert len(parsed.of("script")) == 2
+    assert not any(key.startswith("on") for _, found in parsed.elements for key in found)
+    assert not [found for found in parsed.of("img") if not found["src"].startswith("data:image/")]
+    assert HOSTILE in {record["device"] for record in data["records"].values()}
+    assert HOSTILE in "".join(parsed.text)
+
+
+def test_a_number_of_a_smaller_scale_is_never_set_against_the_thesis(tmp_path: Path) -> None:
+    fill(tmp_path, "quick")
+    page = render(tmp_path, "quick", SPEC | {"comparable": ["paper"]})
+    marks = {found["class"].split()[1] for found in Parsed(page).of("td") if "cell" in found.get("class", "")}
+    assert marks == {"apart"}
+    assert "difference" not in json.dumps(data_of(page)["entries"])
+    assert page.count("scale=quick") > 4
+    assert "they can't be compared" in "".join(Parsed(page).text)
+
+
+def test_departures_from_the_paper_are_listed(page: str) -> None:
+    text = " ".join("".join(Parsed(page).text).split())
+    assert "Departs from scale=paper in 1 setting" in text
+    assert "optim.passes60500" in text.replace(" ", "")
+    for sentence in ("A sample & nothing more.", "the thesis's 64.78", "Seeds: 0, 1"):
+        assert sentence in text
+    assert SAID["scales"]["cpu"].strip() in text
+
+
+def test_a_record_is_stored_once_and_comes_back_whole(tmp_path: Path) -> None:
+    stored = fill(tmp_path)
+    data = data_of(render(tmp_path))
+    assert data["records"].keys() == stored.keys()
+    for run, record in stored.items():
+        found = unpack(data["records"][run], data["pool"])
+        assert found["config"] == record["config"]
+        assert found["numbers"] == json.loads(
+            json.dumps({"test/accuracy": record["metrics"]["test/accuracy"]}).replace("NaN", "null")
+        )
+    assert len({json.dumps(part) for part in data["pool"]}) == len(data["pool"])
+    optimizers = [part for part in data["pool"] if part == {"lr": 0.001, "name": "Adam"}]
+    assert len(optimizers) == 1
+
+
+def test_long_curves_are_means_of_stretches() -> None:
+    assert html.curve([1, 2, 3, 4], 2) == {"n": 4, "y": [1.5, 3.5]}
+    assert html.curve([1.0, None, None, None], 2) == {"n": 4, "y": [1.0, None]}
+    assert html.curve([0.123456], 2) == {"n": 1, "y": [0.1235]}
+    assert html.curve([], 2) == {"n": 0, "y": [None]}
+    assert html.curve([[1, 2], [3, 4]], 2) == {"n": 2, "y": []}
+
+
+@pytest.mark.parametrize(
+    ("value", "thesis", "comparable", "expected"),
+    [
+        (10.4, 10.0, True, html.CLOSE),
+        (9.4, 10.0, True, html.BELOW),
+        (-0.5, -1.0, True, html.ABOVE),
+        (float("nan"), 10.0, True, html.DIVERGED),
+        (10.0, 10.0, False, html.APART),
+        (10.0, None, True, html.APART),
+        (None, 10.0, True, html.EMPTY),
+    ],
+)
+def test_marks(value: float | None, thesis: float | None, comparable: bool, expected: html.Mark) -> None:
+    source = Source("x", Path("x.json"), "python run.py")
+    printed = None if thesis is None else tables.Thesis(thesis, False)
+    cell = tables.Cell("a", "b", (source,), printed, comparable, "m", () if value is None else (value,))
+    assert html.mark(cell, 0.05) is expected
+    assert html.mark(dataclasses.replace(cell, sources=(), values=()), 0.05) is html.ABSENT
+
+
+def test_what_lies_within_the_deviation_over_runs_is_close() -> None:
+    source = Source("x", Path("x.json"), "python run.py")
+    cell = tables.Cell("a", "b", (source,), tables.Thesis(10.0, False), True, "m", (8.0, 10.8))
+    assert html.mark(cell, 0.05) is html.CLOSE
+    assert html.mark(dataclasses.replace(cell, spreads=(3.0, 3.0)), 0.05) is html.BELOW  # over images: says nothing of runs
+    wide = dataclasses.replace(cell, values=(9.4,), thesis=tables.Thesis(10.0, False, 0.7))
+    assert html.mark(wide, 0.05) is html.CLOSE
+    assert html.mark(dataclasses.replace(wide, thesis=tables.Thesis(10.0, False, 0.5)), 0.05) is html.BELOW
+
+
+def test_a_picture_keeps_its_pixels_and_its_values(tmp_path: Path) -> None:
+    fill(tmp_path)
+    pixels = picture(tmp_path, "cpu")
+    parsed = Parsed(render(tmp_path))
+    (image,) = parsed.of("img")
+    content = base64.b64decode(image["src"].partition("base64,")[2])
+    assert np.array_equal(np.array(Image.open(io.BytesIO(content)).convert("RGB")), pixels)
+    assert len(content) < (tmp_path / "figures" / "cpu" / "figure_2_1.png").stat().st_size
+    (link,) = parsed.of("a", download="figure_2_1.csv")
+    assert base64.b64decode(link["href"].partition("base64,")[2]) == b"x,mean\n1,2\n"
+
+
+def test_a_palette_of_few_colours_loses_nothing(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 4, (40, 40, 1)).astype(np.uint8) * np.array([80, 10, 60], np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "figure.png")
+    found = Image.open(io.BytesIO(html._compressed(tmp_path / "figure.png")))
+    assert found.mode == "P"
+    assert np.array_equal(np.array(found.convert("RGB")), pixels)
+
+
+def test_figures_claims_and_benchmark(page: str) -> None:
+    text = " ".join("".join(Parsed(page).text).split())
+    assert "1 run is missing: make figure-other SCALE=cpu" in text
+    assert "A beats CE. ✓ holds §2.6.1, table 2.1; 1 of 1 agree; 2 seeds; p = 0.040 (Holm)" in text
+    assert "A minus CE, 1+3.5 [+1, +6]2+5.04" in text
+    assert "1 claims: 1 holds." in text
+    assert len(data_of(page)["entries"]["claim-2.1-a"]["runs"]) == 2
+    assert "table2.1530.423record" in text.replace(" ", "")
+    assert "vgg42.25–" in text.replace(" ", "")
+    assert "Beyond the thesis" in text
+
+
+def test_the_same_records_give_the_same_page(tmp_path: Path) -> None:
+    fill(tmp_path)
+    assert render(tmp_path) == render(tmp_path)
+
+
+def test_a_page_of_no_records_says_what_to_run(tmp_path: Path) -> None:
+    data = data_of(render(tmp_path))
+    assert data["records"] == {}
+    assert all(entry["todo"] for anchor, entry in data["entries"].items() if anchor.startswith("cell"))
+
+
+def test_make_report_writes_the_page_of_a_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command itself, on one real table and the figure whose run has no data set."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import make_report
+
+    monkeypatch.setattr(make_report.specs, "numbers", lambda kind: ["4.1-size"] if kind == "table" else ["2.1"])
+    claim = "{id: 4-size, section: §4.4.1, says: A claim., item: table 4.1-size, greater: [VGG-11, VGG-4]}"
+    (tmp_path / "claims.yaml").write_text(f"confidence: 0.95\npower: 0.8\nresamples: 99\nclaims:\n- {claim}\n")
+    monkeypatch.setattr(make_report, "CLAIMS", tmp_path / "claims.yaml")
+    monkeypatch.setattr(sys, "argv", ["make_report.py", "--scale", "quick", "--set", f"paths.results={tmp_path}"])
+    make_report.main()
+    page = (tmp_path / "report" / "quick.html").read_text()
+    ids = {found["id"] for _, found in Parsed(page).elements if "id" in found}
+    assert {"table-4.1-size", "figure-2.1", "claims-4", "plan"} <= ids
+    monkeypatch.setattr(sys, "argv", ["make_report.py", "--scale", "nope"])
+    with pytest.raises(SystemExit, match="scale=nope"):
+        make_report.main()

@@ -1,0 +1,188 @@
+"""The page of `make report` in a browser: keys, panels, themes, narrow windows, paper.
+
+Skipped where playwright or a Chromium is missing: it downloads neither. `chromium` on the PATH, or playwright's own, will do.
+"""
+
+import io
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_report import HOSTILE, SPEC, fill, picture, render
+
+api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (it comes with .[dev])")
+
+NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
+QUIET = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-dev-shm-usage"]
+DESKTOP, PHONE = {"width": 1440, "height": 900}, {"width": 390, "height": 844}
+FIRST = 'a[href="#cell-2.1-0-0"]'
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with api.sync_playwright() as playwright:
+        own = Path(playwright.chromium.executable_path)
+        found = next(filter(None, map(shutil.which, NAMES)), None) or (str(own) if own.exists() else None)
+        if found is None:
+            pytest.skip(f"no Chromium: none of {', '.join(NAMES)} is on the PATH, and playwright has none of its own")
+        launched = playwright.chromium.launch(executable_path=found, args=QUIET)
+        yield launched
+        launched.close()
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("page")
+    fill(folder, device=HOSTILE)
+    picture(folder, "cpu")
+    columns = [column | {"scales": ["cpu"]} for column in SPEC["columns"]]
+    path = folder / "cpu.html"
+    path.write_text(render(folder, spec=SPEC | {"columns": columns, "note": HOSTILE}), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def visit(browser: Any, file: Path) -> Iterator[Any]:
+    """Opens the page in a window; at the end, nothing may have gone to the console, to the network, or been run."""
+    heard: list[str] = []
+    contexts: list[Any] = []
+
+    def opened(viewport: dict[str, int] = DESKTOP, place: str = "", **how: Any) -> Any:
+        contexts.append(browser.new_context(viewport=viewport, **how))
+        page = contexts[-1].new_page()
+        page.on("console", lambda message: heard.append(message.text))
+        page.on("pageerror", lambda error: heard.append(str(error)))
+        page.on("request", lambda request: heard.append(request.url) if request.url.startswith("http") else None)
+        page.goto(f"{file.as_uri()}{place}")
+        return page
+
+    yield opened
+    for context in contexts:
+        for page in context.pages:
+            assert page.evaluate("window.hacked") is None
+        context.close()
+    assert heard == []
+
+
+def test_a_cell_opens_by_keyboard_and_closes_back_to_itself(visit: Any) -> None:
+    page = visit()
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.textContent") == "Skip to the results"
+    page.focus(FIRST)
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowDown")
+    assert page.evaluate("document.activeElement.getAttribute('aria-label')").startswith("A only, 5: 22.60")
+    assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
+    page.keyboard.press("Enter")
+    panel = page.locator("dialog[open]")
+    assert panel.locator("h2").inner_text() == "A only · 5"
+    for _ in range(25):
+        page.keyboard.press("Tab")  # leaves the panel for the browser's own buttons at most
+        assert page.evaluate("document.activeElement === document.body || !!document.activeElement.closest('dialog')")
+    page.focus("#close")
+    page.keyboard.press("ArrowLeft")
+    page.wait_for_function("document.getElementById('panel-title').textContent === 'A only · 1'")
+    page.keyboard.press("Escape")
+    assert panel.count() == 0
+    assert page.evaluate("document.activeElement.getAttribute('href')") == "#cell-2.1-1-0"
+    assert page.evaluate("location.hash") == ""
+
+
+def test_a_panel_shows_the_record_as_text(visit: Any) -> None:
+    page = visit(place="#cell-2.1-0-0")
+    panel = page.locator("dialog[open]")
+    assert panel.locator("details.run").count() == 2
+    assert panel.locator("details.run[open] svg path.line").count() == 1
+    text = panel.inner_text()
+    for expected in (HOSTILE, "method=ce data.per_class=1 seed=0", "0123456789ab", "36 s (30 s of CPU)", "718,692", "n=2"):
+        assert expected in text, expected
+    panel.get_by_text("Config").first.click()
+    assert "passes: 60" in panel.inner_text()
+    panel.locator("a", has_text="run 979a2a3fc1fe").first.click()
+    page.wait_for_function("document.getElementById('panel-title').textContent === 'run 979a2a3fc1fe'")
+    assert "63.9" in panel.inner_text()
+    page.go_back()
+    page.wait_for_function("document.getElementById('panel-title').textContent.startsWith('Cross-Entropy')")
+    page.go_back()
+    page.goto(page.url.split("#")[0] + "#table-2.1")
+    assert page.locator("dialog[open]").count() == 0
+
+
+def test_an_empty_cell_gives_its_command(visit: Any) -> None:
+    page = visit(place="#cell-2.1-1-2")
+    panel = page.locator("dialog[open]")
+    assert "Not run yet. This fills it:" in panel.inner_text()
+    assert panel.locator("pre.command").first.inner_text().endswith("method=a data.per_class=500 seed=0")
+    panel.get_by_text("Copy").first.click()
+    page.wait_for_function("['Copied', 'Selected'].includes(document.querySelector('.copy').textContent)")
+
+
+@pytest.mark.parametrize("viewport", [DESKTOP, PHONE], ids=["desktop", "phone"])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_fits_its_window_and_is_legible_in_both_schemes(visit: Any, viewport: dict[str, int], scheme: str) -> None:
+    page = visit(viewport, color_scheme=scheme)
+    assert page.evaluate("document.documentElement.scrollWidth") <= viewport["width"]
+    shot = np.array(Image.open(io.BytesIO(page.screenshot())).convert("L"))
+    assert (np.median(shot) > 230) == (scheme == "light")
+    contrasts = page.evaluate(CONTRAST)
+    assert len(contrasts) > 20
+    assert min(contrasts.values()) >= 4.5, sorted(contrasts.items(), key=lambda item: item[1])[:3]
+
+
+# WCAG 2's contrast of every text with what is painted behind it: {text: ratio}
+CONTRAST = """() => {
+  const canvas = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
+  const rgba = (colour) => { canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1);
+    return [...canvas.getImageData(0, 0, 1, 1).data]; };
+  const light = ([r, g, b]) => [r, g, b].map((v) => v / 255).map((v) => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+  const found = {};
+  for (const element of document.querySelectorAll("header *, nav *, main *, footer *")) {
+    const text = [...element.childNodes].filter((n) => n.nodeType === 3).map((n) => n.data.trim()).join("");
+    if (!text || !element.checkVisibility() || element.closest(".hidden")) continue;
+    let behind = element;
+    while (behind && rgba(getComputedStyle(behind).backgroundColor)[3] === 0) behind = behind.parentElement;
+    const [a, b] = [getComputedStyle(element).color, getComputedStyle(behind).backgroundColor].map((c) => light(rgba(c)));
+    found[text.slice(0, 60)] = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+  }
+  return found;
+}"""
+
+
+def test_wide_tables_scroll_in_their_box_behind_the_first_column(visit: Any) -> None:
+    page = visit(PHONE)
+    head = page.locator(".thesis-table tbody th").first
+    before = head.bounding_box()["x"]
+    box = page.locator(".scroll:has(.thesis-table)")
+    box.evaluate("box => { box.scrollLeft = 200; }")
+    assert box.evaluate("box => box.scrollLeft") > 50
+    assert abs(head.bounding_box()["x"] - before) <= 4
+
+
+def test_the_theme_button_overrules_the_system(visit: Any) -> None:
+    page = visit(color_scheme="light")
+    background = "getComputedStyle(document.body).backgroundColor"
+    light = page.evaluate(background)
+    for theme in ("light", "dark"):
+        page.click("#theme")
+        assert page.locator("#theme").inner_text() == f"Theme: {theme}"
+    assert page.evaluate(background) != light
+    page.reload()
+    assert page.locator("#theme").inner_text() == "Theme: dark"
+
+
+def test_on_paper_everything_is_open_and_nothing_is_a_panel(visit: Any) -> None:
+    page = visit(color_scheme="dark")
+    page.emulate_media(media="print")
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert page.locator("nav, #theme, dialog").evaluate_all("all => all.every(one => !one.checkVisibility())")
+    assert page.locator("main details").evaluate_all("all => all.every(one => one.open)")
+    register = page.locator(".register").inner_text()
+    assert "method=ce data.per_class=5 seed=0" in register
+    page.evaluate("dispatchEvent(new Event('afterprint'))")
+    assert page.locator("#records details[open]").count() == 0
