@@ -13,6 +13,7 @@ from gradexp.data.folder import window
 from gradexp.data.imagenet import ImageNet
 from gradexp.data.mit_scenes import MITScenes
 from gradexp.errors import UserError
+from gradexp.tasks.build import build
 
 PHOTOGRAPHS = {
     "channels": 3,
@@ -102,7 +103,8 @@ def test_batches_are_the_files_in_order_whatever_the_threads(root: Path, monkeyp
         shown.append([batch for epoch in range(2) for batch in loader.batches(epoch)])
     assert [len(batch.labels) for batch in shown[0]] == [5, 4, 5, 4] or [len(b.labels) for b in shown[0]] == [4, 5, 4, 5]
     for one, other in zip(*shown, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+        assert one.share is other.share is None
+        assert all(torch.equal(a, b) for a, b in zip(one[:4], other[:4], strict=True))
     loader = data.train_loader(batch_size=4, device="cpu")
     late = list(loader.batches(1, start=1))
     assert torch.equal(late[0].images, shown[0][3].images)
@@ -214,3 +216,19 @@ def test_imagenet_is_a_folder_a_class(tmp_path: Path) -> None:
         imagenet(tmp_path, 2).fingerprint()
     with pytest.raises(UserError, match="never downloaded"):
         imagenet(tmp_path / "nowhere", 2).fingerprint()
+
+
+def test_a_misspelt_key_names_the_nearest_one(root: Path) -> None:
+    """Of the class and of those that it hands its options on to; a key that is left out is named too."""
+    node = {**PHOTOGRAPHS, "_target_": "gradexp.data.mit_scenes.MITScenes", "name": "mit_scenes", "classes": 3}
+    extra = {"root": root, "cache": root / "cache"}
+    del node["seed"]
+    for wrong, right in (("skip_corupt", "skip_corrupt"), ("per_klass", "per_class")):
+        with pytest.raises(UserError, match=f"data.{wrong}: MITScenes takes no such key, did you mean {right}"):
+            build({**node, wrong: 1}, where="data", seed=0, **extra)
+    with pytest.raises(UserError, match=r"data\.seed is missing: MITScenes needs it"):
+        build(node, where="data", **extra)
+    heads = {"_target_": "gradexp.models.vgg.TwoHeadedVGG", "name": "vgg", "layers": [4], "channels": 3, "classes": 2}
+    with pytest.raises(UserError, match=r"model\.widht: TwoHeadedVGG takes no such key, did you mean width"):
+        build({**heads, "source_classes": 3, "widht": 1, "dropout": None}, where="model")
+    assert build(node, where="data", seed=0, **extra).fingerprint()["test_images"] == 6

@@ -1,22 +1,33 @@
-"""Chapter 2's transfer terms (§2.5): attention Jacobians against loops written by hand, and a run at scale=quick."""
+"""Chapter 2's transfer (§2.5, §2.6.3, §2.11): its terms against loops and Monte-Carlo, its theory, its runs."""
 
 import copy
+import json
 import subprocess
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import torchvision
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 
+from gradexp import gradients
 from gradexp.data.loader import Batch
 from gradexp.errors import UserError
 from gradexp.models.vgg import VGG
-from gradexp.terms import AttentionJacobian, Step
+from gradexp.runs import Paths, Run, ensure
+from gradexp.tasks.build import build
+from gradexp.tasks.compose import compose_run
+from gradexp.terms import Activations, AttentionJacobian, Step
 from gradexp.terms.attention_jacobian import pooled, window_size
 from gradexp.training.targets import LiveTargets
 
 LAYERS = ["features.relu1", "features.relu3"]
+OPTIONS: dict[str, Any] = {"student_layers": LAYERS, "teacher_layers": LAYERS, "student_bn": "batch"}
 
 
 def net(seed: int) -> nn.Module:
@@ -35,8 +46,8 @@ def batch(count: int = 3) -> Batch:
     return Batch(images, torch.zeros(count, dtype=torch.long), torch.arange(count), torch.zeros(count, dtype=torch.long))
 
 
-def value(student: nn.Module, teacher: nn.Module, level: int, window: str) -> Tensor:
-    term = AttentionJacobian(weight=1, student_layers=LAYERS, teacher_layers=LAYERS, level=level, window=window)
+def value(student: nn.Module, teacher: nn.Module, level: int, window: str, **changes: str) -> Tensor:
+    term = AttentionJacobian(weight=1, level=level, window=window, **(OPTIONS | changes))
     live = LiveTargets(copy.deepcopy(teacher), with_gradient=True, layers=term.teacher_layers)
     return term(Step(batch(), student, live, differentiable_input=True, student_layers=term.student_layers))
 
@@ -69,6 +80,52 @@ def test_it_vanishes_for_a_student_that_is_its_teacher() -> None:
     assert value(net(0), net(1), 1, "s/3") > 1e-3
 
 
+def test_running_statistics_are_those_of_test_time() -> None:
+    student, teacher = net(0), net(1)
+    tested = value(student, teacher, 1, "s/3")
+    student.train()
+    torch.testing.assert_close(value(student, teacher, 1, "s/3", student_bn="running"), tested)
+    assert student.training
+    assert not torch.isclose(value(student, teacher, 1, "s/3"), tested, rtol=1e-3)
+
+
+def test_equation_2_9_is_squared_error_under_noise() -> None:
+    """§2.11: noise of deviation sigma / |gradient|, the same draw for both networks, makes their responses differ by sigma^2
+    times Eq. 2.9; either response alone has variance sigma^2, whatever the size of its gradient."""
+    sigma, image, depth = 1e-4, batch(1).images, 3
+    student, teacher = net(0), net(1)
+    largest = int(attention(teacher, image[0], depth, 2).argmax())
+
+    def pixel(model: nn.Module, images: Tensor) -> Tensor:
+        squares = model.features[:depth](images).square().sum(1)  # type: ignore[index]
+        return squares.unfold(1, 2, 1).unfold(2, 2, 1).mean((3, 4)).flatten(1)[:, largest]
+
+    draws = torch.randn(8000, *image.shape[1:], dtype=torch.float64)
+    moves = []
+    for model in (student, teacher):
+        x = image.clone().requires_grad_()
+        noise = sigma * draws / torch.autograd.grad(pixel(model, x).sum(), x)[0].norm()
+        with torch.no_grad():
+            moves.append((pixel(model, image + noise) - pixel(model, image - noise)) / 2)
+        each = moves[-1].square() / sigma**2
+        assert abs(each.mean() - 1) < 4 * each.std() / len(draws) ** 0.5
+    apart = (moves[0] - moves[1]).square() / sigma**2
+    error = apart.std() / len(draws) ** 0.5
+    term = AttentionJacobian(weight=1, level=1, window="2", **OPTIONS)
+    live = LiveTargets(teacher, with_gradient=True, layers=term.teacher_layers)
+    one = Step(batch(1), student, live, differentiable_input=True, student_layers=term.student_layers)
+    assert error < 0.05 * term(one)
+    assert abs(apart.mean() - term(one)) < 4 * error
+
+
+def test_the_attention_map_against_a_loop() -> None:
+    features = torch.randn(2, 3, 4, 5, dtype=torch.float64)
+    by_hand = torch.zeros(2, 4, 5, dtype=torch.float64)
+    for b, c, i, j in np.ndindex(*features.shape):
+        by_hand[b, i, j] += features[b, c, i, j] ** 2
+    torch.testing.assert_close(gradients.attention_map(features), by_hand)
+
+
 def test_pooling_against_a_loop() -> None:
     maps = torch.randn(2, 5, 5, dtype=torch.float64)
     by_hand = [[maps[b, i : i + 2, j : j + 2].mean() for i in range(4) for j in range(4)] for b in range(2)]
@@ -83,8 +140,180 @@ def test_windows_are_parts_of_the_map() -> None:
         window_size("half", 8)
 
 
-def test_a_transfer_run(run_py: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+def test_what_cannot_be_matched_is_said_before_training() -> None:
+    images = batch(1).images
+    term = AttentionJacobian(weight=1, level=2, window=5, **OPTIONS)
+    with pytest.raises(UserError, match="window=5: the attention map has only 4x4 pixels; take a smaller window"):
+        term.place(net(0), net(1), images)
+    term = AttentionJacobian(weight=1, level=1, window="s/5", **{**OPTIONS, "teacher_layers": LAYERS[::-1]})
+    with pytest.raises(UserError, match=r"features\.relu1 has 8x8 positions, the teacher's features\.relu3 4x4"):
+        term.place(net(0), net(1), images)
+    with pytest.raises(UserError, match="level=3: there are the levels 1 to 2"):
+        AttentionJacobian(weight=1, level=3, window="s/5", **OPTIONS)
+
+
+@pytest.mark.parametrize(("scale", "sizes"), [("paper", [56, 28, 14, 7]), ("cpu", [16, 8, 4, 2]), ("quick", [16, 8, 4, 2])])
+def test_depths_are_those_of_table_2_4_and_maps_have_common_sizes(scale: str, sizes: list[int]) -> None:
+    """The real ResNet-34 and VGG-9, without numbers: convolutions in front of each map, its rows and columns."""
+    config = compose_run(["experiment=jacobian_transfer", f"scale={scale}"])
+    term, size = config["method"]["terms"]["attention"], config["data"]["size"]
+    depths = []
+    for model, layers in (
+        (config["upstream"]["teacher"]["model"], term["teacher_layers"]),
+        (config["model"], term["student_layers"]),
+    ):
+        with torch.device("meta"):
+            network, images = build(model, where="model").eval(), torch.zeros(2, 3, size, size)
+        found = _convolutions_in_front(network, layers, images)
+        assert [shape for _, shape in found] == [(side, side) for side in sizes]
+        depths.append([count for count, _ in found])
+    assert list(zip(*depths, strict=True)) == [(7, 2), (15, 4), (27, 6), (33, 8)]
+
+
+def _convolutions_in_front(network: nn.Module, layers: list[str], images: Tensor) -> list[tuple[int, tuple[int, ...]]]:
+    """(3x3 and 7x7 convolutions that have run, spatial size) at the output of each layer; 1x1 shortcuts are no depth."""
+    count = 0
+    found: dict[str, tuple[int, tuple[int, ...]]] = {}
+
+    def see(name: str, module: nn.Module, output: Tensor) -> None:
+        nonlocal count
+        count += isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1)
+        found[name] = (count, tuple(output.shape[2:]))
+
+    for name, module in network.named_modules():
+        module.register_forward_hook(lambda module, _, output, name=name: see(name, module, output))
+    network(images)
+    return [found[layer] for layer in layers]
+
+
+# --- Proposition 3: LwF bounds distillation on the source --------------------------------------------------
+
+
+def hausdorff(source: Tensor, target: Tensor) -> Tensor:
+    """Eq. 2.5: the largest distance of a point of the source to its nearest one of the target."""
+    return torch.stack([min(((s - t).norm() for t in target), key=float) for s in source]).max()
+
+
+class Linear(nn.Module):
+    """Images (B, 1, 1, 2) -> two logits, one of which is 0."""
+
+    def __init__(self, slope: Tensor) -> None:
+        super().__init__()
+        self.slope = slope
+
+    def forward(self, images: Tensor) -> Tensor:
+        return functional.pad((images.flatten(1) @ self.slope)[:, None], (0, 1))
+
+
+def matched(points: Tensor, student: nn.Module, teacher: nn.Module) -> Tensor:
+    """The activation term over these points (N, 2): the LwF loss, a mean."""
+    rows = torch.arange(len(points))
+    one = Step(Batch(points[:, None, None], 0 * rows, rows, 0 * rows), student, LiveTargets(teacher, with_gradient=False))
+    return Activations(weight=1, reduction="sum")(one)
+
+
+def test_proposition_3_bounds_the_loss_on_the_source() -> None:
+    """On the unit disc, rho = (d' x)^2 has the Lipschitz constant 2 |d|^2, with d the difference of the slopes."""
+    generator = torch.Generator().manual_seed(5)
+    slack = []
+    for _ in range(40):
+        slopes = torch.randn(2, 2, dtype=torch.float64, generator=generator)
+        student, teacher = Linear(slopes[0]), Linear(slopes[1])
+        points = torch.randn(12, 2, dtype=torch.float64, generator=generator)
+        source, target = torch.split(points / points.norm(dim=1, keepdim=True).clamp(min=1), [8, 4])
+        worst = torch.stack([matched(point[None], student, teacher) for point in target]).max()
+        lipschitz = 2 * (slopes[0] - slopes[1]).square().sum()
+        slack.append((worst + lipschitz * hausdorff(source, target) - matched(source, student, teacher)).item())
+        bigger = torch.cat([target, target + 0.1 * torch.randn(4, 2, dtype=torch.float64, generator=generator)])
+        assert hausdorff(source, bigger) <= hausdorff(source, target)  # the corollary: noise on the target tightens the bound
+    assert min(slack) >= 0
+
+
+def test_proposition_3_needs_the_distance_and_hausdorff_is_not_symmetric() -> None:
+    slope = torch.tensor([1.0, 0.0], dtype=torch.float64)
+    near, far = torch.tensor([[0.0, 0.0]], dtype=torch.float64), torch.tensor([[0.0, 0.0], [1.0, 0.0]], dtype=torch.float64)
+    student, teacher = Linear(slope), Linear(0 * slope)
+    assert matched(far, student, teacher) > matched(near, student, teacher) == 0  # a target that misses half of the source
+    assert (hausdorff(far, near), hausdorff(near, far)) == (1, 0)
+
+
+# --- runs -------------------------------------------------------------------------------------------------
+
+
+def test_a_transfer_run(run_py: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path) -> None:
     short = ["optim.passes=2", "+upstream.teacher.optim.passes=1", "logger=none"]
     done = run_py("experiment=jacobian_transfer", "scale=quick", "method=lwf_att_j", *short)
     assert done.returncode == 0, done.stderr
     assert "finished: test/accuracy=" in done.stdout
+    (file,) = (tmp_path / "results" / "runs" / "jacobian_transfer").glob("*.json")
+    metrics = json.loads(file.read_text())["metrics"]
+    first, last = metrics["train/loss/jacobian"]
+    assert metrics["train/gradient_loss_reduction"] == pytest.approx(100 * (first - last) / first, abs=1e-3)
+
+
+def photograph(file: Path, seed: int) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    coarse = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    Image.fromarray(coarse).resize((320, 240), Image.Resampling.BICUBIC).save(file, format="JPEG")
+
+
+def photographs(root: Path) -> None:
+    """MIT Scenes in its published layout, 67 classes of two images; ImageNet's, three classes; weights of ResNet-34."""
+    lists: dict[str, list[str]] = {"TrainImages.txt": [], "TestImages.txt": []}
+    for kind in range(67):
+        for number, names in enumerate(lists.values()):
+            names.append(f"kind_{kind:02}/image{number}.jpg")
+            photograph(root / "mit_scenes" / "Images" / names[-1], 2 * kind + number)
+    for file, names in lists.items():
+        (root / "mit_scenes" / file).write_text("\n".join(names))
+    for number in range(12):
+        split, kind = ("train", "val")[number % 2], f"n0144000{number % 3}"
+        photograph(root / "imagenet" / split / kind / f"{kind}_{number}.JPEG", 200 + number)
+    (root / "weights").mkdir()
+    torch.save(torchvision.models.resnet34(weights=None).state_dict(), root / "weights" / "mine.pth")
+    torch.save(torchvision.models.resnet18(weights=None).state_dict(), root / "weights" / "other.pth")
+
+
+def test_imagenet_to_mit_scenes_from_end_to_end(tmp_path: Path, places: list[str]) -> None:
+    """The runs of scale=paper on generated folders: 224 pixels, 67 classes, a weights file; a narrow student, three steps."""
+    photographs(tmp_path)
+    common = ["experiment=jacobian_transfer", "scale=paper", f"paths.data={tmp_path}", *places, "logger=none"]
+    short = ["trainer.threads=1", "scale.width=0.05", "optim.passes=null", "optim.steps=3", "data.per_class=1"]
+
+    def made(*words: str) -> dict[str, Any]:
+        config = compose_run([*common, *short, *words])
+        return ensure(Run(config, Paths.of(config)))
+
+    with pytest.raises(UserError, match=r"other\.pth is of another architecture: layer1\.2\.conv1\.weight is not there"):
+        made("method=lwf", "+upstream.teacher.task.file=other.pth")
+    with pytest.raises(UserError, match=r"data\.per_class=2: class 0 has 1 training images; ask for at most 1"):
+        made("method=transfer_ce", "data.per_class=2")
+    record = made("method=lwf_att_j", "+upstream.teacher.task.file=mine.pth")
+    assert (record["data"]["train_images"], record["data"]["test_images"], record["steps"]) == (67, 67, 3)
+    assert record["status"] == "finished"
+    assert record["metrics"].keys() >= {
+        "test/accuracy",
+        "train/loss/jacobian",
+        "train/loss/attention",
+        "train/loss/activations",
+    }
+    start = {"data.classes": 3, "scale.width": 0.05, "optim.passes": 1, "optim.batch_size": 6}
+    words = [f"++upstream.start.{key}={value}" for key, value in start.items()]
+    oracle = made("method=oracle", "scale.transfer.source_classes=3", *words)
+    assert oracle["upstream"].keys() == {"start"}
+    assert oracle["config"]["upstream"]["start"]["optim"]["optimizer"]["momentum"] == 0.9  # of conf/optim/imagenet_paper.yaml
+    assert 0 <= oracle["metrics"]["test/accuracy"] <= 100
+
+
+def test_weights_that_cannot_be_had_are_named(tmp_path: Path, places: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*_: object, **__: object) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    config = compose_run(["experiment=pretrained", f"paths.data={tmp_path}", *places])
+    run = Run(config, Paths.of(config))
+    with pytest.raises(UserError, match=r"weights/resnet34-b627a593\.pth is missing.*no network.*Place torchvision's"):
+        ensure(run)
+    (tmp_path / "weights" / "resnet34-b627a593.pth").write_bytes(b"half of it")
+    with pytest.raises(UserError, match=r"resnet34-b627a593\.pth is damaged"):
+        ensure(run)

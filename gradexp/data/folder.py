@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -52,7 +53,7 @@ class Files:
         return digest.hexdigest()[:16]
 
 
-class FolderData(ImageData):
+class FolderData(ImageData, ABC):
     """Images of any size in files. The short side is resized to size + 2 crop, then a window of `size` pixels is cut:
     anywhere in training, in the middle at test time.
 
@@ -67,9 +68,9 @@ class FolderData(ImageData):
         self.mean, self.std, self.skip_corrupt = mean, std, skip_corrupt
         self._opened: dict[str, Files] = {}
 
+    @abstractmethod
     def files(self, split: str) -> tuple[Path, list[str], list[int]]:
         """(folder, names below it, labels) of `train` or `test`. Raises UserError where they are not as they should be."""
-        raise NotImplementedError
 
     def splits(self) -> Mapping[str, Files]:
         return Lazy(self._open)

@@ -1,4 +1,4 @@
-"""MIT Scenes: 15,620 photographs of 67 kinds of indoor places (Quattoni and Torralba, 2009), 80 + 20 of each in its lists."""
+"""MIT Scenes: 15,620 photographs of 67 indoor places (Quattoni and Torralba, 2009), about 80 + 20 of each in its lists."""
 
 from __future__ import annotations
 

@@ -1,0 +1,131 @@
+"""python scripts/fetch_data.py mit_scenes: fetches a data set that has no loader with a download of its own, and verifies it.
+
+What cannot be fetched is named with the place to put it; run it again, and it goes on from there. CIFAR and MNIST are fetched
+at their first use; ImageNet is never downloaded.
+"""
+
+import argparse
+import hashlib
+import shutil
+import sys
+import tarfile
+import urllib.request
+from pathlib import Path, PurePosixPath
+
+from gradexp.errors import UserError, nearest
+from gradexp.runs import Paths
+from gradexp.tasks.build import build
+from gradexp.tasks.compose import compose_run
+
+# MIT publishes no checksums; these MD5 sums are those that a public reader of the data set records.
+MIT_SCENES = {
+    "indoorCVPR_09.tar": (
+        "http://groups.csail.mit.edu/vision/LabelMe/NewImages/indoorCVPR_09.tar",
+        "5d176e5f0e56624a453f2fe0d8b19ff7",
+    ),
+    "TrainImages.txt": ("http://web.mit.edu/torralba/www/TrainImages.txt", "fd987513d0f623c424252770fac3f354"),
+    "TestImages.txt": ("http://web.mit.edu/torralba/www/TestImages.txt", "f00bef137f39d51e4894303a7bf4c2d4"),
+}
+ARCHIVE = "indoorCVPR_09.tar"
+CHUNK = 2**20  # bytes
+
+
+def mit_scenes(paths: Paths, mirror: str | None, unverified: bool) -> None:
+    """The published archive and its two lists, under mit_scenes/ in the data root. Raises UserError naming what is missing."""
+    home = paths.data / "mit_scenes"
+    home.mkdir(parents=True, exist_ok=True)
+    there = {name: (home / ("Images" if name == ARCHIVE else name)).exists() for name in MIT_SCENES}
+    wanted = [name for name in MIT_SCENES if not there[name]]
+    troubles = [trouble for name in wanted if (trouble := fetch(name, home, mirror))]
+    if troubles:
+        raise UserError("\n".join(["not everything could be fetched:", *troubles, HELP.format(home=home)]))
+    for name in wanted:
+        verify(home / name, MIT_SCENES[name][1], unverified)
+    if ARCHIVE in wanted:
+        extract(home / ARCHIVE, home)
+    data = build(compose_run(["experiment=jacobian_transfer", "scale=paper"])["data"], where="data", **places(paths))
+    counts = [len(data.splits()[split].names) for split in ("train", "test")]
+    print(f"MIT Scenes is in {home}: {counts[0]} + {counts[1]} images of {data.classes} classes, all of which can be decoded")
+
+
+HELP = """Put what is missing into {home}, from wherever you have it, and run this again:
+  indoorCVPR_09.tar (2.4 GB; or the folder Images/ that it holds), TrainImages.txt, TestImages.txt
+or name an address (or file:///FOLDER) under which these three lie: --from ADDRESS"""
+
+
+def places(paths: Paths) -> dict[str, object]:
+    return {"root": paths.data, "cache": paths.cache, "seed": 0}
+
+
+def fetch(name: str, home: Path, mirror: str | None) -> str | None:
+    """Downloads a file that is not there yet; what stood in the way, if something did."""
+    file, address = home / name, f"{mirror.rstrip('/')}/{name}" if mirror else MIT_SCENES[name][0]
+    if file.exists():
+        return None
+    part = file.with_suffix(".part")
+    try:
+        print(f"fetching {address}", flush=True)
+        with urllib.request.urlopen(address, timeout=60) as source, part.open("wb") as target:
+            shutil.copyfileobj(source, target, CHUNK)
+            expected = source.headers.get("Content-Length")
+            if expected and target.tell() != int(expected):
+                raise OSError(f"it broke off after {target.tell()} of {expected} bytes")
+        part.replace(file)
+    except (OSError, ValueError) as error:  # URLError is an OSError; ValueError: no address
+        part.unlink(missing_ok=True)
+        return f"  {address}: {error}"
+    return None
+
+
+def verify(file: Path, checksum: str, unverified: bool) -> None:
+    with file.open("rb") as content:
+        found = hashlib.file_digest(content, "md5").hexdigest()
+    if found != checksum and not unverified:
+        raise UserError(
+            f"{file} has the MD5 sum {found}, known is {checksum}: delete it and run this again, "
+            f"or take it as it is: --unverified"
+        )
+
+
+def extract(archive: Path, home: Path) -> None:
+    """The archive's folder Images/, wherever in the archive it lies."""
+    draft = home / "Images.part"
+    shutil.rmtree(draft, ignore_errors=True)
+    print(f"extracting {archive}", flush=True)
+    try:
+        with tarfile.open(archive) as content:
+            for member in content:
+                parts = PurePosixPath(member.name).parts
+                if member.isfile() and "Images" in parts:
+                    member.name = "/".join(parts[parts.index("Images") + 1 :])
+                    content.extract(member, draft, filter="data")
+    except (tarfile.TarError, OSError) as error:
+        raise UserError(f"{archive} can't be extracted ({error}); delete it and run this again") from None
+    if not draft.exists():
+        raise UserError(f"{archive} holds no folder Images/; delete it and run this again")
+    draft.rename(home / "Images")
+    print(f"{archive} is not needed any more")
+
+
+FETCHERS = {"mit_scenes": mit_scenes}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("name", help=", ".join(FETCHERS))
+    parser.add_argument(
+        "--from", dest="mirror", metavar="ADDRESS", help="where the files lie, if not where they were published"
+    )
+    parser.add_argument("--unverified", action="store_true", help="take files whose checksum is not the known one")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="of paths, such as paths.data=FOLDER")
+    given = parser.parse_args()
+    try:
+        if given.name not in FETCHERS:
+            raise UserError(f"{given.name} can't be fetched{nearest(given.name, FETCHERS)} There is: {', '.join(FETCHERS)}")
+        FETCHERS[given.name](Paths.of(compose_run(["experiment=teacher", *given.set])), given.mirror, given.unverified)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

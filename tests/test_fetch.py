@@ -1,0 +1,88 @@
+"""scripts/fetch_data.py against an archive made on the spot, in the layout of the published one."""
+
+import hashlib
+import importlib.util
+import io
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from gradexp.errors import UserError
+from gradexp.runs import ROOT, Paths
+
+
+@pytest.fixture
+def script() -> Any:
+    spec = importlib.util.spec_from_file_location("fetch_data", ROOT / "scripts" / "fetch_data.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def mirror(tmp_path: Path, script: Any, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The three files, 67 classes of one training and one test image; the script knows their checksums."""
+    folder = tmp_path / "mirror"
+    folder.mkdir()
+    names = {kind: [f"kind{i:02}/{kind}.jpg" for i in range(67)] for kind in ("Train", "Test")}
+    with tarfile.open(folder / "indoorCVPR_09.tar", "w") as archive:
+        for number, name in enumerate(names["Train"] + names["Test"]):
+            content = io.BytesIO()
+            Image.new("RGB", (8, 8), (number, 0, 0)).save(content, "JPEG")
+            member = tarfile.TarInfo(f"indoorCVPR_09/Images/{name}")
+            member.size = len(content.getvalue())
+            archive.addfile(member, io.BytesIO(content.getvalue()))
+    for kind, lines in names.items():
+        (folder / f"{kind}Images.txt").write_text("\r\n".join(lines))
+    sums = {name: hashlib.md5((folder / name).read_bytes()).hexdigest() for name in script.MIT_SCENES}
+    monkeypatch.setattr(script, "MIT_SCENES", {name: ("http://localhost:1/x", sums[name]) for name in sums})
+    return folder
+
+
+def paths(root: Path) -> Paths:
+    return Paths(root / "data", root / "results", root / "outputs")
+
+
+def test_it_fetches_verifies_and_does_only_what_is_missing(
+    tmp_path: Path, mirror: Path, script: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script.mit_scenes(paths(tmp_path), mirror.as_uri(), False)
+    assert "67 + 67 images of 67 classes" in capsys.readouterr().out
+    home = tmp_path / "data" / "mit_scenes"
+    assert len(list((home / "Images").rglob("*.jpg"))) == 134
+    assert not list(home.glob("*.part"))
+    script.mit_scenes(paths(tmp_path), None, False)  # nothing to fetch
+    assert "fetching" not in capsys.readouterr().out
+
+
+def test_what_cannot_be_fetched_is_named_with_its_place(tmp_path: Path, mirror: Path, script: Any) -> None:
+    home = tmp_path / "data" / "mit_scenes"
+    (mirror / "TestImages.txt").rename(tmp_path / "kept")
+    with pytest.raises(UserError) as caught:
+        script.mit_scenes(paths(tmp_path), mirror.as_uri(), False)
+    for part in ("mirror/TestImages.txt: ", f"Put what is missing into {home}", "--from ADDRESS"):
+        assert part in str(caught.value)
+    (tmp_path / "kept").rename(home / "TestImages.txt")
+    script.mit_scenes(paths(tmp_path), mirror.as_uri(), False)
+    with pytest.raises(UserError, match="http://localhost:1/x: "):
+        script.mit_scenes(paths(tmp_path / "elsewhere"), None, False)
+
+
+def test_other_files_are_refused_unless_they_are_wanted(tmp_path: Path, mirror: Path, script: Any) -> None:
+    lines = (mirror / "TrainImages.txt").read_text().split("\n")
+    (mirror / "TrainImages.txt").write_text("\n".join(lines[::-1]))
+    with pytest.raises(UserError, match=r"TrainImages.txt has the MD5 sum .* --unverified"):
+        script.mit_scenes(paths(tmp_path), mirror.as_uri(), False)
+    script.mit_scenes(paths(tmp_path), mirror.as_uri(), True)
+    archive = tmp_path / "data" / "mit_scenes" / "indoorCVPR_09.tar"
+    archive.write_bytes(archive.read_bytes()[:700])
+    with pytest.raises(UserError, match="can't be extracted"):
+        script.extract(archive, tmp_path / "again")
+    with tarfile.open(archive, "w"):
+        pass
+    with pytest.raises(UserError, match="holds no folder Images/"):
+        script.extract(archive, tmp_path / "again")
