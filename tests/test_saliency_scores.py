@@ -10,15 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torchvision
+from PIL import Image
 from torch import Tensor, nn
 
 from gradexp.data.digits import Digits
 from gradexp.data.loader import Batch, TensorLoader
-from gradexp.data.removal import MANIFEST, Removal, sha256
+from gradexp.data.removal import MANIFEST, Removal
 from gradexp.data.sources import Split
 from gradexp.errors import UserError
 from gradexp.evaluate.digit_flip import DigitFlip
 from gradexp.evaluate.pixel_perturbation import PixelPerturbation
+from gradexp.files import sha256
 from gradexp.runs import ROOT, Paths, Run, ensure
 from gradexp.saliency import Saliency
 from gradexp.tasks import saliency_maps, saliency_score
@@ -263,6 +266,32 @@ def test_a_score_is_a_mean_over_images_with_its_spread(tmp_path: Path) -> None:
     assert record["metrics"]["test/completeness_error"] < 1e-4
     assert record["metrics"]["test/output_change@removed=0.1/std"] > 0
     assert set(record["upstream"]) == {"model"}
+
+
+def test_the_images_of_a_record_are_those_that_were_scored(tmp_path: Path) -> None:
+    """Only the 8s are flipped, though completeness is measured on all images: a mean's standard error needs the first."""
+    words = ["experiment=digit_flip", *TINY, "+upstream.model.optim.passes=1", "evaluate.images=70", "saliency=fullgrad_abs"]
+    config = compose_run([*words, *paths(tmp_path)])
+    assert 0 < ensure(Run(config, Paths.of(config)))["images"] < 20
+
+
+def test_vgg16_on_imagenet_from_end_to_end(tmp_path: Path) -> None:
+    """A folder in ImageNet's layout and a weights file, both made here: the run of scale=paper but for their size."""
+    torch.manual_seed(0)
+    for number in range(4):
+        file = tmp_path / "imagenet" / "val" / f"n0{number % 2}" / f"ILSVRC2012_val_{number:08}.JPEG"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        colours = torch.randint(256, (6, 8, 3), dtype=torch.uint8).numpy()
+        Image.fromarray(colours).resize((320, 240), Image.Resampling.BICUBIC).save(file)
+    weights = tmp_path / "weights" / "mine.pth"
+    weights.parent.mkdir()
+    torch.save(torchvision.models.vgg16_bn(weights=None, num_classes=2).state_dict(), weights)
+    words = ["experiment=pixel_perturbation", "scale=paper", "data.classes=2", f"paths.data={tmp_path}", *paths(tmp_path)]
+    config = compose_run([*words, "+upstream.model.data.classes=2", "+upstream.model.task.file=mine.pth"])
+    record = ensure(Run(config, Paths.of(config)))
+    assert record["images"] == 4
+    assert record["metrics"]["test/completeness_error"] < 1e-3
+    assert 0 < record["metrics"]["test/output_change@removed=0.1"] < float("inf")
 
 
 def test_the_first_images_are_as_many_as_asked() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from gradexp.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Saliency:
+class Saliency(ABC):
     """One number a pixel: how much it matters to an output of the model.
 
     black: what a black pixel is after the data's normalisation, a number or (C, 1, 1).
@@ -38,9 +39,9 @@ class Saliency:
             )
         return saliency
 
+    @abstractmethod
     def map(self, model: nn.Module, images: Tensor, labels: Tensor | None) -> Tensor:
         """(B, 1, H, W); labels (B,), or None for the predicted classes. The model is in eval mode."""
-        raise NotImplementedError
 
 
 @contextmanager

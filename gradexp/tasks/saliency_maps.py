@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from gradexp.data.loader import Loader, mix
-from gradexp.data.removal import MANIFEST, sha256
+from gradexp.data.removal import MANIFEST
 from gradexp.evaluate import masking
-from gradexp.runs import Result, Run, write_atomically
+from gradexp.files import reserve, sha256, write_atomically
+from gradexp.runs import Result, Run
 from gradexp.saliency import Saliency
 from gradexp.tasks.saliency_score import PRECISION, completeness, parts
 
@@ -53,6 +54,7 @@ def fill(path: Path, loader: Loader, model: nn.Module, method: Saliency, seed: i
     done = int(done_file.read_text()) if path.exists() and done_file.exists() else 0
     kind = np.dtype(np.int16 if shape[-1] * shape[-2] < 2**15 else np.int32)
     places = np.lib.format.open_memmap(path, mode="r+" if done else "w+", dtype=kind, shape=shape)
+    reserve(path, path.stat().st_size)
     said = started = time.monotonic()
     for number, batch in enumerate(loader.batches(epoch=0, start=done), start=done):
         torch.manual_seed(mix(seed, number))

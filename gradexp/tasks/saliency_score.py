@@ -29,16 +29,17 @@ def saliency_score(run: Run) -> Result:
     score = build(evaluate, where="evaluate")
     black = data.black.to(hardware.device)
     found: dict[str, list[Tensor]] = {}
+    images = 0  # scored: the digit flip leaves out all but one digit
     for number, batch in enumerate(first_images(data, limit, batch_size, hardware)):
         seed = mix(run.config["seed"], number)
         torch.manual_seed(seed)  # of random maps and noise
         measured = score(model, method, batch, black=black, seed=seed)
+        images += len(next(iter(measured.values()), ()))
         for name, values in {**measured, **completeness(method, model, batch.images)}.items():
             found.setdefault(name, []).append(values.cpu())
     metrics: dict[str, Any] = {}
     for name, values in ((name, torch.cat(pieces).double()) for name, pieces in found.items()):
         metrics[f"test/{name}"], metrics[f"test/{name}/std"] = float(values.mean()), float(values.std())
-    images = max((len(torch.cat(pieces)) for pieces in found.values()), default=0)
     if not images:
         raise UserError("evaluate.images: none of the test images was of use; raise it")
     return Result(metrics, facts={"data": data.fingerprint(), "images": images, **hardware.facts(), **PRECISION})
@@ -59,7 +60,7 @@ def first_images(data: ImageData, limit: int | None, batch_size: int, hardware: 
     loader = data.test_loader(batch_size=batch_size, device=hardware.device)
     left = len(loader) * batch_size if limit is None else limit
     for batch in itertools.islice(loader, -(-left // batch_size)):
-        yield Batch(*(values[:left] for values in batch))
+        yield Batch(batch.images[:left], batch.labels[:left], batch.row[:left], batch.view[:left])
         left -= len(batch.images)
 
 
