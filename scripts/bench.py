@@ -1,15 +1,23 @@
-"""make bench: what a training step costs, written to results/bench.md.   --quick: VGG-4 alone, printed, within a minute."""
+"""make bench: what a training step costs, written to results/bench.md.
+
+--quick: VGG-4 alone, printed, within a minute.   --photographs: the images/s of JPEG files alone, printed.
+"""
 
 import argparse
 
 from gradexp.runs import ROOT
-from gradexp.tasks import bench
+from gradexp.tasks import bench, bench_photographs
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true")
-    print(bench.run(ROOT / "results", quick=parser.parse_args().quick))
+    parser.add_argument("--photographs", action="store_true")
+    given = parser.parse_args()
+    if given.photographs:
+        print(bench_photographs.markdown(bench_photographs.measure(bench.make_hardware("32"), images=512, rounds=5)))
+    else:
+        print(bench.run(ROOT / "results", quick=given.quick))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
 """The benchmark's own arithmetic."""
 
-import pytest
+from pathlib import Path
 
-from gradexp.tasks import bench, bench_saliency
+import pytest
+from PIL import Image
+
+from gradexp.tasks import bench, bench_photographs, bench_saliency
 
 VGG4 = (27 * 64 * 32**2, 9 * 64 * 128 * 16**2, 9 * 128 * 512 * 8**2)
 
@@ -44,3 +47,14 @@ def test_maps_are_measured_against_one_forward_and_one_backward() -> None:
     page = bench_saliency.markdown([*rows[:2], bench_saliency.Row("vgg16_bn", 16, "FullGrad", None, None, 4321)])
     assert "| vgg16_bn | 16 | FullGrad |  |  | 4321 |" in page
     assert "pip install -e '.[bench]'" in page
+
+
+def test_photographs_are_as_large_as_real_ones_and_are_counted(tmp_path: Path) -> None:
+    bench_photographs.photograph(tmp_path / "a.jpg", 0)
+    with Image.open(tmp_path / "a.jpg") as picture:
+        assert picture.size == (500, 375)
+    assert 80_000 < (tmp_path / "a.jpg").stat().st_size < 200_000
+    row = bench_photographs.measure(bench.make_hardware("32"), images=9, rounds=1)
+    assert (row.images, row.batch) == (9, 8)
+    assert row.images_per_second > 0
+    assert f"{row.images_per_second:.0f} images/s" in bench_photographs.markdown(row)

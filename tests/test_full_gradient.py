@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torchvision
+from tiny import randomised
 from torch import Tensor, nn
 
 from gradexp import gradients, layers
@@ -66,18 +67,6 @@ NETS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def randomised(make: Callable[[], nn.Module]) -> nn.Module:
-    """In float64 and eval mode, with random statistics, scales and biases in every batch normalisation."""
-    model = make().double().eval()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.normal_(module.running_mean)  # type: ignore[arg-type]
-            nn.init.uniform_(module.running_var, 0.5, 2)  # type: ignore[arg-type]
-            nn.init.uniform_(module.weight, 0.5, 2)
-            nn.init.normal_(module.bias)
-    return model
-
-
 def data(count: int = 3) -> tuple[Tensor, Tensor]:
     return torch.randn(count, 2, 8, 8, dtype=torch.float64), torch.arange(count) % CLASSES
 
@@ -86,7 +75,7 @@ def data(count: int = 3) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("fast", [False, True], ids=["stock", "fast"])
 @pytest.mark.parametrize("name", NETS)
 def test_proposition_6_is_exact(name: str, fast: bool, separate: bool) -> None:
-    model = randomised(NETS[name])
+    model = randomised(NETS[name]())
     before = copy.deepcopy(model.state_dict())
     if fast:
         layers.accelerate(model)
@@ -103,7 +92,7 @@ def test_proposition_6_is_exact(name: str, fast: bool, separate: bool) -> None:
 
 @pytest.mark.parametrize("make", [vgg, resnet])
 def test_proposition_5_without_biases_the_input_gradient_is_all(make: Callable[[], nn.Module]) -> None:
-    model = randomised(make)
+    model = randomised(make())
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.zero_()  # type: ignore[union-attr]
@@ -116,7 +105,7 @@ def test_proposition_5_without_biases_the_input_gradient_is_all(make: Callable[[
 
 
 def test_merged_maps_are_named_by_block_and_sum_up_the_separate_ones() -> None:
-    model, (images, labels) = randomised(vgg), data()
+    model, (images, labels) = randomised(vgg()), data()
     merged = gradients.full_gradient(model, images, labels).biases
     separate = gradients.full_gradient(model, images, labels, separate=True).biases
     assert list(merged) == ["features.norm1", "features.norm2", "features.norm3", "linear"]
@@ -130,7 +119,7 @@ def test_merged_maps_are_named_by_block_and_sum_up_the_separate_ones() -> None:
 @pytest.mark.parametrize("name", ["vgg", "vgg softplus", "resnet", "torchvision vgg"])
 def test_each_bias_gradient_is_the_slope_in_its_bias(name: str) -> None:
     """Bias times derivative: the slope of the output when the effective bias of one channel is scaled."""
-    model, (images, labels) = randomised(NETS[name]), data(1)
+    model, (images, labels) = randomised(NETS[name]()), data(1)
     full = gradients.full_gradient(model, images, labels)
     modules, epsilon = dict(model.named_modules()), 1e-6
     for layer, bias_gradient in full.biases.items():
@@ -154,7 +143,7 @@ def test_each_bias_gradient_is_the_slope_in_its_bias(name: str) -> None:
 
 
 def test_a_curved_activation_is_linearised_where_it_is() -> None:
-    model, (images, labels) = randomised(lambda: vgg(softplus)), data(1)
+    model, (images, labels) = randomised(vgg(softplus)), data(1)
     with gradients.captured(model, ["features.norm1", "features.relu1"]) as values:
         logits = model(images.requires_grad_())
     z, y = values["features.norm1"], values["features.relu1"]
@@ -165,7 +154,7 @@ def test_a_curved_activation_is_linearised_where_it_is() -> None:
 
 
 def test_full_gradients_are_constant_inside_a_linear_region() -> None:
-    model, (images, labels) = randomised(vgg), data()
+    model, (images, labels) = randomised(vgg()), data()
     here = gradients.full_gradient(model, images, labels)
     near = gradients.full_gradient(model, images + 1e-9 * torch.randn_like(images), labels)
     far = gradients.full_gradient(model, images + torch.randn_like(images), labels)
@@ -176,7 +165,7 @@ def test_full_gradients_are_constant_inside_a_linear_region() -> None:
 
 @pytest.mark.parametrize("name", ["vgg", "resnet softplus"])
 def test_full_gradients_are_differentiable_once_more(name: str) -> None:
-    model, (images, labels) = randomised(NETS[name]), data(2)
+    model, (images, labels) = randomised(NETS[name]()), data(2)
     weight = next(module.weight for module in model.modules() if isinstance(module, nn.Conv2d))
 
     def norm() -> Tensor:
@@ -194,7 +183,7 @@ def test_full_gradients_are_differentiable_once_more(name: str) -> None:
 
 
 def test_train_mode_and_unknown_layers_are_errors() -> None:
-    model, (images, labels) = randomised(vgg), data()
+    model, (images, labels) = randomised(vgg()), data()
     with pytest.raises(UserError, match=r"model.eval\(\)"):
         gradients.full_gradient(model.train(), images, labels)
     model.features.norm1 = nn.GroupNorm(2, 4).double()  # type: ignore[union-attr]
@@ -208,7 +197,7 @@ def test_train_mode_and_unknown_layers_are_errors() -> None:
 @pytest.mark.parametrize("training", [True, False], ids=["batch", "running"])
 def test_an_effective_bias_is_what_the_block_adds(training: bool) -> None:
     """With its statistics held, convolution and normalisation are affine: their output at a zero image is the bias."""
-    model, (images, _) = randomised(vgg).train(training), data()
+    model, (images, _) = randomised(vgg()).train(training), data()
     conv, norm = model.features.conv1, model.features.norm1  # type: ignore[union-attr]
     features = conv(images).detach()
     bias = gradients.effective_bias(norm, conv, features if training else None)
@@ -223,7 +212,7 @@ def test_an_effective_bias_is_what_the_block_adds(training: bool) -> None:
 
 
 def test_captured_outputs_stay_what_they_were_and_hooks_go() -> None:
-    model, (images, _) = randomised(torchvision_vgg), data()
+    model, (images, _) = randomised(torchvision_vgg()), data()
     with gradients.captured(model, ["features.1", "features.2"]) as values:
         model(images)
     assert values["features.1"].min() < 0  # the in-place ReLU behind it left it alone
@@ -233,7 +222,7 @@ def test_captured_outputs_stay_what_they_were_and_hooks_go() -> None:
 
 
 def test_hooks_go_when_the_forward_fails() -> None:
-    model = randomised(vgg)
+    model = randomised(vgg())
     with pytest.raises(UserError, match="halves"), gradients.captured(model, ["features.norm1"]):
         model(torch.zeros(1, 2, 1, 1, dtype=torch.float64))
     assert not any(module._forward_hooks for module in model.modules())
@@ -263,7 +252,7 @@ def make_step(student: nn.Module, teacher: nn.Module) -> Step:
 @pytest.mark.parametrize("fast", [False, True], ids=["stock", "fast"])
 def test_layer_gradients_of_a_step(student_bn: str, fast: bool) -> None:
     """The gradient at a layer is the finite difference of the logits in that layer's output."""
-    student, teacher = randomised(vgg).train(), randomised(vgg)
+    student, teacher = randomised(vgg()).train(), randomised(vgg())
     student.dropout = nn.Identity()
     if fast:
         layers.accelerate(student)
@@ -288,7 +277,7 @@ def test_layer_gradients_of_a_step(student_bn: str, fast: bool) -> None:
 
 def test_a_step_captures_layers_in_one_forward_of_each_network() -> None:
     calls = []
-    student, teacher = randomised(vgg).train(), randomised(vgg)
+    student, teacher = randomised(vgg()).train(), randomised(vgg())
     for model in (student, teacher):
         model.register_forward_hook(lambda module, *_: calls.append(module))
     step = make_step(student, teacher)

@@ -1,12 +1,15 @@
 """Gradients and terms as mathematics: identities, finite differences, Monte-Carlo equality with noise."""
 
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
+from tiny import CLASSES, Quadratic, randomised
 from torch import Tensor, nn
 
 from gradexp import gradients
@@ -18,27 +21,16 @@ from gradexp.terms import Activations, AntiScoreMatching, CrossEntropy, Gradient
 from gradexp.terms.step import Map
 from gradexp.training.targets import LiveTargets, StoredTargets
 
-CLASSES = 3
-
 
 def net(seed: int) -> nn.Module:
     """A small VGG in float64 whose batch normalisation has random statistics, in eval mode."""
     torch.manual_seed(seed)
-    model = VGG(name="tiny", layers=[4, "M", 5], width=1, channels=2, classes=CLASSES, dropout=None).double()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.normal_()  # type: ignore[union-attr]
-            module.running_var.uniform_(0.5, 2)  # type: ignore[union-attr]
-            nn.init.uniform_(module.weight, 0.5, 2)
-            nn.init.normal_(module.bias)
-    return model.eval()
+    model = VGG(name="tiny", layers=[4, "M", 5], width=1, channels=2, classes=CLASSES, dropout=None)
+    return randomised(model)
 
 
 def batch(count: int = 4) -> Batch:
-    generator = torch.Generator().manual_seed(7)
-    images = torch.randn(count, 2, 6, 6, dtype=torch.float64, generator=generator)
-    labels = torch.randint(CLASSES, (count,), generator=generator)
-    return Batch(images, labels, torch.arange(count), torch.zeros(count, dtype=torch.long))
+    return tiny.batch(count, size=6)
 
 
 def step(student: nn.Module, teacher: nn.Module | None = None, data: Batch | None = None) -> Step:
@@ -223,21 +215,28 @@ def test_proposition_2() -> None:
     assert abs(mean - loss(data.images[None]).item() - sigma**2 * norm) < 4 * error
 
 
+def test_equation_2_3() -> None:
+    """Cross-entropy under input noise = cross-entropy + sigma^2 / 2 * expected squared norm of the gradient of logprob.
+
+    The thesis prints sigma^2, its derivation (§2.9) gives sigma^2 / 2. The step that drops the Hessian of the probability is
+    exact for a piecewise-linear net whose targets are its own probabilities (Fisher's identity); these are taken here.
+    """
+    student, image, sigma = net(0), batch(1).images, 1e-4
+    truth = student(image).softmax(1).detach()[0]
+    term = GradientNorm(weight=1, reduction="sum", target="logprob", student_bn="batch")
+    zero = torch.zeros(1, dtype=torch.long)
+    norms = [term(step(student, data=Batch(image, zero + k, zero, zero))).item() for k in range(CLASSES)]
+    penalty = sum(p * norm for p, norm in zip(truth.tolist(), norms, strict=True)) / 2
+
+    def loss(images: Tensor) -> Tensor:
+        return -(truth * many(student, images).log_softmax(2)).sum(2).mean(1)
+
+    mean, error = noisy_mean(loss, image, sigma, pairs=4000)
+    assert error < 0.05 * sigma**2 * penalty  # narrow enough to refute the constant that is printed
+    assert abs(mean - loss(image[None]).item() - sigma**2 * penalty) < 4 * error
+
+
 # --- the trace of the Hessian -----------------------------------------------------------------------------
-
-
-class Quadratic(nn.Module):
-    """Logit k is x' A_k x / 2 + b_k' x, whose Hessian is A_k."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        matrix = torch.randn(CLASSES, size, size, dtype=torch.float64)
-        self.matrix = (matrix + matrix.mT) / 2
-        self.slope = torch.randn(CLASSES, size, dtype=torch.float64)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.flatten(1)
-        return torch.einsum("bi,kij,bj->bk", x, self.matrix, x) / 2 + x @ self.slope.T
 
 
 def test_taylor_trace_is_unbiased_on_quadratics_within_the_bound_on_its_variance() -> None:
@@ -324,7 +323,8 @@ def test_filling_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Mo
         content = bytearray((folder / name).read_bytes())
         content[len(content) // 2 :] = bytes(len(content) - len(content) // 2)
         (folder / name).write_bytes(content)
-        (folder / f"{name}.done").write_text("3")
+        sums = folder / f"{name}.crc"
+        sums.write_text(json.dumps(json.loads(sums.read_text())[:3]))
     again = stored(folder, net(1))[2]
     assert list(whole.kept) == ["logits", "gradient-label", f"attention-{LAYER}", f"gradient-{LAYER}-label"]
     for name, values in whole.kept.items():
@@ -334,11 +334,21 @@ def test_filling_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Mo
 def test_another_method_adds_what_it_needs_to_the_same_folder(tmp_path: Path) -> None:
     before = stored(tmp_path / "targets", net(1), maps=[])[2]
     assert list(before.kept) == ["logits", "gradient-label"]
-    middle = len(before.keys) // 2  # out of the canary's sight
-    before.kept["logits"][middle] = 7  # would be gone if it were computed again
+    sums = tmp_path / "targets" / "logits.crc"
+    written = sums.stat().st_mtime_ns
     after = stored(tmp_path / "targets", net(1))[2]
+    assert sums.stat().st_mtime_ns == written, "the logits were computed again"
     assert torch.equal(after.kept["logits"], before.kept["logits"])
     assert len(after.kept) == 2 + len(MAPS)
+
+
+def test_damaged_targets_are_computed_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Out of the canary's sight too."""
+    kept = stored(tmp_path / "targets", net(1))[2].kept
+    whole = kept["logits"].clone()
+    kept["logits"][len(whole) // 2] = 7
+    assert torch.equal(stored(tmp_path / "targets", net(1))[2].kept["logits"], whole)
+    assert "logits is damaged" in capsys.readouterr().out
 
 
 def test_the_canary_finds_another_teachers_targets(tmp_path: Path) -> None:

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
+from tiny import CLASSES, randomised
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -22,28 +24,18 @@ from gradexp.terms.maps import resized
 from gradexp.training.dropout import dropout_after
 from gradexp.training.targets import LiveTargets
 
-CLASSES = 3
 PLACES = ["block 1", "block 2"]
 
 
 def net(seed: int, channels: tuple[Any, ...] = (4, "M", 5, 6)) -> nn.Module:
     """A small VGG in float64 whose batch normalisation has random statistics, in eval mode."""
     torch.manual_seed(seed)
-    model = VGG(name="tiny", layers=channels, width=1, channels=2, classes=CLASSES, dropout=None).double()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.normal_()  # type: ignore[union-attr]
-            module.running_var.uniform_(0.5, 2)  # type: ignore[union-attr]
-            nn.init.uniform_(module.weight, 0.5, 2)
-            nn.init.normal_(module.bias)
-    return model.eval()
+    model = VGG(name="tiny", layers=channels, width=1, channels=2, classes=CLASSES, dropout=None)
+    return randomised(model)
 
 
 def batch(count: int = 4) -> Batch:
-    generator = torch.Generator().manual_seed(7)
-    images = torch.randn(count, 2, 8, 8, dtype=torch.float64, generator=generator)
-    labels = torch.randint(CLASSES, (count,), generator=generator)
-    return Batch(images, labels, torch.arange(count), torch.zeros(count, dtype=torch.long))
+    return tiny.batch(count, size=8)
 
 
 def value(term: Term, student: nn.Module, teacher: nn.Module | None = None, data: Batch | None = None) -> Tensor:
@@ -426,7 +418,7 @@ def test_stored_and_live_targets_train_the_same_student(places: list[str]) -> No
     kept = ensure(run("fullgrad_distill", places, "method=fg_att"))
     outputs = Path(places[1].partition("=")[2])
     (folder,) = (found for found in (outputs / "cache" / "targets").iterdir() if found.is_dir())
-    names = {file.name for file in folder.iterdir() if not file.name.endswith(".done")}
+    names = {file.name for file in folder.iterdir() if not file.name.endswith(".crc")}
     layer = "features.norm{}"
     assert {"logits", "gradient-label"} < names
     assert {f"attention-{layer.format(i)}" for i in (1, 2, 3)} < names

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torchvision
+from tiny import randomised
 from torch import Tensor, nn
 from torchvision.models import vgg as tv_vgg
 
@@ -137,16 +138,9 @@ def torchvision_resnet34() -> nn.Module:
     return model
 
 
-def randomised(make: Callable[[], nn.Module], training: bool) -> nn.Module:
+def made(make: Callable[[], nn.Module], training: bool) -> nn.Module:
     torch.manual_seed(5)
-    model = make().double()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.normal_(module.running_mean)  # type: ignore[arg-type]
-            nn.init.uniform_(module.running_var, 0.5, 2)  # type: ignore[arg-type]
-            nn.init.uniform_(module.weight, 0.5, 2)
-            nn.init.normal_(module.bias)
-    return model.train(training)
+    return randomised(make()).train(training)
 
 
 def penalised(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
@@ -168,7 +162,7 @@ def penalised(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
 def test_a_penalised_step_agrees_with_autograd(
     make: Callable[[], nn.Module], memory_format: torch.memory_format, training: bool
 ) -> None:
-    agree(randomised(make, training), size=8, memory_format=memory_format)
+    agree(made(make, training), size=8, memory_format=memory_format)
 
 
 RELU = {"activation": {"_target_": "torch.nn.ReLU", "_partial_": True}}
@@ -183,7 +177,7 @@ EVERY = [
 @pytest.mark.parametrize("training", [True, False], ids=["batch", "running"])
 @pytest.mark.parametrize("make", [*EVERY, torchvision_vgg16, torchvision_resnet34], ids=lambda make: make.__name__)
 def test_every_model_of_the_suite_agrees_with_autograd(make: Callable[[], nn.Module], training: bool) -> None:
-    agree(randomised(make, training), size=32, memory_format=torch.channels_last)
+    agree(made(make, training), size=32, memory_format=torch.channels_last)
 
 
 def agree(stock: nn.Module, size: int, memory_format: torch.memory_format) -> None:
@@ -213,7 +207,7 @@ def test_accelerate_keeps_names_and_can_be_undone(caplog: pytest.LogCaptureFixtu
 @pytest.mark.parametrize("make", [vgg, resnet])
 def test_bf16_errs_no_more_than_autograd_does(make: Callable[[], nn.Module]) -> None:
     """Against float32, the fast layers' error under autocast is at most 1.5 times the stock layers'."""
-    stock = randomised(make, True).float().to(memory_format=torch.channels_last)
+    stock = made(make, True).float().to(memory_format=torch.channels_last)
     images = torch.randn(16, 2, 8, 8).to(memory_format=torch.channels_last)
     exact = penalised(copy.deepcopy(stock), images.clone(memory_format=torch.preserve_format))
     with torch.autocast("cpu", torch.bfloat16):

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from tiny import CLASSES, Quadratic, randomised
 from torch import Tensor, nn
 
 from gradexp import gradients, layers
@@ -14,22 +15,9 @@ from gradexp.models.vgg import VGG
 from gradexp.terms import AntiScoreMatching, Fooling, ScoreMatching, Step
 from gradexp.terms.fooling import corner
 
-CLASSES = 3
-
 
 def softplus() -> nn.Module:
     return nn.Softplus(beta=10)
-
-
-def randomised(model: nn.Module) -> nn.Module:
-    """In float64 and eval mode, with random batch-normalisation statistics."""
-    for module in model.double().modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.normal_()  # type: ignore[union-attr]
-            module.running_var.uniform_(0.5, 2)  # type: ignore[union-attr]
-            nn.init.uniform_(module.weight, 0.5, 2)
-            nn.init.normal_(module.bias)
-    return model.eval()
 
 
 def net() -> nn.Module:
@@ -54,20 +42,6 @@ def batch(count: int = 3, size: int = 4) -> Batch:
 def score(**changes: object) -> ScoreMatching:
     options = {"weight": 1, "stability": 0.0, "estimator": "taylor", "sigma": 0.01, "target": "label"}
     return ScoreMatching(**{**options, **changes})  # type: ignore[arg-type]
-
-
-class Quadratic(nn.Module):
-    """Logit k is x' A_k x / 2 + b_k' x, whose Hessian is A_k."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        matrix = torch.randn(CLASSES, size, size, dtype=torch.float64)
-        self.matrix = (matrix + matrix.mT) / 2
-        self.slope = torch.randn(CLASSES, size, dtype=torch.float64)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.flatten(1)
-        return torch.einsum("bi,kij,bj->bk", x, self.matrix, x) / 2 + x @ self.slope.T
 
 
 def slope_at(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -137,34 +111,21 @@ def test_taylor_tends_to_the_exact_trace_of_a_softplus_net_as_sigma_vanishes() -
 def test_training_through_hutchinson_is_exact_and_refused_without_third_derivatives() -> None:
     """Through batch statistics, against finite differences in a random direction."""
     data, term = batch(), score(estimator="hutchinson")
-    stock = gradients.allow_third_derivatives(layers.accelerate(net())).train()
-    assert term.third_derivatives
-    step = Step(data, stock, differentiable_input=True)
-    weight = stock.get_parameter("features.conv2.weight")
+    fast = layers.accelerate(net()).train()
+    step = Step(data, fast, differentiable_input=True)
+    weight = fast.get_parameter("features.conv2.weight")
     torch.manual_seed(3)
     (slope,) = torch.autograd.grad(term(step), weight)
     direction, epsilon = torch.randn_like(weight), 1e-5
     values = []
     for sign in (1, -1):
-        moved = copy.deepcopy(stock)
+        moved = copy.deepcopy(fast)
         moved.get_parameter("features.conv2.weight").data += sign * epsilon * direction
         torch.manual_seed(3)
         values.append(term(Step(data, moved, differentiable_input=True)).item())
     assert (slope * direction).sum().item() == pytest.approx((values[0] - values[1]) / (2 * epsilon), rel=1e-4)
-    for twice in (net(), layers.accelerate(net())):
-        with pytest.raises(UserError, match="allow_third_derivatives"):
-            term(Step(data, twice.train(), differentiable_input=True))
-
-
-def test_elementary_batch_norm_is_batch_norm() -> None:
-    """The same values and running statistics, in train and in eval mode."""
-    plain, elementary = net(), gradients.allow_third_derivatives(net())
-    for mode in (True, False):
-        for model in (plain, elementary):
-            model.train(mode)
-        torch.testing.assert_close(plain(batch().images), elementary(batch().images))
-    for (name, ours), theirs in zip(elementary.state_dict().items(), plain.state_dict().values(), strict=True):
-        torch.testing.assert_close(ours, theirs, msg=name)
+    with pytest.raises(UserError, match=r"gradients\.backend=fast"):
+        term(Step(data, net().train(), differentiable_input=True))
 
 
 # --- score-matching ---------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ def test_one_cycle_against_torch() -> None:
 
 
 def optim(**changes: Any) -> Optim:
-    return build({**compose_run(["experiment=jacobian_distill"])["optim"], **changes}, where="optim")
+    return build({**compose_run(["experiment=jacobian_distill", "scale=paper"])["optim"], **changes}, where="optim")
 
 
 def test_length_is_stated_once() -> None:

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import multiprocessing
-import resource
 import statistics
 import tempfile
 import time
@@ -26,10 +24,11 @@ from gradexp import gradients, layers
 from gradexp.data.loader import TensorLoader, TrainingStream
 from gradexp.data.sources import Split
 from gradexp.runs import versions, write_atomically
-from gradexp.tasks import bench_saliency
+from gradexp.tasks import bench_photographs, bench_saliency
 from gradexp.tasks.build import build
 from gradexp.tasks.compose import compose_run
 from gradexp.tasks.hardware import Hardware, native_bf16
+from gradexp.tasks.timing import medians, peak_memory
 from gradexp.tasks.train import fit, make_terms
 from gradexp.terms import Activations, AntiScoreMatching, CrossEntropy, GradientNorm, Jacobian, ScoreMatching, Term
 from gradexp.terms.step import Targets
@@ -211,45 +210,22 @@ def measure(model: str, hardware: Hardware, kinds: Sequence[Kind], *, rounds: in
     loader = images()
     with tempfile.TemporaryDirectory() as folder:
         steps = {kind.name: make_step(kind, model, hardware, loader, Path(folder)) for kind in kinds}
-        seconds: dict[str, list[float]] = {name: [] for name in steps}
-        started = time.monotonic()
-        for number in range(rounds + 1):  # the first round warms up
-            if number > 1 and time.monotonic() - started > budget:
-                break
-            for name, step in steps.items():
-                begun = time.perf_counter()
-                step()
-                if hardware.kind == "gpu":
-                    torch.cuda.synchronize()
-                seconds[name].append(time.perf_counter() - begun)
-    medians = {name: statistics.median(values[1:]) for name, values in seconds.items()}
+        seconds = medians(steps, rounds=rounds, cuda=hardware.kind == "gpu", budget=budget)
     rows = []
     for kind in kinds:
-        ratio, floor = medians[kind.name] / medians["ce"], limit(kind, model)
-        peak = peak_memory(kind.name, model, hardware.precision) if memory else None
-        speed = BATCH / medians[kind.name]
+        ratio, floor = seconds[kind.name] / seconds["ce"], limit(kind, model)
+        peak = peak_memory(three_steps, kind.name, model, hardware.precision) if memory else None
+        speed = BATCH / seconds[kind.name]
         rows.append(Row(model, hardware.precision, kind.name, speed, ratio, floor, floor / ratio, peak))
     return rows
 
 
-def peak_memory(kind: str, model: str, precision: str) -> int:
-    """MiB that a process of its own reaches in three steps of one kind."""
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    process = context.Process(target=_peak, args=(kind, model, precision, queue))
-    process.start()
-    value: int = queue.get()
-    process.join()
-    return value
-
-
-def _peak(kind: str, model: str, precision: str, queue: Any) -> None:
+def three_steps(kind: str, model: str, precision: str) -> None:
     chosen = next(candidate for candidate in KINDS if candidate.name == kind)
     with tempfile.TemporaryDirectory() as folder:
         step = make_step(chosen, model, make_hardware(precision), images(), Path(folder))
         for _ in range(3):
             step()
-    queue.put(round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
 
 
 @dataclass(frozen=True)
@@ -329,9 +305,12 @@ def run(results: Path, *, quick: bool) -> str:
     loops = [] if quick else [measure_loop(count, make_hardware(precisions[-1]), steps=150, rounds=5) for count in (1, 10)]
     facts = {**hardware.facts(), "precision": precisions, "batch": BATCH, "versions": versions()}
     maps = bench_saliency.rows(hardware, quick=quick)
-    text = markdown(rows, loops, facts, native_bf16(hardware.kind)) + "\n" + bench_saliency.markdown(maps)
+    photographs = bench_photographs.measure(hardware, images=64 if quick else 512, rounds=1 if quick else 5)
+    parts = [markdown(rows, loops, facts, native_bf16(hardware.kind)), bench_saliency.markdown(maps)]
+    text = "\n".join([*parts, bench_photographs.markdown(photographs)])
     if not quick:
         found = {name: [asdict(row) for row in part] for name, part in (("rows", rows), ("loops", loops), ("maps", maps))}
+        found["photographs"] = [asdict(photographs)]
         content = json.dumps({"machine": facts, **found}, indent=2) + "\n"
         write_atomically(results / "bench.json", content.encode())
         write_atomically(results / "bench.md", text.encode())

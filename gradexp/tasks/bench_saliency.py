@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import multiprocessing
-import resource
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,10 +16,10 @@ from gradexp.saliency import FullGrad
 from gradexp.tasks.build import build
 from gradexp.tasks.compose import compose_run
 from gradexp.tasks.hardware import Hardware
+from gradexp.tasks.timing import medians, peak_memory
 
 FORWARD_BACKWARD = "forward + input-gradient"
 PACKAGE = "FullGrad of grad-cam"
-LARGE = {"batch": 16, "size": 224}  # of VGG-16-BN, whose memory is measured
 
 
 @dataclass(frozen=True)
@@ -72,40 +68,19 @@ def measure(name: str, hardware: Hardware, *, batch: int, size: int, rounds: int
     hardware.apply()
     model = hardware.place(network(name)).eval()
     images = torch.randn(batch, 3, size, size, device=hardware.device).contiguous(memory_format=torch.channels_last)
-    functions = contestants(model, images)
-    seconds: dict[str, list[float]] = {what: [] for what in functions}
-    for _ in range(rounds + 1):
-        for what, function in functions.items():
-            begun = time.perf_counter()
-            function()
-            if hardware.kind == "gpu":
-                torch.cuda.synchronize()
-            seconds[what].append(time.perf_counter() - begun)
-    medians = {what: statistics.median(values[1:]) for what, values in seconds.items()}
-    base = medians[FORWARD_BACKWARD]
-    return [Row(name, batch, what, batch / median, median / base, None) for what, median in medians.items()]
+    seconds = medians(contestants(model, images), rounds=rounds, cuda=hardware.kind == "gpu")
+    base = seconds[FORWARD_BACKWARD]
+    return [Row(name, batch, what, batch / median, median / base, None) for what, median in seconds.items()]
 
 
-def memory(name: str, *, batch: int, size: int) -> Row:
-    """MiB that a process of its own reaches in one FullGrad."""
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    process = context.Process(target=_peak, args=(name, batch, size, queue))
-    process.start()
-    peak: int = queue.get()
-    process.join()
-    return Row(name, batch, "FullGrad", None, None, peak)
-
-
-def _peak(name: str, batch: int, size: int, queue: Any) -> None:
+def one_map(name: str, batch: int, size: int) -> None:
     model = network(name).eval().to(memory_format=torch.channels_last)
     fullgrad()(model, torch.randn(batch, 3, size, size))
-    queue.put(round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
 
 
 def rows(hardware: Hardware, *, quick: bool) -> list[Row]:
     found = measure("vgg9", hardware, batch=64, size=32, rounds=2 if quick else 7)
-    return found if quick else [*found, memory("vgg16_bn", **LARGE)]
+    return found if quick else [*found, Row("vgg16_bn", 16, "FullGrad", None, None, peak_memory(one_map, "vgg16_bn", 16, 224))]
 
 
 def markdown(measured: list[Row]) -> str:

@@ -1,0 +1,50 @@
+"""How the benchmarks measure time and memory."""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import resource
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+
+def medians(
+    functions: Mapping[str, Callable[[], Any]], *, rounds: int, cuda: bool, budget: float = math.inf
+) -> dict[str, float]:
+    """Median seconds of each function over `rounds` rounds in which each is called once, so that drifts hit all alike.
+
+    A round before the first warms up. No round begins once `budget` seconds are over.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    started = time.monotonic()
+    for number in range(rounds + 1):
+        if number > 1 and time.monotonic() - started > budget:
+            break
+        for name, function in functions.items():
+            begun = time.perf_counter()
+            function()
+            if cuda:
+                torch.cuda.synchronize()
+            seconds[name].append(time.perf_counter() - begun)
+    return {name: statistics.median(values[1:]) for name, values in seconds.items()}
+
+
+def peak_memory(function: Callable[..., None], *args: Any) -> int:
+    """MiB that a process of its own reaches in function(*args)."""
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=_measured, args=(queue, function, args))
+    process.start()
+    value: int = queue.get()
+    process.join()
+    return value
+
+
+def _measured(queue: Any, function: Callable[..., None], args: tuple[Any, ...]) -> None:
+    function(*args)
+    queue.put(round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
