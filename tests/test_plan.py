@@ -1,6 +1,6 @@
 """What a plan counts, and how near its estimates come to what runs then cost."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -150,53 +150,61 @@ def spent(run: Config, paths: Paths) -> float:
     return float(ensure(Run(run, paths))["seconds"]["cpu"])
 
 
-def within(estimate: report.Cost | None, actual: float) -> bool:
-    return estimate is not None and 0.6 * actual < estimate.seconds < 1.4 * actual
+def ratio(estimate: report.Cost | None, actual: float) -> float:
+    assert estimate is not None
+    return estimate.seconds / actual
 
 
-TRIES = range(3)  # even processor seconds vary on a busy machine; an estimate that is wrong is wrong each time
+def assert_near(tried: Callable[[str], float]) -> None:
+    """One of three tries is within 40 %: even processor seconds vary on a busy machine; a wrong estimate is wrong each time."""
+    ratios: list[float] = []
+    while len(ratios) < 3 and not any(0.6 < found < 1.4 for found in ratios):
+        ratios.append(tried(str(len(ratios))))
+    assert any(0.6 < found < 1.4 for found in ratios), ratios
 
 
 def test_an_estimate_from_a_record_is_within_40_per_cent(tmp_path: Path) -> None:
     """From 10 images per class to 30; the estimate is made before the run, so that it can't know it.
 
-    The first run of a process pays for what it loads: another one goes before both.
+    The first run of a process pays for what it loads: another one goes before both. They are long enough for their speed
+    to be measured: seconds, on a fast processor too.
     """
     sizes = (1, 10, 30)
-    first, small, large = (config(*STUDENT, "method=ce_a_j", *TINY, f"data.per_class={k}", "optim.passes=12") for k in sizes)
+    first, small, large = (config(*STUDENT, "method=ce_a_j", *TINY, f"data.per_class={k}", "optim.passes=40") for k in sizes)
     spent(first, at(tmp_path / "first"))
 
-    def good(paths: Paths) -> bool:
+    def tried(number: str) -> float:
+        paths = at(tmp_path / number)
         spent(small, paths)
         history = History.of(paths)
         assert sum(map(len, history.samples.values())) == 2  # it and its teacher
         estimate = history.cost(large)
-        return within(estimate, spent(large, paths))
+        return ratio(estimate, spent(large, paths))
 
-    assert any(good(at(tmp_path / str(number))) for number in TRIES)
+    assert_near(tried)
 
 
 @pytest.mark.parametrize("words", [[*STUDENT, "method=ce_j", "data.per_class=20", "optim.passes=20", *TINY]], ids=["training"])
 def test_an_estimate_from_a_probe_is_within_40_per_cent(tmp_path: Path, words: Sequence[str]) -> None:
     """The probe and the run in one process, one after the other."""
 
-    def good(folder: Path) -> bool:
-        run, history = config(*words), History()
+    def tried(number: str) -> float:
+        run, history, folder = config(*words), History(), tmp_path / number
         history.add(report.probed_training(run, probe.training(run, at(folder / "probe")), history))
-        return within(history.cost(run), spent(run, at(folder / "run")))
+        return ratio(history.cost(run), spent(run, at(folder / "run")))
 
-    assert any(good(tmp_path / str(number)) for number in TRIES)
+    assert_near(tried)
 
 
 def test_an_estimate_from_a_cut_run_is_within_40_per_cent(tmp_path: Path) -> None:
     words = ["experiment=pixel_perturbation", "scale=quick", "saliency=integrated_gradients", "saliency.steps=8"]
     words += ["evaluate.images=200", "+upstream.model.optim.passes=1", "scale.width=0.1", "trainer.threads=1"]
 
-    def good(paths: Paths) -> bool:
-        run, history = config(*words), History()
+    def tried(number: str) -> float:
+        run, history, paths = config(*words), History(), at(tmp_path / number)
         cut = [report.shrunk(run, n) for n in report.LADDER]
         records = probe.looking([one for one in cut if one], paths)
         history.add(report.probed_looking(run, records, history))
-        return within(history.cost(run), spent(run, paths))
+        return ratio(history.cost(run), spent(run, paths))
 
-    assert any(good(at(tmp_path / str(number))) for number in TRIES)
+    assert_near(tried)
