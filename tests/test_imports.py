@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,20 @@ def test_arrows_point_downwards(path: Path) -> None:
             assert rest[0] in MAY_IMPORT[here], f"{here} may not import {name}"
         if package in ONLY_IN:
             assert here in ONLY_IN[package], f"{here} may not import {name}"
+
+
+def test_no_circle() -> None:
+    """Imports inside functions count too."""
+    names = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in modules()}
+
+    def module(name: str) -> str | None:
+        """The module that an imported name is, or comes from."""
+        while name and name not in names:
+            name = name.rpartition(".")[0]
+        return name or None
+
+    graph = {here: {module(name) for name in imported(path)} - {here, None} for here, path in names.items()}
+    assert tuple(TopologicalSorter(graph).static_order())  # raises CycleError
 
 
 def test_every_room_has_a_rule() -> None:

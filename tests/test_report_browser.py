@@ -163,6 +163,12 @@ def test_wide_tables_scroll_in_their_box_behind_the_first_column(visit: Any) -> 
     assert abs(head.bounding_box()["x"] - before) <= 4
 
 
+def test_a_panel_fits_a_phone(visit: Any) -> None:
+    panel = visit(PHONE, "#cell-2.1-0-0").locator("dialog[open]").bounding_box()
+    assert panel["x"] >= 0
+    assert panel["x"] + panel["width"] <= PHONE["width"]
+
+
 def test_the_theme_button_overrules_the_system(visit: Any) -> None:
     page = visit(color_scheme="light")
     background = "getComputedStyle(document.body).backgroundColor"

@@ -13,30 +13,30 @@ import os
 import signal
 import subprocess
 import sys
-import traceback
+from collections.abc import Callable
 from typing import Any
 
 from gradexp.errors import UserError
-from gradexp.runs import Paths, Run
-from gradexp.training.callbacks import SIGNALS, Stopped, hand_on
+from gradexp.runs import Run
+from gradexp.training.callbacks import SIGNALS, hand_on
 
 GRACE = 60  # seconds that processes have to write their checkpoint after a signal
 
+Part = Callable[[str], None]  # what each of the processes does, given the run's config as JSON
 
-def train_together(run: Run, *, devices: int, nodes: int) -> None:
+
+def train_together(run: Run, part: Part, *, devices: int, nodes: int) -> None:
     """Trains with `devices` processes on each of `nodes` machines.
 
     Raises Stopped when a signal ended it, RuntimeError when a process failed.
     """
     if nodes > 1 and "SLURM_JOB_NODELIST" not in os.environ:
-        raise UserError(
-            f"trainer.num_nodes={nodes} needs a SLURM job of {nodes} machines; see README, From a laptop to a cluster"
-        )
+        raise UserError(f"trainer.num_nodes={nodes} needs a SLURM job of {nodes} machines; see docs/cluster.md")
     before: dict[int, Any] = {number: signal.getsignal(number) for number in SIGNALS}
     text = json.dumps(run.config)
     while True:
         try:
-            caught = launch(text, devices) if nodes == 1 else _launch_everywhere(text, devices, nodes)
+            caught = launch(part, text, devices) if nodes == 1 else _launch_everywhere(text, devices, nodes)
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -45,7 +45,7 @@ def train_together(run: Run, *, devices: int, nodes: int) -> None:
         hand_on(caught, before[caught])
 
 
-def launch(text: str, devices: int, nodes: int = 1, endpoint: str = "localhost:0") -> int | None:
+def launch(part: Part, text: str, devices: int, nodes: int = 1, endpoint: str = "localhost:0") -> int | None:
     """Starts this machine's processes and waits for them. -> the signal that ended them, None where they finished."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -63,12 +63,12 @@ def launch(text: str, devices: int, nodes: int = 1, endpoint: str = "localhost:0
         signals_to_handle=",".join(number.name for number in (*SIGNALS, signal.SIGINT)),
         shutdown_timeout=GRACE,
     )
-    multiprocessing.set_forkserver_preload(["gradexp.tasks.train"])
+    multiprocessing.set_forkserver_preload([part.__module__])
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP warns where every parameter was used after all
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # each process says what ails it
     logging.getLogger("torch.multiprocessing").setLevel(logging.CRITICAL)
     try:
-        elastic_launch(config, work)(text)
+        elastic_launch(config, part)(text)
     except SignalException as caught:
         if caught.sigval == signal.SIGINT:
             raise KeyboardInterrupt from None
@@ -78,34 +78,13 @@ def launch(text: str, devices: int, nodes: int = 1, endpoint: str = "localhost:0
     return None
 
 
-def work(text: str) -> None:
-    """What each of the processes does."""
-    from torch import distributed
-
-    from gradexp.tasks.train import train_part
-
-    config = json.loads(text)
-    try:
-        train_part(Run(config, Paths.of(config)))
-    except Stopped:
-        pass  # the process that waits for this one says so
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    except Exception:
-        traceback.print_exc()
-        sys.exit(1)
-    finally:
-        if distributed.is_initialized():
-            distributed.destroy_process_group()
-
-
 def _launch_everywhere(text: str, devices: int, nodes: int) -> int | None:
-    """`launch` on every machine of the SLURM job."""
+    """`launch` on every machine of the SLURM job (gradexp/tasks/machine.py)."""
     hosts = ["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]]
     host = subprocess.run(hosts, capture_output=True, text=True, check=True).stdout.split()[0]
     port = 20000 + int(os.environ["SLURM_JOB_ID"]) % 20000  # two jobs of one machine rarely meet
     step = ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", "--kill-on-bad-exit=1"]
-    command = [*step, sys.executable, "-m", "gradexp.tasks.processes", text, str(devices), str(nodes), f"{host}:{port}"]
+    command = [*step, sys.executable, "-m", "gradexp.tasks.machine", text, str(devices), str(nodes), f"{host}:{port}"]
     caught: list[int] = []
 
     def forward(number: int, _: Any) -> None:
@@ -119,8 +98,3 @@ def _launch_everywhere(text: str, devices: int, nodes: int) -> int | None:
     if code and not caught:
         raise RuntimeError(f"srun ended with exit code {code}; the message of the process that failed is above")
     return caught[0] if caught else None
-
-
-if __name__ == "__main__":
-    given, per_machine, machines, place = sys.argv[1:]
-    sys.exit(0 if launch(given, int(per_machine), int(machines), place) is None else 1)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import sys
+import traceback
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +15,7 @@ from typing import Any
 
 import lightning
 import torch
-from torch import nn
+from torch import distributed, nn
 
 from gradexp import layers, ranks
 from gradexp.data.dataset import ImageData
@@ -29,7 +31,7 @@ from gradexp.tasks.loggers import finish, make_logger
 from gradexp.tasks.processes import train_together
 from gradexp.terms import Term
 from gradexp.terms.step import Map, Targets
-from gradexp.training.callbacks import Checkpointer, ProgressLine
+from gradexp.training.callbacks import Checkpointer, ProgressLine, Stopped
 from gradexp.training.classifier import Classifier
 from gradexp.training.dropout import dropout_after
 from gradexp.training.optim import Optim
@@ -103,12 +105,29 @@ def train_part(run: Run) -> None:
     run_steps(training, make_logger(run) if training.hardware.rank == 0 else None)
 
 
+def work(text: str) -> None:
+    """`train_part` of the run whose config `text` is, in a process that others started; it ends with an honest exit code."""
+    config = json.loads(text)
+    try:
+        train_part(Run(config, Paths.of(config)))
+    except Stopped:
+        pass  # the process that waits for this one says so
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except Exception:
+        traceback.print_exc()
+        sys.exit(1)
+    finally:
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
+
+
 def train_elsewhere(training: Training) -> int:
     """Has the training done by several processes; the outcome is put into `training`. -> steps done."""
     run, hardware, checkpointer = training.run, training.hardware, training.checkpointer
     if checkpointer.usable():
         checkpointer.load_state_dict(load_checkpoint(checkpointer.path)["callbacks"]["Checkpointer"])
-    train_together(run, devices=hardware.devices, nodes=hardware.num_nodes)
+    train_together(run, work, devices=hardware.devices, nodes=hardware.num_nodes)
     state = load_checkpoint(checkpointer.path)
     training.module.load_state_dict(state["state_dict"])
     training.module.on_load_checkpoint(state)
