@@ -43,6 +43,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # What changes only where and how a run is executed is not part of its identity.
 HARDWARE = ("paths", "trainer", "logger", "launcher", "gradients", "objective")
 RECORD_LIMIT = 64 * 1024  # bytes; longer curves go to a compressed file beside the record
+REMADE = "remade.json"  # in a run's folder: the numbers in which what is there differs from the run's record
 VERSIONED = ("torch", "torchvision", "lightning", "hydra-core", "numpy", "gradexp")
 
 
@@ -232,7 +233,9 @@ class Run:
         run = Run(config | shared, self.paths)
         made = run.folder / product
         ensure(run, needs=lambda: intact(made))
-        self.used[name] = {"id": run.id, "experiment": config["name"], f"{made.stem}_sha256": sha256(made)}
+        again = run.folder / REMADE
+        facts = json.loads(again.read_text(encoding="utf-8")) if again.exists() else {}
+        self.used[name] = {"id": run.id, "experiment": config["name"], f"{made.stem}_sha256": sha256(made)} | facts
         return run
 
 
@@ -253,7 +256,7 @@ def ensure(run: Run, needs: Callable[[], bool] = lambda: True) -> Config:
                   f"(took {record['seconds']['wall'] / 60:.0f} min)", flush=True)  # fmt: skip
         fresh = _perform(run)
         if record:
-            _compare(record, fresh)
+            _compare(run, record, fresh)
             return record
         if wrong := schema.faults(_finite(fresh), complete=True):
             raise ValueError(f"{run.config['name']} {run.id} made no valid record: {'; '.join(wrong)}")
@@ -290,11 +293,19 @@ def _perform(run: Run) -> Config:
     }
 
 
-def _compare(record: Config, fresh: Config) -> None:
-    """Says how a rebuilt run differs from its record (another machine rounds otherwise)."""
-    pairs = {name: (old, fresh["metrics"].get(name)) for name, old in record["metrics"].items() if not isinstance(old, list)}
-    changed = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in pairs.items() if old != new)
-    print(f"rebuilt {record['experiment']} {record['id']}: {changed or 'same numbers as its record'}", flush=True)
+def _compare(run: Run, record: Config, fresh: Config) -> None:
+    """Says how a run that was done again differs from its record: another machine rounds otherwise.
+
+    Those that stand on what it left now note its numbers in their own records.
+    """
+    numbers = {name: value for name, value in fresh["metrics"].items() if not isinstance(value, list)}
+    changed = {name: value for name, value in numbers.items() if record["metrics"].get(name) != value}
+    listed = ", ".join(f"{name} {record['metrics'].get(name)} -> {value}" for name, value in changed.items())
+    print(f"rebuilt {run.config['name']} {run.id}: {listed or 'same numbers as its record'}", flush=True)
+    if changed:
+        write_atomically(run.folder / REMADE, _json({"remade": changed}))
+    else:
+        (run.folder / REMADE).unlink(missing_ok=True)
 
 
 @contextmanager

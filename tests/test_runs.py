@@ -175,6 +175,29 @@ def test_deleted_weights_are_rebuilt_and_the_record_stays(tmp_path: Path) -> Non
     assert teacher.record() == before
 
 
+@pytest.mark.usefixtures("_toy_task")
+def test_a_teacher_that_is_rebuilt_to_other_numbers_is_noted_by_its_users(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on another machine; its record stays, and a third building that gives the record's numbers is noted no more."""
+
+    def elsewhere(run: runs.Run) -> runs.Result:
+        done = work(run)
+        return runs.Result({name: float(str(value)) + 0.25 for name, value in done.metrics.items()} | {"curve": [1.0]})
+
+    teacher = toy(tmp_path, seed=7)
+    before = runs.ensure(teacher)
+    below = {key: value for key, value in teacher.config.items() if key != "paths"}
+    noted = []
+    for seed, task in enumerate((elsewhere, work)):
+        teacher.weights.unlink()
+        monkeypatch.setattr("gradexp.tasks.toy", task)
+        student = runs.ensure(toy(tmp_path, seed=seed, upstream={"teacher": below}))
+        noted.append(student["upstream"]["teacher"].get("remade"))
+    assert noted == [{"test/accuracy": 57.25}, None]
+    assert teacher.record() == before
+
+
 def _compete(tmp_path: Path, barrier: Any, results: Any) -> None:
     import time
 

@@ -125,6 +125,19 @@ def test_departures_from_the_paper_are_said() -> None:
     assert "`optim.passes` 60 (paper: 500)" in " ".join(table(scale="quick").caption)
 
 
+def test_a_teacher_that_was_made_twice_is_said() -> None:
+    """One that is the same to the bit everywhere needs no word."""
+    first, second = {"id": "aa", "weights_sha256": "0123456789"}, {"id": "aa", "weights_sha256": "9876543210"}
+    place = {"precision": "32", "device": "here", "git": {"commit": "c" * 40, "dirty": False}, "seconds": {"wall": 3600}}
+    records = [{"id": f"run{i}", "upstream": {"teacher": run}, **place} for i, run in enumerate((first, first, second))]
+    assert tables.origins(records[:2]) == "2 runs, 2.0 h; precision 32 on here; commit cccccccc."
+    second["remade"] = {"test/accuracy": 63.8612}
+    assert tables.origins(records).endswith(
+        "The teacher aa was made 2 times, and rounds differently: 01234567 (2 runs: run0, run1); "
+        "98765432, test/accuracy 63.86 (1 run: run2)."
+    )
+
+
 def test_a_cell_may_show_the_spread_inside_its_runs() -> None:
     """Root mean square of the runs' own standard deviations, not the one between runs."""
     cell = dataclasses.replace(table().cells[0], values=(1.0, 2.0), spreads=(3.0, 4.0))

@@ -178,7 +178,30 @@ def origins(records: Sequence[Config]) -> str:
     devices = sorted({f"{r['precision']} on {r['device']}" for r in records})
     commits = sorted({(r["git"]["commit"] or "no commit")[:8] + (" (dirty)" if r["git"]["dirty"] else "") for r in records})
     hours = sum(r["seconds"]["wall"] for r in records) / 3600
-    return f"{len(records)} runs, {hours:.1f} h; precision {', '.join(devices)}; commit {', '.join(commits)}."
+    where = f"{len(records)} runs, {hours:.1f} h; precision {', '.join(devices)}; commit {', '.join(commits)}."
+    return " ".join([where, *_remade(records)])
+
+
+def _remade(records: Sequence[Config]) -> Iterator[str]:
+    """A sentence for each upstream run whose weights or maps, made again elsewhere, are not the same everywhere."""
+    made: dict[tuple[str, str], dict[str, list[Config]]] = {}
+    for record in records:
+        for name, run in record.get("upstream", {}).items():
+            for digest in (value for key, value in run.items() if key.endswith("_sha256")):
+                made.setdefault((name, run["id"]), {}).setdefault(digest[:8], []).append(record)
+    for (name, number), by_digest in made.items():
+        if len(by_digest) > 1:
+            yield (
+                f"The {name} {number} was made {len(by_digest)} times, and rounds differently: "
+                + "; ".join(_making(digest, name, users) for digest, users in by_digest.items())
+                + "."
+            )
+
+
+def _making(digest: str, name: str, users: Sequence[Config]) -> str:
+    numbers = users[0]["upstream"][name].get("remade", {})
+    said = "".join(f", {metric} {value:.2f}" for metric, value in numbers.items())
+    return f"{digest}{said} ({len(users)} run{'s' if len(users) > 1 else ''}: {', '.join(user['id'] for user in users)})"
 
 
 # --- from a spec to a table -------------------------------------------------------------------------------
