@@ -99,6 +99,16 @@ def test_the_nearest_records_decide_and_probes_only_where_there_is_none() -> Non
     assert (only.basis, only.seconds) == ("probe", 3.0)
 
 
+def test_records_of_another_precision_are_of_another_machine(tmp_path: Path) -> None:
+    """A record in bf16 says little of a processor that has none, though both call themselves the same."""
+    run, paths = config(*STUDENT, "method=ce", "data.per_class=10"), at(tmp_path)
+    record(paths, run, 10.0, precision="bf16")
+    for precision, basis in (("bf16", "record"), ("32", "record elsewhere")):
+        cost = History.of(paths, report.machine({"device": "here", "precision": precision})).cost(run)
+        assert cost is not None
+        assert cost.basis == basis
+
+
 def test_rows_count_runs_once_and_say_what_is_not_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two tables share a run and the teacher; the teacher has a record, but no weights on this disk."""
     typed = [[*STUDENT, f"method={method}", "data.per_class=1"] for method in ("ce", "ce_a", "a_j")]

@@ -24,6 +24,12 @@ def native_bf16(kind: str) -> bool:
     return any(torch.cpu.get_capabilities().get(name, False) for name in ("avx512_bf16", "amx_bf16"))
 
 
+def _processor() -> str:
+    """Its name, and the widest instructions that torch uses: `AMD EPYC` alone stands for processors of very different speed."""
+    name = torch.cpu.get_capabilities().get("cpu_name", "cpu")
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
+
+
 def _keep_memory() -> None:
     """Tells glibc to keep freed memory for the next step, which asks for the same tensors again.
 
@@ -129,6 +135,6 @@ class Hardware:
 
     def facts(self) -> dict[str, Any]:
         """What a record says of the machine; never its name."""
-        name = torch.cuda.get_device_name() if self.kind == "gpu" else torch.cpu.get_capabilities().get("cpu_name", "cpu")
+        name = torch.cuda.get_device_name() if self.kind == "gpu" else _processor()
         facts = {"device": name, "precision": self.precision, "threads": torch.get_num_threads()}
         return facts | ({"devices": self.together} if self.together > 1 else {}) | ({"strict": True} if self.strict else {})
