@@ -36,11 +36,11 @@ def main() -> None:
             history = known(paths, hardware)
             rows = report.build(given.scale, plan, paths, history)
     free = shutil.disk_usage(next(place for place in (paths.outputs, *paths.outputs.parents) if place.exists())).free
-    print(report.to_text(rows, given.scale, slots(hardware), report.machine(hardware.facts()), free / 2**30))
+    print(report.to_text(rows, given.scale, slots(hardware), hardware.facts()["device"], free / 2**30))
 
 
 def known(paths: Paths, hardware: Hardware) -> report.History:
-    return report.History.of(paths, report.machine(hardware.facts()), "wall" if hardware.kind == "gpu" else "cpu")
+    return report.History.of(paths, hardware.facts()["device"], "wall" if hardware.kind == "gpu" else "cpu")
 
 
 def slots(hardware: Hardware) -> int:

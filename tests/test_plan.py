@@ -10,6 +10,7 @@ from gradexp.report import plan as report
 from gradexp.report.plan import History, Row, Sample
 from gradexp.runs import Config, Paths, Run, ensure, run_id, write_record
 from gradexp.tasks import probe
+from gradexp.tasks.build import build
 from gradexp.tasks.compose import Planned, plan
 
 SIZES = {"digits": (1437, 360)}
@@ -99,12 +100,20 @@ def test_the_nearest_records_decide_and_probes_only_where_there_is_none() -> Non
     assert (only.basis, only.seconds) == ("probe", 3.0)
 
 
-def test_records_of_another_precision_are_of_another_machine(tmp_path: Path) -> None:
-    """A record in bf16 says little of a processor that has none, though both call themselves the same."""
-    run, paths = config(*STUDENT, "method=ce", "data.per_class=10"), at(tmp_path)
-    record(paths, run, 10.0, precision="bf16")
-    for precision, basis in (("bf16", "record"), ("32", "record elsewhere")):
-        cost = History.of(paths, report.machine({"device": "here", "precision": precision})).cost(run)
+def test_processors_of_one_name_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With and without bf16 they differ several times in speed; a record of one is `elsewhere` to the other."""
+    hardware = build(config(*STUDENT)["trainer"], where="trainer")
+    names = set()
+    for instructions in ("AVX2", "AVX512"):
+        for has_bf16 in (False, True):
+            monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda instructions=instructions: instructions)
+            monkeypatch.setattr("gradexp.tasks.hardware.native_bf16", lambda kind, has_bf16=has_bf16: has_bf16)
+            names.add(hardware.facts()["device"])
+    assert len(names) == 4
+    run = config(*STUDENT, "method=ce", "data.per_class=10")
+    here, elsewhere = (Sample(report.signature(run), 6000.0, 1.0, 1.0, 1.0, 1.0, name) for name in sorted(names)[:2])
+    for sample, basis in ((here, "record"), (elsewhere, "record elsewhere")):
+        cost = History(here.device, samples={sample.signature: [sample]}).cost(run)
         assert cost is not None
         assert cost.basis == basis
 

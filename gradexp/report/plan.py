@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from gradexp.errors import UserError
 from gradexp.report import figures, specs, tables
@@ -151,7 +151,7 @@ class Cost:
 
 @dataclass
 class History:
-    """Everything that is known of costs; device: this machine's, as `machine` names it; clock: `cpu`, or `wall` for GPUs."""
+    """Everything that is known of costs; device: this machine's, as records name it; clock: `cpu`, or `wall` for GPUs."""
 
     device: str | None = None
     clock: str = "cpu"
@@ -218,12 +218,8 @@ def sample(
     rate = min(busy / size, busy / wall / speed) if speed else busy / size
     kept = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     disk = (kept or 4 * record.get("parameters", 0)) / 2**20
-    return Sample(signature(record["config"]), size, busy, rate, float(record["peak_memory_mib"]), disk, machine(record))
-
-
-def machine(facts: Mapping[str, Any]) -> str:
-    """What must be the same for costs to be comparable: the device, and the precision in which it computed."""
-    return ", ".join(facts[name] for name in ("device", "precision") if name in facts)
+    memory, device = float(record["peak_memory_mib"]), record.get("device", "")
+    return Sample(signature(record["config"]), size, busy, rate, memory, disk, device)
 
 
 LADDER = (1, 4, 16)  # what runs that look at models are cut to
@@ -238,7 +234,7 @@ def probed_training(config: Config, probe: Config, history: History) -> Sample:
     size = amount(config, history.sizes) or 1.0
     ready, image, judged = (probe["seconds"][name][history.clock] for name in ("ready", "image", "judge"))
     rate = image + (ready / size if "teacher" in config["upstream"] else 0.0)
-    facts = float(probe["peak_memory_mib"]), 4 * probe["parameters"] / 2**20, machine(probe)
+    facts = float(probe["peak_memory_mib"]), 4 * probe["parameters"] / 2**20, probe["device"]
     return Sample(signature(config), size, ready + image * size + judged, rate, *facts, probe=True)
 
 
@@ -248,7 +244,7 @@ def probed_looking(config: Config, records: Sequence[Config], history: History) 
     sizes = [amount(record["config"], history.sizes) or 1.0 for record in records]
     seconds = [record["seconds"][history.clock] for record in records]
     rate = max(0.0, (seconds[2] - seconds[1]) / (sizes[2] - sizes[1]))
-    facts = float(records[-1]["peak_memory_mib"]), 0.0, machine(records[0])
+    facts = float(records[-1]["peak_memory_mib"]), 0.0, records[0]["device"]
     return Sample(signature(config), sizes[0], seconds[0], rate, *facts, probe=True)
 
 

@@ -25,9 +25,9 @@ def native_bf16(kind: str) -> bool:
 
 
 def _processor() -> str:
-    """Its name, and the widest instructions that torch uses: `AMD EPYC` alone stands for processors of very different speed."""
-    name = torch.cpu.get_capabilities().get("cpu_name", "cpu")
-    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
+    """Its name, and what it computes with: `AMD EPYC` alone stands for processors of very different speed."""
+    name, instructions = torch.cpu.get_capabilities().get("cpu_name", "cpu"), torch.backends.cpu.get_cpu_capability()
+    return f"{name} ({instructions}{', bf16' if native_bf16('cpu') else ''})"
 
 
 def _keep_memory() -> None:
