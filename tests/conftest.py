@@ -11,12 +11,11 @@ import torch
 
 from gradexp.runs import ROOT
 
-torch.set_num_threads(1)  # the networks here are tiny
-
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+    torch.set_num_threads(1)  # the networks here are tiny
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import torch
 
 from gradexp import files, schema
 from gradexp.errors import UserError
-from gradexp.runs import ROOT, Paths, Run, ensure, read_record, write_record
+from gradexp.runs import HARDWARE, ROOT, Paths, Run, ensure, read_record, write_record
 from gradexp.tasks.compose import compose_run
 from gradexp.tasks.verify import Finding, alike, verify
 
@@ -98,6 +98,28 @@ def test_verify_finds_what_is_wrong(places: list[str]) -> None:
     assert "version is 0" in texts
     made.record_path.write_bytes(made.record_path.read_bytes()[:100])
     assert "can't be read" in findings()[0]
+
+
+def test_a_repeat_has_the_threads_of_its_record(places: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """So has that of the teacher, which may have had others: a generation of one run gets all the cores."""
+    made = run(places, *DISTILL, "method=a")
+    teacher = Run(
+        made.config["upstream"]["teacher"] | {name: made.config[name] for name in HARDWARE if name in made.config}, made.paths
+    )
+    teacher.config["trainer"] = made.config["trainer"] | {"threads": 2}
+    assert [ensure(one)["threads"] for one in (teacher, made)] == [2, 1]
+    repeated: list[Any] = []
+
+    def noted(one: Run) -> Any:
+        repeated.append((one.config["name"], one.config["trainer"]["threads"]))
+        return ensure(one)
+
+    monkeypatch.setattr("gradexp.tasks.verify.ensure", noted)
+    extra = {name: made.config[name] for name in ("logger", "gradients")} | {
+        "trainer": made.config["trainer"] | {"threads": None}
+    }
+    assert [line for line in verify(made.paths, sample=2, seed=0, extra=extra) if isinstance(line, Finding)] == []
+    assert sorted(set(repeated)) == [("jacobian_distill", 1), ("teacher", 2)]
 
 
 def test_numbers_agree_as_well_as_machines_do() -> None:
