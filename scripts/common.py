@@ -1,12 +1,13 @@
 """What make_table.py and make_figure.py share: arguments, running what is missing, errors without a traceback."""
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from joblib import cpu_count
 
 from gradexp.errors import UserError
 from gradexp.report import specs
@@ -43,7 +44,7 @@ def make_all(kind: str, make: Make, about: str | None) -> None:
     parser = argparse.ArgumentParser(description=about)
     parser.add_argument("numbers", nargs="*", help=f"{kind}s to make, such as 2.1; all of them when none is named")
     parser.add_argument("--scale", default="cpu")
-    parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("--workers", type=int, default=min(2, cpu_count()))
     parser.add_argument("--render-only", action="store_true")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="of trainer, logger, paths or launcher")
     parser.add_argument("--launcher", default="local", help="a file of conf/launcher: local or slurm")

@@ -2,10 +2,10 @@
 
 import argparse
 import json
-import os
 from typing import Any
 
 from common import shown
+from joblib import cpu_count
 
 from gradexp import __version__
 from gradexp.report import claims, figures, html, specs, tables
@@ -51,7 +51,7 @@ def page(scale: str, paths: Paths) -> str:
         made_by=f"gradexp {__version__}, commit {(git['commit'] or 'none')[:8]}{' (dirty)' if git['dirty'] else ''}",
         explanation=claims.explanation(claims.load(CLAIMS)["confidence"]),
         bench=json.loads(bench.read_text()) if bench.exists() else None,
-        costs=costs.to_table(costs.build(scale, plan, paths, costs.History.of(paths)), os.cpu_count() or 1),
+        costs=costs.to_table(costs.build(scale, plan, paths, costs.History.of(paths)), cpu_count()),
     )
 
 

@@ -2,13 +2,13 @@
 
 import argparse
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from hashlib import sha256
 
 import torch
+from joblib import cpu_count
 
 from gradexp.errors import UserError
 from gradexp.report import plan as report
@@ -45,7 +45,7 @@ def known(paths: Paths, hardware: Hardware) -> report.History:
 
 def slots(hardware: Hardware) -> int:
     """How many runs go on at a time."""
-    return torch.cuda.device_count() if hardware.kind == "gpu" else os.cpu_count() or 1
+    return torch.cuda.device_count() if hardware.kind == "gpu" else cpu_count()
 
 
 def measure(configs: Sequence[Config], paths: Paths, history: report.History) -> None:

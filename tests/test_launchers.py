@@ -68,6 +68,31 @@ def test_a_gpu_is_leased_to_one_run_at_a_time(tmp_path: Path, monkeypatch: pytes
         assert all(ended <= begun for (_, ended), (begun, _) in pairwise(times))
 
 
+class Share:
+    """Notes how many threads it was given."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __call__(self, threads: int) -> None:
+        self.file.write_text(str(threads))
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system can't confine a process to some cores")
+@pytest.mark.parametrize("runs", [1, 2])
+def test_the_cores_that_the_process_may_use_are_shared_out(tmp_path: Path, runs: int) -> None:
+    """A SLURM job has a few of its machine's cores."""
+    mine = sorted(os.sched_getaffinity(0))
+    for cores in {1, len(mine)}:
+        os.sched_setaffinity(0, mine[:cores])
+        try:
+            Local().do([Share(tmp_path / f"{number}.txt") for number in range(runs)], runs, lambda *_: None)  # type: ignore[misc]
+        finally:
+            os.sched_setaffinity(0, mine)
+        found = [file.read_text() for file in tmp_path.glob("*.txt")]
+        assert found == [str(max(1, cores // runs))] * runs
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
 def test_a_signal_checkpoints_and_the_next_attempt_goes_on(
     places: list[str], monkeypatch: pytest.MonkeyPatch, number: signal.Signals

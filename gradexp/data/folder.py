@@ -18,6 +18,7 @@ from typing import Any
 import filelock
 import numpy as np
 import torch
+from joblib import cpu_count
 from PIL import Image
 from torch import Tensor
 
@@ -26,7 +27,7 @@ from gradexp.data.dataset import ImageData
 from gradexp.data.loader import Batch, Loader
 from gradexp.errors import UserError
 
-THREADS = max(2, os.cpu_count() or 1)  # Pillow decodes and resizes outside the interpreter lock
+THREADS = max(2, cpu_count())  # Pillow decodes and resizes outside the interpreter lock
 AHEAD = 64  # images decoded before they are asked for
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from joblib import cpu_count
 from PIL import Image
 
 from gradexp.data.folder import FileLoader, Files
@@ -65,7 +65,7 @@ def measure(hardware: Hardware, *, images: int, rounds: int) -> Row:
             crop=data["crop"],
         )
         seconds = medians({"pass": lambda: list(map(len, loader))}, rounds=rounds, cuda=hardware.kind == "gpu")
-    return Row(images, kilobytes, batch, len(os.sched_getaffinity(0)), images / seconds["pass"])
+    return Row(images, kilobytes, batch, cpu_count(), images / seconds["pass"])
 
 
 def markdown(row: Row) -> str:

@@ -7,6 +7,7 @@ import os
 from typing import Any
 
 import torch
+from joblib import cpu_count
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy
@@ -108,7 +109,7 @@ class Hardware:
     def apply(self) -> None:
         """Settings of the whole process."""
         if self.threads or self.is_part:
-            torch.set_num_threads(self.threads or max(1, (os.cpu_count() or 1) // self.devices))
+            torch.set_num_threads(self.threads or max(1, cpu_count() // self.devices))
         if self.strict:
             _forbid_chance()
         _keep_memory()

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from joblib import cpu_count
+
 from gradexp.errors import UserError
 from gradexp.runs import Paths, Run, ensure, say
 from gradexp.tasks.command import STOPPED, honest
@@ -77,7 +79,7 @@ class Local:
         leases: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         for number in range(count):
             leases.put(gpus[number] if gpus else None)
-        threads = max(1, (os.cpu_count() or 1) // count)
+        threads = max(1, cpu_count() // count)
         with self._passing_signals(), ThreadPoolExecutor(count) as pool:
             list(pool.map(lambda item: said(item[0], self._one(item[1], threads, leases)), enumerate(works)))
         if self._stopped:
