@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from gradexp.tasks import bench, bench_photographs, bench_saliency
+from gradexp.tasks import bench, bench_photographs, bench_runs, bench_saliency
 
 VGG4 = (27 * 64 * 32**2, 9 * 64 * 128 * 16**2, 9 * 128 * 512 * 8**2)
 
@@ -58,3 +58,15 @@ def test_photographs_are_as_large_as_real_ones_and_are_counted(tmp_path: Path) -
     assert (row.images, row.batch) == (9, 8)
     assert row.images_per_second > 0
     assert f"{row.images_per_second:.0f} images/s" in bench_photographs.markdown(row)
+
+
+def test_two_runs_side_by_side_are_timed() -> None:
+    row = bench_runs.measure(passes=1, rounds=1)
+    assert row.ratio == row.beside / row.alone > 0
+    assert f"{row.ratio:.2f} times as long" in bench_runs.markdown(row)
+
+
+def test_a_run_that_fails_is_not_a_fast_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_runs, "RUN", (*bench_runs.RUN, "optim.optimizer.lr=-1"))
+    with pytest.raises(RuntimeError, match="failed"):
+        bench_runs.measure(passes=1, rounds=1)

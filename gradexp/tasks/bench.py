@@ -24,7 +24,7 @@ from gradexp import gradients, layers
 from gradexp.data.loader import TensorLoader, TrainingStream
 from gradexp.data.sources import Split
 from gradexp.runs import versions, write_atomically
-from gradexp.tasks import bench_photographs, bench_saliency
+from gradexp.tasks import bench_photographs, bench_runs, bench_saliency
 from gradexp.tasks.build import build
 from gradexp.tasks.compose import compose_run
 from gradexp.tasks.hardware import Hardware, native_bf16
@@ -307,14 +307,16 @@ def run(results: Path, *, quick: bool) -> str:
     maps = bench_saliency.rows(hardware, quick=quick)
     photographs = bench_photographs.measure(hardware, images=64 if quick else 512, rounds=1 if quick else 5)
     parts = [markdown(rows, loops, facts, native_bf16(hardware.kind)), bench_saliency.markdown(maps)]
-    text = "\n".join([*parts, bench_photographs.markdown(photographs)])
+    parts.append(bench_photographs.markdown(photographs))
     if not quick:
+        beside = bench_runs.measure(passes=600, rounds=3)
+        parts.append(bench_runs.markdown(beside))
         found = {name: [asdict(row) for row in part] for name, part in (("rows", rows), ("loops", loops), ("maps", maps))}
-        found["photographs"] = [asdict(photographs)]
+        found |= {"photographs": [asdict(photographs)], "runs": [asdict(beside)]}
         content = json.dumps({"machine": facts, **found}, indent=2) + "\n"
         write_atomically(results / "bench.json", content.encode())
-        write_atomically(results / "bench.md", text.encode())
-    return text
+        write_atomically(results / "bench.md", "\n".join(parts).encode())
+    return "\n".join(parts)
 
 
 def markdown(rows: Sequence[Row], loops: Sequence[Loop], facts: dict[str, Any], has_bf16: bool) -> str:
