@@ -284,7 +284,7 @@ def _perform(run: Run) -> Config:
         "config": {key: value for key, value in run.config.items() if key != "paths"},
         "upstream": run.used,
         "seconds": {name: round(spent[name] + earlier[name], 2) for name in spent},
-        "peak_memory_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+        "peak_memory_mib": peak_memory_mib(),
         "versions": versions(),
         "git": git,
         "started": started.isoformat(timespec="seconds"),
@@ -338,6 +338,12 @@ def git_state() -> dict[str, Any]:
     commit = git("rev-parse", "HEAD")
     changes = git("status", "--porcelain", "--", ".", ":!results")
     return {"commit": commit or None, "dirty": bool(changes) if commit else None}
+
+
+def peak_memory_mib() -> int:
+    """The most memory that this process has had."""
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # macOS counts bytes
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)
 
 
 def versions() -> dict[str, str]:

@@ -2,10 +2,12 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from gradexp.tasks import bench, bench_photographs, bench_runs, bench_saliency
+from gradexp.tasks.timing import peak_memory
 
 VGG4 = (27 * 64 * 32**2, 9 * 64 * 128 * 16**2, 9 * 128 * 512 * 8**2)
 
@@ -70,3 +72,16 @@ def test_a_run_that_fails_is_not_a_fast_one(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(bench_runs, "RUN", (*bench_runs.RUN, "optim.optimizer.lr=-1"))
     with pytest.raises(RuntimeError, match="failed"):
         bench_runs.measure(passes=1, rounds=1)
+
+
+def fill(mebibytes: int) -> None:
+    np.ones(mebibytes * 2**20, dtype=np.uint8)
+
+
+def test_peak_memory_is_that_of_a_process_of_its_own() -> None:
+    assert 400 < peak_memory(fill, 500) - peak_memory(fill, 0) < 600
+
+
+def test_a_process_that_fails_says_so() -> None:
+    with pytest.raises(ValueError, match="negative"):
+        peak_memory(fill, -1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import resource
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,7 @@ import torch
 
 from gradexp.data.loader import TrainingStream
 from gradexp.errors import UserError
-from gradexp.runs import Config, Paths, Run, ensure
+from gradexp.runs import Config, Paths, Run, ensure, peak_memory_mib
 from gradexp.tasks.launchers import PRELOADED
 from gradexp.tasks.train import fit, judge, make_data, prepare
 from gradexp.training.callbacks import Checkpointer, ProgressLine
@@ -49,7 +48,8 @@ def training(config: Config, paths: Paths) -> Config:
     spans |= {"judge": (trained, _clock(), 1)}
     seconds = {name: {kind: (end[kind] - start[kind]) / n for kind in start} for name, (start, end, n) in spans.items()}
     parameters = sum(parameter.numel() for parameter in made.student.parameters())
-    return {"seconds": seconds, "data": made.data.fingerprint(), "parameters": parameters, **_memory(), **made.hardware.facts()}
+    facts = {"parameters": parameters, "peak_memory_mib": peak_memory_mib(), **made.hardware.facts()}
+    return {"seconds": seconds, "data": made.data.fingerprint(), **facts}
 
 
 def looking(configs: Sequence[Config], paths: Paths) -> list[Config]:
@@ -136,7 +136,3 @@ def _clock() -> dict[str, float]:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return {"cpu": time.process_time(), "wall": time.monotonic()}
-
-
-def _memory() -> dict[str, int]:
-    return {"peak_memory_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)}

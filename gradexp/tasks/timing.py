@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import multiprocessing
-import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import torch
+
+from gradexp.runs import peak_memory_mib
 
 
 def medians(
@@ -36,15 +38,10 @@ def medians(
 
 def peak_memory(function: Callable[..., None], *args: Any) -> int:
     """MiB that a process of its own reaches in function(*args)."""
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    process = context.Process(target=_measured, args=(queue, function, args))
-    process.start()
-    value: int = queue.get()
-    process.join()
-    return value
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_measured, function, args).result()
 
 
-def _measured(queue: Any, function: Callable[..., None], args: tuple[Any, ...]) -> None:
+def _measured(function: Callable[..., None], args: tuple[Any, ...]) -> int:
     function(*args)
-    queue.put(round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
+    return peak_memory_mib()
