@@ -1,12 +1,14 @@
 """The benchmark's own arithmetic."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from gradexp.tasks import bench, bench_photographs, bench_runs, bench_saliency
+from gradexp.runs import peak_memory_mib
+from gradexp.tasks import bench, bench_photographs, bench_runs, bench_saliency, train
 from gradexp.tasks.timing import peak_memory
 
 VGG4 = (27 * 64 * 32**2, 9 * 64 * 128 * 16**2, 9 * 128 * 512 * 8**2)
@@ -62,6 +64,21 @@ def test_photographs_are_as_large_as_real_ones_and_are_counted(tmp_path: Path) -
     assert f"{row.images_per_second:.0f} images/s" in bench_photographs.markdown(row)
 
 
+def test_every_loop_does_all_of_its_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loop must not go on from the checkpoint of the one before it."""
+    hardware, shown = bench.make_hardware("32"), []
+    hardware.checkpoint_every = 0.0
+
+    def fit(*given: Any) -> None:
+        train.fit(*given)
+        shown.append(given[-1].images)
+
+    monkeypatch.setattr(bench, "fit", fit)
+    loop = bench.measure_loop(1, hardware, steps=2, rounds=2)
+    assert shown == [200, 200]
+    assert loop.overhead == pytest.approx(100 * (loop.bare / loop.trained - 1))
+
+
 def test_two_runs_side_by_side_are_timed() -> None:
     row = bench_runs.measure(passes=1, rounds=1)
     assert row.ratio == row.beside / row.alone > 0
@@ -79,7 +96,10 @@ def fill(mebibytes: int) -> None:
 
 
 def test_peak_memory_is_that_of_a_process_of_its_own() -> None:
-    assert 400 < peak_memory(fill, 500) - peak_memory(fill, 0) < 600
+    mine = np.ones(2**30, dtype=np.uint8)
+    small = peak_memory(fill, 0)
+    assert small < peak_memory_mib() - mine.nbytes / 2**21
+    assert 400 < peak_memory(fill, 500) - small < 600
 
 
 def test_a_process_that_fails_says_so() -> None:

@@ -249,10 +249,9 @@ def measure_loop(per_class: int, hardware: Hardware, *, steps: int, rounds: int)
     loader = images(100 * per_class)
     shown = sum(len(batch.labels) for batch in TrainingStream(loader, steps))
     seconds: dict[str, list[float]] = {"bare": [], "trained": []}
-    with tempfile.TemporaryDirectory() as folder:
-        for _ in range(rounds):
-            seconds["bare"].append(_bare_loop(loader, hardware, steps))
-            seconds["trained"].append(_trainer_loop(loader, hardware, steps, Path(folder)))
+    for _ in range(rounds):
+        seconds["bare"].append(_bare_loop(loader, hardware, steps))
+        seconds["trained"].append(_trainer_loop(loader, hardware, steps))
     bare, trained = (shown / statistics.median(values) for values in seconds.values())
     return Loop(per_class, hardware.precision, bare, trained)
 
@@ -278,12 +277,14 @@ def _bare_loop(loader: TensorLoader, hardware: Hardware, steps: int) -> float:
     return time.perf_counter() - begun
 
 
-def _trainer_loop(loader: TensorLoader, hardware: Hardware, steps: int, folder: Path) -> float:
+def _trainer_loop(loader: TensorLoader, hardware: Hardware, steps: int) -> float:
     """Seconds between the first and the last step of a training as a run does it: terms, curves, progress, trainer."""
     student = hardware.place(network("vgg4"))
     module = Classifier(student, {"ce": CrossEntropy(weight=1)}, _optim(steps), steps_per_pass=len(loader), seed=0)
     progress = ProgressLine("bench", steps)
-    fit(module, TrainingStream(loader, steps), hardware, None, Checkpointer(folder / "last.ckpt", every=60), progress)
+    with tempfile.TemporaryDirectory() as folder:  # one a loop: nothing to go on from
+        checkpointer = Checkpointer(Path(folder) / "last.ckpt", every=hardware.checkpoint_every)
+        fit(module, TrainingStream(loader, steps), hardware, None, checkpointer, progress)
     return progress.seconds
 
 
@@ -302,7 +303,7 @@ def run(results: Path, *, quick: bool) -> str:
     for model in ["vgg4"] if quick else MODELS:
         for precision in precisions:
             rows += measure(model, make_hardware(precision), KINDS, **how)
-    loops = [] if quick else [measure_loop(count, make_hardware(precisions[-1]), steps=150, rounds=5) for count in (1, 10)]
+    loops = [] if quick else [measure_loop(count, make_hardware(precisions[-1]), steps=60, rounds=5) for count in (1, 10)]
     facts = {**hardware.facts(), "precision": precisions, "batch": BATCH, "versions": versions()}
     maps = bench_saliency.rows(hardware, quick=quick)
     photographs = bench_photographs.measure(hardware, images=64 if quick else 512, rounds=1 if quick else 5)
