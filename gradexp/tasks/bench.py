@@ -303,7 +303,7 @@ def run(results: Path, *, quick: bool) -> str:
     for model in ["vgg4"] if quick else MODELS:
         for precision in precisions:
             rows += measure(model, make_hardware(precision), KINDS, **how)
-    loops = [] if quick else [measure_loop(count, make_hardware(precisions[-1]), steps=60, rounds=5) for count in (1, 10)]
+    loops = [] if quick else [measure_loop(count, make_hardware(precisions[-1]), steps=30, rounds=5) for count in (1, 10)]
     facts = {**hardware.facts(), "precision": precisions, "batch": BATCH, "versions": versions()}
     maps = bench_saliency.rows(hardware, quick=quick)
     photographs = bench_photographs.measure(hardware, images=64 if quick else 512, rounds=1 if quick else 5)
