@@ -1,5 +1,6 @@
 """The benchmark's own arithmetic."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -105,3 +106,20 @@ def test_peak_memory_is_that_of_a_process_of_its_own() -> None:
 def test_a_process_that_fails_says_so() -> None:
     with pytest.raises(ValueError, match="negative"):
         peak_memory(fill, -1)
+
+
+def test_what_is_measured_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = bench.Row("vgg4", "32", "ce", 100.0, 1.0, 1.0, 1.0, None)
+    monkeypatch.setattr(bench, "measure", lambda *_, **__: [row])
+    monkeypatch.setattr(bench, "measure_loop", lambda *_, **__: bench.Loop(1, "32", 110.0, 100.0))
+    monkeypatch.setattr(bench_saliency, "rows", lambda *_, **__: [])
+    monkeypatch.setattr(bench_photographs, "measure", lambda *_, **__: bench_photographs.Row(1, 1.0, 8, 2, 1.0))
+    monkeypatch.setattr(bench_runs, "measure", lambda **_: bench_runs.Row(7, 10.0, 12.0))
+    quick = bench.run(tmp_path, quick=True)
+    assert not list(tmp_path.iterdir())
+    page = bench.run(tmp_path, quick=False)
+    assert (tmp_path / "bench.md").read_text() == page
+    assert "10.0 %" in page and "1.20 times" in page and "1.20 times" not in quick
+    found = json.loads((tmp_path / "bench.json").read_text())
+    assert found["rows"][0]["images_per_second"] == 100
+    assert found["runs"] == [{"passes": 7, "alone": 10.0, "beside": 12.0}]

@@ -309,15 +309,22 @@ def run(results: Path, *, quick: bool) -> str:
     photographs = bench_photographs.measure(hardware, images=64 if quick else 512, rounds=1 if quick else 5)
     parts = [markdown(rows, loops, facts, native_bf16(hardware.kind)), bench_saliency.markdown(maps)]
     parts.append(bench_photographs.markdown(photographs))
-    if not quick:
-        beside = bench_runs.measure(passes=600, rounds=3)
-        parts.append(bench_runs.markdown(beside))
-        found = {name: [asdict(row) for row in part] for name, part in (("rows", rows), ("loops", loops), ("maps", maps))}
-        found |= {"photographs": [asdict(photographs)], "runs": [asdict(beside)]}
-        content = json.dumps({"machine": facts, **found}, indent=2) + "\n"
-        write_atomically(results / "bench.json", content.encode())
-        write_atomically(results / "bench.md", "\n".join(parts).encode())
-    return "\n".join(parts)
+    if quick:
+        return "\n".join(parts)
+    beside = bench_runs.measure(passes=600, rounds=3)
+    text = "\n".join([*parts, bench_runs.markdown(beside)])
+    measured: dict[str, Sequence[Any]] = {
+        "rows": rows,
+        "loops": loops,
+        "maps": maps,
+        "photographs": [photographs],
+        "runs": [beside],
+    }
+    found = {name: [asdict(row) for row in part] for name, part in measured.items()}
+    content = json.dumps({"machine": facts, **found}, indent=2) + "\n"
+    write_atomically(results / "bench.json", content.encode())
+    write_atomically(results / "bench.md", text.encode())
+    return text
 
 
 def markdown(rows: Sequence[Row], loops: Sequence[Loop], facts: dict[str, Any], has_bf16: bool) -> str:

@@ -1,4 +1,4 @@
-"""How long two runs side by side take, against one alone with the same cores for itself."""
+"""How long two runs side by side take, against one alone, where a run has one thread and so leaves room for another."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gradexp.tasks.compose import compose_run, plan
 from gradexp.tasks.many import run_all
 from gradexp.tasks.timing import medians
 
-# Cross-entropy of VGG-4 on 50 digits: one thread is busy, and there is room for another run beside it.
+# Cross-entropy of VGG-4 on 50 digits. A run that is alone takes every core otherwise, and two can only share them.
 RUN = ("experiment=jacobian_distill", "method=ce", "data.per_class=5", "scale=quick", "logger=none", "trainer.threads=1")
 
 
