@@ -33,6 +33,28 @@ def test_convolution_is_differentiable_twice(shape: layers.Shape) -> None:
     assert torch.autograd.gradgradcheck(function, (x, w, b))
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize(("kernel", "stride", "padding"), [(3, 1, 1), (1, 2, 0), (3, 2, (0, 1)), ((2, 3), (1, 2), (2, 1))])
+def test_weight_gradients_of_small_maps(
+    kernel: Any, stride: Any, padding: Any, memory_format: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They come from one matrix product instead of the CPU's kernel."""
+    calls = []
+    product = layers._weight_by_matmul
+    monkeypatch.setattr(layers, "_weight_by_matmul", lambda *given: calls.append(1) or product(*given))
+    stock = nn.Conv2d(3, 5, kernel, stride, padding, dtype=DOUBLE).to(memory_format=memory_format)
+    fast = copy.deepcopy(stock)
+    layers.accelerate(fast)
+    x = torch.randn(4, 3, 4, 4, dtype=DOUBLE).to(memory_format=memory_format)
+    found = []
+    for layer in (stock, fast):
+        images = x.clone().requires_grad_()
+        layer(images).pow(3).sum().backward()
+        found.append([images.grad, layer.weight.grad, layer.bias.grad])
+    assert calls == [1]
+    torch.testing.assert_close(found[1], found[0], rtol=1e-10, atol=1e-12)
+
+
 def test_batch_norm_is_differentiable_twice() -> None:
     x, w, b = randn(4, 3, 3, 2), randn(3), randn(3)
     function = lambda x, w, b: layers.NormaliseBatch.apply(x, w, b, (None, None), 0.1, 1e-5)[0]
