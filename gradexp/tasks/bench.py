@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from gradexp import gradients, layers
+from gradexp import gradients
 from gradexp.data.loader import TensorLoader, TrainingStream
 from gradexp.data.sources import Split
 from gradexp.runs import versions, write_atomically
@@ -29,7 +29,7 @@ from gradexp.tasks.build import build
 from gradexp.tasks.compose import compose_run
 from gradexp.tasks.hardware import Hardware, native_bf16
 from gradexp.tasks.timing import medians, peak_memory
-from gradexp.tasks.train import fit, make_terms
+from gradexp.tasks.train import fast, fit, make_terms
 from gradexp.terms import Activations, AntiScoreMatching, CrossEntropy, GradientNorm, Jacobian, ScoreMatching, Term
 from gradexp.terms.step import Targets
 from gradexp.training.callbacks import Checkpointer, ProgressLine
@@ -135,8 +135,8 @@ def make_step(kind: Kind, model: str, hardware: Hardware, loader: TensorLoader, 
     teacher = None if kind.teacher == "none" else hardware.place(network("vgg9"))
     for term in terms.values():
         term.place(student, teacher, loader.example)
-    if kind.fast and any(term.gradient_target for term in terms.values()):
-        layers.accelerate(student)
+    if kind.fast:
+        fast(student, terms, hardware)
     optim = build(compose_run(["experiment=jacobian_distill"])["optim"], where="optim")
     targets = _targets(kind, teacher, terms, hardware, loader, folder) if teacher else None
     module = Distillation(student, terms, optim, steps_per_pass=10**9, seed=0, targets=targets)
@@ -264,7 +264,7 @@ def _optim(steps: int) -> Optim:
 
 def _bare_loop(loader: TensorLoader, hardware: Hardware, steps: int) -> float:
     """Seconds of a loop with nothing in it but the model, its loss and its optimizer."""
-    student = hardware.place(network("vgg4"))
+    student = fast(hardware.place(network("vgg4")), {}, hardware)
     optimizer, schedule = _optim(steps).build(list(student.parameters()), steps)
     begun = time.perf_counter()
     for batch in TrainingStream(loader, steps):
@@ -279,8 +279,9 @@ def _bare_loop(loader: TensorLoader, hardware: Hardware, steps: int) -> float:
 
 def _trainer_loop(loader: TensorLoader, hardware: Hardware, steps: int) -> float:
     """Seconds between the first and the last step of a training as a run does it: terms, curves, progress, trainer."""
-    student = hardware.place(network("vgg4"))
-    module = Classifier(student, {"ce": CrossEntropy(weight=1)}, _optim(steps), steps_per_pass=len(loader), seed=0)
+    terms: dict[str, Term] = {"ce": CrossEntropy(weight=1)}
+    student = fast(hardware.place(network("vgg4")), terms, hardware)
+    module = Classifier(student, terms, _optim(steps), steps_per_pass=len(loader), seed=0)
     progress = ProgressLine("bench", steps)
     with tempfile.TemporaryDirectory() as folder:  # one a loop: nothing to go on from
         checkpointer = Checkpointer(Path(folder) / "last.ckpt", every=hardware.checkpoint_every)
