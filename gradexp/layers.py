@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn import functional
 
+from gradexp import winograd
+
 _convolution_backward = torch.ops.aten.convolution_backward
 _batch_norm_backward = torch.ops.aten.native_batch_norm_backward
 
@@ -57,16 +59,25 @@ def _aligned(g: Tensor, x: Tensor) -> Tensor:
 Shape = tuple[Any, ...]  # stride, padding, dilation, groups
 
 
+def _convolve(x: Tensor, w: Tensor, b: Tensor | None, shape: Shape) -> Tensor:
+    if not winograd.suits(x, w, shape):
+        return torch.conv2d(x, w, b, *shape)
+    y = winograd.convolve(x, w)
+    return y if b is None else y.add_(b.view(-1, 1, 1))
+
+
 def _kernel(g: Tensor, x: Tensor, w: Tensor, shape: Shape, mask: list[bool]) -> tuple[Any, Any, Any]:
-    """Gradients for x, w and the bias: those that `mask` asks for, None for the others."""
+    """Gradients for x, w and the bias: those that `mask` asks for, None for the others. Of x, only the shape without w's."""
+    wants_x, wants_w, wants_b = mask
+    gb = g.sum((0, 2, 3)) if wants_b else None
+    if winograd.suits(x, w, shape):
+        gx = winograd.input_gradient(g, w) if wants_x else None
+        return gx, winograd.weight_gradient(g, x) if wants_w else None, gb
     stride, padding, dilation, groups = shape
-    rest = mask
-    if by_matmul := mask[1] and _small_maps(g, x, shape):
-        rest = [mask[0], False, False]  # asked for the bias alone, the kernel would do the weights' work too
-    gx, gw, gb = _convolution_backward(g, x, w, [w.shape[0]], stride, padding, dilation, False, [0, 0], groups, rest)
-    if by_matmul:
-        gw, gb = _weight_by_matmul(g, x, w, shape), g.sum((0, 2, 3)) if mask[2] else None
-    return gx, gw, gb
+    if by_matmul := wants_w and _small_maps(g, x, shape):
+        mask = [wants_x, False, False]  # asked for the bias alone, the kernel would do the weights' work too
+    gx, gw, kernels_gb = _convolution_backward(g, x, w, [w.shape[0]], stride, padding, dilation, False, [0, 0], groups, mask)
+    return (gx, _weight_by_matmul(g, x, w, shape), gb) if by_matmul else (gx, gw, kernels_gb)
 
 
 SMALL_MAP = 16  # pixels: measured from 2 x 2 to 32 x 32, at batches of 8 to 128
@@ -99,7 +110,7 @@ class Convolve(Function):
     def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, shape: Shape) -> Tensor:
         ctx.save_for_backward(x, w)
         ctx.shape = shape
-        return torch.conv2d(x, w, b, *shape)
+        return _convolve(x, w, b, shape)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
