@@ -40,7 +40,9 @@ def test_limits_by_hand() -> None:
 
 def test_the_page_shows_every_row() -> None:
     rows = [bench.Row("vgg4", "32", "ce", 100.0, 1.0, 1.0, 1.0, None), bench.Row("vgg4", "32", "j", 40.0, 2.5, 2.0, 0.8, 512)]
-    page = bench.markdown(rows, [], {"device": "d", "threads": 2, "batch": 128, "versions": {"torch": "2"}}, has_bf16=False)
+    facts = {"device": "d", "threads": 2, "batch": 128, "versions": {"torch": "2"}, "commit": "0123456789"}
+    page = bench.markdown(rows, [], facts, has_bf16=False)
+    assert "commit 0123456;" in page
     assert "| vgg4 | 32 | j | 40 | 2.50 | 2.00 | 80 % | 512 |" in page
     assert "no bf16" in page
 

@@ -23,7 +23,7 @@ from torch.nn import functional
 from gradexp import gradients
 from gradexp.data.loader import TensorLoader, TrainingStream
 from gradexp.data.sources import Split
-from gradexp.runs import versions, write_atomically
+from gradexp.runs import git_state, versions, write_atomically
 from gradexp.tasks import bench_photographs, bench_runs, bench_saliency
 from gradexp.tasks.build import build
 from gradexp.tasks.compose import compose_run
@@ -305,7 +305,7 @@ def run(results: Path, *, quick: bool) -> str:
         for precision in precisions:
             rows += measure(model, make_hardware(precision), KINDS, **how)
     loops = [] if quick else [measure_loop(count, make_hardware(precisions[-1]), steps=30, rounds=5) for count in (1, 10)]
-    facts = {**hardware.facts(), "precision": precisions, "batch": BATCH, "versions": versions()}
+    facts = {**hardware.facts(), "precision": precisions, "batch": BATCH, "versions": versions(), **git_state()}
     maps = bench_saliency.rows(hardware, quick=quick)
     photographs = bench_photographs.measure(hardware, images=64 if quick else 512, rounds=1 if quick else 5)
     parts = [markdown(rows, loops, facts, native_bf16(hardware.kind)), bench_saliency.markdown(maps)]
@@ -334,7 +334,7 @@ def markdown(rows: Sequence[Row], loops: Sequence[Loop], facts: dict[str, Any], 
         "",
         f"{facts['device']}, {facts['threads']} threads, torch {facts['versions']['torch']}, batch {facts['batch']}, "
         "channels_last; median of interleaved steps. Ratio: to the same model's cross-entropy step. Limit: the same "
-        "ratio if only convolutions took time. `make bench` measures it again.",
+        f"ratio if only convolutions took time. Measured at commit {str(facts['commit'])[:7]}; `make bench` does it again.",
         "",
         *([] if has_bf16 else ["This processor has no bf16 arithmetic; only fp32 is measured.", ""]),
         "| model | precision | step | images/s | ratio | limit | share of the limit | peak memory (MiB) |",
