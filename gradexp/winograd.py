@@ -40,7 +40,7 @@ G: Matrix = (
 )
 A_T: Matrix = ((1, 1, 1, 1, 1, 0), (0, 1, -1, 2, -2, 0), (0, 1, 1, 4, 4, 0), (0, 1, -1, 8, -8, 1))
 
-MIN_CHANNELS, MAX_PIXELS, MIN_TILES = 128, 64, 128
+MIN_CHANNELS, MAX_PIXELS, MIN_TILES = 128, 64, 64
 
 
 def suits(x: Tensor, w: Tensor, shape: tuple[object, ...]) -> bool:

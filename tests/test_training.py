@@ -145,5 +145,6 @@ def test_both_gradient_backends_train_the_same_model(places: list[str]) -> None:
         config = compose_run([*words, f"gradients.backend={backend}", *(f"{place}/{backend}" for place in places)])
         made.append(ensure(Run(config, Paths.of(config))))
     assert made[0]["id"] == made[1]["id"]
-    for name in ("train/loss/jacobian", "train/loss/cross_entropy", "train/angle"):
-        assert made[0]["metrics"][name] == pytest.approx(made[1]["metrics"][name], rel=2e-3)
+    # The angle to a teacher of one pass amplifies rounding: images times 1 + 1e-7 move it by 1 %.
+    for name, tolerance in (("train/loss/jacobian", 2e-3), ("train/loss/cross_entropy", 2e-3), ("train/angle", 2e-2)):
+        assert made[0]["metrics"][name] == pytest.approx(made[1]["metrics"][name], rel=tolerance)

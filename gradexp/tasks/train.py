@@ -174,10 +174,10 @@ def make_student(run: Run, terms: dict[str, Term], hardware: Hardware) -> nn.Mod
     return fast(student, terms, hardware) if fast_gradients(run.config) else student
 
 
-def fast(student: nn.Module, terms: dict[str, Term], hardware: Hardware) -> nn.Module:
-    """The student with fast layers where they gain something: gradients in its terms, or small maps on a CPU."""
+def fast(model: nn.Module, terms: dict[str, Term], hardware: Hardware) -> nn.Module:
+    """The model with fast layers where they gain something: gradients in its terms, or small maps on a CPU."""
     gains = hardware.kind == "cpu" or any(term.gradient_target for term in terms.values())
-    return layers.accelerate(student) if gains else student
+    return layers.accelerate(model) if gains else model
 
 
 def make_terms(config: Config) -> dict[str, Term]:
@@ -244,9 +244,9 @@ def _maps(terms: Sequence[Term]) -> list[Map]:
 
 def load_model(run: Run, hardware: Hardware) -> nn.Module:
     """A trained run's model, in eval mode."""
-    model = build(run.config["model"], where=f"the model of {run.id}")
+    model: nn.Module = build(run.config["model"], where=f"the model of {run.id}")
     model.load_state_dict(torch.load(run.weights, weights_only=True, map_location="cpu"))
-    return hardware.place(model).eval()
+    return fast(hardware.place(model).eval(), {}, hardware)
 
 
 def save_weights(run: Run, model: nn.Module) -> None:
