@@ -69,15 +69,17 @@ def _convolve(x: Tensor, w: Tensor, b: Tensor | None, shape: Shape) -> Tensor:
 def _kernel(g: Tensor, x: Tensor, w: Tensor, shape: Shape, mask: list[bool]) -> tuple[Any, Any, Any]:
     """Gradients for x, w and the bias: those that `mask` asks for, None for the others. Of x, only the shape without w's."""
     wants_x, wants_w, wants_b = mask
-    gb = g.sum((0, 2, 3)) if wants_b else None
     if winograd.suits(x, w, shape):
         gx = winograd.input_gradient(g, w) if wants_x else None
-        return gx, winograd.weight_gradient(g, x) if wants_w else None, gb
+        gw = winograd.weight_gradient(g, x) if wants_w else None
+        return gx, gw, g.sum((0, 2, 3)) if wants_b else None
     stride, padding, dilation, groups = shape
     if by_matmul := wants_w and _small_maps(g, x, shape):
         mask = [wants_x, False, False]  # asked for the bias alone, the kernel would do the weights' work too
-    gx, gw, kernels_gb = _convolution_backward(g, x, w, [w.shape[0]], stride, padding, dilation, False, [0, 0], groups, mask)
-    return (gx, _weight_by_matmul(g, x, w, shape), gb) if by_matmul else (gx, gw, kernels_gb)
+    gx, gw, gb = _convolution_backward(g, x, w, [w.shape[0]], stride, padding, dilation, False, [0, 0], groups, mask)
+    if by_matmul:
+        gw, gb = _weight_by_matmul(g, x, w, shape), g.sum((0, 2, 3)) if wants_b else None
+    return gx, gw, gb
 
 
 SMALL_MAP = 16  # pixels: measured from 2 x 2 to 32 x 32, at batches of 8 to 128
@@ -289,7 +291,8 @@ class BatchNorm(nn.BatchNorm2d):
             return y
         scale = self.weight * torch.rsqrt(variance + self.eps)
         shift = self.bias - mean * scale
-        return torch.addcmul(_wide(shift, input), input, _wide(scale, input))
+        # The channels' numbers stay in their own precision: rounded to bf16 first, they would triple the error.
+        return torch.addcmul(shift.view(-1, 1, 1), input, scale.view(-1, 1, 1)).to(input.dtype)
 
 
 # --- max-pooling ------------------------------------------------------------------------------------------

@@ -160,7 +160,7 @@ class BatchNorm(nn.BatchNorm2d):
             mean, variance = now, var
         scale = self.weight * torch.rsqrt(variance + self.eps)
         shift = self.bias - mean * scale
-        return torch.addcmul(shift.view(-1, 1, 1).to(input.dtype), input, scale.view(-1, 1, 1).to(input.dtype))
+        return torch.addcmul(shift.view(-1, 1, 1), input, scale.view(-1, 1, 1)).to(input.dtype)
 
 
 def share_layers(model: nn.Module) -> nn.Module:

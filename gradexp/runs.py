@@ -256,7 +256,7 @@ def ensure(run: Run, needs: Callable[[], bool] = lambda: True) -> Config:
                   f"(took {record['seconds']['wall'] / 60:.0f} min)", flush=True)  # fmt: skip
         fresh = _perform(run)
         if record:
-            _compare(run, record, fresh)
+            _compare(run, record, _finite(fresh))
             return record
         if wrong := schema.faults(_finite(fresh), complete=True):
             raise ValueError(f"{run.config['name']} {run.id} made no valid record: {'; '.join(wrong)}")
@@ -272,8 +272,9 @@ def _perform(run: Run) -> Config:
     result: Result = locate(run.config["task"]["_target_"])(run)
     spent = {"wall": time.monotonic() - clock, "cpu": time.process_time() - cpu}
     earlier = result.facts.pop("earlier_seconds", {"wall": 0.0, "cpu": 0.0})
-    if result.arrays:
-        result.facts["arrays"] = _write_arrays(run.record_path.with_suffix(".npz"), result.arrays)
+    arrays = run.record_path.with_suffix(".npz")
+    if result.arrays and not (run.record_path.exists() and arrays.exists()):  # a record that is there stays as it is
+        result.facts["arrays"] = _write_arrays(arrays, result.arrays)
     return {
         "id": run.id,
         "experiment": run.config["name"],
@@ -374,7 +375,7 @@ def objective(record: Config, direction: str) -> float | None:
     if wanted and (name not in metrics or isinstance(metrics[name], list)):
         numbers = sorted(key for key, value in metrics.items() if not isinstance(value, list))
         raise UserError(f"objective={name}: this run measures {', '.join(numbers)}; set objective to one of them")
-    value: float | None = metrics.get(name)
+    value: float | None = None if isinstance(metrics.get(name), list) else metrics.get(name)
     missing = value is None or not math.isfinite(value)
     return (-math.inf if direction == "maximize" else math.inf) if wanted and missing else value
 

@@ -55,6 +55,13 @@ def test_verdicts(samples: list[list[float] | None], verdict: str) -> None:
     assert claims.verdict(found).partition(": over")[0].partition(": 1")[0].partition(": 2")[0] == verdict
 
 
+def test_what_is_underpowered_needs_at_least_one_more_seed() -> None:
+    """What speaks against counts once for each of many comparisons, in the verdict and in the seeds it needs."""
+    found = judge(claim(*[[0.5, 1.0, 0.6]] * 12, [-2.0, -2.2, -1.7]))
+    assert found[0].verdict == "underpowered"
+    assert (found[0].further or 0) >= 1
+
+
 def test_a_comparison_outside_the_scale_is_not_waited_for() -> None:
     (found,) = judge(Judged("x", "§2.6", "", "table 2.1", "seeds", "", (comparison(UP), comparison(None, in_scale=False))))
     assert found.verdict == "holds"

@@ -35,11 +35,18 @@ def test_curves_are_means_over_seeds_with_a_band(tmp_path: Path) -> None:
     assert all(file.stat().st_size > 50 for file in files)
     rows = list(csv.DictReader(files[-1].open()))
     assert [(row["series"], row["x"], float(row["mean"]), float(row["std"])) for row in rows] == [
-        ("a", "1", 3.0, 1.0),
+        ("a", "1", 3.0, 1.41),
         ("a", "2", 2.0, 0.0),
         ("b", "1", 1.0, 0.0),
         ("b", "2", 1.0, 0.0),
     ]
+
+
+def test_a_curve_that_ends_early_leaves_a_gap(tmp_path: Path) -> None:
+    """As that of a training that diverged."""
+    drawn = [series(tmp_path, "a", [4.0, 2.0], [2.0])]
+    files = figures.make(SPEC, "quick", drawn, curves, tmp_path / "results")
+    assert [row["mean"] for row in csv.DictReader(files[-1].open())] == ["3", "nan"]
 
 
 def test_the_same_records_give_the_same_bytes(tmp_path: Path) -> None:

@@ -225,6 +225,15 @@ def test_accelerate_keeps_names_and_can_be_undone(caplog: pytest.LogCaptureFixtu
     assert type(layers.restore(model).stem) is nn.Conv2d
 
 
+def test_batch_norm_by_running_statistics_rounds_once() -> None:
+    """In bf16, its error is that of the stock layer: the channels' numbers are not rounded."""
+    stock = randomised(nn.BatchNorm2d(64)).float()
+    x = torch.randn(8, 64, 4, 4).bfloat16()
+    exact = stock(x.float())
+    errors = [(layer(x).float() - exact).norm().item() for layer in (stock, layers.accelerate(copy.deepcopy(stock)))]
+    assert errors[1] < 1.1 * errors[0]
+
+
 @pytest.mark.skipif(not native_bf16("cpu"), reason="torch's emulation of bf16 convolutions corrupts memory")
 @pytest.mark.parametrize("make", [vgg, resnet])
 def test_bf16_errs_no_more_than_autograd_does(make: Callable[[], nn.Module]) -> None:

@@ -35,6 +35,17 @@ def test_a_config_comes_back_as_hydra_composed_it() -> None:
     assert remembered.recall(compose.CONF, WORDS[:2]) is None
 
 
+def test_an_override_that_reads_the_environment_is_remembered_for_its_value(
+    conf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("paths.outputs=${oc.env:SCRATCH_OF_JOB}",)
+    monkeypatch.setenv("SCRATCH_OF_JOB", "one")
+    remembered.remember(conf, words, {"paths": {"outputs": "one"}})
+    assert remembered.recall(conf, words) is not None
+    monkeypatch.setenv("SCRATCH_OF_JOB", "two")
+    assert remembered.recall(conf, words) is None
+
+
 @pytest.mark.parametrize("change", ["file", "new file", "environment"])
 def test_a_change_of_what_configs_come_from_is_noticed(conf: Path, change: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SOMEWHERE", raising=False)

@@ -176,6 +176,28 @@ def test_deleted_weights_are_rebuilt_and_the_record_stays(tmp_path: Path) -> Non
 
 
 @pytest.mark.usefixtures("_toy_task")
+def test_a_run_that_diverges_again_gives_the_same_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """NaN is null in its record. Its arrays stay as they were: the record holds their digest."""
+
+    def diverge(run: runs.Run) -> runs.Result:
+        work(run)
+        return runs.Result({"test/accuracy": float("nan")}, "diverged", arrays={"x": np.random.default_rng().random(3)})
+
+    monkeypatch.setattr("gradexp.tasks.toy", diverge)
+    teacher = toy(tmp_path, seed=7)
+    runs.ensure(teacher)
+    before = runs.read_arrays(teacher.record_path)["x"]
+    teacher.weights.unlink()
+    below = {key: value for key, value in teacher.config.items() if key != "paths"}
+    student = runs.ensure(toy(tmp_path, upstream={"teacher": below}))
+    assert "same numbers" in capsys.readouterr().out
+    assert "remade" not in student["upstream"]["teacher"]
+    np.testing.assert_array_equal(runs.read_arrays(teacher.record_path)["x"], before)
+
+
+@pytest.mark.usefixtures("_toy_task")
 def test_a_teacher_that_is_rebuilt_to_other_numbers_is_noted_by_its_users(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -99,6 +99,30 @@ def test_a_diverged_run_is_nan_and_never_best(tmp_path: Path) -> None:
     assert cell.difference is None
 
 
+def test_seeds_of_which_one_diverged_have_no_deviation(tmp_path: Path) -> None:
+    for seed, value in enumerate((None, 3.0)):
+        sample(tmp_path, ["experiment=jacobian_distill", "scale=cpu", "method=ce", "data.per_class=1", f"seed={seed}"], value)
+    made = table(tmp_path)
+    cell = made.cell("Cross-Entropy (CE)", "1")
+    assert math.isnan(cell.ours or 0)
+    assert math.isnan(cell.std or 0)
+    for render in (tables.to_markdown, tables.to_latex, tables.to_text, tables.to_csv):
+        assert "nan" in render(made).lower()
+
+
+def test_where_cells_depart_differently_both_are_said(tmp_path: Path) -> None:
+    made = tables.build(report_specs.load("table", "2.2"), "cpu", plan, Paths(Path("data"), tmp_path, Path("outputs")))
+    (optimizer,) = [here for key, here, _ in made.departures if key == "upstream.model.optim.optimizer"]
+    assert optimizer == "Adam(lr=0.003) or Adam(lr=0.003, weight_decay=0.001)"
+
+
+def test_latex_has_no_letter_that_it_can_not_print(tmp_path: Path) -> None:
+    for number in report_specs.numbers("table"):
+        spec = report_specs.load("table", number)
+        made = tables.build(spec, next(reversed(spec["seeds"])), plan, Paths(Path("data"), tmp_path, Path("outputs")))
+        assert tables.to_latex(made).isascii(), number
+
+
 def test_an_empty_cell_says_how_to_fill_itself(tmp_path: Path) -> None:
     made = table(tmp_path)
     command = "python run.py experiment=jacobian_distill scale=cpu method=a data.per_class=5 seed=1"

@@ -5,9 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger
 
 from gradexp.errors import UserError
 from gradexp.runs import Paths, Run, ensure
+from gradexp.tasks import loggers
 from gradexp.tasks.build import build
 from gradexp.tasks.compose import compose_run
 from gradexp.tasks.hardware import native_bf16
@@ -135,6 +137,29 @@ def test_a_broken_logger_does_not_break_the_run(
     record = ensure(run(places, "logger=csv"))
     assert record["status"] == "finished"
     assert "no socket" in capsys.readouterr().out
+
+
+def test_a_logger_that_starts_late_and_fails_does_not_break_the_run(
+    places: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Lightning's loggers start when they are first used."""
+
+    def broken(*_: Any) -> None:
+        raise OSError("no socket")
+
+    monkeypatch.setattr(CSVLogger, "experiment", property(broken))
+    record = ensure(run(places, "logger=csv"))
+    assert record["status"] == "finished"
+    assert "no socket" in capsys.readouterr().out
+
+
+def test_a_logger_that_fails_when_it_is_closed_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class Broken(CSVLogger):
+        def finalize(self, status: str) -> None:
+            raise OSError("no upload")
+
+    loggers.finish(Broken(tmp_path), {"test/accuracy": 1.0})
+    assert "no upload" in capsys.readouterr().out
 
 
 def test_both_gradient_backends_train_the_same_model(places: list[str]) -> None:

@@ -138,9 +138,12 @@ def _judge(claim: Judged, p_holm: float | None, *, level: float, power: float) -
     if len(_tested(claim)) < len(claim.planned):
         return replace(claim, verdict="direction only")
     own = level * p / p_holm  # the level that Holm leaves to this claim
-    needed = [seeds_needed(e.mean, e.std, level=own, power=power) for e in _tested(claim) if e.std]
+    several = len(_tested(claim))  # as in `sides`: what speaks against is the least of several p
+    needed = [
+        seeds_needed(e.mean, e.std, level=own if e.mean > 0 else own / several, power=power) for e in _tested(claim) if e.std
+    ]
     known = [total for total in needed if total is not None]
-    further = max(known) - claim.n if known and len(known) == len(needed) else None
+    further = max(1, max(known) - claim.n) if known and len(known) == len(needed) else None
     return replace(claim, verdict="underpowered", further=further)
 
 

@@ -74,9 +74,19 @@ class Series:
         return [read_arrays(source.record) for source in self.sources if source.finished]
 
     def metric(self, name: str) -> np.ndarray:
-        """A metric of every finished run, a curve as one row a run; NaN where a number is missing. (n,) or (n, length)."""
+        """A metric of every finished run, a curve as one row a run; NaN where a number is missing. (n,) or (n, length).
+
+        The curve of a run that diverged ends early.
+        """
         values = [record["metrics"].get(name) for record in self.records]
-        return np.array([np.nan if value is None else value for value in values], dtype=float)
+        longest = max((len(value) for value in values if isinstance(value, list)), default=0)
+        rows = [[*value, *[np.nan] * (longest - len(value))] if isinstance(value, list) else value for value in values]
+        return np.array([np.nan if row is None else row for row in rows], dtype=float)
+
+    def band(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and standard deviation (of the sample; 0 for a single run) of a curve over runs. Twice (length,)."""
+        values = self.metric(name)
+        return values.mean(0), values.std(0, ddof=1) if len(values) > 1 else np.zeros(values.shape[1])
 
 
 Row = dict[str, Any]

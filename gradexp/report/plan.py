@@ -18,7 +18,7 @@ from typing import Protocol
 from gradexp.errors import UserError
 from gradexp.report import figures, specs, tables
 from gradexp.report.specs import Planned
-from gradexp.runs import Config, Paths, identity, run_id
+from gradexp.runs import Config, Paths, identity, read_record, run_id
 
 NEAREST = 5  # like records that an estimate is the median of
 PRODUCTS = {"saliency_maps": "maps.json"}  # what a run leaves for those that stand on it; weights.pt of all others
@@ -162,7 +162,7 @@ class History:
     def of(cls, paths: Paths, device: str | None = None, clock: str = "cpu") -> History:
         """From the records of all scales, and from the probes kept under outputs/probes/."""
         history = cls(device, clock)
-        records = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(paths.results.glob("runs/*/*.json"))]
+        records = [read_record(file) for file in sorted(paths.results.glob("runs/*/*.json"))]
         for record in records:
             history.learn(record["config"], record.get("data", {}))
         known = {record["id"]: record for record in records}

@@ -69,7 +69,9 @@ class Cell:
         """Standard deviation inside the runs where the table shows that; otherwise over seeds, of the sample."""
         if self.spreads:
             return math.sqrt(statistics.fmean(spread**2 for spread in self.spreads))
-        return statistics.stdev(self.values) if len(self.values) > 1 else None
+        if len(self.values) < 2:
+            return None
+        return statistics.stdev(self.values) if all(map(math.isfinite, self.values)) else math.nan  # some run diverged
 
     @property
     def difference(self) -> float | None:
@@ -242,7 +244,7 @@ def build(spec: Config, scale: str, plan: Planner, paths: Paths) -> Table:
     thesis = read_thesis(ROOT / "results" / "thesis.csv")
 
     cells = []
-    changes: dict[str, tuple[Any, Any]] = {}
+    changes: dict[str, dict[tuple[str, str], None]] = {}  # what a key has here and at scale=paper, by cell
     data: set[str] = set()
     for row, column, seeds in cells_of(spec, scale):
         sources = tuple(Source.of(plan(overrides), paths) for overrides in seeds)
@@ -270,8 +272,10 @@ def build(spec: Config, scale: str, plan: Planner, paths: Paths) -> Table:
             continue
         paper = [word if word != f"scale={scale}" else "scale=paper" for word in seeds[0]]
         config = plan(seeds[0]).config
-        changes |= departures(config, plan(paper).config)
+        for key, values in departures(config, plan(paper).config).items():
+            changes.setdefault(key, {})[_word(values[0]), _word(values[1])] = None
         data.add(config["data"]["name"])
+    departed = {key: _alternatives(values) for key, values in changes.items()}
     apart = [row["label"] for row in spec["rows"] if row.get("apart")]
     lines = [line for line in spec.get("upstream", []) if scale in line.get("scales", spec["seeds"])]
     upstream = [(line, Source.of(plan([*line["overrides"], f"scale={scale}"]), paths)) for line in lines]
@@ -280,7 +284,7 @@ def build(spec: Config, scale: str, plan: Planner, paths: Paths) -> Table:
         *(text for text in (spec.get("note"), spec.get("notes", {}).get(scale)) if text),
         *(["Cells marked – are not part of this scale."] if scale in spec.get("only", {}) else []),
         *([f"Its empty cells need {spec['needs'][scale]}."] if missing and scale in spec.get("needs", {}) else []),
-        _departure_sentence(scale, changes, tuple(spec.get("told", ()))),
+        _departure_sentence(scale, departed, tuple(spec.get("told", ()))),
         *(_upstream_sentence(line, run, spec, thesis) for line, run in upstream),
         *(
             []
@@ -300,7 +304,7 @@ def build(spec: Config, scale: str, plan: Planner, paths: Paths) -> Table:
         columns=tuple(dict.fromkeys(cell.column for cell in cells)),
         cells=mark_best(cells, spec["best"], spec.get("best_per", "column"), apart),
         best_per=spec.get("best_per", "column"),
-        departures=tuple((key, _word(here), _word(paper)) for key, (here, paper) in changes.items()),
+        departures=tuple((key, *values) for key, values in departed.items()),
     )
 
 
@@ -308,12 +312,18 @@ def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def _departure_sentence(scale: str, changes: dict[str, tuple[Any, Any]], told: tuple[str, ...] = ()) -> str:
+def _alternatives(pairs: Iterable[tuple[str, str]]) -> tuple[str, str]:
+    """Where cells differ, each value once: `Adam(lr=0.003) or Adam(lr=0.003, weight_decay=0.001)`."""
+    here, paper = (" or ".join(dict.fromkeys(values)) for values in zip(*pairs, strict=True))
+    return here, paper
+
+
+def _departure_sentence(scale: str, changes: dict[str, tuple[str, str]], told: tuple[str, ...] = ()) -> str:
     """told: starts of keys whose departures the spec's note describes."""
     if not changes:
         return f"Scale {scale}: the protocol of scale=paper."
     named = {key: values for key, values in changes.items() if not key.startswith(told)}
-    listed = "; ".join(f"`{key}` {_word(here)} (paper: {_word(paper)})" for key, (here, paper) in named.items())
+    listed = "; ".join(f"`{key}` {here} (paper: {paper})" for key, (here, paper) in named.items())
     places = [*(["what is said above"] if len(named) < len(changes) else []), *([listed] if listed else [])]
     return f"{DEPARTS.format(scale)} {'; '.join(places)}."
 
@@ -336,7 +346,7 @@ def _word(value: Any) -> str:
 def _upstream_sentence(line: Config, source: Source, spec: Config, thesis: dict[tuple[str, ...], Thesis]) -> str:
     found = values_of([source], line.get("metric", "test/accuracy"))
     mine = f"{found[0]:.2f} (run {source.id})" if found else "not run yet"
-    printed = thesis.get((spec["number"], *line["thesis"]))
+    printed = thesis.get((spec["thesis"] if "thesis" in spec else spec["number"], *line["thesis"]))
     return f"{line['label'].capitalize()}: {mine}" + (f"; the thesis's {printed.value:g}." if printed else ".")
 
 
@@ -409,11 +419,17 @@ def to_markdown(table: Table) -> str:
     return "\n".join(lines) + "\n"
 
 
+LATEX = str.maketrans(
+    {"λ": r"$\lambda$", "μ": r"$\mu$", "σ": r"$\sigma$", "Δ": r"$\Delta$", "ℓ": r"$\ell$", "×": r"$\times$"}
+    | {"→": r"$\rightarrow$", "↓": r"$\downarrow$", "−": "$-$", "±": r"$\pm$", "–": "--"}
+)
+
+
 def to_latex(table: Table) -> str:
     def text(words: str) -> str:
         for plain, escaped in (("\\", r"\textbackslash "), *((x, "\\" + x) for x in "&%$#_{}")):
             words = words.replace(plain, escaped)
-        return words.replace("→", r"$\rightarrow$").replace("−", "$-$").replace("±", r"$\pm$").replace("–", "--")
+        return words.translate(LATEX)
 
     def cell(c: Cell) -> str:
         mine = text(ours(c))

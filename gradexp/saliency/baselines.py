@@ -18,7 +18,7 @@ CHUNK = 256 * 32 * 32
 
 @dataclass(frozen=True, kw_only=True)
 class InputGradient(Saliency):
-    """∇ₓf (Simonyan et al., 2013). channels: `abs`, `sum` (signed) or `std`."""
+    """∇ₓf (Simonyan et al., 2013). channels: `abs`, `sum` (signed), `square` or `std`."""
 
     channels: str
 

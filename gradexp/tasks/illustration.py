@@ -23,7 +23,7 @@ GRID = 241  # points of the drawn curves
 
 def illustration(run: Run) -> Result:
     """`rms/STUDENT`: root mean squared distance to the teacher on the interval. Arrays: the curves, the points."""
-    hardware: Hardware = build(run.config["trainer"], where="trainer")
+    hardware: Hardware = build({**run.config["trainer"], "accelerator": "cpu", "precision": "32"}, where="trainer")
     hardware.apply()
     lightning.seed_everything(run.config["seed"], verbose=False)
     task = run.config["task"]

@@ -14,7 +14,10 @@ from gradexp.tasks.build import build
 def make_logger(run: Run) -> Any | None:
     """The Lightning logger that `logger` names, or None where there is none or it can't start."""
     try:
-        return build(run.config["logger"], where="logger", run=run)
+        logger = build(run.config["logger"], where="logger", run=run)
+        if logger is not None:
+            logger.experiment  # noqa: B018 (Lightning would start it later, where a failure ends the run)
+        return logger
     except UserError:
         raise
     except Exception as error:  # the run matters more than its curves
@@ -55,11 +58,15 @@ def wandb(*, run: Run, group: str, project: str) -> Any:
 
 def finish(logger: Any | None, metrics: dict[str, float]) -> None:
     """Logs the final numbers and closes the logger, so that the next run of this process gets its own."""
-    if logger is not None:
+    if logger is None:
+        return
+    try:
         logger.log_metrics(metrics)
         logger.finalize("success")
         if hasattr(logger.experiment, "finish"):
             logger.experiment.finish()
+    except Exception as error:
+        print(f"the logger failed at the end ({error}); the record has everything", flush=True)
 
 
 def logged_in() -> bool:

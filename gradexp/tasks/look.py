@@ -16,6 +16,8 @@ from gradexp.tasks.build import build
 from gradexp.tasks.hardware import Hardware
 from gradexp.tasks.train import load_model, make_data
 
+AXES = ("sigma", "removed")  # metrics that say where curves were measured
+
 
 class Look:
     """A run's data set and hardware, and the trained models that it stands on; everything is computed in float32."""
@@ -50,12 +52,16 @@ class Look:
             raise UserError(f"data.normalise={self.data.normalise}: sampling clips pixels to [0, 1]; take data.normalise=none")
 
     def result(self, metrics: dict[str, Any], **arrays: Any) -> Result:
-        """Metrics rounded to what they mean; NaN where a model had diverged, which is a result."""
+        """Metrics rounded to what they mean; NaN where a model had diverged, which is a result. Axes of curves stay."""
         if self.diverged:
-            metrics = {name: [float("nan")] * len(x) if isinstance(x, list) else float("nan") for name, x in metrics.items()}
+            metrics = {name: x if name in AXES else _nan(x) for name, x in metrics.items()}
         facts = {"data": self.data.fingerprint(), **self.hardware.facts(), "precision": "32"}
         status = "diverged" if self.diverged else "finished"
         return Result({name: _rounded(value) for name, value in metrics.items()}, status, facts, arrays)
+
+
+def _nan(value: Any) -> Any:
+    return [float("nan")] * len(value) if isinstance(value, list) else float("nan")
 
 
 def _rounded(value: Any) -> Any:

@@ -10,6 +10,7 @@ from gradexp.errors import UserError
 from gradexp.models.pretrained import load_weights, published_file
 from gradexp.runs import Result, Run, sha256
 from gradexp.tasks.build import build
+from gradexp.tasks.hardware import Hardware
 from gradexp.tasks.train import save_weights
 
 
@@ -19,8 +20,10 @@ def pretrained(run: Run) -> Result:
     file = find(run)
     load_weights(model, file)
     save_weights(run, model)
+    hardware: Hardware = build(run.config["trainer"], where="trainer")
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return Result({"parameters": parameters}, facts={"weights_file": {"name": file.name, "sha256": sha256(file)}})
+    facts = {"weights_file": {"name": file.name, "sha256": sha256(file)}, **hardware.facts(), "precision": "32"}
+    return Result({"parameters": parameters}, facts=facts)
 
 
 def find(run: Run) -> Path:

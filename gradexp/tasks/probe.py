@@ -103,7 +103,7 @@ def _ready(config: Config, paths: Paths, places: Paths) -> Config:
     """The config with upstream runs that are at hand, linked into `places`, or that train for one step."""
     upstream = {name: _ready(run, paths, places) for name, run in config["upstream"].items()}
     for name, run in config["upstream"].items():
-        if paths.record(run).exists() and paths.folder(run).is_dir() and name != "maps":
+        if paths.record(run).exists() and (paths.folder(run) / "weights.pt").exists() and name != "maps":
             upstream[name] = run
             for source, target in ((paths.record(run), places.record(run)), (paths.folder(run), places.folder(run))):
                 target.parent.mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from gradexp.runs import ROOT, Config
 
+VARIABLE = re.compile(r"oc\.env:(\w+)")
 FILE = ROOT / "outputs" / "cache" / "configs.sqlite"
 
 
@@ -48,7 +49,8 @@ def _open() -> sqlite3.Connection:
 
 
 def _key(conf: Path, overrides: tuple[str, ...]) -> str:
-    return hashlib.sha256(json.dumps([_tree(conf), overrides]).encode()).hexdigest()
+    read = [os.environ.get(name) for name in VARIABLE.findall(" ".join(overrides))]
+    return hashlib.sha256(json.dumps([_tree(conf), overrides, read]).encode()).hexdigest()
 
 
 @cache
@@ -59,6 +61,6 @@ def _tree(conf: Path) -> str:
     for file in sorted(conf.rglob("*.yaml")):
         content = file.read_bytes()
         digest.update(f"{file.relative_to(conf)} {len(content)} ".encode() + content)
-        variables |= set(re.findall(r"oc\.env:(\w+)", content.decode()))
+        variables |= set(VARIABLE.findall(content.decode()))
     digest.update(repr(sorted((name, os.environ.get(name)) for name in variables)).encode())
     return digest.hexdigest()

@@ -246,7 +246,8 @@ def load_model(run: Run, hardware: Hardware) -> nn.Module:
     """A trained run's model, in eval mode."""
     model: nn.Module = build(run.config["model"], where=f"the model of {run.id}")
     model.load_state_dict(torch.load(run.weights, weights_only=True, map_location="cpu"))
-    return fast(hardware.place(model).eval(), {}, hardware)
+    model = hardware.place(model).eval()
+    return fast(model, {}, hardware) if fast_gradients(run.config) else model
 
 
 def save_weights(run: Run, model: nn.Module) -> None:

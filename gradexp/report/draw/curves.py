@@ -20,13 +20,13 @@ def curves(spec: Config, series: Sequence[Series]) -> tuple[Figure, list[Row]]:
     axes = figure.subplots()
     rows: list[Row] = []
     for one, colour in zip(series, PALETTE, strict=False):
-        values = one.metric(spec["metric"])
-        x, mean, std = np.arange(1, values.shape[1] + 1), values.mean(0), values.std(0)
+        mean, std = one.band(spec["metric"])
+        x = np.arange(1, len(mean) + 1)
         axes.plot(x, mean, color=colour, label=one.label)
-        if len(values) > 1:
+        if len(one.records) > 1:
             axes.fill_between(x, mean - std, mean + std, color=colour, alpha=0.2, linewidth=0)
         rows += [
-            {"series": one.label, "x": int(i), "mean": f"{m:.5g}", "std": f"{s:.3g}", "n": len(values)}
+            {"series": one.label, "x": int(i), "mean": f"{m:.5g}", "std": f"{s:.3g}", "n": len(one.records)}
             for i, m, s in zip(x, mean, std, strict=True)
         ]
     axes.set(xlabel=spec["xlabel"], ylabel=spec["ylabel"])

@@ -37,13 +37,13 @@ def panels(spec: Config, series: Sequence[Series]) -> tuple[Figure, list[Row]]:
 
 
 def _line(axes: Any, spec: Config, curve: Config, one: Series, panel: str, colour: str) -> list[Row]:
-    x, values = one.metric(spec["x"])[0], one.metric(curve["metric"])
-    mean, std = values.mean(0), values.std(0)
+    x = one.metric(spec["x"])[0]
+    mean, std = one.band(curve["metric"])
     axes.plot(x, mean, color=colour, label=one.label)
-    if len(values) > 1:
+    if len(one.records) > 1:
         axes.fill_between(x, mean - std, mean + std, color=colour, alpha=0.2, linewidth=0)
     common = {"panel": panel, "metric": curve["metric"], "series": one.label}
     return [
-        {**common, "x": f"{a:.5g}", "mean": f"{m:.5g}", "std": f"{s:.3g}", "n": len(values)}
+        {**common, "x": f"{a:.5g}", "mean": f"{m:.5g}", "std": f"{s:.3g}", "n": len(one.records)}
         for a, m, s in zip(x, mean, np.nan_to_num(std), strict=True)
     ]
