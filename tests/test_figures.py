@@ -55,6 +55,15 @@ def test_the_same_records_give_the_same_bytes(tmp_path: Path) -> None:
     assert [file.read_bytes() for file in first] == [file.read_bytes() for file in second]
 
 
+@pytest.mark.parametrize("text", ["numbr: 1", "series: [{lable: a}]", "series: [{label: a}]\npoints: [{scale: cpu}]"])
+def test_a_misspelt_key_of_a_figure_is_an_error(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(specs, "ROOT", tmp_path)
+    (tmp_path / "conf" / "figure").mkdir(parents=True)
+    (tmp_path / "conf" / "figure" / "9.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"there is no key (numbr|lable|scale), did you mean (number|label|scales)"):
+        specs.load("figure", "9")
+
+
 def test_a_figure_without_its_runs_names_the_commands(tmp_path: Path) -> None:
     absent: Any = figures.Series({"label": "a"}, (Source("x", tmp_path / "x.json", "python run.py seed=7"),))
     with pytest.raises(UserError, match=r"run\.py seed=7"):

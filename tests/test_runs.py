@@ -58,6 +58,11 @@ def test_a_run_that_looks_at_a_model_has_no_method_and_needs_all_its_upstream() 
     assert runs.run_id(config["upstream"]["model"]) == runs.run_id(compose_run(["experiment=teacher", "scale=quick"]))
 
 
+def test_a_misspelt_key_of_a_method_is_an_error() -> None:
+    with pytest.raises(UserError, match="method ce sets droput, which no run reads, did you mean dropout"):
+        compose_run(["experiment=teacher", "+method.droput=0.5"])
+
+
 def test_a_method_without_teacher_has_no_upstream() -> None:
     assert compose_run([*BASE, "method=ce"])["upstream"] == {}
 

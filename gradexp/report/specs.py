@@ -27,11 +27,18 @@ TABLE_KEYS = (
     *("number", "thesis", "title", "where", "note", "notes", "told", "needs", "corner", "best", "best_per"),
     *("seeds", "comparable", "only", "rows", "columns", "upstream", *SHOWN),
 )
+FIGURE_KEYS = (
+    *("number", "thesis", "title", "note", "draw", "experiment", "seeds", "points", "overrides_at", "series", "also"),
+    *("x", "xlabel", "xscale", "ylabel", "metric", "metrics", "curves", "panels", "array", "above", "signed"),
+    *("columns", "rows", "first"),
+)
 PART_KEYS = {
     "rows": ("label", "thesis", "overrides", "apart", *SHOWN),
     "columns": ("label", "thesis", "overrides", "scales", "seeds", *SHOWN),
     "upstream": ("label", "thesis", "overrides", "scales", "metric"),
 }
+SERIES_KEYS = ("label", "experiment", "overrides", "points", "panel", "overlay")
+POINT_KEYS = ("x", "overrides", "scales")
 
 Planner = Callable[[Sequence[str]], Planned]
 
@@ -70,11 +77,10 @@ def load(kind: str, number: str) -> Config:
     if number not in there:
         raise UserError(f"no {kind} {number}{nearest(number, there)} conf/{kind}/ has {', '.join(there) or 'none'}")
     spec: Config = yaml.safe_load((ROOT / "conf" / kind / f"{number}.yaml").read_text(encoding="utf-8"))
-    if kind == "table":
-        check_keys(spec, TABLE_KEYS, f"table {number}")
-        for part, known in PART_KEYS.items():
-            for node in spec.get(part, []):
-                check_keys(node, known, f"table {number}, {part}")
+    check_keys(spec, TABLE_KEYS if kind == "table" else FIGURE_KEYS, f"{kind} {number}")
+    for part, known in (PART_KEYS if kind == "table" else {"series": SERIES_KEYS, "points": POINT_KEYS}).items():
+        for node in spec.get(part, []):
+            check_keys(node, known, f"{kind} {number}, {part}")
     return spec
 
 

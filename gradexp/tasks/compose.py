@@ -21,6 +21,7 @@ from gradexp.runs import HARDWARE, ROOT, Config
 from gradexp.tasks import remembered
 
 CONF = ROOT / "conf"
+METHOD = ("name", "module", "upstream", "terms", "dropout", "angle")  # the keys of conf/method/
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,9 @@ def plan(overrides: Sequence[str]) -> Planned:
     for key in config:
         if key not in known:
             raise UserError(f"the experiment sets {key}, which no run reads{nearest(str(key), known)}")
+    for key in config.get("method") or {}:
+        if key not in METHOD:
+            raise UserError(f"method {config['method']['name']} sets {key}, which no run reads{nearest(str(key), METHOD)}")
     maps = ["maps"] if config.get("data", {}).get("removal") else []
     names = [*config["method"]["upstream"], *maps] if "method" in config else config["upstream"]
     upstream = {name: _upstream(config, name) for name in names}
