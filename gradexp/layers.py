@@ -433,12 +433,3 @@ def accelerate(model: nn.Module) -> nn.Module:
             "autograd's own double backward for %s: exact, but slower", ", ".join(sorted(unknown))
         )
     return model
-
-
-def restore(model: nn.Module) -> nn.Module:
-    """Undoes `accelerate`."""
-    stock = {fast: plain for plain, fast in FAST.items()}
-    for module in model.modules():
-        if type(module) in stock:
-            module.__class__ = stock[type(module)]
-    return model

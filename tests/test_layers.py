@@ -213,7 +213,7 @@ def agree(stock: nn.Module, size: int, memory_format: torch.memory_format) -> No
         torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-11, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def test_accelerate_keeps_names_and_can_be_undone(caplog: pytest.LogCaptureFixture) -> None:
+def test_accelerate_keeps_names(caplog: pytest.LogCaptureFixture) -> None:
     model = Residual()
     model.norm4 = nn.GroupNorm(2, 6)
     before = copy.deepcopy(model.state_dict())
@@ -222,7 +222,6 @@ def test_accelerate_keeps_names_and_can_be_undone(caplog: pytest.LogCaptureFixtu
     assert "GroupNorm" in caplog.text
     assert "Conv2d" not in caplog.text
     assert model.state_dict().keys() == before.keys()
-    assert type(layers.restore(model).stem) is nn.Conv2d
 
 
 def test_batch_norm_by_running_statistics_rounds_once() -> None:
