@@ -134,8 +134,8 @@ class Hardware:
         """What Lightning does around a training step."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
-    def facts(self) -> dict[str, Any]:
-        """What a record says of the machine; never its name."""
+    def facts(self, *, mixed: bool = True) -> dict[str, Any]:
+        """What a record says of the machine; never its name. mixed: whether what it computed was under `autocast`."""
         name = torch.cuda.get_device_name() if self.kind == "gpu" else _processor()
-        facts = {"device": name, "precision": self.precision, "threads": torch.get_num_threads()}
+        facts = {"device": name, "precision": self.precision if mixed else "32", "threads": torch.get_num_threads()}
         return facts | ({"devices": self.together} if self.together > 1 else {}) | ({"strict": True} if self.strict else {})

@@ -23,7 +23,7 @@ GRID = 241  # points of the drawn curves
 
 def illustration(run: Run) -> Result:
     """`rms/STUDENT`: root mean squared distance to the teacher on the interval. Arrays: the curves, the points."""
-    hardware: Hardware = build({**run.config["trainer"], "accelerator": "cpu", "precision": "32"}, where="trainer")
+    hardware: Hardware = build({**run.config["trainer"], "accelerator": "cpu"}, where="trainer")
     hardware.apply()
     lightning.seed_everything(run.config["seed"], verbose=False)
     task = run.config["task"]
@@ -46,7 +46,7 @@ def illustration(run: Run) -> Result:
     metrics: dict[str, Any] = {f"rms/{name}": _rms(curves[name] - curves["teacher"]) for name in students}
     at_points = {"points": points, "values": _curve(teacher, points), "slopes": _slopes(teacher, points)}
     arrays = {name: array.numpy().astype(np.float32) for name, array in {"x": x, **curves, **at_points}.items()}
-    return Result(metrics, facts=hardware.facts(), arrays=arrays)
+    return Result(metrics, facts=hardware.facts(mixed=False), arrays=arrays)
 
 
 def _teacher(run: Run, x: Tensor) -> nn.Module:

@@ -55,7 +55,7 @@ class Look:
         """Metrics rounded to what they mean; NaN where a model had diverged, which is a result. Axes of curves stay."""
         if self.diverged:
             metrics = {name: x if name in AXES else _nan(x) for name, x in metrics.items()}
-        facts = {"data": self.data.fingerprint(), **self.hardware.facts(), "precision": "32"}
+        facts = {"data": self.data.fingerprint(), **self.hardware.facts(mixed=False)}
         status = "diverged" if self.diverged else "finished"
         return Result({name: _rounded(value) for name, value in metrics.items()}, status, facts, arrays)
 

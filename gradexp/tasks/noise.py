@@ -35,5 +35,5 @@ def noise(run: Run) -> Result:
         metrics[f"test/accuracy@noise={sigma:g}"] = round(float(np.mean(values)), 4)
         if draws > 1:
             metrics[f"test/accuracy@noise={sigma:g}/std"] = round(float(np.std(values, ddof=1)), 4)
-    facts = {"data": data.fingerprint(), **hardware.facts(), "precision": "32"}
+    facts = {"data": data.fingerprint(), **hardware.facts(mixed=False)}
     return Result(metrics, status="diverged" if diverged else "finished", facts=facts)

@@ -22,7 +22,7 @@ def pretrained(run: Run) -> Result:
     save_weights(run, model)
     hardware: Hardware = build(run.config["trainer"], where="trainer")
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    facts = {"weights_file": {"name": file.name, "sha256": sha256(file)}, **hardware.facts(), "precision": "32"}
+    facts = {"weights_file": {"name": file.name, "sha256": sha256(file)}, **hardware.facts(mixed=False)}
     return Result({"parameters": parameters}, facts=facts)
 
 

@@ -11,7 +11,7 @@ from gradexp.errors import UserError
 from gradexp.runs import Result, Run
 from gradexp.saliency import FullGrad
 from gradexp.tasks.hardware import Hardware
-from gradexp.tasks.saliency_score import PRECISION, completeness, first_images, parts
+from gradexp.tasks.saliency_score import completeness, first_images, parts
 
 BATCH = 64
 
@@ -27,7 +27,7 @@ def saliency_gallery(run: Run) -> Result:
     maps = torch.cat([method(model, one) for one in torch.split(images, BATCH)])
     errors = {f"test/{name}": float(values.max()) for name, values in completeness(method, model, images).items()}
     arrays = {"images": data.pixels(images).cpu().numpy(), "maps": shown(maps)}
-    facts = {"data": data.fingerprint(), "labels": labels.tolist(), **hardware.facts(), **PRECISION}
+    facts = {"data": data.fingerprint(), "labels": labels.tolist(), **hardware.facts(mixed=False)}
     return Result({"gallery/images": len(images), **errors}, facts=facts, arrays=arrays)
 
 
@@ -41,7 +41,7 @@ def saliency_layers(run: Run) -> Result:
     errors = method.completeness_error(model, images)
     arrays = {"images": data.pixels(images).cpu().numpy(), "maps": shown(torch.stack(list(layers.values())).sum(0))}
     arrays |= {f"layer/{name}": shown(maps) for name, maps in layers.items()}
-    facts = {"data": data.fingerprint(), "labels": labels.tolist(), "layers": list(layers), **hardware.facts(), **PRECISION}
+    facts = {"data": data.fingerprint(), "labels": labels.tolist(), "layers": list(layers), **hardware.facts(mixed=False)}
     return Result({"gallery/images": len(images), "test/completeness_error": float(errors.max())}, facts=facts, arrays=arrays)
 
 

@@ -17,7 +17,7 @@ from gradexp.evaluate import masking
 from gradexp.files import reserve, sha256, write_atomically
 from gradexp.runs import Result, Run
 from gradexp.saliency import Saliency
-from gradexp.tasks.saliency_score import PRECISION, completeness, parts
+from gradexp.tasks.saliency_score import completeness, parts
 
 CHUNK = 128  # images computed at a time; what is drawn for an image depends on it
 SAY_EVERY = 30.0  # seconds
@@ -44,7 +44,7 @@ def saliency_maps(run: Run) -> Result:
     metrics: dict[str, Any] = {f"maps/{split}": loader.count for split, loader in loaders.items()}
     for name, values in completeness(method, model, next(iter(loaders["test"])).images).items():
         metrics |= {f"test/{name}": float(values.mean()), f"test/{name}/std": float(values.std())}
-    return Result(metrics, facts={"data": data.fingerprint(), "sha256": digests, **hardware.facts(), **PRECISION})
+    return Result(metrics, facts={"data": data.fingerprint(), "sha256": digests, **hardware.facts(mixed=False)})
 
 
 def fill(path: Path, loader: Loader, model: nn.Module, method: Saliency, seed: int, title: str) -> None:

@@ -18,8 +18,6 @@ from gradexp.tasks.build import build
 from gradexp.tasks.hardware import Hardware
 from gradexp.tasks.train import load_model, make_data
 
-PRECISION = {"precision": "32"}  # saliency is never computed in mixed precision, whatever models are trained in
-
 
 def saliency_score(run: Run) -> Result:
     """Mean and standard deviation over test images of what `evaluate` measures: `test/NAME` and `test/NAME/std`."""
@@ -42,7 +40,7 @@ def saliency_score(run: Run) -> Result:
         metrics[f"test/{name}"], metrics[f"test/{name}/std"] = float(values.mean()), float(values.std())
     if not images:
         raise UserError("evaluate.images: none of the test images was of use; raise it")
-    return Result(metrics, facts={"data": data.fingerprint(), "images": images, **hardware.facts(), **PRECISION})
+    return Result(metrics, facts={"data": data.fingerprint(), "images": images, **hardware.facts(mixed=False)})
 
 
 def parts(run: Run) -> tuple[Hardware, nn.Module, ImageData, Saliency]:
