@@ -17,6 +17,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn import functional
 
-from gradexp import winograd
+from gradexp import dense, winograd
 
 _convolution_backward = torch.ops.aten.convolution_backward
 _batch_norm_backward = torch.ops.aten.native_batch_norm_backward
@@ -59,19 +60,25 @@ def _aligned(g: Tensor, x: Tensor) -> Tensor:
 Shape = tuple[Any, ...]  # stride, padding, dilation, groups
 
 
+def _faster(x: Tensor, w: Tensor, shape: Shape) -> ModuleType | None:
+    """The module whose `convolve`, `input_gradient` and `weight_gradient` beat torch's kernels here, if there is one."""
+    return next((module for module in (dense, winograd) if module.suits(x, w, shape)), None)
+
+
 def _convolve(x: Tensor, w: Tensor, b: Tensor | None, shape: Shape) -> Tensor:
-    if not winograd.suits(x, w, shape):
+    faster = _faster(x, w, shape)
+    if faster is None:
         return torch.conv2d(x, w, b, *shape)
-    y = winograd.convolve(x, w)
+    y: Tensor = faster.convolve(x, w)
     return y if b is None else y.add_(b.view(-1, 1, 1))
 
 
 def _kernel(g: Tensor, x: Tensor, w: Tensor, shape: Shape, mask: list[bool]) -> tuple[Any, Any, Any]:
     """Gradients for x, w and the bias: those that `mask` asks for, None for the others. Of x, only the shape without w's."""
     wants_x, wants_w, wants_b = mask
-    if winograd.suits(x, w, shape):
-        gx = winograd.input_gradient(g, w) if wants_x else None
-        gw = winograd.weight_gradient(g, x) if wants_w else None
+    if faster := _faster(x, w, shape):
+        gx = faster.input_gradient(g, w) if wants_x else None
+        gw = faster.weight_gradient(g, x) if wants_w else None
         return gx, gw, g.sum((0, 2, 3)) if wants_b else None
     stride, padding, dilation, groups = shape
     if by_matmul := wants_w and _small_maps(g, x, shape):

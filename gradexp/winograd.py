@@ -40,7 +40,7 @@ G: Matrix = (
 )
 A_T: Matrix = ((1, 1, 1, 1, 1, 0), (0, 1, -1, 2, -2, 0), (0, 1, 1, 4, 4, 0), (0, 1, -1, 8, -8, 1))
 
-MIN_CHANNELS, MAX_PIXELS, MIN_TILES = 128, 64, 64
+MIN_PAIRS, MAX_PIXELS, MIN_TILES = 64 * 128, 16 * 16, 32  # pairs of an input and an output channel
 
 
 def suits(x: Tensor, w: Tensor, shape: tuple[object, ...]) -> bool:
@@ -54,24 +54,29 @@ def suits(x: Tensor, w: Tensor, shape: tuple[object, ...]) -> bool:
     batch, _, height, width = x.shape
     same = w.shape[2:] == (3, 3) and shape == ((1, 1), (1, 1), (1, 1), 1) and height % TILE == width % TILE == 0
     tiles = batch * (height // TILE) * (width // TILE)
-    return same and min(w.shape[:2]) >= MIN_CHANNELS and height * width <= MAX_PIXELS and tiles >= MIN_TILES
+    return same and w.shape[0] * w.shape[1] >= MIN_PAIRS and height * width <= MAX_PIXELS and tiles >= MIN_TILES
 
 
 def convolve(x: Tensor, w: Tensor) -> Tensor:
     """x (B, C, H, W), w (O, C, 3, 3), stride 1, padding 1, H and W multiples of 4 -> (B, O, H, W), channels_last."""
-    return _join(torch.bmm(_windows(x), _kernels(w).transpose(1, 2)), x)
+    return _join(torch.bmm(_windows(x), _kernels(w, G).transpose(1, 2)), x)
 
 
 def input_gradient(g: Tensor, w: Tensor) -> Tensor:
     """Of `convolve` for output-gradients g (B, O, H, W) -> (B, C, H, W), channels_last."""
-    return _join(torch.bmm(_windows(g), _kernels(w.flip(2, 3))), g)
+    turned = tuple(row[::-1] for row in G)
+    return _join(torch.bmm(_windows(g), _kernels(w, turned)), g)
 
 
 def weight_gradient(g: Tensor, x: Tensor) -> Tensor:
     """Of `convolve` for output-gradients g (B, O, H, W) -> (O, C, 3, 3), channels_last."""
-    transformed = torch.bmm(_tiles(g).transpose(1, 2), _windows(x))
-    w = (_square(G, x.dtype).t() @ transformed.flatten(1)).view(3, 3, g.shape[1], x.shape[1])
-    return w.permute(2, 3, 0, 1).contiguous(memory_format=torch.channels_last)
+    products = torch.bmm(_tiles(g).transpose(1, 2), _windows(x))
+    w = _square(G, x.dtype).t() @ products.transpose(0, 1)
+    return w.view(g.shape[1], 3, 3, x.shape[1]).permute(0, 3, 1, 2)
+
+
+# Each transform below multiplies one small matrix by every tile (or kernel) in turn, which stays in the cache meanwhile.
+# That leaves the 36 planes apart by one row of channels, as the large products take them.
 
 
 @cache
@@ -84,27 +89,27 @@ def _square(rows: Matrix, dtype: torch.dtype) -> Tensor:
 def _windows(x: Tensor) -> Tensor:
     """Bᵀ d B of every overlapping window: (B, C, H, W) -> (36, tiles, C)."""
     padded = functional.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
-    windows = padded.unfold(1, WINDOW, TILE).unfold(2, WINDOW, TILE).permute(4, 5, 0, 1, 2, 3)
-    return (_square(B_T, x.dtype) @ windows.reshape(WINDOW**2, -1)).view(WINDOW**2, -1, x.shape[1])
+    windows = padded.unfold(1, WINDOW, TILE).unfold(2, WINDOW, TILE).permute(0, 1, 2, 4, 5, 3)
+    return (_square(B_T, x.dtype) @ windows.reshape(-1, WINDOW**2, x.shape[1])).transpose(0, 1)
 
 
-def _kernels(w: Tensor) -> Tensor:
-    """G w Gᵀ: (O, C, 3, 3) -> (36, O, C)."""
-    return (_square(G, w.dtype) @ w.permute(2, 3, 0, 1).reshape(9, -1)).view(WINDOW**2, *w.shape[:2])
+def _kernels(w: Tensor, rows: Matrix) -> Tensor:
+    """G w Gᵀ with the `rows` of G: (O, C, 3, 3) -> (36, O, C)."""
+    out, channels = w.shape[:2]
+    return (_square(rows, w.dtype) @ w.permute(0, 2, 3, 1).reshape(out, 9, channels)).transpose(0, 1)
 
 
 def _tiles(g: Tensor) -> Tensor:
     """A g Aᵀ of every tile: (B, O, H, W) -> (36, tiles, O)."""
     batch, channels, height, width = g.shape
     apart = g.permute(0, 2, 3, 1).reshape(batch, height // TILE, TILE, width // TILE, TILE, channels)
-    tiles = apart.permute(2, 4, 0, 1, 3, 5).reshape(TILE**2, -1)
-    return (_square(A_T, g.dtype).t() @ tiles).view(WINDOW**2, -1, channels)
+    tiles = apart.transpose(2, 3).reshape(-1, TILE**2, channels)
+    return (_square(A_T, g.dtype).t() @ tiles).transpose(0, 1)
 
 
 def _join(products: Tensor, like: Tensor) -> Tensor:
     """Aᵀ m A of every tile, put side by side: (36, tiles, O) -> (B, O, H, W) with B, H and W those of `like`."""
     batch, _, height, width = like.shape
-    tiles = _square(A_T, like.dtype) @ products.flatten(1)
-    apart = tiles.view(TILE, TILE, batch, height // TILE, width // TILE, -1)
-    whole = apart.permute(2, 3, 0, 4, 1, 5).reshape(batch, height, width, -1).permute(0, 3, 1, 2)
-    return whole.contiguous(memory_format=torch.channels_last)  # a single tile would come as a view
+    tiles = _square(A_T, like.dtype) @ products.transpose(0, 1)
+    apart = tiles.view(batch, height // TILE, width // TILE, TILE, TILE, -1)
+    return apart.transpose(2, 3).reshape(batch, height, width, -1).permute(0, 3, 1, 2)
