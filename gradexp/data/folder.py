@@ -173,9 +173,18 @@ class FileLoader(Loader):
                 pool.shutdown(wait=False, cancel_futures=True)
 
     def _batch(self, pixels: np.ndarray, rows: Tensor, view: Tensor) -> Batch:
-        """pixels (B, H, W, C) uint8: channels-last in memory already."""
-        images = torch.from_numpy(pixels).to(self.labels.device, non_blocking=True).permute(0, 3, 1, 2)
-        return Batch(images * self.scale - self.shift, self.labels[rows.to(self.labels.device)], rows, view)
+        """pixels (B, H, W, C) uint8: channels-last in memory already.
+
+        On a CPU NumPy normalises them, in this thread: torch's threads would fight for the cores with those that decode.
+        """
+        device = self.labels.device
+        if device.type == "cpu":
+            values = np.multiply(pixels, self.scale.ravel().numpy(), dtype=np.float32)
+            values -= self.shift.ravel().numpy()
+            images = torch.from_numpy(values).permute(0, 3, 1, 2)
+        else:
+            images = torch.from_numpy(pixels).to(device, non_blocking=True).permute(0, 3, 1, 2) * self.scale - self.shift
+        return Batch(images, self.labels[rows.to(device)], rows, view)
 
     def _read(self, row: int, view: int) -> np.ndarray:
         side = 2 * self.crop + 1
