@@ -333,7 +333,8 @@ def _merged(calls: Sequence[_Call]) -> list[_Call]:
 
 # --- layers by their place --------------------------------------------------------------------------------
 
-RULES = "`block 2`, `last block`, `last`, or the name of a module"
+RULES = "`block 2`, `last block`, `last`, one of these and ` activation`, or the name of a module"
+ACTIVATION = " activation"
 
 
 class Layer(NamedTuple):
@@ -348,11 +349,16 @@ def find_layer(model: nn.Module, rule: str, images: Tensor) -> Layer:
 
     `block N`: the first convolution of the N-th block, after its normalisation and before its activation; a block is
     what lies between two changes of the spatial size. `last block`: that of the last block. `last`: the last
-    convolution. Anything else is the name of a module. images (B, C, H, W): any, of the right size.
-    Raises UserError when nothing matches.
+    convolution. With ` activation` behind it: the activation that follows this layer. Anything else is the name of a
+    module. images (B, C, H, W): any, of the right size. Raises UserError when nothing matches.
     """
-    training = model.training
-    with torch.no_grad():
+    training, takers = model.training, dict[int, str]()
+    leaves = {name: module for name, module in model.named_modules() if not list(module.children())}
+
+    def take(name: str, module: nn.Module, given: Tensor, output: Tensor) -> None:
+        takers.setdefault(id(given), name)
+
+    with torch.no_grad(), _hooked(model, {name: partial(take, name) for name in leaves}):
         _, calls = _called(model.eval(), images)
     model.train(training)
     merged = _merged(calls)
@@ -364,9 +370,14 @@ def find_layer(model: nn.Module, rule: str, images: Tensor) -> Layer:
     if rule in named:
         call = named[rule]
         return Layer(call.name, call.before.name if call.before else None)
+    followed = named.get(rule.removesuffix(ACTIVATION))
+    if followed is not None:
+        if id(followed.output) not in takers:
+            raise UserError(f"no module follows {followed.name} of {type(model).__name__}: choose its activation by name")
+        return Layer(takers[id(followed.output)], None)
     modules = dict(model.named_modules())
     if rule not in modules:
-        kind = f"it has {len(starts)} blocks" if re.fullmatch(r"block \d+", rule) else f"it is {RULES}"
+        kind = f"it has {len(starts)} blocks" if re.fullmatch(rf"block \d+({ACTIVATION})?", rule) else f"it is {RULES}"
         raise UserError(f"{type(model).__name__} has no layer {rule!r}: {kind}{nearest(rule, [*named, *modules])}")
     return Layer(rule, None)
 

@@ -86,10 +86,37 @@ def test_blocks_of_a_resnet_are_its_stages() -> None:
     assert names == ["norm", "stages.1.0.norm1", "stages.3.0.norm1"]
 
 
+def test_activations_are_found_behind_their_layer() -> None:
+    """By what they are given, not by their names; a block of a residual network gives its own to one, too."""
+    image = torch.zeros(1, 3, 32, 32)
+    vgg = build(compose_run(["experiment=teacher", "model=vgg11", "scale.width=0.05"])["model"], where="model")
+    resnet = build(compose_run(["experiment=teacher", "model=resnet18", "scale.width=0.05"])["model"], where="model")
+    places = ["block 1 activation", "block 3 activation", "last activation"]
+    assert [gradients.find_layer(vgg, place, image).name for place in places] == [
+        "features.relu1",
+        "features.relu5",
+        "features.relu10",
+    ]
+    assert [gradients.find_layer(resnet, place, image).name for place in places[:2]] == ["act", "stages.2.0.act1"]
+    assert gradients.find_layer(vgg, "features.norm3 activation", image) == ("features.relu3", None)
+    with pytest.raises(UserError, match=r"no module follows stages\.3\.1\.norm2 of ResNet"):
+        gradients.find_layer(resnet, "last activation", image)
+
+
+def test_attention_of_chapter_4_is_of_activations() -> None:
+    config = compose_run(["experiment=fullgrad_distill", "method=fg_att", "scale.width=0.05"])
+    student, teacher = build(config["model"], where="model"), build(config["model"], where="model")
+    term = build(config["method"]["terms"]["attention"], where="attention")
+    term.place(student, teacher, torch.zeros(1, 3, 32, 32))
+    assert term.student_layers == ("features.relu1", "features.relu3", "features.relu5")
+
+
 def test_a_rule_that_matches_nothing_is_an_error() -> None:
     model, image = net(0), batch(1).images
     assert gradients.find_layer(model, "linear", image) == ("linear", None)
     assert gradients.find_layer(model, "features.norm3", image) == ("features.norm3", "features.conv3")
+    with pytest.raises(UserError, match="no layer 'block 3 activation': it has 2 blocks"):
+        gradients.find_layer(model, "block 3 activation", image)
     with pytest.raises(UserError, match="no layer 'block 3': it has 2 blocks"):
         gradients.find_layer(model, "block 3", image)
     with pytest.raises(UserError, match=r"`last block`.*did you mean features.norm3"):
@@ -395,8 +422,9 @@ def test_a_step_of_fg_att_takes_one_forward_and_one_gradient_of_each_network(mon
         model.register_forward_hook(lambda *_, name=name: calls.append(name))
     taken = gradients._gradients
     monkeypatch.setattr(gradients, "_gradients", lambda *call: calls.append("gradient") or taken(*call))
-    layers_read = terms[3].student_layers
-    assert layers_read == ("features.norm1", "features.norm2", "features.norm3") == terms[4].teacher_layers
+    assert terms[3].student_layers == ("features.norm1", "features.norm2", "features.norm3") == terms[3].teacher_layers
+    assert terms[4].student_layers == ("features.relu1", "features.relu2", "features.relu3") == terms[4].teacher_layers
+    layers_read = terms[3].student_layers + terms[4].student_layers
     live = LiveTargets(teacher, with_gradient=True, layers=layers_read)
     step = Step(data, student, live, differentiable_input=True, student_layers=layers_read)
     torch.stack([term(step) for term in terms]).sum().backward()  # type: ignore[no-untyped-call]
@@ -419,10 +447,9 @@ def test_stored_and_live_targets_train_the_same_student(places: list[str]) -> No
     outputs = Path(places[1].partition("=")[2])
     (folder,) = (found for found in (outputs / "cache" / "targets").iterdir() if found.is_dir())
     names = {file.name for file in folder.iterdir() if not file.name.endswith(".crc")}
-    layer = "features.norm{}"
     assert {"logits", "gradient-label"} < names
-    assert {f"attention-{layer.format(i)}" for i in (1, 2, 3)} < names
-    assert {f"gradient-{layer.format(i)}-label" for i in (1, 2, 3)} < names
+    assert {f"attention-features.relu{i}" for i in (1, 2, 3)} < names
+    assert {f"gradient-features.norm{i}-label" for i in (1, 2, 3)} < names
     live = ensure(run("fullgrad_distill", [f"{place}-live" if "paths" in place else place for place in places],
                       "method=fg_att", "trainer.store_gib=0"))  # fmt: skip
     assert live["id"] == kept["id"]
