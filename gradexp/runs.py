@@ -198,13 +198,26 @@ class Result:
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
 
 
+CLOCKS = ("wall", "cpu")
+
+
+def read_clocks() -> dict[str, float]:
+    return {"wall": time.monotonic(), "cpu": time.process_time()}
+
+
+def since(begun: dict[str, float]) -> dict[str, float]:
+    """Seconds of each clock."""
+    return {clock: now - begun[clock] for clock, now in read_clocks().items()}
+
+
 @dataclass
 class Run:
-    """One run: its config, its places, and the runs it stands on."""
+    """One run: its config, its places, the runs it stands on, and the seconds that went into doing (or awaiting) these."""
 
     config: Config
     paths: Paths
     used: dict[str, Any] = field(default_factory=dict)
+    upstream_seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(CLOCKS, 0.0))
 
     @property
     def id(self) -> str:
@@ -232,7 +245,9 @@ class Run:
         shared = {key: self.config[key] for key in HARDWARE if key in self.config}
         run = Run(config | shared, self.paths)
         made = run.folder / product
+        begun = read_clocks()
         ensure(run, needs=lambda: intact(made))
+        self.upstream_seconds = {clock: spent + self.upstream_seconds[clock] for clock, spent in since(begun).items()}
         again = run.folder / REMADE
         facts = json.loads(again.read_text(encoding="utf-8")) if again.exists() else {}
         self.used[name] = {"id": run.id, "experiment": config["name"], f"{made.stem}_sha256": sha256(made)} | facts
@@ -267,10 +282,10 @@ def ensure(run: Run, needs: Callable[[], bool] = lambda: True) -> Config:
 
 
 def _perform(run: Run) -> Config:
-    started, clock, cpu = datetime.now(UTC), time.monotonic(), time.process_time()
+    started, begun = datetime.now(UTC), read_clocks()
     git = git_state()
     result: Result = locate(run.config["task"]["_target_"])(run)
-    spent = {"wall": time.monotonic() - clock, "cpu": time.process_time() - cpu}
+    spent = {clock: seconds - run.upstream_seconds[clock] for clock, seconds in since(begun).items()}
     earlier = result.facts.pop("earlier_seconds", {"wall": 0.0, "cpu": 0.0})
     arrays = run.record_path.with_suffix(".npz")
     if result.arrays and not (run.record_path.exists() and arrays.exists()):  # a record that is there stays as it is
@@ -284,7 +299,8 @@ def _perform(run: Run) -> Config:
         "metrics": result.metrics,
         "config": {key: value for key, value in run.config.items() if key != "paths"},
         "upstream": run.used,
-        "seconds": {name: round(spent[name] + earlier[name], 2) for name in spent},
+        "seconds": {clock: round(spent[clock] + earlier[clock], 2) for clock in CLOCKS}
+        | {"upstream": round(run.upstream_seconds["wall"], 2)},
         "peak_memory_mib": peak_memory_mib(),
         "versions": versions(),
         "git": git,

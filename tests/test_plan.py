@@ -85,6 +85,11 @@ def test_a_teacher_that_was_trained_inside_a_run_is_not_its_own_cost(tmp_path: P
         cost = History.of(paths).cost(run)
         assert cost is not None
         assert cost.seconds == seconds
+    own = {"cpu": 30.0, "wall": 40.0, "upstream": 90.0}  # a record that counts it apart
+    record(paths, run, 100.0, upstream={"teacher": {"id": run_id(teacher)}}, started="2026-01-01T00:00:00+00:00", seconds=own)
+    cost = History.of(paths).cost(run)
+    assert cost is not None
+    assert cost.seconds == 30.0
 
 
 def test_the_nearest_records_decide_and_probes_only_where_there_is_none() -> None:

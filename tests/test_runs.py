@@ -181,6 +181,29 @@ def test_deleted_weights_are_rebuilt_and_the_record_stays(tmp_path: Path) -> Non
 
 
 @pytest.mark.usefixtures("_toy_task")
+def test_seconds_are_a_runs_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a run's upstream, at any depth, nor its rebuilding counts; the wall clock's part of it is told."""
+    now = [0.0]
+    monkeypatch.setattr(runs, "read_clocks", lambda: {"wall": now[0], "cpu": now[0] / 2})
+
+    def slow(run: runs.Run) -> runs.Result:
+        result = work(run)
+        now[0] += 10 ** run.config["seed"]
+        return result
+
+    monkeypatch.setattr("gradexp.tasks.toy", slow)
+    bare = [{key: value for key, value in toy(tmp_path, seed=seed).config.items() if key != "paths"} for seed in (2, 1)]
+    middle = bare[1] | {"upstream": {"start": bare[0]}}
+    seconds = []
+    for seed in (0, -1):
+        record = runs.ensure(toy(tmp_path, seed=seed, upstream={"teacher": middle}))
+        seconds.append(record["seconds"])
+        toy(tmp_path, **middle).weights.unlink()
+    assert seconds[0] == {"wall": 1, "cpu": 0.5, "upstream": 110}
+    assert seconds[1] == {"wall": 0.1, "cpu": 0.05, "upstream": 10}
+
+
+@pytest.mark.usefixtures("_toy_task")
 def test_a_run_that_diverges_again_gives_the_same_numbers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from gradexp import layers
 from gradexp.errors import UserError
 from gradexp.models.vgg import VGG
 from gradexp.saliency import (
@@ -101,6 +102,23 @@ def test_a_map_has_the_images_size_and_the_model_stays_as_it_was(name: str, targ
 def test_none_means_the_predicted_class(name: str) -> None:
     model, images = net(), pictures(5)
     torch.testing.assert_close(METHODS[name](model, images), METHODS[name](model, images, model(images).argmax(1)))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_frozen_models_weights_cost_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its maps are the same, and no convolution is asked for a gradient of its weights."""
+    masks: list[list[bool]] = []
+    kernel = layers._kernel
+    monkeypatch.setattr(layers, "_kernel", lambda *given: masks.append(given[-1]) or kernel(*given))
+    model, images = layers.accelerate(net()), pictures()
+    maps = []
+    for trained in (True, False):
+        masks.clear()
+        model.requires_grad_(trained)
+        torch.manual_seed(0)
+        maps.append(METHODS[name](model, images))
+    torch.testing.assert_close(maps[0], maps[1], rtol=0, atol=0)
+    assert not any(wants_w or wants_b for _, wants_w, wants_b in masks)
 
 
 @pytest.mark.parametrize("name", DETERMINISTIC)

@@ -160,6 +160,10 @@ def test_a_teacher_that_was_made_twice_is_said() -> None:
         "The teacher aa was made 2 times, and rounds differently: 01234567 (2 runs: run0, run1); "
         "98765432, test/accuracy 63.86 (1 run: run2)."
     )
+    # The runs may all stand on the second one, while what is said of a teacher comes from the first one's record.
+    assert tables.origins(records[2:]).endswith(
+        "The teacher aa was made again after its record, and rounds differently: 98765432, test/accuracy 63.86 (1 run: run2)."
+    )
 
 
 def test_a_cell_may_show_the_spread_inside_its_runs() -> None:

@@ -204,14 +204,14 @@ def sample(
 ) -> Sample | None:
     """What a record says of costs; None where its amount is not known, or it diverged.
 
-    Runs that it stands on and that began after it were done inside it: their seconds are taken off. Disk is what is in
-    its `folder`, where that is still there, and otherwise the weights.
+    An older record counts the runs that it stands on, where they were done inside it, which is where they began after it:
+    their seconds are taken off. Disk is what is in its `folder`, where that is still there, and otherwise the weights.
     """
     size = amount(record["config"], sizes)
     if size is None or record["status"] != "finished":
         return None
     inside = [known[run["id"]] for run in record["upstream"].values() if run.get("id") in known]
-    inside = [run for run in inside if run["started"] >= record["started"]]
+    inside = [run for run in inside if run["started"] >= record["started"] and "upstream" not in record["seconds"]]
     names = (clock, "wall")
     busy, wall = (max(0.01, record["seconds"][name] - sum(run["seconds"][name] for run in inside)) for name in names)
     speed = record.get("images_per_second")

@@ -185,19 +185,18 @@ def origins(records: Sequence[Config]) -> str:
 
 
 def _remade(records: Sequence[Config]) -> Iterator[str]:
-    """A sentence for each upstream run whose weights or maps, made again elsewhere, are not the same everywhere."""
+    """A sentence for each upstream run whose weights or maps were made again, and are not those of its record everywhere."""
     made: dict[tuple[str, str], dict[str, list[Config]]] = {}
     for record in records:
         for name, run in record.get("upstream", {}).items():
             for digest in (value for key, value in run.items() if key.endswith("_sha256")):
                 made.setdefault((name, run["id"]), {}).setdefault(digest[:8], []).append(record)
     for (name, number), by_digest in made.items():
-        if len(by_digest) > 1:
-            yield (
-                f"The {name} {number} was made {len(by_digest)} times, and rounds differently: "
-                + "; ".join(_making(digest, name, users) for digest, users in by_digest.items())
-                + "."
-            )
+        again = any("remade" in users[0]["upstream"][name] for users in by_digest.values())
+        if len(by_digest) > 1 or again:
+            times = f"made {len(by_digest)} times" if len(by_digest) > 1 else "made again after its record"
+            listed = "; ".join(_making(digest, name, users) for digest, users in by_digest.items())
+            yield f"The {name} {number} was {times}, and rounds differently: {listed}."
 
 
 def _making(digest: str, name: str, users: Sequence[Config]) -> str:

@@ -33,7 +33,7 @@ def fool(run: Run) -> Result:
     shown = next(look.batches(task["shown"], task["shown"]))
     metrics: dict[str, Any] = {"energy/uniform": 100 * float(mask.mean())}
     arrays: dict[str, Any] = {"images": as_bytes(shown.images), "mask": mask.numpy()}
-    for name, model in (("before", look.model("start")), ("after", load_model(run, look.hardware).requires_grad_(False))):
+    for name, model in (("before", look.model("start")), ("after", load_model(run, look.hardware))):
         energies: dict[str, list[Tensor]] = {}
         for batch in look.batches(task["images"], BATCH):
             for kind, gradient in maps(model, batch, task["temperature"]).items():

@@ -35,7 +35,7 @@ class Look:
         upstream = self.run.upstream(name)
         self.records[name] = read_record(upstream.record_path)
         self.diverged |= self.records[name]["status"] == "diverged"
-        return load_model(upstream, self.hardware).requires_grad_(False)
+        return load_model(upstream, self.hardware)
 
     def batches(self, count: int | None, size: int) -> Iterator[Batch]:
         """`count` test images in an order that the run's seed draws, None for all, `size` at a time."""
