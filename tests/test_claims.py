@@ -196,17 +196,21 @@ def test_from_records_to_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         {"id": "e", "greater": rows[1:], **common},
         {"id": "f", "greater": [{"row": rows[0], "minus": rows[1]}, 0.5], **common},
         {"id": "g", "greater": rows[:2], **common, "at": ["500"]},
+        {"id": "h", "greater": rows[:2], **common, "scales": ["paper"]},
+        {"id": "i", "greater": rows[:2], **common, "scales": ["cpu", "quick"]},
     ]
     judged = read(tmp_path, found)
-    verdicts = ["holds", "contradicted", "holds", "contradicted", "direction only: for", "holds", "not run"]
+    verdicts = ["holds", "contradicted", "holds", "contradicted", "direction only: for", "holds", "not run", "not run", "holds"]
     assert [claims.verdict(one) for one in judged] == verdicts
     assert judged[0].n == 8
+    assert [one.comparisons[0].in_scale for one in judged[-2:]] == [False, True]
+    assert judged[-2].comparisons[0].thesis == judged[-1].comparisons[0].thesis
     e = judged[0].comparisons[0].estimate
     assert e is not None
     assert e.low < 1 < e.high  # type: ignore[operator]
     md, csv = claims.write(judged, "quick", 0.95, tmp_path)
-    assert "7 claims: 3 holds, 2 contradicted, 1 direction only, 1 not run." in md.read_text()
-    assert len(csv.read_text().splitlines()) == 8
+    assert "9 claims: 4 holds, 2 contradicted, 1 direction only, 2 not run." in md.read_text()
+    assert len(csv.read_text().splitlines()) == 10
     assert r"A \| helps" in md.read_text()
 
 

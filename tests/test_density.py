@@ -16,7 +16,9 @@ from gradexp.evaluate.shift import Shifted, shift_effects, sine_effects
 from gradexp.report import figures, specs, tables
 from gradexp.report.draw.images import red_over, samples, signed
 from gradexp.runs import Paths, Run, _write_arrays, ensure, read_arrays, run_id, write_record
+from gradexp.tasks.build import build
 from gradexp.tasks.compose import compose_run, plan
+from gradexp.tasks.train import accuracy_on_test, load_model, make_data
 
 TINY = ["scale=quick", "scale.density.images=40", "trainer.threads=1", "logger=none"]
 SMALL = {"scale.density.width": 1 / 64, "scale.density.judge_width": 1 / 64, "data.per_class": 4, "optim.passes": 1}
@@ -48,8 +50,20 @@ MODEL_AND_JUDGE = [*shrunk("model", "judge"), "scale.density.samples=12", "scale
 @pytest.mark.parametrize("method", ["ce", "half_gradient_norm", "score_matching", "anti_score_matching"])
 def test_the_four_regularisers_train(places: list[str], method: str) -> None:
     record, _ = done(places, *TRAIN, f"method={method}")
+    metrics = record["metrics"]
     assert record["status"] == "finished"
-    assert len(record["metrics"]["train/loss"]) == 1
+    assert len(metrics["train/loss"]) == 1
+    seen = {name: metrics[name][0] for name in metrics if name.startswith(("train/hessian", "train/gradient"))}
+    if method == "score_matching":  # the loss is made of what is recorded of its parts: Eq. 5.4
+        trace, squared, norm = (
+            seen[f"train/{name}"] for name in ("hessian_trace", "hessian_trace/squared", "gradient_norm/squared")
+        )
+        assert metrics["train/loss/score_matching"][0] == pytest.approx(1e-3 * (trace + norm / 2 + 1e-4 * squared), rel=1e-3)
+    elif method == "anti_score_matching":
+        assert 0 <= seen["train/hessian_trace/at_ceiling"] <= 1
+        assert seen["train/hessian_trace/squared"] >= seen["train/hessian_trace"] ** 2
+    else:
+        assert not seen
 
 
 def test_the_hutchinson_estimator_trains_too(places: list[str]) -> None:
@@ -91,7 +105,7 @@ def test_sampling_goes_on_after_an_interruption(places: list[str], monkeypatch: 
     from gradexp.tasks import density
 
     words = ["experiment=gan_test", *MODEL_AND_JUDGE]
-    monkeypatch.setattr(density, "BATCH", 5)
+    monkeypatch.setattr(density, "SAMPLED", 5)
     whole = ensure(run([f"{place}/0" for place in places], *words))
     again = run([f"{place}/1" for place in places], *words)
     seen: list[int] = []
@@ -140,6 +154,17 @@ def test_fooling_moves_the_energy_into_the_mask(places: list[str]) -> None:
     assert metrics["energy/logit/after"] > metrics["energy/logit/before"] + 1
     assert {"test/accuracy", "test/accuracy/before", "energy/loss/after", "energy/loss@T=1000/after"} <= metrics.keys()
     assert arrays["logit_after"].sum((1, 2)) == pytest.approx([1] * 4, rel=1e-3)
+
+
+def test_fooling_compares_accuracies_on_the_same_images(places: list[str]) -> None:
+    """Not with what the start's own record says, whose test images are others where a validation split is held out."""
+    words = [*shrunk("start"), "scale.density.judge_width=0.015625", "optim.passes=1", "data.validation=0.3"]
+    made = run(places, "experiment=fooling", *words)
+    metrics = ensure(made)["metrics"]
+    hardware, data = build(made.config["trainer"], where="trainer"), make_data(made.config, made.paths)
+    assert data.validation == 0.3
+    start = load_model(made.upstream("start"), hardware)
+    assert metrics["test/accuracy/before"] == pytest.approx(accuracy_on_test(start, data, hardware), rel=1e-5)
 
 
 def test_a_mask_that_does_not_fit_fails_before_the_training(places: list[str], tmp_path: Path) -> None:

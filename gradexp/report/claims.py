@@ -28,7 +28,10 @@ from gradexp.runs import Config, Paths, write_atomically
 VERDICTS = ("holds", "contradicted", "underpowered", "direction only", "not run")
 FILE_KEYS = ("confidence", "power", "resamples", "claims")
 FORMS = ("greater", "less", "near")
-KEYS = ("id", "section", "says", "item", "across", "panel", "metric", *FORMS, "within", "by", "at", "unit", "except", "because")
+KEYS = (
+    *("id", "section", "says", "item", "scales", "across", "panel", "metric", *FORMS, "within", "by", "at", "unit"),
+    *("except", "because"),
+)
 CELL_KEYS = ("row", "column", "metric", "minus")
 UNITS = ("seeds", "images")
 
@@ -253,17 +256,20 @@ def read(file: Path, scale: str, plan: Planner, paths: Paths) -> list[Judged]:
         key = spec["item"], spec.get("panel")
         try:
             grid = grids.setdefault(key, grids.get(key) or Grid(*key, scale, plan, paths))
-            claims.append(_claim(spec, grid, whole))
+            claims.append(_claim(spec, grid, whole, here=scale in spec.get("scales", [scale])))
         except UserError as error:
             raise UserError(f"{file.name}, claim {spec['id']}: {error}") from None
     return judge(claims, confidence=whole["confidence"], power=whole["power"])
 
 
-def _claim(spec: Config, grid: Grid, whole: Config) -> Judged:
+def _claim(spec: Config, grid: Grid, whole: Config, *, here: bool) -> Judged:
+    """here: whether the claim is one about what this scale runs; the names of its cells are checked anyway."""
     unit = spec.get("unit", "seeds")
     if unit not in UNITS:
         raise UserError(f"unit {unit!r}: it is one of {', '.join(UNITS)}")
     found = [_compare(pair, grid, unit, whole) for pair in pairs(spec, grid) if not pair.excepted]
+    if not here:
+        found = [Comparison(one.label, False, None, None, one.thesis, ()) for one in found]
     says, note = (" ".join(str(spec.get(key, "")).split()) for key in ("says", "because"))
     return Judged(str(spec["id"]), spec["section"], says, spec["item"], unit, note, tuple(found))
 

@@ -15,13 +15,13 @@ from gradexp.errors import UserError
 from gradexp.evaluate import gan_test as judging
 from gradexp.evaluate.density_ratio import density_ratio as measure_ratio
 from gradexp.evaluate.discriminative_perturbation import discriminative_perturbation as perturb
-from gradexp.evaluate.discriminative_perturbation import explained_class
 from gradexp.runs import Result, Run, run_id, write_atomically
 from gradexp.sampling import Ascent
 from gradexp.tasks.build import build
 from gradexp.tasks.look import Look, as_bytes
 
 BATCH = 256
+SAMPLED = 64  # images that climb together: a killed run loses what these had done
 
 
 def gan_test(run: Run) -> Result:
@@ -48,8 +48,8 @@ def sample(look: Look, ascent: Ascent, model: nn.Module, labels: Tensor) -> Tens
         return torch.full((len(labels), *shape), float("nan"), device=labels.device)
     look.run.folder.mkdir(parents=True, exist_ok=True)
     files = []
-    for start in range(0, len(labels), BATCH):
-        chosen = labels[start : start + BATCH]
+    for start in range(0, len(labels), SAMPLED):
+        chosen = labels[start : start + SAMPLED]
         files.append(look.run.folder / f"samples_{start}.pt")
         if not files[-1].exists():
             seeds = [mix(look.run.config["seed"], start + i) for i in range(len(chosen))]
@@ -96,7 +96,8 @@ def implicit_samples(run: Run) -> Result:
 def discriminative_perturbation(run: Run) -> Result:
     """Figures 5.3 and 5.6, and as arrays the gradients of Figures 5.4 and 5.7.
 
-    `model` is perturbed, the gradients of `explainer` say where; both may be one.
+    `model` is perturbed, the gradients of `explainer` say where; both may be one. The gradients that are shown are those of
+    the correct class, the same for all models.
     """
     look, task = Look(run), run.config["task"]
     model, explainer = look.model("model"), look.model("explainer")
@@ -107,8 +108,7 @@ def discriminative_perturbation(run: Run) -> Result:
     metrics: dict[str, Any] = perturb(model, explainer, batches, fractions=fractions, seed=run.config["seed"], **how)
     metrics["mean_accuracy"] = float(np.mean(metrics["accuracy"]))
     batch = next(look.batches(task["shown"], task["shown"]))
-    classes = explained_class(model(batch.images), batch.labels, task["target"])
-    gradient = gradients.input_gradient(explainer, batch.images, classes)
+    gradient = gradients.input_gradient(explainer, batch.images, batch.labels)
     return look.result(
         metrics, images=as_bytes(batch.images), gradients=gradient.nan_to_num(0).cpu().numpy().astype(np.float16)
     )

@@ -14,7 +14,7 @@ from gradexp.errors import UserError
 from gradexp.evaluate.energy import energy_inside
 from gradexp.runs import Result, Run
 from gradexp.tasks.look import Look, as_bytes
-from gradexp.tasks.train import load_model, train
+from gradexp.tasks.train import accuracy_on_test, load_model, train
 from gradexp.terms.fooling import corner
 
 BATCH = 256
@@ -40,7 +40,8 @@ def fool(run: Run) -> Result:
                 energies.setdefault(kind, []).append(energy_inside(gradient, mask.to(gradient)))
         metrics |= {f"energy/{kind}/{name}": float(torch.cat(parts).nanmean()) for kind, parts in energies.items()}
         arrays |= {f"{kind}_{name}": unsigned(gradient) for kind, gradient in maps(model, shown, task["temperature"]).items()}
-    metrics["test/accuracy/before"] = look.records["start"]["metrics"]["test/accuracy"] or float("nan")
+        if name == "before":  # that of the other model is measured at the end of its training, on the same images
+            metrics["test/accuracy/before"] = accuracy_on_test(model, look.data, look.hardware)
     measured = look.result(metrics, **arrays)
     return Result(trained.metrics | measured.metrics, trained.status, trained.facts, measured.arrays)
 

@@ -17,7 +17,7 @@ from gradexp.data.loader import TrainingStream
 from gradexp.errors import UserError
 from gradexp.runs import Config, Paths, Run, ensure, peak_memory_mib
 from gradexp.tasks.launchers import PRELOADED
-from gradexp.tasks.train import fit, judge, make_data, prepare
+from gradexp.tasks.train import accuracy_on_test, fit, make_data, prepare
 from gradexp.training.callbacks import Checkpointer, ProgressLine
 from gradexp.training.dropout import dropout_after
 
@@ -42,7 +42,7 @@ def training(config: Config, paths: Paths) -> Config:
         stream, progress = TrainingStream(made.loader, steps), ProgressLine("probe", steps)
         fit(made.module, stream, made.hardware, None, Checkpointer(run.folder / "last.ckpt", every=1e9), progress, watch)
     trained = _clock()
-    judge(made.module, made.data, made.hardware)
+    accuracy_on_test(made.student, made.data, made.hardware)
     images = watch.images[-1] - watch.images[WARM - 1]
     spans = {"ready": (begun, ready, 1), "image": (watch.clocks[WARM - 1], watch.clocks[-1], images)}
     spans |= {"judge": (trained, _clock(), 1)}

@@ -62,7 +62,8 @@ def train(run: Run) -> Result:
     # A metrics.csv that other processes wrote would be begun anew.
     logger = None if together and run.config["logger"]["_target_"].endswith("csv") else make_logger(run)
     steps = train_elsewhere(training) if together else run_steps(training, logger)
-    metrics: dict[str, Any] = module.curves | module.summary() | judge(module, training.data, hardware)
+    metrics: dict[str, Any] = module.curves | module.summary()
+    metrics["test/accuracy"] = float("nan") if module.diverged else accuracy_on_test(student, training.data, hardware)
     if "train/angle" in module.curves:
         metrics["angle"] = module.curves["train/angle"][-1]
     finish(logger, {name: value for name, value in metrics.items() if not isinstance(value, list)})
@@ -140,12 +141,10 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return state
 
 
-def judge(module: Classifier, data: ImageData, hardware: Hardware) -> dict[str, float]:
-    """The test accuracy of the trained student; NaN where training diverged."""
-    if module.diverged:
-        return {"test/accuracy": float("nan")}
+def accuracy_on_test(model: nn.Module, data: ImageData, hardware: Hardware) -> float:
+    """Percent of the test images classified correctly."""
     batches = data.test_loader(batch_size=EVALUATION_BATCH, device=hardware.device)
-    return {"test/accuracy": accuracy(module.student, batches, classes=data.classes, device=hardware.device)}
+    return accuracy(model, batches, classes=data.classes, device=hardware.device)
 
 
 def make_data(config: Config, paths: Paths) -> ImageData:

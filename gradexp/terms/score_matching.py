@@ -33,7 +33,11 @@ class HessianTrace(Term):
             )
 
     def trace(self, step: Step) -> Tensor:
-        return step.student_hessian_trace(self.estimator, self.sigma, self.target)
+        """h (B,). Its mean and mean square become curves: what the regulariser does to it, whatever its weight."""
+        trace = step.student_hessian_trace(self.estimator, self.sigma, self.target)
+        known = trace.detach()
+        self.seen = {"hessian_trace": known.mean(), "hessian_trace/squared": known.square().mean()}
+        return trace
 
 
 class ScoreMatching(HessianTrace):
@@ -50,6 +54,7 @@ class ScoreMatching(HessianTrace):
     def forward(self, step: Step) -> Tensor:
         trace = self.trace(step)
         norm = step.student_input_gradient(self.target, "batch").square().flatten(1).sum(1)
+        self.seen["gradient_norm/squared"] = norm.detach().mean()
         return (trace + norm / 2 + self.stability * trace.square()).mean()
 
 
@@ -61,4 +66,6 @@ class AntiScoreMatching(HessianTrace):
         self.ceiling = ceiling
 
     def forward(self, step: Step) -> Tensor:
-        return -self.trace(step).clamp(max=self.ceiling).mean()
+        trace = self.trace(step)
+        self.seen["hessian_trace/at_ceiling"] = (trace.detach() >= self.ceiling).to(trace).mean()
+        return -trace.clamp(max=self.ceiling).mean()

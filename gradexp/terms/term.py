@@ -22,6 +22,8 @@ class Term(nn.Module, ABC):
 
     student_layers, teacher_layers: the modules whose outputs, or the gradients there, it reads. teacher_maps: all that
     it asks of `teacher_layers`, where that can be stored. reads_bias: whether it reads the bias of `student_layers`.
+
+    seen: scalars of the last step, detached means over its images, that are recorded as curves beside the loss.
     """
 
     needs_teacher = False
@@ -43,6 +45,7 @@ class Term(nn.Module, ABC):
     def __init__(self, *, weight: float) -> None:
         super().__init__()
         self.weight = weight
+        self.seen: dict[str, Tensor] = {}
 
     def check(self, student: nn.Module) -> None:
         """Raises UserError for a student that this term can't train; called once, before training."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -66,6 +67,8 @@ class Classifier(lightning.LightningModule):
         loss = torch.stack(list(parts.values())).sum()
         part = ranks.part(batch.images)  # terms are means over this process's images
         values = {f"train/loss/{name}": value for name, value in parts.items()} | {"train/loss": loss} | self.observe(step)
+        for term in self.terms.values():
+            values |= {f"train/{name}": value for name, value in term.seen.items()} if isinstance(term, Term) else {}
         self._add({name: value * part for name, value in values.items()})
         if self._summed == self.steps_per_pass or self.global_step + 1 == self.total_steps:
             self._end_pass()
@@ -103,7 +106,7 @@ class Classifier(lightning.LightningModule):
             self.curves.setdefault(name, []).append(float(f"{mean:.5g}"))
         if self.logger is not None:
             self.logger.log_metrics(means, step=self.global_step)
-        if means["train/loss"] != means["train/loss"] or means["train/loss"] == float("inf"):
+        if not math.isfinite(means["train/loss"]):
             self.diverged = True  # NaN is a result: the run ends here and says so
             self.trainer.should_stop = True
 
