@@ -14,7 +14,9 @@ def make(spec: dict[str, Any], job: Job) -> None:
     wanted = [overrides for _, seeds in figures.overrides_of(spec, job.scale) for overrides in seeds]
     failures = job.fill(f"figure {spec['number']}", wanted)
     series = figures.gather(spec, job.scale, plan, job.paths)
-    report([] if failures else figures.make(spec, job.scale, series, locate(spec["draw"]), job.paths.results), failures)
+    sentences = figures.caption(spec, job.scale, series, plan)
+    drawn = (spec, job.scale, series, locate(spec["draw"]), job.paths.results, sentences)
+    report([] if failures else figures.make(*drawn), failures)
 
 
 if __name__ == "__main__":

@@ -35,9 +35,10 @@ def page(scale: str, paths: Paths) -> str:
     panels = html.Panels(paths, commands, said["curve_points"])
     made = [tables.build(spec, scale, planner, paths) for spec in having(scale, "table")]
     drawn = [(spec, figures.gather(spec, scale, planner, paths)) for spec in having(scale, "figure")]
+    told = [figures.caption(spec, scale, series, planner) for spec, series in drawn]
     parts = html.chapters(
         [html.table_view(table, panels, said["close"]) for table in made],
-        [html.figure_view(spec, series, scale, panels) for spec, series in drawn],
+        [html.figure_view(*one, scale, panels, sentences) for one, sentences in zip(drawn, told, strict=True)],
         html.claim_views(claims.read(CLAIMS, scale, planner, paths), panels),
         said,
     )

@@ -31,9 +31,9 @@ def series(folder: Path, label: str, *losses: list[float]) -> figures.Series:
 def test_curves_are_means_over_seeds_with_a_band(tmp_path: Path) -> None:
     drawn = [series(tmp_path, "a", [4.0, 2.0], [2.0, 2.0]), series(tmp_path, "b", [1.0, 1.0])]
     files = figures.make(SPEC, "quick", drawn, curves, tmp_path / "results")
-    assert [file.name for file in files] == [f"figure_9_1.{kind}" for kind in ("png", "pdf", "svg", "csv")]
+    assert [file.name for file in files] == [f"figure_9_1.{kind}" for kind in ("png", "pdf", "svg", "csv", "md")]
     assert all(file.stat().st_size > 50 for file in files)
-    rows = list(csv.DictReader(files[-1].open()))
+    rows = list(csv.DictReader(files[-2].open()))
     assert [(row["series"], row["x"], float(row["mean"]), float(row["std"])) for row in rows] == [
         ("a", "1", 3.0, 1.41),
         ("a", "2", 2.0, 0.0),
@@ -46,7 +46,37 @@ def test_a_curve_that_ends_early_leaves_a_gap(tmp_path: Path) -> None:
     """As that of a training that diverged."""
     drawn = [series(tmp_path, "a", [4.0, 2.0], [2.0])]
     files = figures.make(SPEC, "quick", drawn, curves, tmp_path / "results")
-    assert [row["mean"] for row in csv.DictReader(files[-1].open())] == ["3", "nan"]
+    assert [row["mean"] for row in csv.DictReader(files[-2].open())] == ["3", "nan"]
+
+
+def test_a_figure_says_how_its_runs_depart_and_where_they_come_from(tmp_path: Path) -> None:
+    spec = SPEC | {
+        "title": "Losses.",
+        "note": "Of students.",
+        "experiment": "jacobian_distill",
+        "seeds": {"paper": [0, 1], "quick": [3]},
+        "overrides_at": {"paper": ["data.per_class=50"], "quick": ["data.per_class=5"]},
+        "series": [{"label": "CE", "overrides": ["method=ce"]}, {"label": "A", "overrides": ["method=a"]}],
+    }
+    paths = runs.Paths(tmp_path / "data", tmp_path / "results", tmp_path / "outputs")
+    first = figures.gather(spec, "quick", plan, paths)[0]
+    place = {"precision": "32", "device": "here", "git": {"commit": "c" * 40, "dirty": False}, "seconds": {"wall": 1800}}
+    runs.write_record(first.sources[0].record, {"metrics": {"train/loss": [2.0, 1.0]}, **place})
+    note, departed, seeds, origin = figures.caption(spec, "quick", figures.gather(spec, "quick", plan, paths), plan)
+    assert (note, seeds) == ("Of students.", "Seeds: 3.")
+    assert departed.startswith("Scale quick departs from scale=paper in: ")
+    assert "`data.per_class` 5 (paper: 50)" in departed
+    assert "`data.name` digits (paper: cifar100)" in departed
+    assert origin == "1 run, 0.5 h; precision 32 on here; commit cccccccc."
+    files = figures.make(spec, "quick", [first], curves, tmp_path / "results", [note, departed])
+    page = files[-1].read_text()
+    assert page.startswith(
+        "**Figure 9.1, scale=quick.** Losses.\n\n![Figure 9.1 at scale=quick](figure_9_1.png)\n\n- Of students."
+    )
+    (link,) = [line for line in page.splitlines() if line.startswith("| CE |")]
+    record = first.sources[0].record
+    assert link == f"| CE | [{record.stem}](../../runs/jacobian_distill/{record.name}) |"
+    assert (files[-1].parent / "../../runs/jacobian_distill" / record.name).exists()
 
 
 def test_the_same_records_give_the_same_bytes(tmp_path: Path) -> None:
@@ -68,6 +98,8 @@ def test_a_figure_without_its_runs_names_the_commands(tmp_path: Path) -> None:
     absent: Any = figures.Series({"label": "a"}, (Source("x", tmp_path / "x.json", "python run.py seed=7"),))
     with pytest.raises(UserError, match=r"run\.py seed=7"):
         figures.make(SPEC, "quick", [absent], curves, tmp_path)
+    with pytest.raises(UserError, match="runs are missing, which need photographs; make them with"):
+        figures.make(SPEC | {"needs": {"quick": "photographs"}}, "quick", [absent], curves, tmp_path)
 
 
 def test_drawing_needs_no_torch() -> None:

@@ -119,7 +119,7 @@ def render(results: Path, scale: str = "cpu", spec: dict[str, Any] = SPEC, words
     claim = judged(filled[:2], f"A beats CE. {words}")
     parts = html.chapters(
         [html.table_view(table, panels, SAID["close"])],
-        [html.figure_view(*one, scale, panels) for one in (drawn, absent)],
+        [html.figure_view(*one, scale, panels, [f"Departs from `paper`. {words}"]) for one in (drawn, absent)],
         html.claim_views([claim], panels),
         SAID,
     )

@@ -14,8 +14,8 @@ import pytest
 import yaml
 
 from gradexp.errors import UserError
+from gradexp.report import provenance, tables
 from gradexp.report import specs as report_specs
-from gradexp.report import tables
 from gradexp.runs import ROOT, Paths, run_id, write_record
 from gradexp.tasks.compose import plan
 
@@ -141,7 +141,7 @@ def test_no_scale_borrows_from_another(tmp_path: Path) -> None:
 
 
 def test_departures_from_the_paper_are_said() -> None:
-    changes = tables.departures(
+    changes = provenance.departures(
         {"scale": {"name": "cpu"}, "upstream": {}, "optim": {"passes": 60}, "seed": 0},
         {"scale": {"name": "paper"}, "upstream": {}, "optim": {"passes": 500}, "seed": 0},
     )
@@ -154,14 +154,14 @@ def test_a_teacher_that_was_made_twice_is_said() -> None:
     first, second = {"id": "aa", "weights_sha256": "0123456789"}, {"id": "aa", "weights_sha256": "9876543210"}
     place = {"precision": "32", "device": "here", "git": {"commit": "c" * 40, "dirty": False}, "seconds": {"wall": 3600}}
     records = [{"id": f"run{i}", "upstream": {"teacher": run}, **place} for i, run in enumerate((first, first, second))]
-    assert tables.origins(records[:2]) == "2 runs, 2.0 h; precision 32 on here; commit cccccccc."
+    assert provenance.origins(records[:2]) == "2 runs, 2.0 h; precision 32 on here; commit cccccccc."
     second["remade"] = {"test/accuracy": 63.8612}
-    assert tables.origins(records).endswith(
+    assert provenance.origins(records).endswith(
         "The teacher aa was made 2 times, and rounds differently: 01234567 (2 runs: run0, run1); "
         "98765432, test/accuracy 63.86 (1 run: run2)."
     )
     # The runs may all stand on the second one, while what is said of a teacher comes from the first one's record.
-    assert tables.origins(records[2:]).endswith(
+    assert provenance.origins(records[2:]).endswith(
         "The teacher aa was made again after its record, and rounds differently: 98765432, test/accuracy 63.86 (1 run: run2)."
     )
 

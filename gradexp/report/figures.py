@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from gradexp.errors import UserError
-from gradexp.report.specs import Planner, Source, seeds_of
+from gradexp.report import provenance
+from gradexp.report.specs import Planner, Source, at_paper, seeds_of
 from gradexp.runs import Config, Paths, read_arrays, read_record, write_atomically
 
 STYLE: Any = {
@@ -118,16 +120,44 @@ def gather(spec: Config, scale: str, plan: Planner, paths: Paths) -> list[Series
     ]
 
 
+def caption(spec: Config, scale: str, series: Sequence[Series], plan: Planner) -> tuple[str, ...]:
+    """What is to be known of the figure's runs: where their protocol departs from the paper's, their seeds, their origin."""
+    paper = {_key(one): words for one, words in overrides_of(spec, "paper")}
+    pairs = []
+    for one, seeds in overrides_of(spec, scale):
+        there = paper.get(_key(one), [at_paper(words, scale) for words in seeds])
+        pairs.append((plan(seeds[0]).config, plan(there[0]).config))
+    files = dict.fromkeys(source.record for one in series for source in one.sources if source.finished)
+    return (
+        *([spec["note"]] if "note" in spec else []),
+        *([f"Its runs need {spec['needs'][scale]}."] if missing(series) and scale in spec.get("needs", {}) else []),
+        provenance.departure_sentence(scale, provenance.departed(pairs)),
+        f"Seeds: {provenance.enumerated(seeds_of(spec, scale))}.",
+        provenance.origins([read_record(file) for file in files]),
+    )
+
+
+def _key(series: Config) -> str:
+    """A series, or a point of it, at every scale: all that does not depend on the scale."""
+    return json.dumps({key: value for key, value in series.items() if key != "scales"}, sort_keys=True)
+
+
 def missing(series: Sequence[Series]) -> list[Source]:
     return [source for one in series for source in one.sources if not source.finished]
 
 
-def make(spec: Config, scale: str, series: Sequence[Series], draw: Draw, results: Path) -> list[Path]:
-    """Draws and writes the figure's files under results/figures/<scale>/. Raises UserError while runs are missing."""
+def make(
+    spec: Config, scale: str, series: Sequence[Series], draw: Draw, results: Path, sentences: Sequence[str] = ()
+) -> list[Path]:
+    """Draws and writes the figure's files under results/figures/<scale>/. Raises UserError while runs are missing.
+
+    sentences: the `caption` of the Markdown file that shows the picture.
+    """
     absent = missing(series)
     if absent:
         commands = "\n".join(f"  {source.command}" for source in absent)
-        raise UserError(f"figure {spec['number']}, scale={scale}: runs are missing; make them with\n{commands}")
+        needs = f", which need {spec['needs'][scale]}" if scale in spec.get("needs", {}) else ""
+        raise UserError(f"figure {spec['number']}, scale={scale}: runs are missing{needs}; make them with\n{commands}")
     with mpl.rc_context(STYLE):
         figure, rows = draw(spec, series)
         if "note" in spec:
@@ -139,7 +169,22 @@ def make(spec: Config, scale: str, series: Sequence[Series], draw: Draw, results
             figure.savefig(content, format=kind, metadata={"Software": None} if kind == "png" else _dateless(kind))
             write_atomically(stem.with_suffix(f".{kind}"), content.getvalue())
     write_atomically(stem.with_suffix(".csv"), _csv(rows).encode())
-    return [stem.with_suffix(f".{kind}") for kind in ("png", "pdf", *spec.get("also", []), "csv")]
+    write_atomically(stem.with_suffix(".md"), to_markdown(spec, scale, series, sentences).encode())
+    return [stem.with_suffix(f".{kind}") for kind in ("png", "pdf", *spec.get("also", []), "csv", "md")]
+
+
+def to_markdown(spec: Config, scale: str, series: Sequence[Series], sentences: Sequence[str]) -> str:
+    number, title = spec["number"], spec.get("title", "")
+    picture = f"![Figure {number} at scale={scale}](figure_{number.replace('.', '_')}.png)"
+    lines = [f"**Figure {number}, scale={scale}.** {title}", "", picture, "", *(f"- {sentence}" for sentence in sentences)]
+    lines += ["", "<details><summary>Records</summary>", "", "| series | records |", "|---|---|"]
+    records: dict[str, dict[Path, None]] = {}
+    for one in series:  # a series of several points is one to the reader
+        records.setdefault(one.label, {}).update(dict.fromkeys(source.record for source in one.sources))
+    for label, files in records.items():
+        links = [f"[{file.stem}](../../runs/{file.parent.name}/{file.name})" for file in files]
+        lines.append(f"| {label} | {' '.join(links)} |")
+    return "\n".join([*lines, "", "</details>", ""])
 
 
 def _dateless(kind: str) -> dict[str, None]:

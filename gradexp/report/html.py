@@ -24,7 +24,7 @@ import yaml
 from markupsafe import Markup, escape
 from PIL import Image
 
-from gradexp.report import claims, figures, tables
+from gradexp.report import claims, figures, provenance, tables
 from gradexp.report.specs import Planned, Planner, Source
 from gradexp.runs import ROOT, Config, Paths, read_record, run_id, write_atomically
 
@@ -86,6 +86,7 @@ class View:
     picture: str | None = None
     csv: tuple[str, str | None] | None = None  # its place under results, its content as a data address
     missing: Sequence[Source] = ()
+    told: Sequence[str] = ()  # the figure's caption
 
     @property
     def empty(self) -> int:
@@ -98,10 +99,10 @@ class View:
 
     @property
     def caption(self) -> list[str]:
-        """The table's sentences, but the one on its departures, which stand in a table of their own."""
+        """The figure's sentences; or the table's, but the one on its departures, which stand in a table of their own."""
         if self.table is None:
-            return []
-        departs = tables.DEPARTS.format(self.table.scale)
+            return list(self.told)
+        departs = provenance.DEPARTS.format(self.table.scale)
         return [sentence for sentence in self.table.caption if not sentence.startswith(departs)]
 
     @property
@@ -235,7 +236,8 @@ def plain(cell: tables.Cell) -> str:
     return " / ".join(tables.number(one.ours) + (f" ± {one.std:.2f}" if one.std is not None else "") for one in cell.parts)
 
 
-def figure_view(spec: Config, series: Sequence[figures.Series], scale: str, panels: Panels) -> View:
+def figure_view(spec: Config, series: Sequence[figures.Series], scale: str, panels: Panels, told: Sequence[str] = ()) -> View:
+    """told: the figure's caption."""
     number = str(spec["number"])
     runs: dict[str, list[Source]] = {}
     for one in series:  # a series of several points is one to the reader
@@ -252,6 +254,7 @@ def figure_view(spec: Config, series: Sequence[figures.Series], scale: str, pane
         picture=picture(stem),
         csv=values(stem.with_suffix(".csv")),
         missing=figures.missing(series),
+        told=told,
     )
 
 
@@ -366,7 +369,7 @@ def render(
         costs=costs,
         explanation=explanation,
         made_by=made_by,
-        origins=tables.origins(records),
+        origins=provenance.origins(records),
         data=embedded(panels.packed()),
         style=Markup((PAGE / "page.css").read_text(encoding="utf-8")),
         script=Markup(script),

@@ -28,7 +28,7 @@ TABLE_KEYS = (
     *("seeds", "comparable", "only", "rows", "columns", "upstream", *SHOWN),
 )
 FIGURE_KEYS = (
-    *("number", "thesis", "title", "note", "draw", "experiment", "seeds", "points", "overrides_at", "series", "also"),
+    *("number", "thesis", "title", "note", "needs", "draw", "experiment", "seeds", "points", "overrides_at", "series", "also"),
     *("x", "xlabel", "xscale", "ylabel", "metric", "metrics", "curves", "panels", "array", "above", "signed"),
     *("columns", "rows", "first"),
 )
@@ -96,3 +96,8 @@ def seeds_of(spec: Config, scale: str) -> list[int]:
     if scale not in spec["seeds"]:
         raise UserError(f"scale={scale}: {spec['number']} has {', '.join(spec['seeds'])}")
     return list(spec["seeds"][scale])
+
+
+def at_paper(overrides: Sequence[str], scale: str) -> list[str]:
+    """The same overrides, at scale=paper."""
+    return ["scale=paper" if word == f"scale={scale}" else word for word in overrides]

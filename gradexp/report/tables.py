@@ -21,13 +21,12 @@ import rich.box
 import rich.console
 import rich.table
 
-from gradexp.report.specs import Planner, Source, seeds_of
-from gradexp.runs import ROOT, Config, Paths, identity, read_record, write_atomically
+from gradexp.report import provenance
+from gradexp.report.specs import Planner, Source, at_paper, seeds_of
+from gradexp.runs import ROOT, Config, Paths, read_record, write_atomically
 
 EMPTY = "–"
 COLUMNS = ("row", "column", "metric", "ours", "std", "n", "thesis", "difference", "run_ids")
-DEPARTS = "Scale {} departs from scale=paper in:"
-UNINTERESTING = ("scale", "_target_", "version", "channels", "classes", "size")  # said by others, or no protocol
 
 
 @dataclass(frozen=True)
@@ -149,62 +148,6 @@ def mark_best(cells: Sequence[Cell], best: str | None, per: str = "column", apar
     return tuple(replace(cell, best=wins(cell)) for cell in cells)
 
 
-def departures(here: Config, paper: Config) -> dict[str, tuple[Any, Any]]:
-    """Where a run's protocol differs from the paper scale's: {key: (here, paper)}."""
-    ours, theirs = _flat(identity(here)), _flat(identity(paper))
-    return {
-        key: (ours.get(key), theirs.get(key)) for key in sorted(ours.keys() | theirs.keys()) if ours.get(key) != theirs.get(key)
-    }
-
-
-def _flat(config: Config, prefix: str = "") -> dict[str, Any]:
-    items: dict[str, Any] = {}
-    for key, value in config.items():
-        if key in UNINTERESTING:
-            continue
-        name = f"{prefix}{key}"
-        if isinstance(value, dict) and value.get("_partial_"):
-            given = ", ".join(f"{k}={v}" for k, v in value.items() if not k.startswith("_"))
-            items[name] = f"{value['_target_'].rpartition('.')[2]}({given})"
-        elif isinstance(value, dict):
-            items |= _flat(value, f"{name}.")
-        else:
-            items[name] = value
-    return items
-
-
-def origins(records: Sequence[Config]) -> str:
-    """One sentence on where numbers were computed: precision, device, commits."""
-    if not records:
-        return "No run has finished yet."
-    devices = sorted({f"{r['precision']} on {r['device']}" for r in records})
-    commits = sorted({(r["git"]["commit"] or "no commit")[:8] + (" (dirty)" if r["git"]["dirty"] else "") for r in records})
-    hours = sum(r["seconds"]["wall"] for r in records) / 3600
-    where = f"{len(records)} runs, {hours:.1f} h; precision {', '.join(devices)}; commit {', '.join(commits)}."
-    return " ".join([where, *_remade(records)])
-
-
-def _remade(records: Sequence[Config]) -> Iterator[str]:
-    """A sentence for each upstream run whose weights or maps were made again, and are not those of its record everywhere."""
-    made: dict[tuple[str, str], dict[str, list[Config]]] = {}
-    for record in records:
-        for name, run in record.get("upstream", {}).items():
-            for digest in (value for key, value in run.items() if key.endswith("_sha256")):
-                made.setdefault((name, run["id"]), {}).setdefault(digest[:8], []).append(record)
-    for (name, number), by_digest in made.items():
-        again = any("remade" in users[0]["upstream"][name] for users in by_digest.values())
-        if len(by_digest) > 1 or again:
-            times = f"made {len(by_digest)} times" if len(by_digest) > 1 else "made again after its record"
-            listed = "; ".join(_making(digest, name, users) for digest, users in by_digest.items())
-            yield f"The {name} {number} was {times}, and rounds differently: {listed}."
-
-
-def _making(digest: str, name: str, users: Sequence[Config]) -> str:
-    numbers = users[0]["upstream"][name].get("remade", {})
-    said = "".join(f", {metric} {value:.2f}" for metric, value in numbers.items())
-    return f"{digest}{said} ({len(users)} run{'s' if len(users) > 1 else ''}: {', '.join(user['id'] for user in users)})"
-
-
 # --- from a spec to a table -------------------------------------------------------------------------------
 
 
@@ -243,7 +186,7 @@ def build(spec: Config, scale: str, plan: Planner, paths: Paths) -> Table:
     thesis = read_thesis(ROOT / "results" / "thesis.csv")
 
     cells = []
-    changes: dict[str, dict[tuple[str, str], None]] = {}  # what a key has here and at scale=paper, by cell
+    pairs: list[tuple[Config, Config]] = []  # of each cell, here and at scale=paper
     data: set[str] = set()
     for row, column, seeds in cells_of(spec, scale):
         sources = tuple(Source.of(plan(overrides), paths) for overrides in seeds)
@@ -269,12 +212,10 @@ def build(spec: Config, scale: str, plan: Planner, paths: Paths) -> Table:
         cells.append(replace(parts[0], others=tuple(parts[1:])))
         if not seeds:
             continue
-        paper = [word if word != f"scale={scale}" else "scale=paper" for word in seeds[0]]
         config = plan(seeds[0]).config
-        for key, values in departures(config, plan(paper).config).items():
-            changes.setdefault(key, {})[_word(values[0]), _word(values[1])] = None
+        pairs.append((config, plan(at_paper(seeds[0], scale)).config))
         data.add(config["data"]["name"])
-    departed = {key: _alternatives(values) for key, values in changes.items()}
+    departed = provenance.departed(pairs)
     apart = [row["label"] for row in spec["rows"] if row.get("apart")]
     lines = [line for line in spec.get("upstream", []) if scale in line.get("scales", spec["seeds"])]
     upstream = [(line, Source.of(plan([*line["overrides"], f"scale={scale}"]), paths)) for line in lines]
@@ -283,7 +224,7 @@ def build(spec: Config, scale: str, plan: Planner, paths: Paths) -> Table:
         *(text for text in (spec.get("note"), spec.get("notes", {}).get(scale)) if text),
         *(["Cells marked – are not part of this scale."] if scale in spec.get("only", {}) else []),
         *([f"Its empty cells need {spec['needs'][scale]}."] if missing and scale in spec.get("needs", {}) else []),
-        _departure_sentence(scale, departed, tuple(spec.get("told", ()))),
+        provenance.departure_sentence(scale, departed, tuple(spec.get("told", ()))),
         *(_upstream_sentence(line, run, spec, thesis) for line, run in upstream),
         *(
             []
@@ -291,7 +232,9 @@ def build(spec: Config, scale: str, plan: Planner, paths: Paths) -> Table:
             else ["The thesis's numbers mark their places; at this scale they can't be compared."]
         ),
         _seed_sentence(spec, scale),
-        origins([read_record(file) for file in dict.fromkeys(s.record for c in cells for s in c.sources if s.finished)]),
+        provenance.origins(
+            [read_record(file) for file in dict.fromkeys(s.record for c in cells for s in c.sources if s.finished)]
+        ),
     ]
     return Table(
         number=spec["number"],
@@ -311,35 +254,11 @@ def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def _alternatives(pairs: Iterable[tuple[str, str]]) -> tuple[str, str]:
-    """Where cells differ, each value once: `Adam(lr=0.003) or Adam(lr=0.003, weight_decay=0.001)`."""
-    here, paper = (" or ".join(dict.fromkeys(values)) for values in zip(*pairs, strict=True))
-    return here, paper
-
-
-def _departure_sentence(scale: str, changes: dict[str, tuple[str, str]], told: tuple[str, ...] = ()) -> str:
-    """told: starts of keys whose departures the spec's note describes."""
-    if not changes:
-        return f"Scale {scale}: the protocol of scale=paper."
-    named = {key: values for key, values in changes.items() if not key.startswith(told)}
-    listed = "; ".join(f"`{key}` {here} (paper: {paper})" for key, (here, paper) in named.items())
-    places = [*(["what is said above"] if len(named) < len(changes) else []), *([listed] if listed else [])]
-    return f"{DEPARTS.format(scale)} {'; '.join(places)}."
-
-
 def _seed_sentence(spec: Config, scale: str) -> str:
     own = [column for column in spec["columns"] if scale in column.get("seeds", {})]
-    listed = [f"column {column['label']}: {_enumerated(_seeds(spec, column, scale))}" for column in own]
+    listed = [f"column {column['label']}: {provenance.enumerated(_seeds(spec, column, scale))}" for column in own]
     exceptions = f" ({'; '.join(listed)})" if listed else ""
-    return f"Seeds: {_enumerated(seeds_of(spec, scale))}{exceptions}. The test set is read once, after the last step."
-
-
-def _enumerated(values: Sequence[Any]) -> str:
-    return ", ".join(map(str, values))
-
-
-def _word(value: Any) -> str:
-    return "none" if value is None else str(value)
+    return f"Seeds: {provenance.enumerated(seeds_of(spec, scale))}{exceptions}. The test set is read once, after the last step."
 
 
 def _upstream_sentence(line: Config, source: Source, spec: Config, thesis: dict[tuple[str, ...], Thesis]) -> str:

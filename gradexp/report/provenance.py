@@ -1,0 +1,114 @@
+"""What every table and figure says of itself: where its protocol departs from the thesis's, and where its numbers come from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from gradexp.runs import Config, identity
+
+DEPARTS = "Scale {} departs from scale=paper in:"
+UNINTERESTING = ("scale", "_target_", "version", "channels", "classes", "size")  # said by others, or no protocol
+
+
+# --- the protocol -----------------------------------------------------------------------------------------
+
+
+def departed(pairs: Iterable[tuple[Config, Config]]) -> dict[str, tuple[str, str]]:
+    """Where the protocols of runs differ from those of the paper's scale: {key: (here, paper)}, in words.
+
+    pairs: (config here, config at scale=paper) of each run. Where runs differ, each value is named once:
+    `Adam(lr=0.003) or Adam(lr=0.003, weight_decay=0.001)`.
+    """
+    changes: dict[str, dict[tuple[str, str], None]] = {}
+    for here, paper in pairs:
+        for key, (ours, theirs) in departures(here, paper).items():
+            changes.setdefault(key, {})[_word(ours), _word(theirs)] = None
+    return {key: _alternatives(values) for key, values in changes.items()}
+
+
+def departures(here: Config, paper: Config) -> dict[str, tuple[Any, Any]]:
+    """Where a run's protocol differs from the paper scale's: {key: (here, paper)}."""
+    ours, theirs = _flat(identity(here)), _flat(identity(paper))
+    return {
+        key: (ours.get(key), theirs.get(key)) for key in sorted(ours.keys() | theirs.keys()) if ours.get(key) != theirs.get(key)
+    }
+
+
+def _flat(config: Config, prefix: str = "") -> dict[str, Any]:
+    items: dict[str, Any] = {}
+    for key, value in config.items():
+        if key in UNINTERESTING:
+            continue
+        name = f"{prefix}{key}"
+        if isinstance(value, dict) and value.get("_partial_"):
+            given = ", ".join(f"{k}={v}" for k, v in value.items() if not k.startswith("_"))
+            items[name] = f"{value['_target_'].rpartition('.')[2]}({given})"
+        elif isinstance(value, dict):
+            items |= _flat(value, f"{name}.")
+        else:
+            items[name] = value
+    return items
+
+
+def _alternatives(pairs: Iterable[tuple[str, str]]) -> tuple[str, str]:
+    """Where cells differ, each value once: `Adam(lr=0.003) or Adam(lr=0.003, weight_decay=0.001)`."""
+    here, paper = (" or ".join(dict.fromkeys(values)) for values in zip(*pairs, strict=True))
+    return here, paper
+
+
+def _word(value: Any) -> str:
+    return "none" if value is None else str(value)
+
+
+def departure_sentence(scale: str, changes: dict[str, tuple[str, str]], told: tuple[str, ...] = ()) -> str:
+    """One sentence on all of `changes`. told: starts of keys whose departures the spec's note describes."""
+    if not changes:
+        return f"Scale {scale}: the protocol of scale=paper."
+    named = {key: values for key, values in changes.items() if not key.startswith(told)}
+    listed = "; ".join(f"`{key}` {here} (paper: {paper})" for key, (here, paper) in named.items())
+    places = [*(["what is said above"] if len(named) < len(changes) else []), *([listed] if listed else [])]
+    return f"{DEPARTS.format(scale)} {'; '.join(places)}."
+
+
+def enumerated(values: Sequence[Any]) -> str:
+    return ", ".join(map(str, values))
+
+
+# --- the runs ---------------------------------------------------------------------------------------------
+
+
+def origins(records: Sequence[Config]) -> str:
+    """One sentence on where numbers were computed: precision, device, commits."""
+    if not records:
+        return "No run has finished yet."
+    devices = sorted({f"{r['precision']} on {r['device']}" for r in records})
+    commits = sorted({(r["git"]["commit"] or "no commit")[:8] + (" (dirty)" if r["git"]["dirty"] else "") for r in records})
+    hours = sum(r["seconds"]["wall"] for r in records) / 3600
+    where = f"{_runs(len(records))}, {hours:.1f} h; precision {', '.join(devices)}; commit {', '.join(commits)}."
+    return " ".join([where, *_remade(records)])
+
+
+def _remade(records: Sequence[Config]) -> Iterator[str]:
+    """A sentence for each upstream run whose weights or maps were made again, and are not those of its record everywhere."""
+    made: dict[tuple[str, str], dict[str, list[Config]]] = {}
+    for record in records:
+        for name, run in record.get("upstream", {}).items():
+            for digest in (value for key, value in run.items() if key.endswith("_sha256")):
+                made.setdefault((name, run["id"]), {}).setdefault(digest[:8], []).append(record)
+    for (name, number), by_digest in made.items():
+        again = any("remade" in users[0]["upstream"][name] for users in by_digest.values())
+        if len(by_digest) > 1 or again:
+            times = f"made {len(by_digest)} times" if len(by_digest) > 1 else "made again after its record"
+            listed = "; ".join(_making(digest, name, users) for digest, users in by_digest.items())
+            yield f"The {name} {number} was {times}, and rounds differently: {listed}."
+
+
+def _making(digest: str, name: str, users: Sequence[Config]) -> str:
+    numbers = users[0]["upstream"][name].get("remade", {})
+    said = "".join(f", {metric} {value:.2f}" for metric, value in numbers.items())
+    return f"{digest}{said} ({_runs(len(users))}: {', '.join(user['id'] for user in users)})"
+
+
+def _runs(count: int) -> str:
+    return f"{count} run{'' if count == 1 else 's'}"
