@@ -338,7 +338,7 @@ def to_markdown(table: Table) -> str:
 
 
 LATEX = str.maketrans(
-    {"λ": r"$\lambda$", "μ": r"$\mu$", "σ": r"$\sigma$", "Δ": r"$\Delta$", "ℓ": r"$\ell$", "×": r"$\times$"}
+    {"β": r"$\beta$", "λ": r"$\lambda$", "μ": r"$\mu$", "σ": r"$\sigma$", "Δ": r"$\Delta$", "ℓ": r"$\ell$", "×": r"$\times$"}
     | {"→": r"$\rightarrow$", "↓": r"$\downarrow$", "−": "$-$", "±": r"$\pm$", "–": "--"}
 )
 
