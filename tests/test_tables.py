@@ -166,6 +166,14 @@ def test_a_teacher_that_was_made_twice_is_said() -> None:
     )
 
 
+def test_many_runs_are_counted_and_not_listed() -> None:
+    place = {"precision": "32", "device": "here", "git": {"commit": "c" * 40, "dirty": False}, "seconds": {"wall": 3600}}
+    teacher = {"id": "aa", "weights_sha256": "0123456789", "remade": {"test/accuracy": 64.5}}
+    records = [{"id": f"run{i}", "upstream": {"teacher": teacher}, **place} for i in range(6)]
+    assert provenance.origins(records).endswith("01234567, test/accuracy 64.50 (6 runs).")
+    assert "(5 runs: run0, run1, run2, run3, run4)." in provenance.origins(records[:5])
+
+
 def test_a_cell_may_show_the_spread_inside_its_runs() -> None:
     """Root mean square of the runs' own standard deviations, not the one between runs."""
     cell = dataclasses.replace(table().cells[0], values=(1.0, 2.0), spreads=(3.0, 4.0))

@@ -8,6 +8,7 @@ from typing import Any
 from gradexp.runs import Config, identity
 
 DEPARTS = "Scale {} departs from scale=paper in:"
+LISTED = 5  # runs whose ids a sentence names
 UNINTERESTING = ("scale", "_target_", "version", "channels", "classes", "size")  # said by others, or no protocol
 
 
@@ -107,7 +108,8 @@ def _remade(records: Sequence[Config]) -> Iterator[str]:
 def _making(digest: str, name: str, users: Sequence[Config]) -> str:
     numbers = users[0]["upstream"][name].get("remade", {})
     said = "".join(f", {metric} {value:.2f}" for metric, value in numbers.items())
-    return f"{digest}{said} ({_runs(len(users))}: {', '.join(user['id'] for user in users)})"
+    listed = f": {', '.join(user['id'] for user in users)}" if len(users) <= LISTED else ""
+    return f"{digest}{said} ({_runs(len(users))}{listed})"
 
 
 def _runs(count: int) -> str:
