@@ -17,21 +17,19 @@ from torch.nn import functional
 SIDE = 2
 MIN_CHANNELS, MIN_BATCH = 128, 64
 
-# M's tap, of a kernel read row by row, for output q (down) and input p (across), both read row by row.
-TAPS = [
-    [(py - qy + 1) * 3 + (px - qx + 1) for py in range(SIDE) for px in range(SIDE)] for qy in range(SIDE) for qx in range(SIDE)
-]
+# M's tap, of a kernel read row by row, for output q (down) and input p (across), both read row by row; and 1 where it stands.
+TAPS = torch.tensor(
+    [(py - qy + 1) * 3 + (px - qx + 1) for qy in range(SIDE) for qx in range(SIDE) for py in range(SIDE) for px in range(SIDE)]
+)
+PLACES = functional.one_hot(TAPS, 9)
 
 
-def suits(x: Tensor, w: Tensor, shape: tuple[object, ...]) -> bool:
-    """Whether this is the fastest way to convolve x (B, C, H, W) with w (O, C, k, k): by measurement, on a CPU in fp32.
+def suits(x: Tensor, w: Tensor) -> bool:
+    """Whether this is the fastest way to convolve x (B, C, H, W) with w (O, C, 3, 3), as `convolve` does: by measurement.
 
-    shape: stride, padding, dilation, groups. With fewer channels or images, writing M costs more than it saves.
+    With fewer channels or images, writing M costs more than it saves.
     """
-    if x.device.type != "cpu" or x.dtype != torch.float32 or not x.is_contiguous(memory_format=torch.channels_last):
-        return False
-    same = w.shape[2:] == (3, 3) and shape == ((1, 1), (1, 1), (1, 1), 1) and x.shape[2:] == (SIDE, SIDE)
-    return same and min(w.shape[:2]) >= MIN_CHANNELS and len(x) >= MIN_BATCH
+    return x.shape[2:] == (SIDE, SIDE) and min(w.shape[:2]) >= MIN_CHANNELS and len(x) >= MIN_BATCH
 
 
 def convolve(x: Tensor, w: Tensor) -> Tensor:
@@ -49,15 +47,14 @@ def input_gradient(g: Tensor, w: Tensor) -> Tensor:
 def weight_gradient(g: Tensor, x: Tensor) -> Tensor:
     """Of `convolve` for output-gradients g (B, O, 2, 2) -> (O, C, 3, 3), channels_last."""
     matrix = (_by_channel(g).t() @ _by_pixel(x)).view(g.shape[1], SIDE**4, x.shape[1])
-    places = functional.one_hot(torch.tensor(TAPS).flatten(), 9).to(g.dtype)
-    return (places.t() @ matrix).view(g.shape[1], 3, 3, x.shape[1]).permute(0, 3, 1, 2)
+    return (PLACES.t().to(g.dtype) @ matrix).view(g.shape[1], 3, 3, x.shape[1]).permute(0, 3, 1, 2)
 
 
 def _matrix(w: Tensor) -> Tensor:
     """M: w (O, C, 3, 3) -> (O 4, 4 C)."""
     out, channels = w.shape[:2]
     taps = w.permute(0, 2, 3, 1).reshape(out, 9, channels)
-    return taps.index_select(1, torch.tensor(TAPS).flatten()).view(out * SIDE**2, SIDE**2 * channels)
+    return taps.index_select(1, TAPS).view(out * SIDE**2, SIDE**2 * channels)
 
 
 def _by_pixel(x: Tensor) -> Tensor:

@@ -356,7 +356,7 @@ def find_layer(model: nn.Module, rule: str, images: Tensor) -> Layer:
     leaves = {name: module for name, module in model.named_modules() if not list(module.children())}
 
     def take(name: str, module: nn.Module, given: Tensor, output: Tensor) -> None:
-        takers.setdefault(id(given), name)
+        takers.setdefault(id(given), name)  # `calls` keeps every output, so an output's id is no other tensor's
 
     with torch.no_grad(), _hooked(model, {name: partial(take, name) for name in leaves}):
         _, calls = _called(model.eval(), images)

@@ -60,9 +60,19 @@ def _aligned(g: Tensor, x: Tensor) -> Tensor:
 Shape = tuple[Any, ...]  # stride, padding, dilation, groups
 
 
+SAME: Shape = ((1, 1), (1, 1), (1, 1), 1)
+
+
 def _faster(x: Tensor, w: Tensor, shape: Shape) -> ModuleType | None:
-    """The module whose `convolve`, `input_gradient` and `weight_gradient` beat torch's kernels here, if there is one."""
-    return next((module for module in (dense, winograd) if module.suits(x, w, shape)), None)
+    """The module whose `convolve`, `input_gradient` and `weight_gradient` beat torch's kernels here, if there is one.
+
+    They do the 3 x 3 convolutions that keep a map's size, on a CPU, in fp32 and channels_last.
+    """
+    if x.device.type != "cpu" or x.dtype != torch.float32 or not x.is_contiguous(memory_format=torch.channels_last):
+        return None
+    if w.shape[2:] != (3, 3) or shape != SAME:
+        return None
+    return next((module for module in (dense, winograd) if module.suits(x, w)), None)
 
 
 def _convolve(x: Tensor, w: Tensor, b: Tensor | None, shape: Shape) -> Tensor:

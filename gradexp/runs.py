@@ -17,7 +17,6 @@ import re
 import resource
 import subprocess
 import sys
-import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,7 +28,7 @@ from typing import Any
 import filelock
 import numpy as np
 
-from gradexp import schema
+from gradexp import clocks, schema
 from gradexp.errors import UserError
 from gradexp.files import intact
 from gradexp.files import sha256 as sha256
@@ -198,18 +197,6 @@ class Result:
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
 
 
-CLOCKS = ("wall", "cpu")
-
-
-def read_clocks() -> dict[str, float]:
-    return {"wall": time.monotonic(), "cpu": time.process_time()}
-
-
-def since(begun: dict[str, float]) -> dict[str, float]:
-    """Seconds of each clock."""
-    return {clock: now - begun[clock] for clock, now in read_clocks().items()}
-
-
 @dataclass
 class Run:
     """One run: its config, its places, the runs it stands on, and the seconds that went into doing (or awaiting) these."""
@@ -217,7 +204,7 @@ class Run:
     config: Config
     paths: Paths
     used: dict[str, Any] = field(default_factory=dict)
-    upstream_seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(CLOCKS, 0.0))
+    upstream_seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(clocks.CLOCKS, 0.0))
 
     @property
     def id(self) -> str:
@@ -245,9 +232,9 @@ class Run:
         shared = {key: self.config[key] for key in HARDWARE if key in self.config}
         run = Run(config | shared, self.paths)
         made = run.folder / product
-        begun = read_clocks()
+        begun = clocks.read()
         ensure(run, needs=lambda: intact(made))
-        self.upstream_seconds = {clock: spent + self.upstream_seconds[clock] for clock, spent in since(begun).items()}
+        self.upstream_seconds = {clock: spent + self.upstream_seconds[clock] for clock, spent in clocks.since(begun).items()}
         again = run.folder / REMADE
         facts = json.loads(again.read_text(encoding="utf-8")) if again.exists() else {}
         self.used[name] = {"id": run.id, "experiment": config["name"], f"{made.stem}_sha256": sha256(made)} | facts
@@ -282,10 +269,10 @@ def ensure(run: Run, needs: Callable[[], bool] = lambda: True) -> Config:
 
 
 def _perform(run: Run) -> Config:
-    started, begun = datetime.now(UTC), read_clocks()
+    started, begun = datetime.now(UTC), clocks.read()
     git = git_state()
     result: Result = locate(run.config["task"]["_target_"])(run)
-    spent = {clock: seconds - run.upstream_seconds[clock] for clock, seconds in since(begun).items()}
+    spent = {clock: seconds - run.upstream_seconds[clock] for clock, seconds in clocks.since(begun).items()}
     earlier = result.facts.pop("earlier_seconds", {"wall": 0.0, "cpu": 0.0})
     arrays = run.record_path.with_suffix(".npz")
     if result.arrays and not (run.record_path.exists() and arrays.exists()):  # a record that is there stays as it is
@@ -299,7 +286,7 @@ def _perform(run: Run) -> Config:
         "metrics": result.metrics,
         "config": {key: value for key, value in run.config.items() if key != "paths"},
         "upstream": run.used,
-        "seconds": {clock: round(spent[clock] + earlier[clock], 2) for clock in CLOCKS}
+        "seconds": {clock: round(spent[clock] + earlier[clock], 2) for clock in clocks.CLOCKS}
         | {"upstream": round(run.upstream_seconds["wall"], 2)},
         "peak_memory_mib": peak_memory_mib(),
         "versions": versions(),

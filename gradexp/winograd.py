@@ -38,23 +38,20 @@ G: Matrix = (
     (1 / 24, -1 / 12, 1 / 6),
     (0, 0, 1),
 )
+G_TURNED: Matrix = tuple(row[::-1] for row in G)  # for the kernel turned by half a circle
 A_T: Matrix = ((1, 1, 1, 1, 1, 0), (0, 1, -1, 2, -2, 0), (0, 1, 1, 4, 4, 0), (0, 1, -1, 8, -8, 1))
 
 MIN_PAIRS, MAX_PIXELS, MIN_TILES = 64 * 128, 16 * 16, 32  # pairs of an input and an output channel
 
 
-def suits(x: Tensor, w: Tensor, shape: tuple[object, ...]) -> bool:
-    """Whether this is the fastest way to convolve x (B, C, H, W) with w (O, C, k, k): by measurement, on a CPU in fp32.
+def suits(x: Tensor, w: Tensor) -> bool:
+    """Whether this is the fastest way to convolve x (B, C, H, W) with w (O, C, 3, 3), as `convolve` does: by measurement.
 
-    shape: stride, padding, dilation, groups. With fewer channels, larger maps or smaller batches the transforms cost
-    more than the products they save.
+    With fewer channels, larger maps or smaller batches the transforms cost more than the products they save.
     """
-    if x.device.type != "cpu" or x.dtype != torch.float32 or not x.is_contiguous(memory_format=torch.channels_last):
-        return False
     batch, _, height, width = x.shape
-    same = w.shape[2:] == (3, 3) and shape == ((1, 1), (1, 1), (1, 1), 1) and height % TILE == width % TILE == 0
-    tiles = batch * (height // TILE) * (width // TILE)
-    return same and w.shape[0] * w.shape[1] >= MIN_PAIRS and height * width <= MAX_PIXELS and tiles >= MIN_TILES
+    whole, tiles = height % TILE == width % TILE == 0, batch * (height // TILE) * (width // TILE)
+    return whole and w.shape[0] * w.shape[1] >= MIN_PAIRS and height * width <= MAX_PIXELS and tiles >= MIN_TILES
 
 
 def convolve(x: Tensor, w: Tensor) -> Tensor:
@@ -64,8 +61,7 @@ def convolve(x: Tensor, w: Tensor) -> Tensor:
 
 def input_gradient(g: Tensor, w: Tensor) -> Tensor:
     """Of `convolve` for output-gradients g (B, O, H, W) -> (B, C, H, W), channels_last."""
-    turned = tuple(row[::-1] for row in G)
-    return _join(torch.bmm(_windows(g), _kernels(w, turned)), g)
+    return _join(torch.bmm(_windows(g), _kernels(w, G_TURNED)), g)
 
 
 def weight_gradient(g: Tensor, x: Tensor) -> Tensor:

@@ -164,6 +164,8 @@ def test_fooling_compares_accuracies_on_the_same_images(places: list[str]) -> No
     hardware, data = build(made.config["trainer"], where="trainer"), make_data(made.config, made.paths)
     assert data.validation == 0.3
     start = load_model(made.upstream("start"), hardware)
+    assert not start.training
+    assert not any(parameter.requires_grad for parameter in start.parameters())
     assert metrics["test/accuracy/before"] == pytest.approx(accuracy_on_test(start, data, hardware), rel=1e-5)
 
 

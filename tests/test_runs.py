@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gradexp import runs
+from gradexp import clocks, runs
 from gradexp.errors import UserError
 from gradexp.tasks.compose import compose_run
 
@@ -184,7 +184,7 @@ def test_deleted_weights_are_rebuilt_and_the_record_stays(tmp_path: Path) -> Non
 def test_seconds_are_a_runs_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither a run's upstream, at any depth, nor its rebuilding counts; the wall clock's part of it is told."""
     now = [0.0]
-    monkeypatch.setattr(runs, "read_clocks", lambda: {"wall": now[0], "cpu": now[0] / 2})
+    monkeypatch.setattr(clocks, "read", lambda: {"wall": now[0], "cpu": now[0] / 2})
 
     def slow(run: runs.Run) -> runs.Result:
         result = work(run)

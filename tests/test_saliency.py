@@ -111,14 +111,15 @@ def test_a_frozen_models_weights_cost_nothing(name: str, monkeypatch: pytest.Mon
     kernel = layers._kernel
     monkeypatch.setattr(layers, "_kernel", lambda *given: masks.append(given[-1]) or kernel(*given))
     model, images = layers.accelerate(net()), pictures()
-    maps = []
+    maps, asked = [], []
     for trained in (True, False):
         masks.clear()
         model.requires_grad_(trained)
         torch.manual_seed(0)
         maps.append(METHODS[name](model, images))
+        asked.append(any(wants_w or wants_b for _, wants_w, wants_b in masks))
     torch.testing.assert_close(maps[0], maps[1], rtol=0, atol=0)
-    assert not any(wants_w or wants_b for _, wants_w, wants_b in masks)
+    assert asked == [name in ("integrated_gradients", "smoothgrad", "smoothgrad_squared"), False]  # Captum's gradients
 
 
 @pytest.mark.parametrize("name", DETERMINISTIC)

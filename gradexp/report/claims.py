@@ -267,15 +267,17 @@ def _claim(spec: Config, grid: Grid, whole: Config, *, here: bool) -> Judged:
     unit = spec.get("unit", "seeds")
     if unit not in UNITS:
         raise UserError(f"unit {unit!r}: it is one of {', '.join(UNITS)}")
-    found = [_compare(pair, grid, unit, whole) for pair in pairs(spec, grid) if not pair.excepted]
-    if not here:
-        found = [Comparison(one.label, False, None, None, one.thesis, ()) for one in found]
+    found = [_compare(pair, grid, unit, whole, here=here) for pair in pairs(spec, grid) if not pair.excepted]
     says, note = (" ".join(str(spec.get(key, "")).split()) for key in ("says", "because"))
     return Judged(str(spec["id"]), spec["section"], says, spec["item"], unit, note, tuple(found))
 
 
-def _compare(pair: Pair, grid: Grid, unit: str, whole: Config) -> Comparison:
+def _compare(pair: Pair, grid: Grid, unit: str, whole: Config, *, here: bool) -> Comparison:
     cells = pair.gap.cells
+    printed = [(sign, grid.thesis(place)) for sign, place in cells]
+    thesis = None if None in [x for _, x in printed] else pair.gap.constant + sum(sign * (x or 0.0) for sign, x in printed)
+    if not here:
+        return Comparison(pair.label, False, None, None, thesis, ())
     sources = [grid.sources(place) for _, place in cells]
     values = [(sign, grid.values(place)) for sign, place in cells]
     seeds = sorted(set.intersection(*(set(found) for _, found in values)))
@@ -287,8 +289,6 @@ def _compare(pair: Pair, grid: Grid, unit: str, whole: Config) -> Comparison:
         estimated: Estimate | None = estimate_over_images(float(np.mean(gaps)), noise, whole["confidence"])
     else:
         estimated = estimate(gaps, confidence=whole["confidence"], resamples=whole["resamples"]) if seeds else None
-    printed = [(sign, grid.thesis(place)) for sign, place in cells]
-    thesis = None if None in [x for _, x in printed] else pair.gap.constant + sum(sign * (x or 0.0) for sign, x in printed)
     runs = tuple(dict.fromkeys(source for found in sources for source in found.values()))
     return Comparison(pair.label, all(sources), estimated, noise, thesis, runs)
 

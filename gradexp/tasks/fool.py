@@ -33,15 +33,15 @@ def fool(run: Run) -> Result:
     shown = next(look.batches(task["shown"], task["shown"]))
     metrics: dict[str, Any] = {"energy/uniform": 100 * float(mask.mean())}
     arrays: dict[str, Any] = {"images": as_bytes(shown.images), "mask": mask.numpy()}
-    for name, model in (("before", look.model("start")), ("after", load_model(run, look.hardware))):
+    start = look.model("start")
+    metrics["test/accuracy/before"] = accuracy_on_test(start, look.data, look.hardware)  # as `train` measured the one after
+    for name, model in (("before", start), ("after", load_model(run, look.hardware))):
         energies: dict[str, list[Tensor]] = {}
         for batch in look.batches(task["images"], BATCH):
             for kind, gradient in maps(model, batch, task["temperature"]).items():
                 energies.setdefault(kind, []).append(energy_inside(gradient, mask.to(gradient)))
         metrics |= {f"energy/{kind}/{name}": float(torch.cat(parts).nanmean()) for kind, parts in energies.items()}
         arrays |= {f"{kind}_{name}": unsigned(gradient) for kind, gradient in maps(model, shown, task["temperature"]).items()}
-        if name == "before":  # that of the other model is measured at the end of its training, on the same images
-            metrics["test/accuracy/before"] = accuracy_on_test(model, look.data, look.hardware)
     measured = look.result(metrics, **arrays)
     return Result(trained.metrics | measured.metrics, trained.status, trained.facts, measured.arrays)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import lightning
 import torch
 
+from gradexp import clocks
 from gradexp.data.loader import TrainingStream
 from gradexp.errors import UserError
 from gradexp.runs import Config, Paths, Run, ensure, peak_memory_mib
@@ -135,4 +135,4 @@ class _Watch(lightning.Callback):
 def _clock() -> dict[str, float]:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return {"cpu": time.process_time(), "wall": time.monotonic()}
+    return clocks.read()

@@ -12,7 +12,7 @@ from typing import Any
 import lightning
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from gradexp import ranks
+from gradexp import clocks, ranks
 from gradexp.files import draft_of, intact, put_sealed, remove_sealed
 
 # From the user or the system; from SLURM before a job's end; from SLURM as submitit asks for it.
@@ -41,8 +41,8 @@ class Checkpointer(lightning.Callback):
 
     def __init__(self, path: Path, *, every: float) -> None:
         self.path, self.every = path, every
-        self.earlier = {"wall": 0.0, "cpu": 0.0}
-        self._wall, self._cpu = time.monotonic(), time.process_time()
+        self.earlier = dict.fromkeys(clocks.CLOCKS, 0.0)
+        self._begun = clocks.read()
         self._saved = time.monotonic()
         self._signal: int | None = None
         self._before: dict[int, Any] = {}
@@ -96,8 +96,7 @@ class Checkpointer(lightning.Callback):
         remove_sealed(self.path)
 
     def state_dict(self) -> dict[str, float]:
-        spent = {"wall": time.monotonic() - self._wall, "cpu": time.process_time() - self._cpu}
-        return {name: self.earlier[name] + seconds for name, seconds in spent.items()}
+        return {clock: self.earlier[clock] + seconds for clock, seconds in clocks.since(self._begun).items()}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
         self.earlier = state

@@ -67,8 +67,6 @@ class Classifier(lightning.LightningModule):
         loss = torch.stack(list(parts.values())).sum()
         part = ranks.part(batch.images)  # terms are means over this process's images
         values = {f"train/loss/{name}": value for name, value in parts.items()} | {"train/loss": loss} | self.observe(step)
-        for term in self.terms.values():
-            values |= {f"train/{name}": value for name, value in term.seen.items()} if isinstance(term, Term) else {}
         self._add({name: value * part for name, value in values.items()})
         if self._summed == self.steps_per_pass or self.global_step + 1 == self.total_steps:
             self._end_pass()
@@ -85,8 +83,9 @@ class Classifier(lightning.LightningModule):
         )
 
     def observe(self, step: Step) -> dict[str, Tensor]:
-        """Further scalars of a step whose means are worth a curve; not every step need have them."""
-        return {}
+        """Further scalars of a step whose means are worth a curve; not every step need have them. Here: what the terms saw."""
+        terms = (term for term in self.terms.values() if isinstance(term, Term))
+        return {f"train/{name}": value for term in terms for name, value in term.seen.items()}
 
     def summary(self) -> dict[str, float]:
         """Numbers that the curves of the whole training give."""

@@ -32,9 +32,12 @@ class Distillation(Classifier):
         return super().make_step(batch, differentiable_input=differentiable_input or self._looks)
 
     def observe(self, step: Step) -> dict[str, Tensor]:
+        angle = self._angle(step)
+        return super().observe(step) | ({} if angle is None else {"train/angle": angle})
+
+    def _angle(self, step: Step) -> Tensor | None:
         if self.angle is not None and self._looks:
             with torch.no_grad():
                 student = step.student_input_gradient(self.angle, "batch")
-            return {"train/angle": gradients.angle(student, step.teacher_input_gradient(self.angle)).mean()}
-        angle = step.angle()
-        return {} if angle is None else {"train/angle": angle}
+            return gradients.angle(student, step.teacher_input_gradient(self.angle)).mean()
+        return step.angle()
