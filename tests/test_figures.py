@@ -60,14 +60,14 @@ def test_a_figure_says_how_its_runs_depart_and_where_they_come_from(tmp_path: Pa
     }
     paths = runs.Paths(tmp_path / "data", tmp_path / "results", tmp_path / "outputs")
     first = figures.gather(spec, "quick", plan, paths)[0]
-    place = {"precision": "32", "device": "here", "git": {"commit": "c" * 40, "dirty": False}, "seconds": {"wall": 1800}}
+    place = {"precision": "32", "device": "here", "git": {"commit": "c" * 40, "dirty": False}, "seconds": {"wall": 100}}
     runs.write_record(first.sources[0].record, {"metrics": {"train/loss": [2.0, 1.0]}, **place})
     note, departed, seeds, origin = figures.caption(spec, "quick", figures.gather(spec, "quick", plan, paths), plan)
     assert (note, seeds) == ("Of students.", "Seeds: 3.")
     assert departed.startswith("Scale quick departs from scale=paper in: ")
     assert "`data.per_class` 5 (paper: 50)" in departed
     assert "`data.name` digits (paper: cifar100)" in departed
-    assert origin == "1 run, 0.5 h; precision 32 on here; commit cccccccc."
+    assert origin == "1 run, 2 min; precision 32 on here; commit cccccccc."
     files = figures.make(spec, "quick", [first], curves, tmp_path / "results", [note, departed])
     page = files[-1].read_text()
     assert page.startswith(

@@ -85,8 +85,9 @@ def origins(records: Sequence[Config]) -> str:
         return "No run has finished yet."
     devices = sorted({f"{r['precision']} on {r['device']}" for r in records})
     commits = sorted({(r["git"]["commit"] or "no commit")[:8] + (" (dirty)" if r["git"]["dirty"] else "") for r in records})
-    hours = sum(r["seconds"]["wall"] for r in records) / 3600
-    where = f"{_runs(len(records))}, {hours:.1f} h; precision {', '.join(devices)}; commit {', '.join(commits)}."
+    seconds = sum(r["seconds"]["wall"] for r in records)
+    time = f"{seconds / 3600:.1f} h" if seconds >= 180 else f"{max(1, round(seconds / 60))} min"
+    where = f"{_runs(len(records))}, {time}; precision {', '.join(devices)}; commit {', '.join(commits)}."
     return " ".join([where, *_remade(records)])
 
 
