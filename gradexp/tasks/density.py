@@ -69,7 +69,7 @@ def density_ratio(run: Run) -> Result:
     batches = look.batches(task["images"], BATCH)
     metrics: dict[str, Any] = measure_ratio(model, batches, sigmas=task["sigmas"], seed=run.config["seed"])
     metrics["mean_log_ratio"] = float(np.mean(metrics["density_ratio/log"]))
-    return look.result(metrics)
+    return look.result(metrics, axis="sigma")
 
 
 def implicit_samples(run: Run) -> Result:
@@ -90,7 +90,7 @@ def implicit_samples(run: Run) -> Result:
     pairs = (("noisy", noisy), ("denoised", denoised))
     metrics |= {f"error/{name}": float((x - batch.images).square().mean().sqrt()) for name, x in pairs}
     shown = {"samples": samples, "images": batch.images, "noisy": noisy, "denoised": denoised}
-    return look.result(metrics, labels=labels.cpu().numpy(), **{name: as_bytes(x) for name, x in shown.items()})
+    return look.result(metrics, {"labels": labels.cpu().numpy(), **{name: as_bytes(x) for name, x in shown.items()}})
 
 
 def discriminative_perturbation(run: Run) -> Result:
@@ -109,6 +109,5 @@ def discriminative_perturbation(run: Run) -> Result:
     metrics["mean_accuracy"] = float(np.mean(metrics["accuracy"]))
     batch = next(look.batches(task["shown"], task["shown"]))
     gradient = gradients.input_gradient(explainer, batch.images, batch.labels)
-    return look.result(
-        metrics, images=as_bytes(batch.images), gradients=gradient.nan_to_num(0).cpu().numpy().astype(np.float16)
-    )
+    shown = {"images": as_bytes(batch.images), "gradients": gradient.nan_to_num(0).cpu().numpy().astype(np.float16)}
+    return look.result(metrics, shown, axis="removed")

@@ -42,7 +42,7 @@ def fool(run: Run) -> Result:
                 energies.setdefault(kind, []).append(energy_inside(gradient, mask.to(gradient)))
         metrics |= {f"energy/{kind}/{name}": float(torch.cat(parts).nanmean()) for kind, parts in energies.items()}
         arrays |= {f"{kind}_{name}": unsigned(gradient) for kind, gradient in maps(model, shown, task["temperature"]).items()}
-    measured = look.result(metrics, **arrays)
+    measured = look.result(metrics, arrays)
     return Result(trained.metrics | measured.metrics, trained.status, trained.facts, measured.arrays)
 
 

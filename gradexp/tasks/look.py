@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,8 +15,6 @@ from gradexp.runs import Config, Result, Run, read_record
 from gradexp.tasks.build import build
 from gradexp.tasks.hardware import Hardware
 from gradexp.tasks.train import load_model, make_data
-
-AXES = ("sigma", "removed")  # metrics that say where curves were measured
 
 
 class Look:
@@ -51,13 +49,16 @@ class Look:
         if self.data.normalise != "none":
             raise UserError(f"data.normalise={self.data.normalise}: sampling clips pixels to [0, 1]; take data.normalise=none")
 
-    def result(self, metrics: dict[str, Any], **arrays: Any) -> Result:
-        """Metrics rounded to what they mean; NaN where a model had diverged, which is a result. Axes of curves stay."""
+    def result(self, metrics: dict[str, Any], arrays: Mapping[str, Any] | None = None, *, axis: str | None = None) -> Result:
+        """Metrics rounded to what they mean; NaN where a model had diverged, which is a result.
+
+        The metric `axis` says where curves were measured, and stays.
+        """
         if self.diverged:
-            metrics = {name: x if name in AXES else _nan(x) for name, x in metrics.items()}
+            metrics = {name: x if name == axis else _nan(x) for name, x in metrics.items()}
         facts = {"data": self.data.fingerprint(), **self.hardware.facts(mixed=False)}
         status = "diverged" if self.diverged else "finished"
-        return Result({name: _rounded(value) for name, value in metrics.items()}, status, facts, arrays)
+        return Result({name: _rounded(value) for name, value in metrics.items()}, status, facts, dict(arrays or {}))
 
 
 def _nan(value: Any) -> Any:

@@ -35,4 +35,4 @@ def shift(run: Run) -> Result:
         maps[f"logit_{name}"] = gradients.input_gradient(network, one, its)
         maps[f"loss_{name}"] = gradients.loss_gradient(network, one, its, temperature=1.0)
     shown = {name: values.cpu().numpy().astype(np.float32) for name, values in maps.items()}
-    return look.result(metrics, images=as_bytes(one), **shown)
+    return look.result(metrics, {"images": as_bytes(one), **shown})

@@ -1,10 +1,12 @@
-"""Metrics over training or over a sweep, as lines with bands."""
+"""Metrics over training, over noise or over a sweep, as lines with bands: mean over seeds, one standard deviation."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from gradexp.report.figures import COLUMN_WIDTH, PALETTE, Row, Series
@@ -12,23 +14,54 @@ from gradexp.runs import Config
 
 
 def curves(spec: Config, series: Sequence[Series]) -> tuple[Figure, list[Row]]:
-    """One recorded curve a series: mean over seeds, a band of one standard deviation.
+    """One recorded curve a series.
 
-    spec: `metric` (a recorded list), `xlabel`, `ylabel`, `title`; x counts the entries of the list from 1.
+    spec: `metric` (a recorded list), `xlabel`, `ylabel`; x counts the entries of the list from 1.
     """
     figure = Figure(figsize=(COLUMN_WIDTH, 0.72 * COLUMN_WIDTH))
     axes = figure.subplots()
     rows: list[Row] = []
     for one, colour in zip(series, PALETTE, strict=False):
-        mean, std = one.band(spec["metric"])
-        x = np.arange(1, len(mean) + 1)
-        axes.plot(x, mean, color=colour, label=one.label)
-        if len(one.records) > 1:
-            axes.fill_between(x, mean - std, mean + std, color=colour, alpha=0.2, linewidth=0)
-        rows += [
-            {"series": one.label, "x": int(i), "mean": f"{m:.5g}", "std": f"{s:.3g}", "n": len(one.records)}
-            for i, m, s in zip(x, mean, std, strict=True)
-        ]
+        counted = np.arange(1, one.metric(spec["metric"]).shape[1] + 1)
+        rows += [{"series": one.label, **point} for point in _line(axes, one, counted, spec["metric"], colour)]
     axes.set(xlabel=spec["xlabel"], ylabel=spec["ylabel"])
     axes.legend()
     return figure, rows
+
+
+def panels(spec: Config, series: Sequence[Series]) -> tuple[Figure, list[Row]]:
+    """Columns: the panels that series name (`panel`, one for all if none does); rows: the entries of `curves`.
+
+    A label has one colour in all panels.
+    spec: `x` (recorded list), `xlabel`, `xscale`; `curves`: [{metric, ylabel, yscale}]; `panels`: {name: title}.
+    """
+    names = list(dict.fromkeys(str(one.spec.get("panel", "")) for one in series))
+    colours = dict(zip(dict.fromkeys(one.label for one in series), PALETTE, strict=False))
+    wide = [(curve, name) for curve in spec["curves"] for name in names]
+    shape = (len(spec["curves"]), len(names)) if len(names) > 1 else (1, len(wide))
+    figure = Figure(figsize=(2 * COLUMN_WIDTH, 2.3 * shape[0]))
+    all_axes = figure.subplots(*shape, squeeze=False, sharex=True).ravel()
+    rows: list[Row] = []
+    for axes, (curve, name) in zip(all_axes, wide, strict=True):
+        for one in (one for one in series if str(one.spec.get("panel", "")) == name):
+            place = {"panel": name, "metric": curve["metric"], "series": one.label}
+            line = _line(axes, one, one.metric(spec["x"])[0], curve["metric"], colours[one.label])
+            rows += [{**place, **point} for point in line]
+        axes.set(xscale=spec["xscale"], yscale=curve.get("yscale", "linear"), ylabel=curve["ylabel"])
+        axes.set_title(spec.get("panels", {}).get(name, "") if curve is spec["curves"][0] else "")
+    for axes in all_axes[-shape[1] :]:
+        axes.set_xlabel(spec["xlabel"])
+    all_axes[0].legend()
+    return figure, rows
+
+
+def _line(axes: Axes, one: Series, x: Any, metric: str, colour: str) -> list[Row]:
+    """Draws a series' curve over x (length,) with its band; its points as rows."""
+    mean, std = one.band(metric)
+    axes.plot(x, mean, color=colour, label=one.label)
+    if len(one.records) > 1:
+        axes.fill_between(x, mean - std, mean + std, color=colour, alpha=0.2, linewidth=0)
+    return [
+        {"x": f"{a:.5g}", "mean": f"{m:.5g}", "std": f"{s:.3g}", "n": len(one.records)}
+        for a, m, s in zip(x, mean, np.nan_to_num(std), strict=True)
+    ]
