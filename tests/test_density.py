@@ -90,6 +90,30 @@ def test_a_diverged_training_keeps_its_curve_and_its_gan_test_is_nan(places: lis
     assert trained["metrics"]["train/loss"][-1] is None
 
 
+@pytest.mark.parametrize(
+    ("experiment", "axis", "curve"),
+    [("density_ratio", "sigma", "density_ratio/log"), ("discriminative_pixel_perturbation", "removed", "accuracy")],
+)
+def test_curves_of_a_diverged_model_are_nan_over_the_axis_that_was_asked(
+    places: list[str], experiment: str, axis: str, curve: str
+) -> None:
+    names = ("model",) if experiment == "density_ratio" else ("model", "explainer")
+    healthy, _ = done(places, f"experiment={experiment}", *shrunk(*names))
+    diverging = [
+        word
+        for name in names
+        for word in (
+            f"upstream.{name}.method.choice=score_matching",
+            f"+upstream.{name}.method.terms.score_matching.weight=1e30",
+            f"upstream.{name}.optim.passes=4",
+        )
+    ]
+    diverged, _ = done(places, f"experiment={experiment}", *shrunk(*names), *diverging)
+    assert (healthy["status"], diverged["status"]) == ("finished", "diverged")
+    assert diverged["metrics"][axis] == healthy["metrics"][axis]
+    assert diverged["metrics"][curve] == [None] * len(healthy["metrics"][curve])
+
+
 # --- looking at models ------------------------------------------------------------------------------------
 
 

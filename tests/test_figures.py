@@ -46,7 +46,9 @@ def test_a_curve_that_ends_early_leaves_a_gap(tmp_path: Path) -> None:
     """As that of a training that diverged."""
     drawn = [series(tmp_path, "a", [4.0, 2.0], [2.0])]
     files = figures.make(SPEC, "quick", drawn, curves, tmp_path / "results")
-    assert [row["mean"] for row in csv.DictReader(files[-2].open())] == ["3", "nan"]
+    points = list(csv.DictReader(files[-2].open()))
+    assert [row["mean"] for row in points] == ["3", "nan"]
+    assert [row["std"] for row in points] == ["1.41", "nan"]  # no 0, which would say that the seeds agree
 
 
 def test_a_figure_says_how_its_runs_depart_and_where_they_come_from(tmp_path: Path) -> None:

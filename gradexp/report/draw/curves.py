@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -22,8 +21,7 @@ def curves(spec: Config, series: Sequence[Series]) -> tuple[Figure, list[Row]]:
     axes = figure.subplots()
     rows: list[Row] = []
     for one, colour in zip(series, PALETTE, strict=False):
-        counted = np.arange(1, one.metric(spec["metric"]).shape[1] + 1)
-        rows += [{"series": one.label, **point} for point in _line(axes, one, counted, spec["metric"], colour)]
+        rows += [{"series": one.label, **point} for point in _line(axes, one, None, spec["metric"], colour)]
     axes.set(xlabel=spec["xlabel"], ylabel=spec["ylabel"])
     axes.legend()
     return figure, rows
@@ -56,12 +54,13 @@ def panels(spec: Config, series: Sequence[Series]) -> tuple[Figure, list[Row]]:
 
 
 def _line(axes: Axes, one: Series, x: Any, metric: str, colour: str) -> list[Row]:
-    """Draws a series' curve over x (length,) with its band; its points as rows."""
+    """Draws a series' curve over x (length,), None to count its entries, with its band; its points as rows."""
     mean, std = one.band(metric)
+    x = range(1, len(mean) + 1) if x is None else x
     axes.plot(x, mean, color=colour, label=one.label)
     if len(one.records) > 1:
         axes.fill_between(x, mean - std, mean + std, color=colour, alpha=0.2, linewidth=0)
     return [
         {"x": f"{a:.5g}", "mean": f"{m:.5g}", "std": f"{s:.3g}", "n": len(one.records)}
-        for a, m, s in zip(x, mean, np.nan_to_num(std), strict=True)
+        for a, m, s in zip(x, mean, std, strict=True)
     ]
