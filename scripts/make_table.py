@@ -4,7 +4,7 @@ from typing import Any
 
 from common import Job, make_all, report
 
-from gradexp.report import tables
+from gradexp.report import formats, tables
 from gradexp.tasks.compose import plan
 
 
@@ -13,8 +13,8 @@ def make(spec: dict[str, Any], job: Job) -> None:
     wanted = [overrides for *_, seeds in tables.cells_of(spec, job.scale) for overrides in seeds]
     failures = job.fill(f"table {spec['number']}", wanted)
     table = tables.build(spec, job.scale, plan, job.paths)
-    files = tables.write(table, job.paths.results)
-    print(tables.to_text(table))
+    files = formats.write(table, job.paths.results)
+    print(formats.to_text(table))
     report(files, failures)
 
 

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from gradexp.errors import UserError
-from gradexp.report import provenance, tables
+from gradexp.report import formats, provenance, tables
 from gradexp.report import specs as report_specs
 from gradexp.runs import ROOT, Paths, run_id, write_record
 from gradexp.tasks.compose import plan
@@ -44,14 +44,14 @@ def table(results: Path = GOLDEN, scale: str = "cpu") -> tables.Table:
 
 @pytest.mark.parametrize(
     ("suffix", "render"),
-    [("md", tables.to_markdown), ("csv", tables.to_csv), ("tex", tables.to_latex), ("txt", tables.to_text)],
+    [("md", formats.to_markdown), ("csv", formats.to_csv), ("tex", formats.to_latex), ("txt", formats.to_text)],
 )
 def test_golden(suffix: str, render: Any) -> None:
     assert render(table()) == (GOLDEN / f"table.{suffix}").read_text(encoding="utf-8")
 
 
 def test_the_picture_shows_both_numbers_and_needs_no_network() -> None:
-    picture = tables.to_svg(table())
+    picture = formats.to_svg(table())
     assert "10.73" in picture
     assert "8.95" in picture
     assert "font-face" not in picture
@@ -84,8 +84,8 @@ def test_mean_deviation_difference_and_best(tmp_path: Path) -> None:
     assert ce.difference == pytest.approx(12 - 5.69)
     assert a.std is None
     assert (ce.best, a.best) == (True, False)
-    rows = list(csv.DictReader(io.StringIO(tables.to_csv(made))))
-    assert rows[0].keys() == set(tables.COLUMNS)
+    rows = list(csv.DictReader(io.StringIO(formats.to_csv(made))))
+    assert rows[0].keys() == set(formats.COLUMNS)
     assert len(rows) == 4
     assert rows[0]["run_ids"].count(" ") == 1
 
@@ -94,7 +94,7 @@ def test_a_diverged_run_is_nan_and_never_best(tmp_path: Path) -> None:
     for method, value in (("ce", None), ("a", 3.0)):
         sample(tmp_path, ["experiment=jacobian_distill", "scale=cpu", f"method={method}", "data.per_class=1", "seed=0"], value)
     cell = table(tmp_path).cell("Cross-Entropy (CE)", "1")
-    assert tables.ours(cell) == "NaN (n=1)"
+    assert formats.ours(cell) == "NaN (n=1)"
     assert not cell.best
     assert cell.difference is None
 
@@ -106,7 +106,7 @@ def test_seeds_of_which_one_diverged_have_no_deviation(tmp_path: Path) -> None:
     cell = made.cell("Cross-Entropy (CE)", "1")
     assert math.isnan(cell.ours or 0)
     assert math.isnan(cell.std or 0)
-    for render in (tables.to_markdown, tables.to_latex, tables.to_text, tables.to_csv):
+    for render in (formats.to_markdown, formats.to_latex, formats.to_text, formats.to_csv):
         assert "nan" in render(made).lower()
 
 
@@ -120,13 +120,13 @@ def test_latex_has_no_letter_that_it_can_not_print(tmp_path: Path) -> None:
     for number in report_specs.numbers("table"):
         spec = report_specs.load("table", number)
         made = tables.build(spec, next(reversed(spec["seeds"])), plan, Paths(Path("data"), tmp_path, Path("outputs")))
-        assert tables.to_latex(made).isascii(), number
+        assert formats.to_latex(made).isascii(), number
 
 
 def test_an_empty_cell_says_how_to_fill_itself(tmp_path: Path) -> None:
     made = table(tmp_path)
     command = "python run.py experiment=jacobian_distill scale=cpu method=a data.per_class=5 seed=1"
-    for render in (tables.to_markdown, tables.to_text):
+    for render in (formats.to_markdown, formats.to_text):
         assert command in render(made)
 
 
@@ -280,7 +280,7 @@ def test_rendered_tables_are_up_to_date() -> None:
         number = file.stem.removeprefix("table_").replace("_", ".")
         spec = yaml.safe_load((ROOT / "conf" / "table" / f"{number}.yaml").read_text())
         made = tables.build(spec, file.parent.name, plan, paths)
-        assert tables.to_csv(made) == file.read_text(), f"make tables SCALE={file.parent.name}"
+        assert formats.to_csv(made) == file.read_text(), f"make tables SCALE={file.parent.name}"
 
 
 def test_a_cell_of_two_metrics_shows_both_and_is_judged_by_the_last() -> None:
@@ -294,12 +294,12 @@ def test_a_cell_of_two_metrics_shows_both_and_is_judged_by_the_last() -> None:
     other = dataclasses.replace(both, column="y", values=(90.0,), others=(second,))
     marked = tables.mark_best([both, other], "max", "table")
     assert [cell.best for cell in marked] == [True, False]
-    assert tables.ours(both) == "70.00 / 80.00"
-    assert tables.printed(both) == "75.37 / 85.64"
-    assert tables.gap(both) == "−5.37 / −5.64"
-    assert tables.ours(dataclasses.replace(both, values=())) == tables.EMPTY
+    assert formats.ours(both) == "70.00 / 80.00"
+    assert formats.printed(both) == "75.37 / 85.64"
+    assert formats.gap(both) == "−5.37 / −5.64"
+    assert formats.ours(dataclasses.replace(both, values=())) == formats.EMPTY
     made = dataclasses.replace(table(), rows=("a",), columns=("x", "y"), cells=marked)
-    lines = list(csv.DictReader(io.StringIO(tables.to_csv(made))))
+    lines = list(csv.DictReader(io.StringIO(formats.to_csv(made))))
     assert [(line["column"], line["metric"], float(line["ours"])) for line in lines] == [
         ("x", "accuracy", 70.0),
         ("x", "gan_test", 80.0),
@@ -312,7 +312,7 @@ def test_a_scale_may_run_only_some_cells(tmp_path: Path) -> None:
     spec = SPEC | {"only": {"quick": [["A only", "5"]]}}
     made = tables.build(spec, "quick", fake_plan, Paths(Path("data"), tmp_path, Path("outputs")))
     assert [(source.command.split()[4:6]) for source in made.missing] == [["method=a", "data.per_class=5"]]
-    assert tables.ours(made.cell("A only", "1")) == tables.EMPTY
+    assert formats.ours(made.cell("A only", "1")) == formats.EMPTY
     assert "not part of this scale" in " ".join(made.caption)
 
 
@@ -325,5 +325,5 @@ def test_the_thesiss_quantities_are_told_apart() -> None:
 def test_every_part_of_table_5_2_stands_beside_the_thesis(tmp_path: Path) -> None:
     spec = yaml.safe_load((ROOT / "conf" / "table" / "5.2.yaml").read_text())
     made = tables.build(spec, "quick", plan, Paths(Path("data"), tmp_path, Path("outputs")))
-    assert tables.printed(made.cell("λ = 1e-5", "μ = 1e-3")) == "75.37 / 85.64"
+    assert formats.printed(made.cell("λ = 1e-5", "μ = 1e-3")) == "75.37 / 85.64"
     assert all(part.thesis for cell in made.cells for part in cell.parts)

@@ -24,7 +24,7 @@ import yaml
 from markupsafe import Markup, escape
 from PIL import Image
 
-from gradexp.report import claims, figures, provenance, tables
+from gradexp.report import claims, figures, formats, provenance, tables
 from gradexp.report.specs import Planned, Planner, Source
 from gradexp.runs import ROOT, Config, Paths, read_record, run_id, write_atomically
 
@@ -223,9 +223,9 @@ def table_view(table: tables.Table, panels: Panels, close: float) -> View:
 
 def facts_of(cell: tables.Cell, standing: Mark) -> list[tuple[str, str]]:
     return [
-        ("ours", tables.ours(cell) if cell.values else ""),
-        ("thesis", tables.printed(cell)),
-        ("difference", tables.gap(cell)),
+        ("ours", formats.ours(cell) if cell.values else ""),
+        ("thesis", formats.printed(cell)),
+        ("difference", formats.gap(cell)),
         ("standing", f"{standing.sign} {standing.name}"),
         ("metric", ", ".join(part.metric for part in cell.parts)),
     ]
@@ -233,7 +233,7 @@ def facts_of(cell: tables.Cell, standing: Mark) -> list[tuple[str, str]]:
 
 def plain(cell: tables.Cell) -> str:
     """Mean and standard deviation of each metric, without the number of seeds."""
-    return " / ".join(tables.number(one.ours) + (f" ± {one.std:.2f}" if one.std is not None else "") for one in cell.parts)
+    return " / ".join(formats.number(one.ours) + (f" ± {one.std:.2f}" if one.std is not None else "") for one in cell.parts)
 
 
 def figure_view(spec: Config, series: Sequence[figures.Series], scale: str, panels: Panels, told: Sequence[str] = ()) -> View:
@@ -349,7 +349,7 @@ def render(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals |= {"ours": tables.ours, "plain": plain, "printed": tables.printed, "gap": tables.gap}
+    environment.globals |= {"ours": formats.ours, "plain": plain, "printed": formats.printed, "gap": formats.gap}
     environment.globals |= {
         "tally": claims.tally,
         "summary": claims.summary,

@@ -1,0 +1,180 @@
+"""What a table looks like: as Markdown, LaTeX, CSV, text for the terminal, and a picture."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import rich.box
+import rich.console
+import rich.table
+
+from gradexp.report.tables import EMPTY, Cell, Table
+from gradexp.runs import write_atomically
+
+COLUMNS = ("row", "column", "metric", "ours", "std", "n", "thesis", "difference", "run_ids")
+
+
+def number(value: float | None) -> str:
+    return EMPTY if value is None else "NaN" if value != value else f"{value:.2f}"
+
+
+def signed(value: float | None) -> str:
+    return "" if value is None else f"{value:+.2f}".replace("-", "−")
+
+
+def ours(cell: Cell) -> str:
+    """Mean, ± standard deviation over seeds, and their number where the table has several; all metrics of the cell."""
+    if cell.others and not cell.values:
+        return EMPTY
+    count = f" (n={len(cell.values)})" if cell.values and len(cell.sources) > 1 else ""
+    return " / ".join(number(c.ours) + (f" ± {c.std:.2f}" if c.std is not None else "") for c in cell.parts) + count
+
+
+def printed(cell: Cell) -> str:
+    """The thesis's number, or numbers; '' where it prints none."""
+    return " / ".join(str(part.thesis) for part in cell.parts if part.thesis)
+
+
+def gap(cell: Cell) -> str:
+    """Ours minus the thesis's, where they may be compared."""
+    return " / ".join(signed(part.difference) for part in cell.parts if part.difference is not None)
+
+
+def to_csv(table: Table) -> str:
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for c in (part for cell in table.cells for part in cell.parts):
+        done = [source.id for source in c.sources if source.finished]
+        plain = [("" if x is None else f"{x:.4f}") for x in (c.ours, c.std)]
+        thesis = "" if c.thesis is None else f"{c.thesis.value:g}"
+        difference = "" if c.difference is None else f"{c.difference:.4f}"
+        writer.writerow([c.row, c.column, c.metric, *plain, len(c.values), thesis, difference, " ".join(done)])
+    return out.getvalue()
+
+
+def to_markdown(table: Table) -> str:
+    def cell(c: Cell) -> str:
+        mine = f"**{ours(c)}**" if c.best else ours(c)
+        if c.thesis is None:
+            return mine
+        theirs = f"**{printed(c)}**" if c.thesis.bold else printed(c)
+        return f"{mine}<br>thesis {theirs}" + (f" ({gap(c)})" if gap(c) else "")
+
+    lines = [f"**Table {table.number}, scale={table.scale}.** {table.title}", ""]
+    lines += ["| " + " | ".join([table.corner, *table.columns]) + " |", "|---" * (len(table.columns) + 1) + "|"]
+    lines += [
+        "| " + " | ".join([row, *(cell(table.cell(row, column)) for column in table.columns)]) + " |" for row in table.rows
+    ]
+    lines += ["", *(f"- {sentence}" for sentence in table.caption)]
+    filled = [(c, s) for c in table.cells for s in c.sources if s.finished]
+    if filled:
+        lines += ["", "<details><summary>Records</summary>", "", "| row | column | records |", "|---|---|---|"]
+        for c in table.cells:
+            links = [f"[{s.id}](../../runs/{s.record.parent.name}/{s.record.name})" for s in c.sources if s.finished]
+            if links:
+                lines.append(f"| {c.row} | {c.column} | {' '.join(links)} |")
+        lines += ["", "</details>"]
+    if table.missing:
+        lines += ["", "Missing runs:", "", "```", *(source.command for source in table.missing), "```"]
+    return "\n".join(lines) + "\n"
+
+
+LATEX = str.maketrans(
+    {"β": r"$\beta$", "λ": r"$\lambda$", "μ": r"$\mu$", "σ": r"$\sigma$", "Δ": r"$\Delta$", "ℓ": r"$\ell$", "×": r"$\times$"}
+    | {"→": r"$\rightarrow$", "↓": r"$\downarrow$", "−": "$-$", "±": r"$\pm$", "–": "--"}
+)
+
+
+def to_latex(table: Table) -> str:
+    def text(words: str) -> str:
+        for plain, escaped in (("\\", r"\textbackslash "), *((x, "\\" + x) for x in "&%$#_{}")):
+            words = words.replace(plain, escaped)
+        return words.translate(LATEX)
+
+    def cell(c: Cell) -> str:
+        mine = text(ours(c))
+        mine = rf"\textbf{{{mine}}}" if c.best else mine
+        if c.thesis is None:
+            return mine
+        theirs = rf"\textbf{{{text(printed(c))}}}" if c.thesis.bold else text(printed(c))
+        return f"{mine} ({theirs})"
+
+    body = [
+        " & ".join([text(row), *(cell(table.cell(row, column)) for column in table.columns)]) + r" \\" for row in table.rows
+    ]
+    caption = " ".join([text(table.title), "In parentheses: the thesis.", *(text(x.replace("`", "")) for x in table.caption)])
+    return "\n".join(
+        [
+            r"\begin{table}",
+            r"\centering",
+            rf"\caption{{{caption}}}",
+            rf"\begin{{tabular}}{{l{'c' * len(table.columns)}}}",
+            r"\toprule",
+            " & ".join([text(table.corner), *map(text, table.columns)]) + r" \\",
+            r"\midrule",
+            *body,
+            r"\bottomrule",
+            r"\end{tabular}",
+            r"\end{table}",
+            "",
+        ]
+    )
+
+
+def to_text(table: Table) -> str:
+    """For the terminal: ours above, the thesis's number below in parentheses; * marks the best of a column."""
+
+    def cell(c: Cell) -> str:
+        return ours(c) + ("*" if c.best else "") + (f"\n({printed(c)})" if c.thesis else "")
+
+    screen = io.StringIO()
+    rich.console.Console(width=1000, markup=False, file=screen).print(_grid(table, cell))  # so wide that no cell is broken
+    lines = [line.rstrip() for line in screen.getvalue().splitlines()]
+    lines += [f"* best of its {table.best_per}; in parentheses: the thesis's number", *table.caption]
+    if table.missing:
+        lines += ["", "Missing runs:", *(f"  {source.command}" for source in table.missing)]
+    return "\n".join([_title(table), *lines]) + "\n"
+
+
+def to_svg(table: Table) -> str:
+    """A picture for pages: ours in front, the thesis's number dim behind it."""
+
+    def cell(c: Cell) -> str:
+        mine = f"[bold]{ours(c)}[/bold]" if c.best else ours(c)
+        return f"{mine} [dim]{printed(c)}[/dim]" if c.thesis else mine
+
+    grid = _grid(table, cell)
+    grid.title = _title(table)
+    console = rich.console.Console(record=True, width=100, file=io.StringIO())
+    console.print(grid)
+    console.print(f"bold: best of its {table.best_per}; dim: the thesis", style="dim", justify="center")
+    # The exporter's fonts come from the network; a picture in a repository must not need one.
+    return re.sub(r"@font-face \{[^}]*\}\s*", "", console.export_svg(title="gradexp"))
+
+
+def _title(table: Table) -> str:
+    return f"Table {table.number}, scale={table.scale}. {table.title}"
+
+
+def _grid(table: Table, show: Callable[[Cell], str]) -> rich.table.Table:
+    grid = rich.table.Table(box=rich.box.HORIZONTALS)
+    grid.add_column(table.corner)
+    for column in table.columns:
+        grid.add_column(column, justify="right")
+    for row in table.rows:
+        grid.add_row(row, *(show(table.cell(row, column)) for column in table.columns))
+    return grid
+
+
+def write(table: Table, results: Path) -> list[Path]:
+    """Writes the files of a table under results/tables/<scale>/."""
+    stem = results / "tables" / table.scale / f"table_{table.number.replace('.', '_')}"
+    files = {".md": to_markdown(table), ".csv": to_csv(table), ".tex": to_latex(table), ".svg": to_svg(table)}
+    for suffix, content in files.items():
+        write_atomically(stem.with_suffix(suffix), content.encode())
+    return [stem.with_suffix(suffix) for suffix in files]
