@@ -133,6 +133,12 @@ def _unreadable(path: Path, why: str) -> UserError:
     return UserError(f"record {path} can't be read ({why}); delete it and run again, or restore it with git")
 
 
+def value_of(record: Config, metric: str) -> float:
+    """A record's metric; NaN for a diverged run."""
+    value = record["metrics"].get(metric)
+    return float("nan") if value is None else float(value)
+
+
 def write_record(path: Path, record: Config) -> None:
     """Writes a record: sorted keys, two-space indent, NaN as null, under 64 KiB."""
     content = _json(record)

@@ -14,7 +14,10 @@ from gradexp.errors import UserError
 from gradexp.evaluate.discriminative_perturbation import discriminative_perturbation, saliency
 from gradexp.evaluate.shift import Shifted, shift_effects, sine_effects
 from gradexp.report import figures, specs, tables
+from gradexp.report.draw.curves import panels
+from gradexp.report.draw.fooling import fooling
 from gradexp.report.draw.images import red_over, samples, signed
+from gradexp.report.draw.shift import shift
 from gradexp.runs import Paths, Run, _write_arrays, ensure, read_arrays, run_id, write_record
 from gradexp.tasks.build import build
 from gradexp.tasks.compose import compose_run, plan
@@ -83,6 +86,7 @@ def test_a_diverged_training_keeps_its_curve_and_its_gan_test_is_nan(places: lis
     record = ensure(made)
     assert record["status"] == "diverged"
     assert record["metrics"]["gan_test"] is None  # JSON has no NaN
+    assert record["metrics"]["judge/accuracy"] > 0  # the judge is sound
     trained = made.upstream("model").record()
     assert trained is not None
     assert trained["status"] == "diverged"
@@ -193,6 +197,45 @@ def test_fooling_compares_accuracies_on_the_same_images(places: list[str]) -> No
     assert metrics["test/accuracy/before"] == pytest.approx(accuracy_on_test(start, data, hardware), rel=1e-5)
 
 
+def test_a_fine_tuning_that_diverged_keeps_what_was_measured_before_it(places: list[str]) -> None:
+    words = [*shrunk("start"), "scale.density.judge_width=0.015625", "data.per_class=4", "optim.passes=4"]
+    record, _ = done(places, "experiment=fooling", *words, "method.terms.fooling.weight=1e38")
+    assert record["status"] == "diverged"
+    found = {name: value for name, value in record["metrics"].items() if name.startswith(("energy/", "test/accuracy"))}
+    assert {name for name, value in found.items() if value is None} == {
+        "test/accuracy", "energy/logit/after", "energy/loss/after", "energy/loss@T=1000/after"
+    }  # fmt: skip
+    assert len(found) == 9
+
+
+@pytest.mark.parametrize(
+    ("experiment", "wrong", "message"),
+    [
+        ("gan_test", "task.sampling.start=[0.5,-0.2]", "no standard deviation"),
+        ("implicit_samples", "task.denoising.noise=-1", "no standard deviation"),
+        ("density_ratio", "task.sigmas=[0,-0.1]", "not negative"),
+        ("discriminative_pixel_perturbation", "task.saliency=std", "channel_std or magnitude"),
+        ("discriminative_pixel_perturbation", "task.target=second", "top or label"),
+        ("discriminative_pixel_perturbation", "task.replacement=mean", "image_mean or a number"),
+        ("discriminative_pixel_perturbation", "task.fractions.to=2", "between 0 and 1"),
+    ],
+)
+def test_what_can_not_be_measured_is_said_before_the_training(
+    places: list[str], tmp_path: Path, experiment: str, wrong: str, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        ensure(run(places, f"experiment={experiment}", wrong))
+    assert not list(tmp_path.rglob("*.json"))
+
+
+def test_the_other_activation_of_resnet18_is_refused_where_a_hessian_is_asked(places: list[str]) -> None:
+    """Typed as conf/model/resnet18.yaml says."""
+    typed = ["~model.activation.beta", "model.activation._target_=torch.nn.ReLU"]
+    with pytest.raises(UserError, match="take a softplus network"):
+        ensure(run(places, *TRAIN, *typed))
+    assert done(places, *TRAIN, *typed, "method=ce")[0]["status"] == "finished"
+
+
 def test_a_mask_that_does_not_fit_fails_before_the_training(places: list[str], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="a side from 1 to 32"):
         ensure(run(places, "experiment=fooling", *shrunk("start"), "method.terms.fooling.mask=33"))
@@ -300,6 +343,63 @@ def test_figures_compose_at_every_scale(number: str, scale: str) -> None:
     configs = [plan(words).config for _, seeds in figures.overrides_of(spec, scale) for words in seeds]
     expected = "digits" if scale == "quick" else "cifar10" if number in ("5.6", "5.7") else "cifar100"
     assert {config["data"]["name"] for config in configs} == {expected}
+
+
+def series_of(folder: Path, spec: dict[str, Any], metrics: dict[str, Any], **arrays: np.ndarray) -> list[figures.Series]:
+    """The figure's series, each with one record; numbers differ from series to series."""
+    made = []
+    for i, one in enumerate(spec["series"]):
+        source = specs.Source(f"{i:012x}", folder / f"{i}.json", "")
+        record: dict[str, Any] = {"metrics": {name: (np.array(value) + i).tolist() for name, value in metrics.items()}}
+        if arrays:
+            record["arrays"] = _write_arrays(source.record.with_suffix(".npz"), arrays)
+        write_record(source.record, record)
+        made.append(figures.Series(one, (source,)))
+    return made
+
+
+@pytest.mark.parametrize("number", ["5.1", "5.3", "5.6"])
+def test_panels_show_every_curve_of_every_series(number: str, tmp_path: Path) -> None:
+    spec = specs.load("figure", number)
+    names = [curve["metric"] for curve in spec["curves"]]
+    metrics = {spec["x"]: [0.1, 1.0]} | {name: [10.0 * j, 20.0 * j] for j, name in enumerate(names, start=1)}
+    figure, rows = panels(spec, series_of(tmp_path, spec, metrics))
+    titles = [axes.get_title() for axes in figure.axes]
+    assert [title for title in titles if title] == list(spec.get("panels", {}).values())
+    assert len(figure.axes) == len(names) * max(1, len(spec.get("panels", {})))
+    assert sum(len(axes.lines) for axes in figure.axes) == len(spec["series"]) * len(names)
+    drawn = {(row["panel"], row["series"], row["metric"], float(row["mean"])) for row in rows}
+    assert drawn == {
+        (one.get("panel", ""), one["label"], name, value + i)
+        for i, one in enumerate(spec["series"])
+        for name in names
+        for value in metrics[name]
+    }
+
+
+def test_figure_5_5_has_the_three_energies_before_and_after(tmp_path: Path) -> None:
+    spec = specs.load("figure", "5.5")
+    kinds = ("logit", "loss", "loss@T=1000")
+    energies = {f"energy/{kind}/{when}": 10.0 * i for i, kind in enumerate(kinds) for when in ("before", "after")}
+    metrics = energies | {"energy/uniform": 22.0, "test/accuracy": 60.0, "test/accuracy/before": 61.0}
+    maps = {f"{kind}_{when}": np.ones((2, 4, 4)) for kind in kinds for when in ("before", "after")}
+    pictures = np.zeros((2, 3, 4, 4), dtype=np.uint8)
+    figure, rows = fooling(spec, series_of(tmp_path, spec, metrics, images=pictures, mask=np.ones((4, 4)), **maps))
+    assert len(figure.axes) == 2 * (1 + len(spec["columns"]))
+    assert sorted(float(row["percent"]) for row in rows) == sorted(metrics.values())
+    assert {row["thesis"] for row in rows} == {"", *spec["thesis"].values()}
+
+
+def test_the_figure_of_shifts(tmp_path: Path) -> None:
+    spec = specs.load("figure", "shift")
+    curves = {f"sine/{name}": [1.0, 2.0] for name in ("frequency", "loss_change", "gradient_change", "gradient_bound")}
+    gradients = np.random.default_rng(0).normal(size=(1, 3, 4, 4)).astype(np.float32)
+    maps = {f"{kind}_{when}": gradients for kind in ("logit", "loss") for when in ("before", "after")}
+    pictures = np.zeros((1, 3, 4, 4), dtype=np.uint8)
+    drawn = series_of(tmp_path, spec, curves | dict.fromkeys(spec["metrics"], 3.0), images=pictures, **maps)
+    figure, rows = shift(spec, drawn)
+    assert len(figure.axes[-1].lines) == 3
+    assert [row["value"] for row in rows] == ["3"] * len(spec["metrics"]) + ["1", "2"] * 3
 
 
 def test_table_5_2_is_the_sweep_around_table_5_1() -> None:

@@ -130,6 +130,18 @@ def test_energy_of_a_gradient_made_by_hand() -> None:
     assert energy[1].isnan()
 
 
+def test_the_loss_gradient_of_a_confident_image_does_not_see_a_common_shift_in_float32() -> None:
+    """p_y - 1 rounds where p_y is near 1: what is left of the weights' sum would carry the shift's gradient."""
+    torch.manual_seed(0)
+    rivals, shift = 0.1 * torch.randn(100, *SHAPE, dtype=torch.float64), torch.randn(SHAPE, dtype=torch.float64)
+    labels = torch.tensor([0])
+    image = 50 * rivals[0] / rivals[0].norm() / rivals[0].norm()  # its class leads by about 50: p_y rounds to 1
+    assert Slope(rivals.float())(image[None].float()).softmax(1)[0, 0] == 1
+    exact = gradients.loss_gradient(Slope(rivals), image[None], labels, temperature=1.0)
+    found = gradients.loss_gradient(Slope((rivals + shift).float()), image[None].float(), labels, temperature=1.0)
+    torch.testing.assert_close(found.double() / exact.norm(), exact / exact.norm(), rtol=0, atol=1e-4)
+
+
 def test_loss_gradient_against_equation_5_6() -> None:
     """-∇f_i + Σ_j p_j ∇f_j, at a temperature T with both the logits and p divided."""
     model, data = net(), batch()

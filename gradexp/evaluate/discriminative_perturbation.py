@@ -30,6 +30,15 @@ def explained_class(logits: Tensor, labels: Tensor, target: str) -> Tensor:
     return logits.argmax(1) if target == "top" else labels
 
 
+def check(*, fractions: Sequence[float], kind: str, target: str, replacement: str | float) -> None:
+    """Raises UserError for what `discriminative_perturbation` can't do, by doing it to one pixel."""
+    pixel = torch.zeros(1, 1, 1, 1)
+    places = ranks(saliency(pixel, kind), seed=0)
+    explained_class(pixel[..., 0, 0], torch.zeros(1, dtype=torch.long), target)
+    for fraction in fractions:
+        remove(pixel, least_salient(places, fraction), replacement)
+
+
 @torch.no_grad()
 def discriminative_perturbation(
     model: nn.Module,

@@ -17,7 +17,7 @@ from typing import Any
 
 from gradexp.report import provenance
 from gradexp.report.specs import Planner, Source, at_paper, seeds_of
-from gradexp.runs import ROOT, Config, Paths, read_record
+from gradexp.runs import ROOT, Config, Paths, read_record, value_of
 
 EMPTY = "–"  # in the place of a number that is missing
 
@@ -96,12 +96,6 @@ class Table:
     @property
     def missing(self) -> list[Source]:
         return list(dict.fromkeys(source for cell in self.cells for source in cell.missing))
-
-
-def value_of(record: Config, metric: str) -> float:
-    """A record's metric; NaN for a diverged run."""
-    value = record["metrics"].get(metric)
-    return float("nan") if value is None else float(value)
 
 
 def values_of(sources: Iterable[Source], metric: str) -> tuple[float, ...]:

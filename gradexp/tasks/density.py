@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from gradexp import gradients
 from gradexp.data.loader import mix
 from gradexp.errors import UserError
+from gradexp.evaluate import density_ratio as ratio
+from gradexp.evaluate import discriminative_perturbation as perturbation
 from gradexp.evaluate import gan_test as judging
-from gradexp.evaluate.density_ratio import density_ratio as measure_ratio
-from gradexp.evaluate.discriminative_perturbation import discriminative_perturbation as perturb
-from gradexp.runs import Result, Run, run_id, write_atomically
+from gradexp.runs import Result, Run, run_id, value_of, write_atomically
 from gradexp.sampling import Ascent
 from gradexp.tasks.build import build
 from gradexp.tasks.look import Look, as_bytes
+from gradexp.tasks.progress import Progress
 
 BATCH = 256
 SAMPLED = 64  # images that climb together: a killed run loses what these had done
@@ -29,16 +30,16 @@ def gan_test(run: Run) -> Result:
     upstream, task = run.config["upstream"], run.config["task"]
     if run_id(upstream["judge"]) == run_id(upstream["model"]):
         raise UserError(
-            "upstream.judge is the sampled model itself; take another one, such as upstream.judge.model.choice=vgg11_softplus"
+            "upstream.judge is the sampled model itself; take another one, such as the same network with upstream.judge.seed=1"
         )
-    look = Look(run)
+    look, ascent = Look(run), build(task["sampling"], where="task.sampling")
     look.require_unit_pixels()
     model, judge = look.model("model"), look.model("judge")
     labels = torch.arange(task["samples"], device=look.hardware.device) % look.data.classes
-    samples = sample(look, build(task["sampling"], where="task.sampling"), model, labels)
+    samples = sample(look, ascent, model, labels)
     metrics = judging.gan_test(judge, samples, labels, confidence=task["confidence"])
-    accuracies = {f"{name}/accuracy": look.records[name]["metrics"]["test/accuracy"] or 0 for name in ("model", "judge")}
-    return look.result(metrics | accuracies)
+    accuracies = {f"{name}/accuracy": value_of(look.records[name], "test/accuracy") for name in ("model", "judge")}
+    return look.result(metrics | accuracies, keep=accuracies)
 
 
 def sample(look: Look, ascent: Ascent, model: nn.Module, labels: Tensor) -> Tensor:
@@ -47,17 +48,18 @@ def sample(look: Look, ascent: Ascent, model: nn.Module, labels: Tensor) -> Tens
     if look.diverged:
         return torch.full((len(labels), *shape), float("nan"), device=labels.device)
     look.run.folder.mkdir(parents=True, exist_ok=True)
-    files = []
-    for start in range(0, len(labels), SAMPLED):
+    files = {start: look.run.folder / f"samples_{start}.pt" for start in range(0, len(labels), SAMPLED)}
+    missing = [start for start, file in files.items() if not file.exists()]
+    progress = Progress(f"samples {look.run.id}", len(files), "batches", done=len(files) - len(missing))
+    for done, start in enumerate(missing, start=progress.first + 1):
         chosen = labels[start : start + SAMPLED]
-        files.append(look.run.folder / f"samples_{start}.pt")
-        if not files[-1].exists():
-            seeds = [mix(look.run.config["seed"], start + i) for i in range(len(chosen))]
-            content = io.BytesIO()
-            torch.save(ascent.sample(model, chosen, seeds, shape).cpu(), content)
-            write_atomically(files[-1], content.getvalue())
-    samples = torch.cat([torch.load(file, weights_only=True) for file in files]).to(labels.device)
-    for file in files:
+        seeds = [mix(look.run.config["seed"], start + i) for i in range(len(chosen))]
+        content = io.BytesIO()
+        torch.save(ascent.sample(model, chosen, seeds, shape).cpu(), content)
+        write_atomically(files[start], content.getvalue())
+        progress.say(done)
+    samples = torch.cat([torch.load(file, weights_only=True) for file in files.values()]).to(labels.device)
+    for file in files.values():
         file.unlink()
     return samples
 
@@ -65,11 +67,12 @@ def sample(look: Look, ascent: Ascent, model: nn.Module, labels: Tensor) -> Tens
 def density_ratio(run: Run) -> Result:
     """Figure 5.1; `mean_log_ratio` is the mean of the logarithm's curve."""
     look, task = Look(run), run.config["task"]
+    ratio.check(task["sigmas"])  # before the hours that the model takes
     model = look.model("model")
     batches = look.batches(task["images"], BATCH)
-    metrics: dict[str, Any] = measure_ratio(model, batches, sigmas=task["sigmas"], seed=run.config["seed"])
+    metrics: dict[str, Any] = ratio.density_ratio(model, batches, sigmas=task["sigmas"], seed=run.config["seed"])
     metrics["mean_log_ratio"] = float(np.mean(metrics["density_ratio/log"]))
-    return look.result(metrics, axis="sigma")
+    return look.result(metrics, keep=["sigma"])
 
 
 def implicit_samples(run: Run) -> Result:
@@ -79,8 +82,8 @@ def implicit_samples(run: Run) -> Result:
     """
     look, task = Look(run), run.config["task"]
     look.require_unit_pixels()
-    model = look.model("model")
     ascent, denoising = (build(task[name], where=f"task.{name}") for name in ("sampling", "denoising"))
+    model = look.model("model")
     labels = torch.arange(task["samples"], device=look.hardware.device) % look.data.classes
     samples = sample(look, ascent, model, labels)
     batch = next(look.batches(task["images"], task["images"]))
@@ -100,14 +103,21 @@ def discriminative_perturbation(run: Run) -> Result:
     the correct class, the same for all models.
     """
     look, task = Look(run), run.config["task"]
-    model, explainer = look.model("model"), look.model("explainer")
     low, high = np.log10(task["fractions"]["from"]), np.log10(task["fractions"]["to"])
-    fractions = np.logspace(low, high, task["fractions"]["count"]).round(6).tolist()
-    how: dict[str, Any] = {"kind": task["saliency"], "target": task["target"], "replacement": task["replacement"]}
+    how: dict[str, Any] = {
+        "fractions": np.logspace(low, high, task["fractions"]["count"]).round(6).tolist(),
+        "kind": task["saliency"],
+        "target": task["target"],
+        "replacement": task["replacement"],
+    }
+    perturbation.check(**how)  # before the hours that the models take
+    model, explainer = look.model("model"), look.model("explainer")
     batches = look.batches(task["images"], BATCH)
-    metrics: dict[str, Any] = perturb(model, explainer, batches, fractions=fractions, seed=run.config["seed"], **how)
+    metrics: dict[str, Any] = perturbation.discriminative_perturbation(
+        model, explainer, batches, seed=run.config["seed"], **how
+    )
     metrics["mean_accuracy"] = float(np.mean(metrics["accuracy"]))
     batch = next(look.batches(task["shown"], task["shown"]))
     gradient = gradients.input_gradient(explainer, batch.images, batch.labels)
     shown = {"images": as_bytes(batch.images), "gradients": gradient.nan_to_num(0).cpu().numpy().astype(np.float16)}
-    return look.result(metrics, shown, axis="removed")
+    return look.result(metrics, shown, keep=["removed"])

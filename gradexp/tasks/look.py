@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -49,13 +49,13 @@ class Look:
         if self.data.normalise != "none":
             raise UserError(f"data.normalise={self.data.normalise}: sampling clips pixels to [0, 1]; take data.normalise=none")
 
-    def result(self, metrics: dict[str, Any], arrays: Mapping[str, Any] | None = None, *, axis: str | None = None) -> Result:
+    def result(self, metrics: dict[str, Any], arrays: Mapping[str, Any] | None = None, *, keep: Collection[str] = ()) -> Result:
         """Metrics rounded to what they mean; NaN where a model had diverged, which is a result.
 
-        The metric `axis` says where curves were measured, and stays.
+        keep: metrics that do not depend on it, such as where a curve was measured.
         """
         if self.diverged:
-            metrics = {name: x if name == axis else _nan(x) for name, x in metrics.items()}
+            metrics = {name: x if name in keep else _nan(x) for name, x in metrics.items()}
         facts = {"data": self.data.fingerprint(), **self.hardware.facts(mixed=False)}
         status = "diverged" if self.diverged else "finished"
         return Result({name: _rounded(value) for name, value in metrics.items()}, status, facts, dict(arrays or {}))

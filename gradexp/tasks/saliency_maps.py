@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,10 @@ from gradexp.evaluate import masking
 from gradexp.files import reserve, sha256, write_atomically
 from gradexp.runs import Result, Run
 from gradexp.saliency import Saliency
+from gradexp.tasks.progress import Progress
 from gradexp.tasks.saliency_score import completeness, parts
 
 CHUNK = 128  # images computed at a time; what is drawn for an image depends on it
-SAY_EVERY = 30.0  # seconds
 
 
 def saliency_maps(run: Run) -> Result:
@@ -55,14 +54,11 @@ def fill(path: Path, loader: Loader, model: nn.Module, method: Saliency, seed: i
     kind = np.dtype(np.int16 if shape[-1] * shape[-2] < 2**15 else np.int32)
     places = np.lib.format.open_memmap(path, mode="r+" if done else "w+", dtype=kind, shape=shape)
     reserve(path, path.stat().st_size)
-    said = started = time.monotonic()
+    progress = Progress(title, len(loader), "chunks", done=done)
     for number, batch in enumerate(loader.batches(epoch=0, start=done), start=done):
         torch.manual_seed(mix(seed, number))
         ranks = masking.ranks(method(model, batch.images)[:, 0], seed=mix(seed, number))
         places[number * CHUNK :][:CHUNK, 0] = ranks.to("cpu", torch.int32).numpy()
         places.flush()
         write_atomically(done_file, str(number + 1).encode())
-        if time.monotonic() - said > SAY_EVERY:
-            said = time.monotonic()
-            left = (said - started) / (number + 1 - done) * (len(loader) - number - 1)
-            print(f"{title}: {number + 1}/{len(loader)} chunks, {left / 60:.1f} min left", flush=True)
+        progress.say(number + 1)

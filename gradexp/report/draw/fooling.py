@@ -14,7 +14,7 @@ from gradexp.runs import Config
 def fooling(spec: Config, series: Sequence[Series]) -> tuple[Figure, list[Row]]:
     """One image a row: the mask, and each gradient of `columns` in red over the image, with its mean energy in the mask.
 
-    spec: `columns`: [{label, array, metric}]; `thesis`: {metric: number} for the CSV file.
+    spec: `columns`: [{label, array, metric}]; for the CSV file further `metrics`, and `thesis`: {metric: number}.
     """
     one = series[0]
     arrays, images = one.arrays[0], one.arrays[0]["images"]
@@ -32,9 +32,7 @@ def fooling(spec: Config, series: Sequence[Series]) -> tuple[Figure, list[Row]]:
         place.set_title(f"{label}\n{energy:.1f} %")
     figure.set_layout_engine("constrained", w_pad=0.01, h_pad=0.01, wspace=0.02, hspace=0.02)
     rows: list[Row] = [
-        {"gradient": label, "energy": f"{energy:.4g}", "thesis": spec["thesis"].get(metric, "")}
-        for (label, metric), energy in zip(heads, energies, strict=True)
+        {"what": label, "percent": f"{one.metric(metric)[0]:.4g}", "thesis": spec["thesis"].get(metric, "")}
+        for label, metric in [*heads, *((name, name) for name in spec["metrics"])]
     ]
-    accuracies = (("test accuracy before", "test/accuracy/before"), ("test accuracy after", "test/accuracy"))
-    rows += [{"gradient": label, "energy": f"{one.metric(name)[0]:.4g}", "thesis": ""} for label, name in accuracies]
     return figure, rows

@@ -27,7 +27,7 @@ def shift(spec: Config, series: Sequence[Series]) -> tuple[Figure, list[Row]]:
     figure = Figure(figsize=(width, 0.55 * width))
     halves = figure.add_gridspec(1, 2, width_ratios=[1.25, 1])
     left, right = figure.add_subfigure(halves[0]), figure.add_subfigure(halves[1])
-    axes = left.subplots(count, len(HEADS))
+    axes = left.subplots(count, len(HEADS), squeeze=False)
     for line, i in zip(axes, range(count), strict=True):
         for place, name in zip(line, HEADS, strict=True):
             show(place, arrays[name][i] if name == "images" else signed(arrays[name])[i])
