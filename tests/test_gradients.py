@@ -139,6 +139,21 @@ def test_jacobian_term_against_two_gradients() -> None:
     assert jacobian(reduction="mean")(step(student, teacher)).item() == pytest.approx(expected.item() / 72, rel=1e-5)
 
 
+def test_the_teachers_largest_logit_is_matched_in_both_networks() -> None:
+    """§2.4.1 replaces the label by one output of a good model; the student's own favourite is another class."""
+    student, teacher, data = net(0), net(1), batch()
+    teacher.get_parameter("linear.bias").data[1] += 5
+    top = teacher(data.images).argmax(1)
+    assert not (top == student(data.images).argmax(1)).any()
+    pair = [gradients.input_gradient(model, data.images, top) for model in (student, teacher)]
+    expected = ((pair[0] - pair[1]) ** 2).sum() / 4
+    matching = step(student, teacher)
+    assert jacobian(target="top")(matching).item() == pytest.approx(expected.item(), rel=1e-5)
+    angle = matching.angle()
+    assert angle is not None
+    assert angle.item() == pytest.approx(gradients.angle(*pair).mean().item(), rel=1e-5)
+
+
 def test_running_statistics_leave_the_student_as_it_was() -> None:
     student = net(0).train()
     before = copy.deepcopy(student.state_dict())

@@ -50,6 +50,9 @@ class Step:
     differentiable_input: whether some term needs the student's input-gradient. student_layers: the names of the
     modules of the student whose outputs, or the gradients there, terms read. student_biases: layers whose bias they
     read.
+
+    The target `top` is the class that the teacher gives the largest logit, for both networks: gradients of one output
+    can be matched, those of two classes can't. Without a teacher it is the student's own.
     """
 
     def __init__(
@@ -103,8 +106,9 @@ class Step:
             logits, features = self._forward(student_bn)
             values = {gradients.INPUT: self.images} if self.images.requires_grad else {}
             values |= {layer: features[layer] for layer in self.student_layers}
+            whose, labels = self._chosen(target)
             self._student_gradients[key] = gradients.gradients_of(
-                logits, values, self.labels, target=target, differentiable=torch.is_grad_enabled()
+                logits, values, labels, target=whose, differentiable=torch.is_grad_enabled()
             )
         return self._student_gradients[key]
 
@@ -129,9 +133,16 @@ class Step:
             gradients.check_third_derivatives(self.student)
             gradient = self.student_input_gradient(target, "batch")
             return gradients.hutchinson_trace(gradient, self.images, differentiable=torch.is_grad_enabled())
+        whose, labels = self._chosen(target)
         return gradients.taylor_trace(
-            self.student, self.images.detach(), self.student_logits, self.labels, sigma=sigma, target=target
+            self.student, self.images.detach(), self.student_logits, labels, sigma=sigma, target=whose
         )
+
+    def _chosen(self, target: str) -> tuple[str, Tensor]:
+        """The target and the labels that say which of the student's outputs is meant."""
+        if target == "top" and self.teacher is not None:
+            return "label", self.teacher_logits.max(dim=1).indices
+        return target, self.labels
 
     def _forward(self, student_bn: str) -> tuple[Tensor, dict[str, Tensor]]:
         return self._batch_forward if student_bn == "batch" else self._running_forward
