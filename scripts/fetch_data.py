@@ -34,14 +34,15 @@ def mit_scenes(paths: Paths, mirror: str | None, unverified: bool) -> None:
     """The published archive and its two lists, under mit_scenes/ in the data root. Raises UserError naming what is missing."""
     home = paths.data / "mit_scenes"
     home.mkdir(parents=True, exist_ok=True)
-    there = {name: (home / ("Images" if name == ARCHIVE else name)).exists() for name in MIT_SCENES}
-    wanted = [name for name in MIT_SCENES if not there[name]]
+    extracted = (home / "Images").exists()
+    wanted = [name for name in MIT_SCENES if not (extracted and name == ARCHIVE)]
     troubles = [trouble for name in wanted if (trouble := fetch(name, home, mirror))]
+    for name in wanted:  # also what was there already: a file that was refused stays refused
+        if (home / name).exists():
+            verify(home / name, MIT_SCENES[name][1], unverified)
     if troubles:
         raise UserError("\n".join(["not everything could be fetched:", *troubles, HELP.format(home=home)]))
-    for name in wanted:
-        verify(home / name, MIT_SCENES[name][1], unverified)
-    if ARCHIVE in wanted:
+    if not extracted:
         extract(home / ARCHIVE, home)
     data = build(compose_run(["experiment=jacobian_transfer", "scale=paper"])["data"], where="data", **places(paths))
     counts = [len(data.splits()[split].names) for split in ("train", "test")]

@@ -77,6 +77,8 @@ def test_other_files_are_refused_unless_they_are_wanted(tmp_path: Path, mirror: 
     (mirror / "TrainImages.txt").write_text("\n".join(lines[::-1]))
     with pytest.raises(UserError, match=r"TrainImages.txt has the MD5 sum .* --unverified"):
         script.mit_scenes(paths(tmp_path), mirror.as_uri(), False)
+    with pytest.raises(UserError, match=r"TrainImages.txt has the MD5 sum"):  # typing it again does not make it right
+        script.mit_scenes(paths(tmp_path), mirror.as_uri(), False)
     script.mit_scenes(paths(tmp_path), mirror.as_uri(), True)
     archive = tmp_path / "data" / "mit_scenes" / "indoorCVPR_09.tar"
     archive.write_bytes(archive.read_bytes()[:700])

@@ -139,8 +139,8 @@ def test_fingerprints_are_of_contents(root: Path) -> None:
 
 
 def test_classes_can_be_left_out(root: Path) -> None:
-    data = scenes(root, classes=3)
-    files = data._kept("train").only([2, 0])
+    data = scenes(root, classes=2, only_classes=[2, 0])
+    files = data._kept("train")
     assert files.names[0].startswith("attic/")
     assert sorted(set(files.labels.tolist())) == [0, 1]
     assert files.labels[0] == 1
@@ -188,8 +188,17 @@ def test_scenes_that_are_incomplete(root: Path) -> None:
         scenes(root / "nowhere").fingerprint()
 
 
-def imagenet(root: Path, classes: int) -> ImageNet:
-    return ImageNet(**PHOTOGRAPHS, name="imagenet", classes=classes, root=root, cache=root / "cache")
+def test_a_validation_split_is_held_out_of_the_training_images(root: Path) -> None:
+    data = scenes(root, validation=0.25)
+    trained, held_out = data._training[1], data._testing[1]
+    assert (len(trained), len(held_out)) == (9, 3)
+    assert not set(trained) & set(held_out)
+    assert data.test_loader(batch_size=3, device="cpu").count == 3
+    assert list(data._opened) == ["train"]  # the test images are not looked at
+
+
+def imagenet(root: Path, classes: int, **changes: Any) -> ImageNet:
+    return ImageNet(**{**PHOTOGRAPHS, **changes}, name="imagenet", classes=classes, root=root, cache=root / "cache")
 
 
 def test_imagenet_is_a_folder_a_class(tmp_path: Path) -> None:
@@ -205,6 +214,8 @@ def test_imagenet_is_a_folder_a_class(tmp_path: Path) -> None:
     (batch,) = data.test_loader(batch_size=4, device="cpu")
     assert batch.labels.tolist() == [0, 0, 1, 1]
     assert "train" not in data.fingerprint()  # never opened
+    (batch,) = imagenet(tmp_path, 1, only_classes=[1]).test_loader(batch_size=4, device="cpu")
+    assert batch.labels.tolist() == [0, 0]
     with pytest.raises(UserError, match="2 classes, not 1000"):
         imagenet(tmp_path, 1000).fingerprint()
     for file in (tmp_path / "imagenet" / "val" / "n02").iterdir():

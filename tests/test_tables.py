@@ -5,6 +5,7 @@ import dataclasses
 import io
 import json
 import math
+import re
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -114,6 +115,12 @@ def test_where_cells_depart_differently_both_are_said(tmp_path: Path) -> None:
     made = tables.build(report_specs.load("table", "2.2"), "cpu", plan, Paths(Path("data"), tmp_path, Path("outputs")))
     (optimizer,) = [here for key, here, _ in made.departures if key == "upstream.model.optim.optimizer"]
     assert optimizer == "Adam(lr=0.003) or Adam(lr=0.003, weight_decay=0.001)"
+
+
+def test_the_oracle_that_table_2_3_asks_for_is_the_one_that_its_rows_use() -> None:
+    (command,) = re.findall(r"`python run.py ([^`]*)`", report_specs.load("table", "2.3")["needs"]["paper"])
+    row = plan(["experiment=jacobian_transfer", "scale=paper", "method=oracle"])
+    assert run_id(plan(command.split()).config) == run_id(row.config["upstream"]["start"])
 
 
 def test_latex_has_no_letter_that_it_can_not_print(tmp_path: Path) -> None:

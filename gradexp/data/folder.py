@@ -64,14 +64,18 @@ class FolderData(ImageData, ABC):
 
     def __init__(self, *, mean: Sequence[float], std: Sequence[float], skip_corrupt: bool, **options: Any) -> None:
         super().__init__(**options)
-        if self.validation is not None or self.removal is not None:
-            raise UserError("data.validation and data.removal are not for data sets of image files; set them to null")
+        if self.removal is not None:
+            raise UserError("data.removal is not for data sets of image files; set it to null")
         self.mean, self.std, self.skip_corrupt = mean, std, skip_corrupt
         self._opened: dict[str, Files] = {}
 
     @abstractmethod
     def files(self, split: str) -> tuple[Path, list[str], list[int]]:
         """(folder, names below it, labels) of `train` or `test`. Raises UserError where they are not as they should be."""
+
+    def complete(self, classes: int) -> bool:
+        """Whether a split of so many classes is the whole one; where some are left out, those that are kept decide."""
+        return classes == self.classes or self.only_classes is not None
 
     def splits(self) -> Mapping[str, Files]:
         return Lazy(self._open)
@@ -244,7 +248,8 @@ def checked(files: Files, name: str, cache: Path, *, skip: bool) -> Files:
         raise UserError(
             f"{name}: {len(bad)} of {len(found)} images can't be decoded:\n"
             + "\n".join(bad[:10] + [f"  and {len(bad) - 10} more"] * (len(bad) > 10))
-            + "\nFetch them again, or leave them out: data.skip_corrupt=true"
+            + "\nFetch them again, or leave them out: data.skip_corrupt=true (where another run stands on this one, "
+            + "+upstream.NAME.data.skip_corrupt=true, with its name there)"
         )
     digests = np.array([digest for digest, _ in found])[good]
     return Files(files.root, files.names[good], files.labels[good], digests, corrupt=int((~good).sum()))

@@ -23,7 +23,7 @@ class ImageNet(FolderData):
         classes = sorted(place.name for place in folder.iterdir() if place.is_dir())
         other = home / FOLDERS["test" if split == "train" else "train"]
         missing = sorted({place.name for place in other.iterdir() if place.is_dir()} - set(classes)) if other.is_dir() else []
-        if missing or len(classes) != self.classes:
+        if missing or not self.complete(len(classes)):
             which = f": it lacks {', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}" if missing else ""
             raise UserError(f"{folder} has {len(classes)} classes, not {self.classes}{which}; complete it")
         names = {name: sorted(f.name for f in (folder / name).iterdir() if f.suffix.lower() in SUFFIXES) for name in classes}

@@ -43,7 +43,8 @@ def find(run: Run) -> Path:
     except Exception as error:  # URLError, OSError, RuntimeError for another hash, ...
         raise UserError(
             f"{file} is missing and can't be fetched ({error}). Place torchvision's {name} there, from {address}, "
-            f"or a file of your own with the same architecture: task.file=NAME"
+            f"or a file of your own with the same architecture: task.file=NAME (+upstream.teacher.task.file=NAME where a "
+            f"student's teacher is meant)"
         ) from None
     return file
 
