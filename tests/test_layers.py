@@ -131,9 +131,9 @@ def resnet() -> nn.Module:
     return ResNet(name="r", blocks=[1, 1], width=4 / 64, channels=2, classes=3, activation=lambda: nn.Softplus(beta=10))
 
 
-def small(name: str, **changes: Any) -> Callable[[], nn.Module]:
+def small(name: str, experiment: str = "teacher", **changes: Any) -> Callable[[], nn.Module]:
     """A network of conf/model/, narrow."""
-    words = ["experiment=teacher", f"model={name}", "scale=quick", "scale.width=0.0625"]
+    words = [f"experiment={experiment}", f"model={name}", "scale=quick", "scale.width=0.0625"]
 
     def make() -> nn.Module:
         node = compose_run(words)["model"] | {"channels": 2, "classes": 3} | changes
@@ -193,6 +193,9 @@ EVERY = [
     small("vgg9", dropout=0.5),
     small("resnet18"),
     small("resnet18", **RELU),
+    small("resnet34", stem_stride=2),
+    small("vgg11_softplus"),
+    small("vgg9_two_heads", "jacobian_transfer"),
 ]
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gradexp import gradients
+from gradexp import gradients, layers
 from gradexp.data.loader import Batch
 from gradexp.errors import UserError
 from gradexp.models.vgg import VGG
@@ -73,6 +73,21 @@ def test_the_attention_jacobian_is_equation_2_9(level: int, depth: int, window: 
             gradients.append(torch.autograd.grad(attention(model, x, depth, pixels)[largest], x)[0].flatten())
         distances.append(2 * (1 - functional.cosine_similarity(*gradients, dim=0)))
     torch.testing.assert_close(value(student, teacher, level, window), torch.stack(distances).mean(), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("student_bn", ["batch", "running"])
+def test_fast_layers_train_it_as_autograd_does(student_bn: str) -> None:
+    """The attention pixel's input-gradient is differentiated once more, from the middle of the network."""
+    student, teacher = net(0).train(), net(1)
+    found = []
+    for faster in (copy.deepcopy, lambda model: layers.accelerate(copy.deepcopy(model))):
+        mine = faster(student)
+        value(mine, faster(teacher), 1, "s/3", student_bn=student_bn).backward()
+        found.append({name: parameter.grad for name, parameter in mine.named_parameters() if parameter.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    assert any(gradient.abs().max() > 1e-3 for gradient in found[0].values())
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-9, atol=1e-11)
 
 
 def test_it_vanishes_for_a_student_that_is_its_teacher() -> None:
@@ -158,13 +173,13 @@ def test_depths_are_those_of_table_2_4_and_maps_have_common_sizes(scale: str, si
     config = compose_run(["experiment=jacobian_transfer", f"scale={scale}"])
     term, size = config["method"]["terms"]["attention"], config["data"]["size"]
     depths = []
-    for model, layers in (
+    for model, names in (
         (config["upstream"]["teacher"]["model"], term["teacher_layers"]),
         (config["model"], term["student_layers"]),
     ):
         with torch.device("meta"):
             network, images = build(model, where="model").eval(), torch.zeros(2, 3, size, size)
-        found = _convolutions_in_front(network, layers, images)
+        found = _convolutions_in_front(network, names, images)
         assert [shape for _, shape in found] == [(side, side) for side in sizes]
         depths.append([count for count, _ in found])
     assert list(zip(*depths, strict=True)) == [(7, 2), (15, 4), (27, 6), (33, 8)]
@@ -249,6 +264,15 @@ def test_a_transfer_run(run_py: Callable[..., subprocess.CompletedProcess[str]],
     metrics = json.loads(file.read_text())["metrics"]
     first, last = metrics["train/loss/jacobian"]
     assert metrics["train/gradient_loss_reduction"] == pytest.approx(100 * (first - last) / first, abs=1e-3)
+
+
+def test_maps_that_can_not_be_matched_are_said_before_the_teacher_is_trained(tmp_path: Path, places: list[str]) -> None:
+    config = compose_run(
+        ["experiment=jacobian_transfer", "scale=quick", "method=lwf_j", "method.terms.jacobian.window=20", *places]
+    )
+    with pytest.raises(UserError, match="window"):
+        ensure(Run(config, Paths.of(config)))
+    assert not list(tmp_path.rglob("*.ckpt")) + list(tmp_path.rglob("*.json"))
 
 
 def photograph(file: Path, seed: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
@@ -198,7 +199,10 @@ def make_module(
                 f"method.terms.{name} needs a teacher, method={method['name']} has none; "
                 f"take a method with one, such as method=ce_a_j, and set its weights"
             )
-    teacher = load_model(run.upstream("teacher"), hardware) if "teacher" in run.config["upstream"] else None
+    teacher = None
+    if "teacher" in run.config["upstream"]:
+        _rehearse(run, student, terms, loader, hardware)
+        teacher = load_model(run.upstream("teacher"), hardware)
     for term in terms.values():
         term.place(student, teacher, loader.example)
     extra: dict[str, Any] = {}
@@ -210,6 +214,14 @@ def make_module(
     common = {"student": student, "terms": terms, "optim": optim, "seed": run.config["seed"]}
     module: Classifier = build(node, where="method.module", steps_per_pass=len(loader), **common, **extra)
     return module
+
+
+def _rehearse(run: Run, student: nn.Module, terms: dict[str, Term], loader: Loader, hardware: Hardware) -> None:
+    """Raises UserError for what terms can't match, by an untrained teacher: before the hours that training one takes."""
+    with torch.random.fork_rng():
+        teacher = hardware.place(build(run.config["upstream"]["teacher"]["model"], where="upstream.teacher.model")).eval()
+    for term in copy.deepcopy(list(terms.values())):
+        term.place(student, teacher, loader.example)
 
 
 def make_targets(
