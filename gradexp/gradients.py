@@ -290,11 +290,10 @@ def full_gradient(
         logits, calls = _called(model, images)
         if not separate:
             calls = _merged(calls)
-        biases = {call.name: (call.bias(differentiable), call.output) for call in calls}
-        kept = {name: (bias, output) for name, (bias, output) in biases.items() if bias is not None}
-        values = {INPUT: images} | {name: output for name, (_, output) in kept.items()}
+        biases = {call.name: call.bias(differentiable) for call in calls}
+        values = {INPUT: images} | {call.name: call.output for call in calls}
         found = gradients_of(logits, values, labels, target=target, differentiable=differentiable)
-        maps = {name: found[name] * bias for name, (bias, _) in kept.items()}
+        maps = {name: found[name] * bias for name, bias in biases.items() if bias is not None}
         output = scalar(logits, labels, target)
     at_input = found.pop(INPUT)
     if differentiable:

@@ -483,6 +483,7 @@ def test_regularisers_train(places: list[str], method: str) -> None:
     [
         (["bias_gradient", "method.terms.bias_gradient.layer=block 9"], "no layer 'block 9': it has 5 blocks"),
         (["bias_gradient", "method=dropout", "method.dropout.layer=norm"], "no layer 'norm'"),
+        (["bias_gradient", "method.terms.bias_gradient.layer=linear"], "the output of linear is no map"),
         (["fullgrad_distill", "method.terms.attention.student_layers=[block 2,block 1,block 3]"], "positions"),
     ],
 )

@@ -25,6 +25,7 @@ from gradexp.saliency import (
     SmoothGradSquared,
 )
 from gradexp.saliency.psi import psi
+from gradexp.tasks.saliency_score import completeness
 
 PSI = ["abs", "rescale", "upsample"]
 METHODS: dict[str, Saliency] = {
@@ -136,6 +137,8 @@ def test_another_model_gives_another_map(name: str) -> None:
 
 MISTAKES = {
     "target": (lambda: METHODS["fullgrad"](net(), pictures(), 4), "classes 0 to 3"),
+    "targets of another number": (lambda: METHODS["input_gradient"](net(), pictures(), torch.tensor([0, 1])), "one an image"),
+    "layer without a map": (lambda: GradCAM(layer="linear")(net(), pictures()), "its output is no map"),
     "negative target": (lambda: METHODS["input_gradient"](net(), pictures(), torch.tensor([0, -1, 2])), "target=-1"),
     "grey image": (lambda: METHODS["gradcam"](net(), pictures()[:, :1]), "the model takes 3"),
     "no batch": (lambda: METHODS["gradcam"](net(), pictures()[0]), r"takes \(B, C, H, W\)"),
@@ -272,7 +275,11 @@ def test_signed_fullgrad_and_the_linear_layers_bias_sum_up_to_the_logit() -> Non
 
 def test_completeness_error_is_rounding() -> None:
     for separate in (False, True):
-        error = FullGrad(psi=PSI, separate=separate).completeness_error(net().train(), pictures())
+        method, model, images = FullGrad(psi=PSI, separate=separate), net(), pictures()
+        assert torch.equal(
+            completeness(method, model, images, 2)["completeness_error"], method.completeness_error(model, images, 2)
+        )
+        error = method.completeness_error(model.train(), images)
         assert error.shape == (3,)
         assert error.max() < 1e-12
 
@@ -361,11 +368,18 @@ def test_a_constant_map_says_nothing() -> None:
 
 
 def test_variants_of_fullgrad() -> None:
-    """Smooth without noise is FullGrad; simple is FullGrad of a model whose biases are all 1."""
+    """Smooth without noise is FullGrad; simple is FullGrad of a model whose biases are all 1, and needs none."""
     model, images = net(), pictures()
     still = SmoothFullGrad(psi=PSI, separate=False, samples=2, sigma=0)
     torch.testing.assert_close(still(model, images, 0), METHODS["fullgrad"](model, images, 0))
     plain = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 1, 8), nn.Flatten()).double()
     for conv in (plain[0], plain[2]):
         nn.init.ones_(conv.bias)  # type: ignore[arg-type]
-    torch.testing.assert_close(METHODS["simple_fullgrad"](plain, images, 0), METHODS["fullgrad"](plain, images, 0))
+    simple = METHODS["simple_fullgrad"](plain, images, 0)
+    torch.testing.assert_close(simple, METHODS["fullgrad"](plain, images, 0))
+    for conv in (plain[0], plain[2]):
+        nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
+    zero = METHODS["simple_fullgrad"](plain, images, 0)
+    for conv in (plain[0], plain[2]):
+        conv.bias = None
+    torch.testing.assert_close(METHODS["simple_fullgrad"](plain, images, 0), zero)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import sys
 from pathlib import Path
 
 import matplotlib as mpl
@@ -20,10 +19,11 @@ from gradexp.report.figures import STYLE
 from gradexp.runs import Paths, Run, ensure, write_atomically
 from gradexp.saliency import Saliency
 from gradexp.tasks.build import build
+from gradexp.tasks.command import honest
 from gradexp.tasks.compose import compose_run
 from gradexp.tasks.hardware import Hardware
 from gradexp.tasks.saliency_score import completeness
-from gradexp.tasks.train import load_model, make_data
+from gradexp.tasks.train import load_model
 
 SMALLEST = 8  # pixels on a side; below that there is nothing to see
 
@@ -37,11 +37,9 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="PNG to write; beside the image when left out")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="overrides, such as scale=quick or seed=1")
     given = parser.parse_args(words)
-    try:
+    with honest():
         out = given.out or given.image.with_name(f"{given.image.stem}_{given.method}.png")
         explain(given.image, given.model, given.method, given.target, out, given.set)
-    except UserError as error:
-        sys.exit(f"error: {error}")
 
 
 def explain(path: Path, model_name: str, method_name: str, target: int | None, out: Path, overrides: list[str]) -> None:
@@ -53,7 +51,9 @@ def explain(path: Path, model_name: str, method_name: str, target: int | None, o
     upstream = Run(run, Paths.of(run))
     hardware: Hardware = build(run["trainer"], where="trainer")
     ensure(upstream, needs=upstream.weights.exists)
-    data, model = make_data(run, upstream.paths), load_model(upstream, hardware)
+    # The data set says how pixels are normalised; its images are not needed, and need not be here.
+    data: ImageData = build(run["data"], where="data", root=upstream.paths.data, cache=upstream.paths.cache, seed=run["seed"])
+    model = load_model(upstream, hardware)
     method: Saliency = build(saliency["saliency"], where="saliency", black=data.black.to(hardware.device))
 
     pixels = fitted(image, data)
@@ -62,7 +62,7 @@ def explain(path: Path, model_name: str, method_name: str, target: int | None, o
     with torch.no_grad():
         logits = model(images)[0]
     shown = int(logits.argmax()) if target is None else target
-    for name, error in completeness(method, model, images).items():
+    for name, error in completeness(method, model, images, target).items():
         print(f"{name.replace('_', ' ')}: {float(error):.1e} of the logit")
     write_atomically(out, drawn(pixels, saliency_map, f"{method_name}, class {shown}"))
     print(f"class {shown}, logit {float(logits[shown]):.2f}; written: {out}")
@@ -72,12 +72,22 @@ def read(path: Path) -> Image.Image:
     """Any picture as RGB; transparent parts become white."""
     try:
         with Image.open(path) as opened:
-            picture = opened.convert("RGBA")
+            picture = eight_bit(opened).convert("RGBA")
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} can't be read as a picture ({error}); give a PNG or JPEG file") from None
     if min(picture.size) < SMALLEST:
         raise UserError(f"{path} is {picture.width}x{picture.height} pixels; give one of at least {SMALLEST}x{SMALLEST}")
     return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+
+
+def eight_bit(picture: Image.Image) -> Image.Image:
+    """Pillow cuts the values of deeper pictures off at 255; these are scaled, from black to the largest value of 16 bits."""
+    if not picture.mode.startswith(("I", "F")):
+        return picture
+    values = np.asarray(picture, dtype=np.float64)
+    if not (values.min() >= 0 and values.max() < 2**16):
+        raise UserError(f"its values go from {values.min():g} to {values.max():g}; save it with 8 or 16 bits a pixel")
+    return Image.fromarray((values / 257).round().astype(np.uint8))
 
 
 def fitted(image: Image.Image, data: ImageData) -> np.ndarray:

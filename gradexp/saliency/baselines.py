@@ -110,8 +110,10 @@ class GradCAM(Saliency):
 
     def map(self, model: nn.Module, images: Tensor, labels: Tensor | None) -> Tensor:
         target = predicted(model, images, labels)
-        features = attr.LayerGradCam(model, self._module(model))
-        return upsample(features.attribute(images, target=target, relu_attributions=True), images.shape[-2:])
+        maps = attr.LayerGradCam(model, self._module(model)).attribute(images, target=target, relu_attributions=True)
+        if maps.ndim != 4:
+            raise UserError(f"saliency.layer={self.layer}: its output is no map; choose a layer with rows and columns")
+        return upsample(maps, images.shape[-2:])
 
     def _module(self, model: nn.Module) -> nn.Module:
         modules = dict(model.named_modules())

@@ -65,7 +65,10 @@ def checked(model: nn.Module, images: Tensor, target: Tensor | int | None) -> Te
         raise UserError(f"the images have {images.shape[1]} channels, the model takes {first.in_channels}; convert the images")
     if target is None:
         return None
-    labels = torch.as_tensor(target, device=images.device).expand(len(images))
+    labels = torch.as_tensor(target, device=images.device)
+    if labels.ndim and labels.shape != images.shape[:1]:
+        raise UserError(f"target has shape {tuple(labels.shape)}: give one class, or one an image, ({len(images)},)")
+    labels = labels.expand(len(images))
     with torch.no_grad():
         classes = model(images[:1]).shape[1]
     wrong = labels[(labels < 0) | (labels >= classes)]

@@ -62,7 +62,7 @@ def first_images(data: ImageData, limit: int | None, batch_size: int, hardware: 
         left -= len(batch.images)
 
 
-def completeness(method: Saliency, model: nn.Module, images: Tensor) -> dict[str, Tensor]:
-    """The relative error of completeness (Eq. 3.1), for methods that promise it; (B,)."""
+def completeness(method: Saliency, model: nn.Module, images: Tensor, target: int | None = None) -> dict[str, Tensor]:
+    """The relative error of completeness (Eq. 3.1), for methods that promise it; (B,). target: see Saliency."""
     error = getattr(method, "completeness_error", None)
-    return {} if error is None else {"completeness_error": error(model, images)}
+    return {} if error is None else {"completeness_error": error(model, images, target)}

@@ -1,7 +1,8 @@
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradexp.gradients import TARGETS
 from gradexp.terms.layer_bias import LayerBias
+from gradexp.terms.maps import map_size
 from gradexp.terms.step import Step
 from gradexp.terms.term import choose, precise
 
@@ -17,6 +18,10 @@ class BiasGradient(LayerBias):
         super().__init__(weight=weight, layer=layer, bias=bias, student_bn=student_bn)
         self.noise = choose("noise", noise, "position", "channel")
         self.target = self.gradient_target = choose("target", target, *TARGETS[:3])
+
+    def place(self, student: nn.Module, teacher: nn.Module | None, images: Tensor) -> None:
+        super().place(student, teacher, images)
+        map_size(student, self.layer, images)
 
     @property
     def needs_input_gradient(self) -> bool:

@@ -75,7 +75,7 @@ def common_size(
 
     resizes: whether one may be smaller than the other; the larger size is then returned.
     """
-    sizes = _size(*mine, images), _size(*theirs, images)
+    sizes = map_size(*mine, images), map_size(*theirs, images)
     if sizes[0] != sizes[1] and not (resizes and sorted(sizes) == [torch.Size(map(min, *sizes)), max(sizes)]):
         raise UserError(
             f"the student's {mine[1]} has {_pixels(sizes[0])} positions, the teacher's {theirs[1]} {_pixels(sizes[1])}: "
@@ -84,7 +84,8 @@ def common_size(
     return max(sizes)
 
 
-def _size(model: nn.Module, layer: str, images: Tensor) -> torch.Size:
+def map_size(model: nn.Module, layer: str, images: Tensor) -> torch.Size:
+    """Rows and columns of a layer's output. Raises UserError where it has none."""
     training = model.training
     with torch.no_grad(), gradients.captured(model.eval(), [layer]) as outputs:
         model(images)

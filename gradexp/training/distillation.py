@@ -16,8 +16,7 @@ from gradexp.training.classifier import Classifier
 class Distillation(Classifier):
     """A Classifier whose terms match a teacher; the angle between input-gradients is recorded where terms match them.
 
-    angle: whose input-gradients to compare where no term does, None for nobody's; this looks at the first batch of
-    every pass, because only there it costs a backward pass of its own.
+    angle: whose input-gradients to compare where no term does, at the cost of one more backward pass; None for nobody's.
     """
 
     def __init__(self, *args: Any, angle: str | None = None, **options: Any) -> None:
@@ -26,7 +25,7 @@ class Distillation(Classifier):
 
     @property
     def _looks(self) -> bool:
-        return self.angle is not None and not self.needs_input_gradient and self._summed == 0
+        return self.angle is not None and not self.needs_input_gradient
 
     def make_step(self, batch: Batch, *, differentiable_input: bool = False) -> Step:
         return super().make_step(batch, differentiable_input=differentiable_input or self._looks)
