@@ -36,6 +36,7 @@ OPTIONAL: dict[str, type | tuple[type, ...]] = {
     "strict": bool,
     "threads": int,
     "parameters": int,
+    "peak_gpu_memory_mib": int,
     "steps": int,
     "images_per_second": (int, float),
 }

@@ -39,11 +39,17 @@ def test_limits_by_hand() -> None:
 
 
 def test_the_page_shows_every_row() -> None:
-    rows = [bench.Row("vgg4", "32", "ce", 100.0, 1.0, 1.0, 1.0, None), bench.Row("vgg4", "32", "j", 40.0, 2.5, 2.0, 0.8, 512)]
+    rows = [
+        bench.Row("vgg4", "32", "ce", 100.0, 1.0, 1.0, 1.0, None, 7),
+        bench.Row("vgg4", "32", "j naive, live teacher", 10.0, 10.0, 2.7, 0.3, None, 3),
+        bench.Row("vgg4", "32", "j, stored targets", 40.0, 2.5, 2.0, 0.8, 512, 7),
+    ]
     facts = {"device": "d", "threads": 2, "batch": 128, "versions": {"torch": "2"}, "commit": "0123456789"}
     page = bench.markdown(rows, [], facts, has_bf16=False)
     assert "commit 0123456;" in page
-    assert "| vgg4 | 32 | j | 40 | 2.50 | 2.00 | 80 % | 512 |" in page
+    assert "| vgg4 | 32 | j, stored targets | 40 | 2.50 | 2.00 | 80 % | 512 |" in page
+    assert "medians of 3 or more" in page
+    assert "is 4.0 times as fast as a naive one" in page
     assert "no bf16" in page
 
 

@@ -10,7 +10,7 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -84,6 +84,7 @@ def _method(name: str) -> dict[str, Term]:
 
 KINDS = (
     Kind("ce", dict),
+    Kind("ce naive", dict, fast=False),
     Kind("a, live teacher", _activations, "live", teacher_passes=1),
     Kind("a, stored targets", _activations, "stored"),
     Kind("j naive, live teacher", _jacobian, "live", fast=False, passes=6, teacher_passes=2),
@@ -112,6 +113,7 @@ class Row:
     limit: float  # the same ratio, in convolutions
     share: float  # limit / ratio
     peak_memory_mib: int | None
+    samples: int = 0  # that the median is of
 
 
 def network(name: str) -> nn.Module:
@@ -132,11 +134,13 @@ def make_step(kind: Kind, model: str, hardware: Hardware, loader: TensorLoader, 
     torch.manual_seed(0)
     student = hardware.place(network(model))
     terms = {"ce": CrossEntropy(weight=1), **kind.terms()}
-    teacher = None if kind.teacher == "none" else hardware.place(network("vgg9"))
+    teacher = None if kind.teacher == "none" else hardware.place(network("vgg9")).eval()
     for term in terms.values():
         term.place(student, teacher, loader.example)
     if kind.fast:
         fast(student, terms, hardware)
+        if teacher is not None:
+            fast(teacher, {}, hardware)
     optim = build(compose_run(["experiment=jacobian_distill"])["optim"], where="optim")
     targets = _targets(kind, teacher, terms, hardware, loader, folder) if teacher else None
     module = Distillation(student, terms, optim, steps_per_pass=10**9, seed=0, targets=targets)
@@ -210,13 +214,13 @@ def measure(model: str, hardware: Hardware, kinds: Sequence[Kind], *, rounds: in
     loader = images()
     with tempfile.TemporaryDirectory() as folder:
         steps = {kind.name: make_step(kind, model, hardware, loader, Path(folder)) for kind in kinds}
-        seconds = medians(steps, rounds=rounds, cuda=hardware.kind == "gpu", budget=budget)
+        seconds, samples = medians(steps, rounds=rounds, cuda=hardware.kind == "gpu", budget=budget)
     rows = []
     for kind in kinds:
         ratio, floor = seconds[kind.name] / seconds["ce"], limit(kind, model)
         peak = peak_memory(three_steps, kind.name, model, hardware.precision) if memory else None
         speed = BATCH / seconds[kind.name]
-        rows.append(Row(model, hardware.precision, kind.name, speed, ratio, floor, floor / ratio, peak))
+        rows.append(Row(model, hardware.precision, kind.name, speed, ratio, floor, floor / ratio, peak, samples))
     return rows
 
 
@@ -328,13 +332,23 @@ def run(results: Path, *, quick: bool) -> str:
     return text
 
 
+def _gains(rows: Sequence[Row]) -> Iterator[str]:
+    """What a user of stock autograd gains."""
+    speed = {(row.model, row.precision, row.kind): row.images_per_second for row in rows}
+    for (model, precision, kind), rate in speed.items():
+        if kind == "j, stored targets":
+            gain = rate / speed[model, precision, "j naive, live teacher"]
+            yield f"- {model}, {precision}: a step with Jacobians of stored targets is {gain:.1f} times as fast as a naive one."
+
+
 def markdown(rows: Sequence[Row], loops: Sequence[Loop], facts: dict[str, Any], has_bf16: bool) -> str:
     lines = [
         "# The cost of a step",
         "",
         f"{facts['device']}, {facts['threads']} threads, torch {facts['versions']['torch']}, batch {facts['batch']}, "
-        "channels_last; median of interleaved steps. Ratio: to the same model's cross-entropy step. Limit: the same "
-        f"ratio if only convolutions took time. Measured at commit {str(facts['commit'])[:7]}; `make bench` does it again.",
+        f"channels_last; medians of {min(row.samples for row in rows)} or more interleaved steps. Ratio: to the same model's "
+        "cross-entropy step. Limit: the same ratio if only convolutions took time. Naive: torch's own layers and double "
+        f"backward pass. Measured at commit {str(facts['commit'])[:7]}; `make bench` does it again.",
         "",
         *([] if has_bf16 else ["This processor has no bf16 arithmetic; only fp32 is measured.", ""]),
         "| model | precision | step | images/s | ratio | limit | share of the limit | peak memory (MiB) |",
@@ -344,6 +358,7 @@ def markdown(rows: Sequence[Row], loops: Sequence[Loop], facts: dict[str, Any], 
         memory = "" if row.peak_memory_mib is None else str(row.peak_memory_mib)
         numbers = f"{row.images_per_second:.0f} | {row.ratio:.2f} | {row.limit:.2f} | {100 * row.share:.0f} %"
         lines.append(f"| {row.model} | {row.precision} | {row.kind} | {numbers} | {memory} |")
+    lines += ["", *_gains(rows)]
     if loops:
         lines += ["", "The trainer beside a loop written by hand (VGG-4, cross-entropy, images/s):", ""]
         lines += ["| images per class | precision | by hand | trainer | overhead |", "|---|---|---|---|---|"]

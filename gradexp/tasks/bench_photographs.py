@@ -64,7 +64,7 @@ def measure(hardware: Hardware, *, images: int, rounds: int) -> Row:
             flip=data["flip"],
             crop=data["crop"],
         )
-        seconds = medians({"pass": lambda: list(map(len, loader))}, rounds=rounds, cuda=hardware.kind == "gpu")
+        seconds, _ = medians({"pass": lambda: list(map(len, loader))}, rounds=rounds, cuda=hardware.kind == "gpu")
     return Row(images, kilobytes, batch, cpu_count(), images / seconds["pass"])
 
 

@@ -30,7 +30,7 @@ class Row:
 
 def measure(*, passes: int, rounds: int) -> Row:
     """Medians over `rounds`, from the command to the last record: start-up, training, evaluation, records."""
-    seconds = medians(
+    seconds, _ = medians(
         {"alone": lambda: _train(passes, seeds=1), "beside": lambda: _train(passes, seeds=2)}, rounds=rounds, cuda=False
     )
     return Row(passes, seconds["alone"], seconds["beside"])

@@ -68,7 +68,7 @@ def measure(name: str, hardware: Hardware, *, batch: int, size: int, rounds: int
     hardware.apply()
     model = hardware.place(network(name)).eval()
     images = torch.randn(batch, 3, size, size, device=hardware.device).contiguous(memory_format=torch.channels_last)
-    seconds = medians(contestants(model, images), rounds=rounds, cuda=hardware.kind == "gpu")
+    seconds, _ = medians(contestants(model, images), rounds=rounds, cuda=hardware.kind == "gpu")
     base = seconds[FORWARD_BACKWARD]
     return [Row(name, batch, what, batch / median, median / base, None) for what, median in seconds.items()]
 

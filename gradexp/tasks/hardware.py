@@ -138,4 +138,6 @@ class Hardware:
         """What a record says of the machine; never its name. mixed: whether what it computed was under `autocast`."""
         name = torch.cuda.get_device_name() if self.kind == "gpu" else _processor()
         facts = {"device": name, "precision": self.precision if mixed else "32", "threads": torch.get_num_threads()}
+        if self.kind == "gpu":
+            facts["peak_gpu_memory_mib"] = torch.cuda.max_memory_allocated() // 2**20
         return facts | ({"devices": self.together} if self.together > 1 else {}) | ({"strict": True} if self.strict else {})

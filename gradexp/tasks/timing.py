@@ -17,10 +17,11 @@ from gradexp.runs import peak_memory_mib
 
 def medians(
     functions: Mapping[str, Callable[[], Any]], *, rounds: int, cuda: bool, budget: float = math.inf
-) -> dict[str, float]:
-    """Median seconds of each function over `rounds` rounds in which each is called once, so that drifts hit all alike.
+) -> tuple[dict[str, float], int]:
+    """Median seconds of each function, and how many samples they are of.
 
-    A round before the first warms up. No round begins once `budget` seconds are over.
+    In each of `rounds` rounds every function is called once, so that drifts hit all alike; a round before the first warms
+    up. No round begins once `budget` seconds are over.
     """
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     started = time.monotonic()
@@ -33,15 +34,15 @@ def medians(
             if cuda:
                 torch.cuda.synchronize()
             seconds[name].append(time.perf_counter() - begun)
-    return {name: statistics.median(values[1:]) for name, values in seconds.items()}
+    return {name: statistics.median(values[1:]) for name, values in seconds.items()}, min(map(len, seconds.values())) - 1
 
 
 def peak_memory(function: Callable[..., None], *args: Any) -> int:
-    """MiB that a process of its own reaches in function(*args)."""
+    """MiB that a process of its own reaches in function(*args): of the GPU where there is one."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(_measured, function, args).result()
 
 
 def _measured(function: Callable[..., None], args: tuple[Any, ...]) -> int:
     function(*args)
-    return peak_memory_mib()
+    return torch.cuda.max_memory_allocated() // 2**20 if torch.cuda.is_available() else peak_memory_mib()
