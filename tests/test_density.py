@@ -22,6 +22,7 @@ from gradexp.runs import Paths, Run, _write_arrays, ensure, read_arrays, run_id,
 from gradexp.tasks.build import build
 from gradexp.tasks.compose import compose_run, plan
 from gradexp.tasks.train import accuracy_on_test, load_model, make_data
+from gradexp.training.classifier import Classifier
 
 TINY = ["scale=quick", "scale.density.images=40", "trainer.threads=1", "logger=none"]
 SMALL = {"scale.density.width": 1 / 64, "scale.density.judge_width": 1 / 64, "data.per_class": 4, "optim.passes": 1}
@@ -195,6 +196,24 @@ def test_fooling_compares_accuracies_on_the_same_images(places: list[str]) -> No
     assert not start.training
     assert not any(parameter.requires_grad for parameter in start.parameters())
     assert metrics["test/accuracy/before"] == pytest.approx(accuracy_on_test(start, data, hardware), rel=1e-5)
+
+
+def test_losing_the_measurement_loses_no_fine_tuning(places: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from gradexp.tasks import fool
+
+    words = [*shrunk("start"), "scale.density.judge_width=0.015625", "data.per_class=4", "optim.passes=2"]
+    made = run(places, "experiment=fooling", *words, "trainer.checkpoint_every=0")
+    steps: list[int] = []
+    step = Classifier.training_step
+    monkeypatch.setattr(Classifier, "training_step", lambda *args: steps.append(1) or step(*args))  # type: ignore[func-returns-value]
+    with monkeypatch.context() as lost:
+        lost.setattr(fool, "maps", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            ensure(made)
+    whole = len(steps)
+    assert ensure(made)["status"] == "finished"
+    assert len(steps) == whole
+    assert not list(made.folder.glob("*.ckpt*"))
 
 
 def test_a_fine_tuning_that_diverged_keeps_what_was_measured_before_it(places: list[str]) -> None:

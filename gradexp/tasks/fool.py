@@ -14,7 +14,7 @@ from gradexp.errors import UserError
 from gradexp.evaluate.energy import energy_inside
 from gradexp.runs import Result, Run
 from gradexp.tasks.look import Look, as_bytes
-from gradexp.tasks.train import accuracy_on_test, load_model, train
+from gradexp.tasks.train import accuracy_on_test, load_model, trained
 from gradexp.terms.fooling import corner
 
 BATCH = 256
@@ -28,8 +28,8 @@ def fool(run: Run) -> Result:
     look, task = Look(run), run.config["task"]
     side = mask_of(run)
     mask = corner(side, torch.zeros(1, 1, look.data.size, look.data.size))
-    trained = train(run)
-    look.diverged = trained.status == "diverged"
+    training, checkpointer = trained(run)
+    look.diverged = training.status == "diverged"
     shown = next(look.batches(task["shown"], task["shown"]))
     metrics: dict[str, Any] = {"energy/uniform": 100 * float(mask.mean())}
     arrays: dict[str, Any] = {"images": as_bytes(shown.images), "mask": mask.numpy()}
@@ -44,7 +44,8 @@ def fool(run: Run) -> Result:
         arrays |= {f"{kind}_{name}": unsigned(gradient) for kind, gradient in maps(model, shown, task["temperature"]).items()}
     # The network that it started from is sound even where the fine-tuning diverged.
     measured = look.result(metrics, arrays, keep=[name for name in metrics if not name.endswith("/after")])
-    return Result(trained.metrics | measured.metrics, trained.status, trained.facts, measured.arrays)
+    checkpointer.remove()
+    return Result(training.metrics | measured.metrics, training.status, training.facts, measured.arrays)
 
 
 def mask_of(run: Run) -> int:

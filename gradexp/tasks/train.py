@@ -57,6 +57,13 @@ class Training:
 
 def train(run: Run) -> Result:
     """The run's model after its last step; weights in `run.weights`."""
+    result, checkpointer = trained(run)
+    checkpointer.remove()
+    return result
+
+
+def trained(run: Run) -> tuple[Result, Checkpointer]:
+    """The same for tasks that go on: they remove the checkpoint themselves, so that losing what follows loses no training."""
     training = prepare(run)
     module, student, hardware, checkpointer = training.module, training.student, training.hardware, training.checkpointer
     together = hardware.together > 1
@@ -69,7 +76,6 @@ def train(run: Run) -> Result:
         metrics["angle"] = module.curves["train/angle"][-1]
     finish(logger, {name: value for name, value in metrics.items() if not isinstance(value, list)})
     save_weights(run, student)
-    checkpointer.remove()
     facts = {
         "data": training.data.fingerprint(),
         "parameters": sum(parameter.numel() for parameter in student.parameters()),
@@ -78,7 +84,7 @@ def train(run: Run) -> Result:
         "earlier_seconds": checkpointer.earlier,
         **hardware.facts(),
     }
-    return Result(metrics, status="diverged" if module.diverged else "finished", facts=facts)
+    return Result(metrics, status="diverged" if module.diverged else "finished", facts=facts), checkpointer
 
 
 def prepare(run: Run) -> Training:
