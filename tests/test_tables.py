@@ -47,7 +47,8 @@ def table(results: Path = GOLDEN, scale: str = "cpu") -> tables.Table:
     ("suffix", "render"),
     [("md", formats.to_markdown), ("csv", formats.to_csv), ("tex", formats.to_latex), ("txt", formats.to_text)],
 )
-def test_golden(suffix: str, render: Any) -> None:
+def test_golden(suffix: str, render: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
     assert render(table()) == (GOLDEN / f"table.{suffix}").read_text(encoding="utf-8")
 
 

@@ -133,7 +133,8 @@ def to_text(table: Table) -> str:
         return ours(c) + ("*" if c.best else "") + (f"\n({printed(c)})" if c.thesis else "")
 
     screen = io.StringIO()
-    rich.console.Console(width=1000, markup=False, file=screen).print(_grid(table, cell))  # so wide that no cell is broken
+    # So wide that no cell is broken; without colours, whatever the environment asks for.
+    rich.console.Console(width=1000, markup=False, force_terminal=False, file=screen).print(_grid(table, cell))
     lines = [line.rstrip() for line in screen.getvalue().splitlines()]
     lines += [f"* best of its {table.best_per}; in parentheses: the thesis's number", *table.caption]
     if table.missing:
