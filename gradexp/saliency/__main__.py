@@ -23,7 +23,7 @@ from gradexp.tasks.command import honest
 from gradexp.tasks.compose import compose_run
 from gradexp.tasks.hardware import Hardware
 from gradexp.tasks.saliency_score import completeness
-from gradexp.tasks.train import load_model
+from gradexp.tasks.train import declare_data, load_model
 
 SMALLEST = 8  # pixels on a side; below that there is nothing to see
 
@@ -52,8 +52,7 @@ def explain(path: Path, model_name: str, method_name: str, target: int | None, o
     hardware: Hardware = build(run["trainer"], where="trainer")
     ensure(upstream, needs=upstream.weights.exists)
     # The data set says how pixels are normalised; its images are not needed, and need not be here.
-    data: ImageData = build(run["data"], where="data", root=upstream.paths.data, cache=upstream.paths.cache, seed=run["seed"])
-    model = load_model(upstream, hardware)
+    data, model = declare_data(run, upstream.paths), load_model(upstream, hardware)
     method: Saliency = build(saliency["saliency"], where="saliency", black=data.black.to(hardware.device))
 
     pixels = fitted(image, data)

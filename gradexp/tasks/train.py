@@ -156,8 +156,14 @@ def accuracy_on_test(model: nn.Module, data: ImageData, hardware: Hardware) -> f
 
 def make_data(config: Config, paths: Paths) -> ImageData:
     """The config's data set, checked: its files are there and its classes large enough."""
-    data: ImageData = build(config["data"], where="data", root=paths.data, cache=paths.cache, seed=config["seed"])
+    data = declare_data(config, paths)
     data.fingerprint()
+    return data
+
+
+def declare_data(config: Config, paths: Paths) -> ImageData:
+    """The same before any file is opened: shapes and, for photographs, normalisation are known already."""
+    data: ImageData = build(config["data"], where="data", root=paths.data, cache=paths.cache, seed=config["seed"])
     return data
 
 
@@ -207,7 +213,8 @@ def make_module(
             )
     teacher = None
     if "teacher" in run.config["upstream"]:
-        _rehearse(run, student, terms, loader, hardware)
+        if not Run(run.config["upstream"]["teacher"], run.paths).weights.exists():
+            _rehearse(run, student, terms, loader, hardware)
         teacher = load_model(run.upstream("teacher"), hardware)
     for term in terms.values():
         term.place(student, teacher, loader.example)

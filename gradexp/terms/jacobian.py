@@ -8,8 +8,9 @@ from gradexp.terms.term import Term, choose, precise, reduce
 class Jacobian(Term):
     """Squared distance of student's and teacher's input-gradients (Proposition 1, second term).
 
-    target: whose gradient (§2.4.1); `all` is the full Jacobian of Proposition 1. reduction: `sum` or `mean`
-    over pixels (and classes); mean over the batch. student_bn: `batch` or `running` statistics.
+    target: whose gradient (§2.4.1); `top` is the teacher's largest logit in both networks, `all` the full Jacobian of
+    Proposition 1. reduction: `sum` or `mean` over pixels (and classes); mean over the batch. student_bn: `batch` or
+    `running` statistics.
     """
 
     needs_teacher = True

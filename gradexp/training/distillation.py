@@ -21,21 +21,17 @@ class Distillation(Classifier):
 
     def __init__(self, *args: Any, angle: str | None = None, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.angle = angle
-
-    @property
-    def _looks(self) -> bool:
-        return self.angle is not None and not self.needs_input_gradient
+        self.angle = None if self.needs_input_gradient else angle
 
     def make_step(self, batch: Batch, *, differentiable_input: bool = False) -> Step:
-        return super().make_step(batch, differentiable_input=differentiable_input or self._looks)
+        return super().make_step(batch, differentiable_input=differentiable_input or self.angle is not None)
 
     def observe(self, step: Step) -> dict[str, Tensor]:
         angle = self._angle(step)
         return super().observe(step) | ({} if angle is None else {"train/angle": angle})
 
     def _angle(self, step: Step) -> Tensor | None:
-        if self.angle is not None and self._looks:
+        if self.angle is not None:
             with torch.no_grad():
                 student = step.student_input_gradient(self.angle, "batch")
             return gradients.angle(student, step.teacher_input_gradient(self.angle)).mean()
