@@ -31,7 +31,12 @@ def ours(cell: Cell) -> str:
     if cell.others and not cell.values:
         return EMPTY
     count = f" (n={len(cell.values)})" if cell.values and len(cell.sources) > 1 else ""
-    return " / ".join(number(c.ours) + (f" ± {c.std:.2f}" if c.std is not None else "") for c in cell.parts) + count
+    return plain(cell) + count
+
+
+def plain(cell: Cell) -> str:
+    """The same without the number of seeds."""
+    return " / ".join(number(c.ours) + (f" ± {c.std:.2f}" if c.std is not None else "") for c in cell.parts)
 
 
 def printed(cell: Cell) -> str:

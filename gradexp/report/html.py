@@ -231,11 +231,6 @@ def facts_of(cell: tables.Cell, standing: Mark) -> list[tuple[str, str]]:
     ]
 
 
-def plain(cell: tables.Cell) -> str:
-    """Mean and standard deviation of each metric, without the number of seeds."""
-    return " / ".join(formats.number(one.ours) + (f" ± {one.std:.2f}" if one.std is not None else "") for one in cell.parts)
-
-
 def figure_view(spec: Config, series: Sequence[figures.Series], scale: str, panels: Panels, told: Sequence[str] = ()) -> View:
     """told: the figure's caption."""
     number = str(spec["number"])
@@ -349,7 +344,7 @@ def render(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals |= {"ours": formats.ours, "plain": plain, "printed": formats.printed, "gap": formats.gap}
+    environment.globals |= {"ours": formats.ours, "plain": formats.plain, "printed": formats.printed, "gap": formats.gap}
     environment.globals |= {
         "tally": claims.tally,
         "summary": claims.summary,
