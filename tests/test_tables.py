@@ -200,6 +200,9 @@ def test_bold_is_per_column_or_per_row(best: str | None, per: str, expected: set
 def test_a_row_apart_does_not_compete() -> None:
     cells = [tables.Cell(row, "x", (), None, False, "m", (value,)) for row, value in (("a", 1.0), ("b", 2.0), ("oracle", 9.0))]
     assert [cell.best for cell in tables.mark_best(cells, "max", "column", ["oracle"])] == [False, True, False]
+    rows = [{**row, "apart": row["label"] == "A only"} for row in SPEC["rows"]]
+    assert "The best number is marked among the rows without A only." in table_with(rows=rows).caption
+    assert not any("among the rows" in sentence for sentence in table().caption)
 
 
 def test_departures_that_a_note_describes_are_not_listed() -> None:

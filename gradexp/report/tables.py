@@ -181,7 +181,6 @@ def build(spec: Config, scale: str, plan: Planner, paths: Paths) -> Table:
     upstream = [(line, Source.of(plan([*line["overrides"], f"scale={scale}"]), paths)) for line in lines]
     departed = provenance.departed(pairs)
     data = sorted({config["data"]["name"] for config, _ in pairs})
-    apart = [row["label"] for row in spec["rows"] if row.get("apart")]
     return Table(
         number=spec["number"],
         title=spec["title"].format(data=", ".join(data), where=spec.get("where", {}).get(scale)),
@@ -198,7 +197,7 @@ def build(spec: Config, scale: str, plan: Planner, paths: Paths) -> Table:
         ),
         rows=tuple(row["label"] for row in spec["rows"]),
         columns=tuple(dict.fromkeys(cell.column for cell in cells)),
-        cells=mark_best(cells, spec["best"], spec.get("best_per", "column"), apart),
+        cells=mark_best(cells, spec["best"], spec.get("best_per", "column"), _apart(spec)),
         best_per=spec.get("best_per", "column"),
         departures=tuple((key, *values) for key, values in departed.items()),
     )
@@ -227,6 +226,11 @@ def _cell(
     return replace(parts[0], others=tuple(parts[1:]))
 
 
+def _apart(spec: Config) -> list[str]:
+    """The rows that are not compared with the others."""
+    return [row["label"] for row in spec["rows"] if row.get("apart")]
+
+
 def _item(spec: Config) -> str:
     """What results/thesis.csv calls the table."""
     return str(spec.get("thesis", spec["number"]))
@@ -250,6 +254,8 @@ def _what_it_is(spec: Config, scale: str, missing: bool) -> Iterator[str]:
 def _how_to_read_it(spec: Config, scale: str) -> Iterator[str]:
     if scale not in spec["comparable"]:
         yield "The thesis's numbers mark their places; at this scale they can't be compared."
+    for row in _apart(spec):
+        yield f"The best number is marked among the rows without {row}."
     own = [column for column in spec["columns"] if scale in column.get("seeds", {})]
     listed = [f"column {column['label']}: {provenance.enumerated(_seeds(spec, column, scale))}" for column in own]
     exceptions = f" ({'; '.join(listed)})" if listed else ""
