@@ -13,12 +13,12 @@ In fp32 the rounding error is that of the ordinary CPU kernels (3e-6 of the norm
 from __future__ import annotations
 
 from functools import cache
+from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-TILE, WINDOW = 4, 6  # outputs and inputs of a tile, along one side
+TILE = 4  # outputs of a tile, along one side
 
 # The interpolation points are 0, 1, -1, 2, -2 and infinity.
 Matrix = tuple[tuple[float, ...], ...]
@@ -40,6 +40,7 @@ G: Matrix = (
 )
 G_TURNED: Matrix = tuple(row[::-1] for row in G)  # for the kernel turned by half a circle
 A_T: Matrix = ((1, 1, 1, 1, 1, 0), (0, 1, -1, 2, -2, 0), (0, 1, 1, 4, 4, 0), (0, 1, -1, 8, -8, 1))
+A: Matrix = tuple(zip(*A_T, strict=True))
 
 MIN_PAIRS, MAX_PIXELS, MIN_TILES = 64 * 128, 16 * 16, 32  # pairs of an input and an output channel
 
@@ -71,22 +72,34 @@ def weight_gradient(g: Tensor, x: Tensor) -> Tensor:
     return w.view(g.shape[1], 3, 3, x.shape[1]).permute(0, 3, 1, 2)
 
 
-# Each transform below multiplies one small matrix by every tile (or kernel) in turn, which stays in the cache meanwhile.
-# That leaves the 36 planes apart by one row of channels, as the large products take them.
+# Maps are transformed tile by tile in compiled loops, kernels by one matrix product. Both leave the 36 planes one row of
+# channels apart, as the large products take them.
+
+
+@cache
+def _matrix(rows: Matrix, dtype: torch.dtype) -> Tensor:
+    return torch.tensor(rows, dtype=dtype)
 
 
 @cache
 def _square(rows: Matrix, dtype: torch.dtype) -> Tensor:
-    """The matrix that does along both sides of a tile what `rows` do along one."""
+    """The matrix that does along both sides of a kernel what `rows` do along one."""
     one = torch.tensor(rows, dtype=torch.float64)
     return torch.kron(one, one).to(dtype)
 
 
+@cache
+def _loops() -> ModuleType:
+    """tiles.py, whose compiler is not loaded before it is needed."""
+    from gradexp import tiles
+
+    return tiles
+
+
 def _windows(x: Tensor) -> Tensor:
     """Bᵀ d B of every overlapping window: (B, C, H, W) -> (36, tiles, C)."""
-    padded = functional.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
-    windows = padded.unfold(1, WINDOW, TILE).unfold(2, WINDOW, TILE).permute(0, 1, 2, 4, 5, 3)
-    return (_square(B_T, x.dtype) @ windows.reshape(-1, WINDOW**2, x.shape[1])).transpose(0, 1)
+    windows: Tensor = _loops().split(x, _matrix(B_T, x.dtype), TILE)
+    return windows
 
 
 def _kernels(w: Tensor, rows: Matrix) -> Tensor:
@@ -97,15 +110,12 @@ def _kernels(w: Tensor, rows: Matrix) -> Tensor:
 
 def _tiles(g: Tensor) -> Tensor:
     """A g Aᵀ of every tile: (B, O, H, W) -> (36, tiles, O)."""
-    batch, channels, height, width = g.shape
-    apart = g.permute(0, 2, 3, 1).reshape(batch, height // TILE, TILE, width // TILE, TILE, channels)
-    tiles = apart.transpose(2, 3).reshape(-1, TILE**2, channels)
-    return (_square(A_T, g.dtype).t() @ tiles).transpose(0, 1)
+    tiles: Tensor = _loops().split(g, _matrix(A, g.dtype), TILE)
+    return tiles
 
 
 def _join(products: Tensor, like: Tensor) -> Tensor:
     """Aᵀ m A of every tile, put side by side: (36, tiles, O) -> (B, O, H, W) with B, H and W those of `like`."""
     batch, _, height, width = like.shape
-    tiles = _square(A_T, like.dtype) @ products.transpose(0, 1)
-    apart = tiles.view(batch, height // TILE, width // TILE, TILE, TILE, -1)
-    return apart.transpose(2, 3).reshape(batch, height, width, -1).permute(0, 3, 1, 2)
+    joined: Tensor = _loops().join(products, _matrix(A_T, products.dtype), (batch, height, width))
+    return joined

@@ -1,6 +1,8 @@
 """Minimal filtering, and 2 x 2 maps as one matrix product, against torch's own convolution."""
 
 import copy
+import subprocess
+import sys
 from types import ModuleType
 
 import pytest
@@ -8,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gradexp import dense, layers, winograd
+from gradexp import dense, layers, tiles, winograd
+from gradexp.runs import ROOT
 
 NAMES = ("convolve", "input_gradient", "weight_gradient")
 SIDES = pytest.mark.parametrize(("module", "side"), [(winograd, 8), (dense, 2)], ids=["winograd", "dense"])
@@ -142,3 +145,34 @@ def test_a_penalised_step_agrees_with_autograd(module: ModuleType, side: int, us
     # The output, the input-gradient and their backward passes: that of a product is made of the two others.
     assert [used.count((module, name)) for name in NAMES] == [2, 2, 2]
     assert len(used) == 6
+
+
+def test_a_number_that_is_none_stays_one() -> None:
+    """A diverged run must not be mended by a compiler's liberties."""
+    g, x, w = last(1, 2, 8, 8), last(1, 3, 8, 8), last(2, 3, 3, 3)
+    x[0, 1, 3, 3] = torch.nan
+    y, gx, gw = products(winograd, g, x, w)
+    assert y[0, :, 2:5, 2:5].isnan().all()
+    assert gx.isfinite().all()
+    assert gw[:, 1].isnan().all()
+    assert gw[:, 0].isfinite().all()
+
+
+def test_threads_change_no_bit() -> None:
+    x, m, back = last(5, 4, 8, 16), torch.randn(6, 6), torch.randn(4, 6)
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2, 64):  # numba may have fewer, and takes what it has
+            torch.set_num_threads(threads)
+            planes = tiles.split(x, m, pixels=4)
+            found.append((planes, tiles.join(planes, back, (5, 8, 16))))
+    finally:
+        torch.set_num_threads(before)
+    for others in found[1:]:
+        torch.testing.assert_close(others, found[0], rtol=0, atol=0)
+
+
+def test_the_compiler_is_loaded_when_it_is_needed() -> None:
+    code = "import sys, gradexp.layers, gradexp.training.classifier; sys.exit('numba' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
