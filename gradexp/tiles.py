@@ -6,15 +6,16 @@ keeps the result beside this file. Arrays are channels last: (B, H, W, C).
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 
-# Numba starts its threads once. Those beyond torch's would wait in a loop, on a core that another run may need.
-numba.config.NUMBA_NUM_THREADS = torch.get_num_threads()  # type: ignore[attr-defined]
+# Read once, by numba's import. Threads beyond torch's would wait in a loop, on a core that another run may need.
+os.environ["NUMBA_NUM_THREADS"] = str(torch.get_num_threads())
+import numba
 
 Array = Any  # numba compiles a loop for each type that it is called with
 

@@ -1,6 +1,7 @@
 """Minimal filtering, and 2 x 2 maps as one matrix product, against torch's own convolution."""
 
 import copy
+import os
 import subprocess
 import sys
 from types import ModuleType
@@ -176,3 +177,14 @@ def test_threads_change_no_bit() -> None:
 def test_the_compiler_is_loaded_when_it_is_needed() -> None:
     code = "import sys, gradexp.layers, gradexp.training.classifier; sys.exit('numba' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_no_more_threads_than_torch_has() -> None:
+    """One more, waiting in a loop on a core of another run, halves the speed of both."""
+    code = (
+        "import torch; torch.set_num_threads(1); from gradexp import tiles; from numba.np.ufunc import parallel\n"
+        "tiles.split(torch.ones(1, 1, 4, 4), torch.ones(6, 6), 4); print(parallel.NUM_THREADS, torch.get_num_threads())"
+    )
+    environment = {**os.environ, "NUMBA_NUM_THREADS": "2"}  # as a command inherits it from one that had more
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert ended.stdout.split() == ["1", "1"]
