@@ -38,7 +38,7 @@ quickstart: setup
 	@$(BIN)/python scripts/make_table.py 2.1 --scale quick --workers $(WORKERS)
 
 test: setup lint
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 lint: setup
 	@$(BIN)/ruff check .

@@ -88,10 +88,11 @@ def test_every_loop_does_all_of_its_steps(monkeypatch: pytest.MonkeyPatch) -> No
     assert loop.overhead == pytest.approx(100 * (loop.bare / loop.trained - 1))
 
 
-def test_two_runs_side_by_side_are_timed() -> None:
+def test_whole_runs_are_timed() -> None:
     row = bench_runs.measure(passes=1, rounds=1)
     assert row.ratio == row.beside / row.alone > 0
     assert f"{row.ratio:.2f} times as long" in bench_runs.markdown(row)
+    assert f"one step takes {row.one_step:.1f} s" in bench_runs.markdown(row)
 
 
 def test_a_run_that_fails_is_not_a_fast_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,7 +123,7 @@ def test_what_is_measured_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(bench, "measure_loop", lambda *_, **__: bench.Loop(1, "32", 110.0, 100.0))
     monkeypatch.setattr(bench_saliency, "rows", lambda *_, **__: [])
     monkeypatch.setattr(bench_photographs, "measure", lambda *_, **__: bench_photographs.Row(1, 1.0, 8, 2, 1.0))
-    monkeypatch.setattr(bench_runs, "measure", lambda **_: bench_runs.Row(7, 10.0, 12.0))
+    monkeypatch.setattr(bench_runs, "measure", lambda **_: bench_runs.Row(7, 3.0, 10.0, 12.0))
     quick = bench.run(tmp_path, quick=True)
     assert not list(tmp_path.iterdir())
     page = bench.run(tmp_path, quick=False)
@@ -130,4 +131,4 @@ def test_what_is_measured_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "10.0 %" in page and "1.20 times" in page and "1.20 times" not in quick
     found = json.loads((tmp_path / "bench.json").read_text())
     assert found["rows"][0]["images_per_second"] == 100
-    assert found["runs"] == [{"passes": 7, "alone": 10.0, "beside": 12.0}]
+    assert found["runs"] == [{"passes": 7, "one_step": 3.0, "alone": 10.0, "beside": 12.0}]
