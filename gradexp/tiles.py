@@ -25,7 +25,7 @@ _loop = numba.njit(parallel=True, cache=True, fastmath={"contract"})
 
 @numba.njit(inline="always")
 def _combine(m: Array, x: Array, y: Array) -> None:
-    """y = m x, for m (r, k) with few entries that are not 0, x (k, n) and y (r, n), which is overwritten."""
+    """y = m x, for m (r, k) with a few entries in each row that are not 0, x (k, n) and y (r, n), which is overwritten."""
     for r in range(m.shape[0]):
         first = True
         for k in range(m.shape[1]):
