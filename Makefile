@@ -12,7 +12,7 @@ BIN := .venv/bin
 help:
 	@echo "make setup                                 .venv with everything pinned"
 	@echo "make quickstart                            setup if needed, then Table 2.1 at scale=quick"
-	@echo "make test                                  linter, type checker, the whole test suite"
+	@echo "make test [WORKERS=2]                      linter, type checker, the whole test suite"
 	@echo "make table-2.1 [SCALE=cpu] [WORKERS=2]     run what is missing, then render and print"
 	@echo "     LAUNCHER=slurm SET='KEY=VALUE ...'    on a cluster; hardware settings, such as trainer.precision=32"
 	@echo "make verify [ARGS='--sample 3']            whether records are whole, and quick ones repeat"

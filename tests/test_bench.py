@@ -1,6 +1,7 @@
 """The benchmark's own arithmetic."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -93,12 +94,14 @@ def test_whole_runs_are_timed() -> None:
     assert row.ratio == row.beside / row.alone > 0
     assert f"{row.ratio:.2f} times as long" in bench_runs.markdown(row)
     assert f"one step takes {row.one_step:.1f} s" in bench_runs.markdown(row)
+    assert row.one_step > row.alone  # both do one step; a table's runs are spared the imports
 
 
-def test_a_run_that_fails_is_not_a_fast_one(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("started", [bench_runs._one_step, lambda: bench_runs._train(1, seeds=1)], ids=["command", "table"])
+def test_a_run_that_fails_is_not_a_fast_one(monkeypatch: pytest.MonkeyPatch, started: Callable[[], None]) -> None:
     monkeypatch.setattr(bench_runs, "RUN", (*bench_runs.RUN, "optim.optimizer.lr=-1"))
-    with pytest.raises(RuntimeError, match="failed"):
-        bench_runs.measure(passes=1, rounds=1)
+    with pytest.raises(RuntimeError, match=r"failed:\n(.*\n)*.*Invalid learning rate"):
+        started()
 
 
 def fill(mebibytes: int) -> None:

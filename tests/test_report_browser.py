@@ -83,7 +83,7 @@ def test_a_cell_opens_by_keyboard_and_closes_back_to_itself(visit: Any) -> None:
     for _ in range(25):
         page.keyboard.press("Tab")  # leaves the panel for the browser's own buttons at most
         assert page.evaluate("document.activeElement === document.body || !!document.activeElement.closest('dialog')")
-    page.wait_for_timeout(200)  # the browser's own buttons hand the focus back a moment later
+    page.wait_for_function("document.activeElement !== document.body")  # those hand the focus back a moment later
     page.focus("#close")
     page.keyboard.press("ArrowLeft")
     page.wait_for_function("document.getElementById('panel-title').textContent === 'A only · 1'")

@@ -1,14 +1,16 @@
-"""What a whole run takes: one of a single step, a longer one, and two of these side by side with a thread each."""
+"""What whole runs take: a command for a single step, a longer run, and two of these side by side with a thread each."""
 
 from __future__ import annotations
 
 import contextlib
 import io
+import subprocess
+import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from gradexp.runs import Paths
+from gradexp.runs import ROOT, Paths
 from gradexp.tasks.compose import compose_run, plan
 from gradexp.tasks.many import run_all
 from gradexp.tasks.timing import medians
@@ -20,7 +22,7 @@ RUN = ("experiment=jacobian_distill", "method=ce", "data.per_class=5", "scale=qu
 @dataclass(frozen=True)
 class Row:
     passes: int
-    one_step: float  # seconds of a run of one step
+    one_step: float  # seconds of `python run.py` for one step
     alone: float  # seconds of one run of `passes`
     beside: float  # seconds of two
 
@@ -30,9 +32,9 @@ class Row:
 
 
 def measure(*, passes: int, rounds: int) -> Row:
-    """Medians over `rounds`, from the command to the last record: start-up, training, evaluation, records."""
+    """Medians over `rounds`: to the last record, evaluation included."""
     trainings = {
-        "one step": lambda: _train(1, seeds=1),  # on 50 images, a pass is one step
+        "one step": _one_step,
         "alone": lambda: _train(passes, seeds=1),
         "beside": lambda: _train(passes, seeds=2),
     }
@@ -40,11 +42,23 @@ def measure(*, passes: int, rounds: int) -> Row:
     return Row(passes, seconds["one step"], seconds["alone"], seconds["beside"])
 
 
-def _train(passes: int, *, seeds: int) -> None:
-    """As many runs as `seeds`, with a worker each."""
+def _words(passes: int, root: Path) -> list[str]:
+    return [*RUN, f"optim.passes={passes}", f"paths.results={root / 'results'}", f"paths.outputs={root / 'outputs'}"]
+
+
+def _one_step() -> None:
+    """A fresh interpreter, as a user starts it. On 50 images, a pass is one step."""
     with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
-        words = [*RUN, f"optim.passes={passes}", f"paths.results={root / 'results'}", f"paths.outputs={root / 'outputs'}"]
+        command = [sys.executable, str(ROOT / "run.py"), *_words(1, Path(folder))]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
+
+
+def _train(passes: int, *, seeds: int) -> None:
+    """As many runs as `seeds`, with a worker each: forked, as those of a table, from a server that has its imports."""
+    with tempfile.TemporaryDirectory() as folder:
+        words = _words(passes, Path(folder))
         runs = [plan([*words, f"seed={seed}"]) for seed in range(seeds)]
         with contextlib.redirect_stdout(io.StringIO()):
             failures = run_all(runs, Paths.of(compose_run(words)), workers=seeds)
@@ -55,7 +69,7 @@ def _train(passes: int, *, seeds: int) -> None:
 def markdown(row: Row) -> str:
     return (
         "# Whole runs\n\n"
-        f"From the command to the record, a run of one step takes {row.one_step:.1f} s: start-up and evaluation.\n\n"
-        f"One run of {row.passes} passes takes {row.alone:.1f} s, two with WORKERS=2 take {row.beside:.1f} s: "
-        f"{row.ratio:.2f} times as long, start-up and evaluation included, each with one thread.\n"
+        f"`python run.py` for one step takes {row.one_step:.1f} s, imports and evaluation included. A table's runs share the "
+        f"imports: one run of {row.passes} passes takes {row.alone:.1f} s, two with WORKERS=2 take {row.beside:.1f} s, "
+        f"{row.ratio:.2f} times as long, each with one thread.\n"
     )
