@@ -5,8 +5,9 @@
 
 import argparse
 
+from gradexp.bench import page, photographs
+from gradexp.bench.steps import make_hardware
 from gradexp.runs import ROOT
-from gradexp.tasks import bench, bench_photographs
 
 
 def main() -> None:
@@ -15,9 +16,9 @@ def main() -> None:
     parser.add_argument("--photographs", action="store_true")
     given = parser.parse_args()
     if given.photographs:
-        print(bench_photographs.markdown(bench_photographs.measure(bench.make_hardware("32"), images=512, rounds=5)))
+        print(photographs.markdown(photographs.measure(make_hardware("32"), images=512, rounds=5)))
     else:
-        print(bench.run(ROOT / "results", quick=given.quick))
+        print(page.run(ROOT / "results", quick=given.quick))
 
 
 if __name__ == "__main__":

@@ -9,12 +9,12 @@ from typing import Any
 
 from joblib import cpu_count
 
+from gradexp.commands.compose import compose_run, plan, refuse_many_devices
+from gradexp.commands.exits import honest
+from gradexp.commands.many import Failure, make_launcher, missing, run_all
 from gradexp.errors import UserError
 from gradexp.report import specs
 from gradexp.runs import ROOT, Paths
-from gradexp.tasks.command import honest
-from gradexp.tasks.compose import compose_run, plan, refuse_many_devices
-from gradexp.tasks.many import Failure, make_launcher, missing, run_all
 
 Make = Callable[[dict[str, Any], "Job"], None]
 

@@ -12,10 +12,10 @@ import tarfile
 import urllib.request
 from pathlib import Path, PurePosixPath
 
+from gradexp.commands.compose import compose_run
 from gradexp.errors import UserError, nearest
 from gradexp.runs import Paths
 from gradexp.tasks.build import build
-from gradexp.tasks.compose import compose_run
 
 # MIT publishes no checksums; these MD5 sums are those that a public reader of the data set records.
 MIT_SCENES = {

@@ -4,10 +4,10 @@ import argparse
 
 from common import shown
 
+from gradexp.commands.compose import compose_run, plan
+from gradexp.commands.exits import honest
 from gradexp.report import claims
 from gradexp.runs import ROOT, Paths
-from gradexp.tasks.command import honest
-from gradexp.tasks.compose import compose_run, plan
 
 
 def main() -> None:

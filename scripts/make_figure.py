@@ -4,9 +4,9 @@ from typing import Any
 
 from common import Job, make_all, report
 
+from gradexp.commands.compose import plan
 from gradexp.registry import locate
 from gradexp.report import figures
-from gradexp.tasks.compose import plan
 
 
 def make(spec: dict[str, Any], job: Job) -> None:

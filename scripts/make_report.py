@@ -8,11 +8,11 @@ from common import shown
 from joblib import cpu_count
 
 from gradexp import __version__
+from gradexp.commands.compose import compose_run, plan
+from gradexp.commands.exits import honest
 from gradexp.report import claims, figures, html, specs, tables
 from gradexp.report import plan as costs
 from gradexp.runs import ROOT, Paths, git_state
-from gradexp.tasks.command import honest
-from gradexp.tasks.compose import compose_run, plan
 
 CLAIMS = ROOT / "conf" / "claims.yaml"
 

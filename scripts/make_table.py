@@ -4,8 +4,8 @@ from typing import Any
 
 from common import Job, make_all, report
 
+from gradexp.commands.compose import plan
 from gradexp.report import formats, tables
-from gradexp.tasks.compose import plan
 
 
 def make(spec: dict[str, Any], job: Job) -> None:

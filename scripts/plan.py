@@ -10,13 +10,13 @@ from hashlib import sha256
 import torch
 from joblib import cpu_count
 
+from gradexp.commands.compose import compose_run, plan
+from gradexp.commands.exits import honest
 from gradexp.errors import UserError
 from gradexp.report import plan as report
 from gradexp.runs import Config, Paths, write_atomically
 from gradexp.tasks import probe
 from gradexp.tasks.build import build
-from gradexp.tasks.command import honest
-from gradexp.tasks.compose import compose_run, plan
 from gradexp.tasks.hardware import Hardware
 
 

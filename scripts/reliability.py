@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gradexp.commands.launchers import PRELOADED, Work
 from gradexp.files import sha256, write_atomically
 from gradexp.runs import ROOT, git_state, read_record
-from gradexp.tasks.launchers import PRELOADED, Work
 
 TINY = ("scale=quick", "scale.width=0.04", "data.per_class=8", "trainer.threads=1", "trainer.strict=true", "logger=none")
 BELOW = ("optim.passes=30", "trainer.checkpoint_every=0")

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
+from gradexp.commands.compose import check_overrides, compose_run, plan
+from gradexp.commands.many import run_all
 from gradexp.errors import UserError
 from gradexp.runs import ROOT, Paths
-from gradexp.tasks.compose import check_overrides, compose_run, plan
-from gradexp.tasks.many import run_all
 
 RunPy = Callable[..., "subprocess.CompletedProcess[str]"]
 

@@ -9,6 +9,7 @@ import torch
 from test_score_matching import batch, net
 from torch import Tensor, nn
 
+from gradexp.commands.compose import compose_run, plan
 from gradexp.data.loader import Batch
 from gradexp.errors import UserError
 from gradexp.evaluate.discriminative_perturbation import discriminative_perturbation, saliency
@@ -20,7 +21,6 @@ from gradexp.report.draw.images import red_over, samples, signed
 from gradexp.report.draw.shift import shift
 from gradexp.runs import Paths, Run, _write_arrays, ensure, read_arrays, run_id, write_record
 from gradexp.tasks.build import build
-from gradexp.tasks.compose import compose_run, plan
 from gradexp.tasks.train import accuracy_on_test, load_model, make_data
 from gradexp.training.classifier import Classifier
 

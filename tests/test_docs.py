@@ -71,7 +71,7 @@ def test_readme_names_only_make_targets_that_exist() -> None:
 
 
 def test_readme_commands_compose() -> None:
-    from gradexp.tasks.compose import check_overrides
+    from gradexp.commands.compose import check_overrides
 
     typed = [line for line in commands("README.md") if line.startswith("python run.py")]
     assert len(typed) >= 4

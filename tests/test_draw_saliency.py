@@ -12,12 +12,12 @@ import torchvision
 from PIL import Image
 
 from gradexp import runs
+from gradexp.commands import explain
 from gradexp.errors import UserError
 from gradexp.report import figures, specs
 from gradexp.report.draw import gallery, removal
 from gradexp.report.specs import Source
 from gradexp.runs import ROOT
-from gradexp.saliency import __main__ as command
 
 SPEC: dict[str, Any] = {"number": "9.9", "xlabel": "x", "ylabel": "y", "thesis": "fig 3.2b", "first": 1, "rows": 2}
 
@@ -108,14 +108,14 @@ def test_pictures_of_any_mode_are_read(tmp_path: Path) -> None:
     ramp = np.linspace(0, 2**16 - 1, 400).astype(np.uint16).reshape(20, 20)
     Image.fromarray(ramp).save(tmp_path / "deep.png")
     Image.fromarray(ramp.astype(np.float32) - 1e5).save(tmp_path / "float.tiff")
-    assert (np.asarray(command.read(tmp_path / "rgba.png"))[:10] == 255).all()
-    assert command.read(tmp_path / "grey.png").mode == "RGB"
-    assert np.abs(np.asarray(command.read(tmp_path / "deep.png"))[..., 0] - ramp / 257).max() <= 0.5
+    assert (np.asarray(explain.read(tmp_path / "rgba.png"))[:10] == 255).all()
+    assert explain.read(tmp_path / "grey.png").mode == "RGB"
+    assert np.abs(np.asarray(explain.read(tmp_path / "deep.png"))[..., 0] - ramp / 257).max() <= 0.5
     with pytest.raises(UserError, match="8 or 16 bits"):
-        command.read(tmp_path / "float.tiff")
+        explain.read(tmp_path / "float.tiff")
     for name, message in (("one.png", "at least 8x8"), ("words.png", "can't be read"), ("absent.png", "can't be read")):
         with pytest.raises(UserError, match=message):
-            command.read(tmp_path / name)
+            explain.read(tmp_path / name)
 
 
 def test_a_published_network_explains_a_picture_without_its_data_set(
@@ -126,7 +126,7 @@ def test_a_published_network_explains_a_picture_without_its_data_set(
     torch.save(torchvision.models.vgg16_bn(weights=None).state_dict(), tmp_path / "weights" / "mine.pth")
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(tmp_path / "photo.png")
     words = ["model=vgg16_bn_imagenet", "task.file=mine.pth", "trainer.threads=1", *places, f"paths.data={tmp_path}"]
-    command.main([str(tmp_path / "photo.png"), "--model", "pretrained", "--target", "5", "--set", *words])
+    explain.main([str(tmp_path / "photo.png"), "--model", "pretrained", "--target", "5", "--set", *words])
     assert "class 5, logit" in capsys.readouterr().out
 
 

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from gradexp import runs
+from gradexp.commands.compose import plan
 from gradexp.errors import UserError
 from gradexp.report import figures, specs
 from gradexp.report.draw.curves import curves
 from gradexp.report.draw.illustration import illustration
 from gradexp.report.specs import Source
-from gradexp.tasks.compose import plan
 
 SPEC = {"number": "9.1", "metric": "train/loss", "xlabel": "pass", "ylabel": "loss", "also": ["svg"]}
 

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gradexp import gradients, layers
+from gradexp.commands.compose import compose_run
 from gradexp.data.loader import Batch
 from gradexp.errors import UserError
 from gradexp.models.vgg import VGG
 from gradexp.runs import Paths, Run, ensure
 from gradexp.tasks.build import build
-from gradexp.tasks.compose import compose_run
 from gradexp.terms import Attention, BiasDecay, BiasGradient, FullGradient, Step, Term
 from gradexp.terms.maps import resized
 from gradexp.training.dropout import dropout_after

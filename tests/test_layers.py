@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torchvision.models import vgg as tv_vgg
 
 from gradexp import layers
+from gradexp.commands.compose import compose_run
 from gradexp.models.resnet import ResNet
 from gradexp.models.vgg import VGG
 from gradexp.tasks.build import build
-from gradexp.tasks.compose import compose_run
 from gradexp.tasks.hardware import native_bf16
 
 DOUBLE = torch.float64

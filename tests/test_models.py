@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from gradexp.commands.compose import compose_run
 from gradexp.errors import UserError
 from gradexp.models.vgg import VGG
 from gradexp.tasks.build import build
-from gradexp.tasks.compose import compose_run
 
 
 def expected(layers: list[int | str], channels: int, classes: int) -> int:

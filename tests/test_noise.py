@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import nn
 
+from gradexp.commands.compose import compose_run, plan
 from gradexp.data.loader import Batch
 from gradexp.errors import UserError
 from gradexp.evaluate.accuracy import accuracy
 from gradexp.evaluate.noise import noise_accuracies
 from gradexp.report import specs, tables
 from gradexp.runs import Paths, Run, ensure, run_id
-from gradexp.tasks.compose import compose_run, plan
 
 TINY = ["scale=quick", "trainer.threads=1", "logger=none", "task.draws=3"]
 SMALL = ["+upstream.model.scale.width=0.04", "upstream.model.optim.passes=1", "upstream.model.data.per_class=5"]

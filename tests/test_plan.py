@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
+from gradexp.commands.compose import Planned, plan
 from gradexp.report import plan as report
 from gradexp.report.plan import History, Row, Sample
 from gradexp.runs import Config, Paths, Run, ensure, run_id, write_record
 from gradexp.tasks import probe
 from gradexp.tasks.build import build
-from gradexp.tasks.compose import Planned, plan
 
 SIZES = {"digits": (1437, 360)}
 WHOLE = {"name": "digits", "train_images": 1437, "test_images": 360}

@@ -11,12 +11,12 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gradexp import layers, ranks
+from gradexp.commands.compose import compose_run
 from gradexp.data.loader import Batch, TensorLoader, TrainingStream
 from gradexp.data.sources import Split
 from gradexp.errors import UserError
 from gradexp.runs import Paths, Run, ensure
 from gradexp.tasks.build import build
-from gradexp.tasks.compose import compose_run
 from gradexp.tasks.train import make_terms
 from gradexp.training.callbacks import Checkpointer, Stopped
 from gradexp.training.classifier import Classifier

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from gradexp.tasks import compose, remembered
+from gradexp.commands import compose, remembered
 
 WORDS = ("experiment=jacobian_distill", "scale=quick", "seed=3")
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from gradexp import clocks, runs
+from gradexp.commands.compose import compose_run
 from gradexp.errors import UserError
-from gradexp.tasks.compose import compose_run
 
 BASE = ["experiment=jacobian_distill", "scale=quick"]
 

@@ -14,6 +14,7 @@ import torchvision
 from PIL import Image
 from torch import Tensor, nn
 
+from gradexp.commands.compose import compose_run, plan
 from gradexp.data.digits import Digits
 from gradexp.data.loader import Batch, TensorLoader
 from gradexp.data.removal import MANIFEST, Removal
@@ -25,7 +26,6 @@ from gradexp.files import sha256
 from gradexp.runs import ROOT, Paths, Run, ensure
 from gradexp.saliency import Saliency
 from gradexp.tasks import saliency_maps, saliency_score
-from gradexp.tasks.compose import compose_run, plan
 
 BLACK = torch.zeros(1, 1, 1)
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 
+from gradexp.commands.compose import compose_run
 from gradexp.errors import UserError
 from gradexp.runs import Paths, Run, ensure
 from gradexp.tasks import loggers
 from gradexp.tasks.build import build
-from gradexp.tasks.compose import compose_run
 from gradexp.tasks.hardware import native_bf16
 from gradexp.training.optim import Optim, one_cycle, steps_down
 

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gradexp import gradients, layers
+from gradexp.commands.compose import compose_run
 from gradexp.data.loader import Batch
 from gradexp.errors import UserError
 from gradexp.models.vgg import VGG
 from gradexp.runs import Paths, Run, ensure
 from gradexp.tasks.build import build
-from gradexp.tasks.compose import compose_run
 from gradexp.terms import Activations, AttentionJacobian, Step
 from gradexp.terms.attention_jacobian import pooled, window_size
 from gradexp.training.targets import LiveTargets

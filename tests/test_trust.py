@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from gradexp import files, schema
+from gradexp.commands.compose import compose_run
+from gradexp.commands.verify import Finding, alike, verify
 from gradexp.errors import UserError
 from gradexp.runs import HARDWARE, ROOT, Paths, Run, ensure, read_record, write_record
-from gradexp.tasks.compose import compose_run
-from gradexp.tasks.verify import Finding, alike, verify
 
 TINY = ["scale=quick", "scale.width=0.04", "optim.passes=2", "data.per_class=3", "trainer.threads=1", "logger=none"]
 DISTILL = ["experiment=jacobian_distill", *TINY, "+upstream.teacher.optim.passes=1", "+upstream.teacher.scale.width=0.03"]
@@ -114,7 +114,7 @@ def test_a_repeat_has_the_threads_of_its_record(places: list[str], monkeypatch: 
         repeated.append((one.config["name"], one.config["trainer"]["threads"]))
         return ensure(one)
 
-    monkeypatch.setattr("gradexp.tasks.verify.ensure", noted)
+    monkeypatch.setattr("gradexp.commands.verify.ensure", noted)
     extra = {name: made.config[name] for name in ("logger", "gradients")} | {
         "trainer": made.config["trainer"] | {"threads": None}
     }
@@ -202,7 +202,7 @@ def test_damaged_weights_of_a_teacher_are_made_again(places: list[str], capsys: 
 def test_full_disks_and_read_only_folders_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     import errno
 
-    from gradexp.tasks.command import honest
+    from gradexp.commands.exits import honest
 
     for number, words in ((errno.ENOSPC, "make room"), (errno.EROFS, "paths.results=FOLDER")):
         with pytest.raises(SystemExit, match=words), honest():

@@ -14,7 +14,7 @@ from gradexp.runs import ROOT, Config, Paths, run_id
 
 
 class Planned(Protocol):
-    """A run before it runs (gradexp.tasks.compose.Planned)."""
+    """A run before it runs (gradexp.commands.compose.Planned)."""
 
     @property
     def config(self) -> Config: ...

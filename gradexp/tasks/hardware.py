@@ -49,7 +49,7 @@ def _keep_memory() -> None:
 def _forbid_chance() -> None:
     """Repeats are bit-identical on the same machine, or an operation that can't promise it raises an error.
 
-    CUBLAS_WORKSPACE_CONFIG, which must be there before CUDA starts, is set by gradexp.tasks.command.
+    CUBLAS_WORKSPACE_CONFIG, which must be there before CUDA starts, is set by gradexp.commands.exits.
     """
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False

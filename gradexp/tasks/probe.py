@@ -16,7 +16,6 @@ from gradexp import clocks
 from gradexp.data.loader import TrainingStream
 from gradexp.errors import UserError
 from gradexp.runs import Config, Paths, Run, ensure, peak_memory_mib
-from gradexp.tasks.launchers import PRELOADED
 from gradexp.tasks.train import accuracy_on_test, fit, make_data, prepare
 from gradexp.training.callbacks import Checkpointer, ProgressLine
 from gradexp.training.dropout import dropout_after
@@ -71,7 +70,7 @@ def in_its_own_process(function: Any, config: Any, paths: Paths, *, threads: int
         brief = [_ready(one, paths, places) for one in configs]
         answer = Path(folder) / "answer.json"
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOADED)
+        context.set_forkserver_preload(["gradexp.tasks.train"])
         given = brief if isinstance(config, list) else brief[0]
         process = context.Process(target=_answer, args=(function, given, places, threads, answer))
         process.start()

@@ -10,11 +10,11 @@ from typing import Any
 
 import yaml
 
+from gradexp.commands.compose import Planned
+from gradexp.commands.launchers import Local, Slurm, Work
 from gradexp.errors import UserError, nearest
 from gradexp.runs import ROOT, Paths, run_id
 from gradexp.tasks.build import build
-from gradexp.tasks.compose import Planned
-from gradexp.tasks.launchers import Local, Slurm, Work
 
 
 @dataclass(frozen=True)

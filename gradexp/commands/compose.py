@@ -16,9 +16,9 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from gradexp.commands import remembered
 from gradexp.errors import UserError, nearest
 from gradexp.runs import HARDWARE, ROOT, Config
-from gradexp.tasks import remembered
 
 CONF = ROOT / "conf"
 METHOD = ("name", "module", "upstream", "terms", "dropout", "angle")  # the keys of conf/method/

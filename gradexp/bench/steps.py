@@ -5,37 +5,27 @@ The limit beside each ratio counts convolutions: a perfect implementation that d
 
 from __future__ import annotations
 
-import json
-import math
-import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional
 
 from gradexp import gradients
-from gradexp.data.loader import TensorLoader, TrainingStream
+from gradexp.bench.timing import medians, peak_memory
+from gradexp.commands.compose import compose_run
+from gradexp.data.loader import TensorLoader
 from gradexp.data.sources import Split
-from gradexp.runs import git_state, versions, write_atomically
-from gradexp.tasks import bench_photographs, bench_runs, bench_saliency
 from gradexp.tasks.build import build
-from gradexp.tasks.compose import compose_run
-from gradexp.tasks.hardware import Hardware, native_bf16
-from gradexp.tasks.timing import medians, peak_memory
-from gradexp.tasks.train import fast, fit, make_terms
+from gradexp.tasks.hardware import Hardware
+from gradexp.tasks.train import fast, make_terms
 from gradexp.terms import Activations, AntiScoreMatching, CrossEntropy, GradientNorm, Jacobian, ScoreMatching, Term
 from gradexp.terms.step import Targets
-from gradexp.training.callbacks import Checkpointer, ProgressLine
-from gradexp.training.classifier import Classifier
 from gradexp.training.distillation import Distillation
-from gradexp.training.optim import Optim
 from gradexp.training.targets import LiveTargets, StoredTargets
 
 BATCH = 128
@@ -232,104 +222,10 @@ def three_steps(kind: str, model: str, precision: str) -> None:
             step()
 
 
-@dataclass(frozen=True)
-class Loop:
-    """What the trainer adds to a bare loop over the same cross-entropy steps."""
-
-    per_class: int
-    precision: str
-    bare: float  # images/s
-    trained: float  # images/s
-
-    @property
-    def overhead(self) -> float:
-        """Percent."""
-        return 100 * (self.bare / self.trained - 1)
-
-
-def measure_loop(per_class: int, hardware: Hardware, *, steps: int, rounds: int) -> Loop:
-    """VGG-4 on images of CIFAR-100's shape: a loop written by hand and the trainer take turns; medians of `rounds`."""
-    hardware.apply()
-    loader = images(100 * per_class)
-    shown = sum(len(batch.labels) for batch in TrainingStream(loader, steps))
-    seconds: dict[str, list[float]] = {"bare": [], "trained": []}
-    for _ in range(rounds):
-        seconds["bare"].append(_bare_loop(loader, hardware, steps))
-        seconds["trained"].append(_trainer_loop(loader, hardware, steps))
-    bare, trained = (shown / statistics.median(values) for values in seconds.values())
-    return Loop(per_class, hardware.precision, bare, trained)
-
-
-def _optim(steps: int) -> Optim:
-    node = compose_run(["experiment=jacobian_distill", "optim.passes=null", f"optim.steps={steps}"])["optim"]
-    optim: Optim = build(node, where="optim")
-    return optim
-
-
-def _bare_loop(loader: TensorLoader, hardware: Hardware, steps: int) -> float:
-    """Seconds of a loop with nothing in it but the model, its loss and its optimizer."""
-    student = fast(hardware.place(network("vgg4")), {}, hardware)
-    optimizer, schedule = _optim(steps).build(list(student.parameters()), steps)
-    begun = time.perf_counter()
-    for batch in TrainingStream(loader, steps):
-        with hardware.autocast():
-            loss = functional.cross_entropy(student(batch.images), batch.labels)
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        schedule.step()
-    return time.perf_counter() - begun
-
-
-def _trainer_loop(loader: TensorLoader, hardware: Hardware, steps: int) -> float:
-    """Seconds between the first and the last step of a training as a run does it: terms, curves, progress, trainer."""
-    terms: dict[str, Term] = {"ce": CrossEntropy(weight=1)}
-    student = fast(hardware.place(network("vgg4")), terms, hardware)
-    module = Classifier(student, terms, _optim(steps), steps_per_pass=len(loader), seed=0)
-    progress = ProgressLine("bench", steps)
-    with tempfile.TemporaryDirectory() as folder:  # one a loop: nothing to go on from
-        checkpointer = Checkpointer(Path(folder) / "last.ckpt", every=hardware.checkpoint_every)
-        fit(module, TrainingStream(loader, steps), hardware, None, checkpointer, progress)
-    return progress.seconds
-
-
 def make_hardware(precision: str) -> Hardware:
     config = compose_run(["experiment=teacher", f"trainer.precision={precision}"])
     hardware: Hardware = build(config["trainer"], where="trainer")
     return hardware
-
-
-def run(results: Path, *, quick: bool) -> str:
-    """Measures, writes bench.md and bench.json (not for `quick`), and returns the Markdown."""
-    hardware = make_hardware("32")
-    precisions = ["32", "bf16"] if native_bf16(hardware.kind) and not quick else ["32"]
-    rows: list[Row] = []
-    how: dict[str, Any] = {"rounds": 7, "memory": not quick, "budget": 25 if quick else math.inf}
-    for model in ["vgg4"] if quick else MODELS:
-        for precision in precisions:
-            rows += measure(model, make_hardware(precision), KINDS, **how)
-    loops = [] if quick else [measure_loop(count, make_hardware(precisions[-1]), steps=30, rounds=5) for count in (1, 10)]
-    facts = {**hardware.facts(), "precision": precisions, "batch": BATCH, "versions": versions(), **git_state()}
-    maps = bench_saliency.rows(hardware, quick=quick)
-    photographs = bench_photographs.measure(hardware, images=64 if quick else 512, rounds=1 if quick else 5)
-    parts = [markdown(rows, loops, facts, native_bf16(hardware.kind)), bench_saliency.markdown(maps)]
-    parts.append(bench_photographs.markdown(photographs))
-    if quick:
-        return "\n".join(parts)
-    beside = bench_runs.measure(passes=600, rounds=3)
-    text = "\n".join([*parts, bench_runs.markdown(beside)])
-    measured: dict[str, Sequence[Any]] = {
-        "rows": rows,
-        "loops": loops,
-        "maps": maps,
-        "photographs": [photographs],
-        "runs": [beside],
-    }
-    found = {name: [asdict(row) for row in part] for name, part in measured.items()}
-    content = json.dumps({"machine": facts, **found}, indent=2) + "\n"
-    write_atomically(results / "bench.json", content.encode())
-    write_atomically(results / "bench.md", text.encode())
-    return text
 
 
 def _gains(rows: Sequence[Row]) -> Iterator[str]:
@@ -341,7 +237,7 @@ def _gains(rows: Sequence[Row]) -> Iterator[str]:
             yield f"- {model}, {precision}: a step with Jacobians of stored targets is {gain:.1f} times as fast as a naive one."
 
 
-def markdown(rows: Sequence[Row], loops: Sequence[Loop], facts: dict[str, Any], has_bf16: bool) -> str:
+def markdown(rows: Sequence[Row], facts: dict[str, Any], has_bf16: bool) -> str:
     lines = [
         "# The cost of a step",
         "",
@@ -359,8 +255,4 @@ def markdown(rows: Sequence[Row], loops: Sequence[Loop], facts: dict[str, Any], 
         numbers = f"{row.images_per_second:.0f} | {row.ratio:.2f} | {row.limit:.2f} | {100 * row.share:.0f} %"
         lines.append(f"| {row.model} | {row.precision} | {row.kind} | {numbers} | {memory} |")
     lines += ["", *_gains(rows)]
-    if loops:
-        lines += ["", "The trainer beside a loop written by hand (VGG-4, cross-entropy, images/s):", ""]
-        lines += ["| images per class | precision | by hand | trainer | overhead |", "|---|---|---|---|---|"]
-        lines += [f"| {x.per_class} | {x.precision} | {x.bare:.0f} | {x.trained:.0f} | {x.overhead:.1f} % |" for x in loops]
     return "\n".join(lines) + "\n"

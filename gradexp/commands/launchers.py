@@ -20,14 +20,14 @@ from typing import Any
 
 from joblib import cpu_count
 
+from gradexp.commands.compose import compose_run
+from gradexp.commands.exits import STOPPED, honest
 from gradexp.errors import UserError
 from gradexp.runs import Paths, Run, ensure, say
-from gradexp.tasks.command import STOPPED, honest
-from gradexp.tasks.compose import compose_run
 
 # Every run is forked from one server that has already imported what training needs: a process of its own,
 # without the ten seconds of imports that a fresh interpreter costs.
-PRELOADED = ["gradexp.tasks.train", "gradexp.tasks.compose"]
+PRELOADED = ["gradexp.tasks.train", "gradexp.commands.compose"]
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ import torch
 from joblib import cpu_count
 from PIL import Image
 
+from gradexp.bench.timing import medians
+from gradexp.commands.compose import compose_run
 from gradexp.data.folder import FileLoader, Files
-from gradexp.tasks.compose import compose_run
 from gradexp.tasks.hardware import Hardware
-from gradexp.tasks.timing import medians
 
 SHAPE = (375, 500)  # rows and columns of a usual photograph of ImageNet
 QUALITY = 92

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from gradexp import schema
+from gradexp.commands.compose import compose_run
 from gradexp.errors import UserError
 from gradexp.registry import locate
 from gradexp.runs import Config, Paths, Run, ensure, read_arrays, read_record, run_id
-from gradexp.tasks.compose import compose_run
 from gradexp.tasks.hardware import native_bf16
 
 # What two machines, which round otherwise, may differ by: points of accuracy; relative, of anything else.

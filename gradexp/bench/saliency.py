@@ -12,11 +12,11 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from gradexp.bench.timing import medians, peak_memory
+from gradexp.commands.compose import compose_run
 from gradexp.saliency import FullGrad
 from gradexp.tasks.build import build
-from gradexp.tasks.compose import compose_run
 from gradexp.tasks.hardware import Hardware
-from gradexp.tasks.timing import medians, peak_memory
 
 FORWARD_BACKWARD = "forward + input-gradient"
 PACKAGE = "FullGrad of grad-cam"
