@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gradexp import dense, layers, tiles, winograd
+from gradexp import layers
+from gradexp.layers import convolution, dense, tiles, winograd
 from gradexp.runs import ROOT
 
 NAMES = ("convolve", "input_gradient", "weight_gradient")
@@ -90,21 +91,21 @@ def test_fp32_errs_little(module: ModuleType, side: int) -> None:
     ],
 )
 def test_sizes_decide(module: ModuleType | None, x: tuple[int, ...], w: tuple[int, ...]) -> None:
-    assert layers._faster(last(*x), torch.empty(w), layers.SAME) is module
+    assert convolution._faster(last(*x), torch.empty(w), convolution.SAME) is module
 
 
 @SIDES
 def test_all_but_plain_convolutions_in_fp32_are_left_to_torch(module: ModuleType, side: int) -> None:
     x, w = last(128, 128, side, side), torch.empty(128, 128, 3, 3)
-    assert layers._faster(x, w, layers.SAME) is module
-    assert layers._faster(x.contiguous(), w, layers.SAME) is None
-    assert layers._faster(x.bfloat16(), w.bfloat16(), layers.SAME) is None
-    assert layers._faster(x.double(), w.double(), layers.SAME) is None
-    assert layers._faster(x.to("meta"), w.to("meta"), layers.SAME) is None
-    assert layers._faster(x, torch.empty(128, 128, 1, 1), layers.SAME) is None
+    assert convolution._faster(x, w, convolution.SAME) is module
+    assert convolution._faster(x.contiguous(), w, convolution.SAME) is None
+    assert convolution._faster(x.bfloat16(), w.bfloat16(), convolution.SAME) is None
+    assert convolution._faster(x.double(), w.double(), convolution.SAME) is None
+    assert convolution._faster(x.to("meta"), w.to("meta"), convolution.SAME) is None
+    assert convolution._faster(x, torch.empty(128, 128, 1, 1), convolution.SAME) is None
     for shape in (((2, 2), (1, 1), (1, 1), 1), ((1, 1), (0, 0), (1, 1), 1), ((1, 1), (2, 2), (1, 1), 1)):
-        assert layers._faster(x, w, shape) is None
-    assert layers._faster(last(128, 256, side, side), w, ((1, 1), (1, 1), (1, 1), 2)) is None
+        assert convolution._faster(x, w, shape) is None
+    assert convolution._faster(last(128, 256, side, side), w, ((1, 1), (1, 1), (1, 1), 2)) is None
 
 
 @SIDES
@@ -182,7 +183,7 @@ def test_the_compiler_is_loaded_when_it_is_needed() -> None:
 def test_no_more_threads_than_torch_has() -> None:
     """One more, waiting in a loop on a core of another run, halves the speed of both."""
     code = (
-        "import torch; torch.set_num_threads(1); from gradexp import tiles; from numba.np.ufunc import parallel\n"
+        "import torch; torch.set_num_threads(1); from gradexp.layers import tiles; from numba.np.ufunc import parallel\n"
         "tiles.split(torch.ones(1, 1, 4, 4), torch.ones(6, 6), 4); print(parallel.NUM_THREADS, torch.get_num_threads())"
     )
     environment = {**os.environ, "NUMBA_NUM_THREADS": "2"}  # as a command inherits it from one that had more

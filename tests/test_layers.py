@@ -13,6 +13,7 @@ from torchvision.models import vgg as tv_vgg
 
 from gradexp import layers
 from gradexp.commands.compose import compose_run
+from gradexp.layers import batch_norm, convolution
 from gradexp.models.resnet import ResNet
 from gradexp.models.vgg import VGG
 from gradexp.tasks.build import build
@@ -26,9 +27,9 @@ def randn(*shape: int) -> Tensor:
 
 
 @pytest.mark.parametrize("shape", [((1, 1), (1, 1), (1, 1), 1), ((2, 2), (1, 1), (1, 1), 1), ((1, 1), (0, 0), (2, 2), 2)])
-def test_convolution_is_differentiable_twice(shape: layers.Shape) -> None:
+def test_convolution_is_differentiable_twice(shape: convolution.Shape) -> None:
     x, w, b = randn(2, 4, 6, 5), randn(6, 4 // shape[3], 3, 3), randn(6)
-    function = lambda x, w, b: layers.Convolve.apply(x, w, b, shape)
+    function = lambda x, w, b: convolution.Convolve.apply(x, w, b, shape)
     assert torch.autograd.gradcheck(function, (x, w, b))
     assert torch.autograd.gradgradcheck(function, (x, w, b))
 
@@ -40,8 +41,8 @@ def test_weight_gradients_of_small_maps(
 ) -> None:
     """They come from one matrix product instead of the CPU's kernel."""
     calls = []
-    product = layers._weight_by_matmul
-    monkeypatch.setattr(layers, "_weight_by_matmul", lambda *given: calls.append(1) or product(*given))
+    product = convolution._weight_by_matmul
+    monkeypatch.setattr(convolution, "_weight_by_matmul", lambda *given: calls.append(1) or product(*given))
     stock = nn.Conv2d(3, 5, kernel, stride, padding, dtype=DOUBLE).to(memory_format=memory_format)
     fast = copy.deepcopy(stock)
     layers.accelerate(fast)
@@ -57,7 +58,7 @@ def test_weight_gradients_of_small_maps(
 
 def test_batch_norm_is_differentiable_twice() -> None:
     x, w, b = randn(4, 3, 3, 2), randn(3), randn(3)
-    function = lambda x, w, b: layers.NormaliseBatch.apply(x, w, b, (None, None), 0.1, 1e-5)[0]
+    function = lambda x, w, b: batch_norm.NormaliseBatch.apply(x, w, b, (None, None), 0.1, 1e-5)[0]
     assert torch.autograd.gradcheck(function, (x, w, b))
     assert torch.autograd.gradgradcheck(function, (x, w, b))
 
@@ -73,7 +74,7 @@ def test_batch_norm_is_differentiable_three_times() -> None:
     third = []
     for fast in (True, False):
         x, w, b = (tensor.detach().clone().requires_grad_() for tensor in start)
-        y = layers.NormaliseBatch.apply(x, w, b, (None, None), 0.1, 1e-5)[0] if fast else plain(x, w, b)
+        y = batch_norm.NormaliseBatch.apply(x, w, b, (None, None), 0.1, 1e-5)[0] if fast else plain(x, w, b)
         with layers.only_inputs():
             (gradient,) = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)
             (product,) = torch.autograd.grad(gradient, x, torch.ones_like(x).tril(), create_graph=True)

@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from gradexp import layers
 from gradexp.errors import UserError
+from gradexp.layers import convolution
 from gradexp.models.vgg import VGG
 from gradexp.saliency import (
     FullGrad,
@@ -109,8 +110,8 @@ def test_none_means_the_predicted_class(name: str) -> None:
 def test_a_frozen_models_weights_cost_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its maps are the same, and no convolution is asked for a gradient of its weights."""
     masks: list[list[bool]] = []
-    kernel = layers._kernel
-    monkeypatch.setattr(layers, "_kernel", lambda *given: masks.append(given[-1]) or kernel(*given))
+    kernel = convolution._kernel
+    monkeypatch.setattr(convolution, "_kernel", lambda *given: masks.append(given[-1]) or kernel(*given))
     model, images = layers.accelerate(net()), pictures()
     maps, asked = [], []
     for trained in (True, False):

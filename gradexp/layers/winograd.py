@@ -91,7 +91,7 @@ def _square(rows: Matrix, dtype: torch.dtype) -> Tensor:
 @cache
 def _loops() -> ModuleType:
     """tiles.py, whose compiler is not loaded before it is needed."""
-    from gradexp import tiles
+    from gradexp.layers import tiles
 
     return tiles
 

@@ -1,0 +1,36 @@
+"""What the backward passes of all layers share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+_only_inputs = False
+
+
+@contextmanager
+def only_inputs() -> Iterator[None]:
+    """Inside, backward passes skip the gradients of parameters: they are on no path to the input.
+
+    Autograd knows this of its own nodes, but does not tell it to a Function. Not reentrant across threads.
+    """
+    global _only_inputs
+    before, _only_inputs = _only_inputs, True
+    try:
+        yield
+    finally:
+        _only_inputs = before
+
+
+def wants_parameters() -> bool:
+    """Whether a backward pass is to compute the gradients of parameters too."""
+    return not _only_inputs
+
+
+def aligned(g: Tensor, x: Tensor) -> Tensor:
+    """g in the memory layout of x. Global pooling hands down gradients in another one, and kernels are slow on a mix."""
+    layout = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+    return g.contiguous(memory_format=layout)
