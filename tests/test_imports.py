@@ -1,6 +1,7 @@
 """Who may import whom: every arrow points downwards."""
 
 import ast
+import re
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -99,6 +100,15 @@ def test_no_circle() -> None:
 
 def test_every_room_has_a_rule() -> None:
     assert {room(path) for path in modules()} - {"__init__"} <= MAY_IMPORT.keys()
+
+
+def test_the_structure_page_names_every_room_above_those_it_imports() -> None:
+    page = (ROOT / "docs" / "structure.md").read_text(encoding="utf-8")
+    cells = re.findall(r"^\| (`.*?) \|", page, re.MULTILINE)
+    floors = {name: floor for floor, cell in enumerate(cells) for name in re.findall(r"`(\w+)`", cell)}
+    assert floors.keys() == MAY_IMPORT.keys()
+    for here, below in MAY_IMPORT.items():
+        assert all(floors[name] <= floors[here] for name in below), here
 
 
 def test_tables_and_the_page_need_no_torch() -> None:
