@@ -1,24 +1,22 @@
 """make bench: what a training step costs, written to results/bench.md.
 
---quick: VGG-4 alone, printed, within a minute.   --photographs: the images/s of JPEG files alone, printed.
+--quick: VGG-4 alone, printed, within a minute.   --part maps: one part of the page again, the others as they are.
 """
 
 import argparse
 
-from gradexp.bench import page, photographs
-from gradexp.bench.steps import make_hardware
+from gradexp.bench import page
+from gradexp.commands.exits import honest
 from gradexp.runs import ROOT
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--photographs", action="store_true")
+    parser.add_argument("--part", choices=page.ROWS, action="append")
     given = parser.parse_args()
-    if given.photographs:
-        print(photographs.markdown(photographs.measure(make_hardware("32"), images=512, rounds=5)))
-    else:
-        print(page.run(ROOT / "results", quick=given.quick))
+    with honest():
+        print(page.run(ROOT / "results", quick=given.quick, parts=given.part or page.ROWS))
 
 
 if __name__ == "__main__":

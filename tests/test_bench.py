@@ -11,6 +11,7 @@ from PIL import Image
 
 from gradexp.bench import loops, page, photographs, runs, saliency, steps
 from gradexp.bench.timing import peak_memory
+from gradexp.errors import UserError
 from gradexp.runs import peak_memory_mib
 from gradexp.tasks import train
 
@@ -134,5 +135,27 @@ def test_what_is_measured_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert (tmp_path / "bench.md").read_text() == text
     assert "10.0 %" in text and "1.20 times" in text and "1.20 times" not in quick
     found = json.loads((tmp_path / "bench.json").read_text())
-    assert found["rows"][0]["images_per_second"] == 100
-    assert found["runs"] == [{"passes": 7, "one_step": 3.0, "alone": 10.0, "beside": 12.0}]
+    assert found["steps"]["rows"][0]["images_per_second"] == 100
+    assert found["runs"]["rows"] == [{"passes": 7, "one_step": 3.0, "alone": 10.0, "beside": 12.0}]
+
+
+def test_one_part_is_measured_again_and_the_others_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commit = {"commit": "a" * 40, "dirty": False}
+    monkeypatch.setattr(page, "git_state", lambda: commit)
+    monkeypatch.setattr(runs, "measure", lambda **_: runs.Row(7, 3.0, 10.0, 12.0))
+    monkeypatch.setattr(loops, "measure", lambda *_, **__: loops.Row(1, "32", 110.0, 100.0))
+    with pytest.raises(UserError, match="measure everything first: make bench"):
+        page.run(tmp_path, quick=False, parts=["runs"])
+    monkeypatch.setattr(page, "ROWS", {"loops": loops.Row, "runs": runs.Row})
+    page.run(tmp_path, quick=False, parts=["loops", "runs"])
+    before = json.loads((tmp_path / "bench.json").read_text())
+    commit["commit"] = "b" * 40
+    monkeypatch.setattr(runs, "measure", lambda **_: runs.Row(7, 4.0, 10.0, 12.0))
+    text = page.run(tmp_path, quick=False, parts=["runs"])
+    after = json.loads((tmp_path / "bench.json").read_text())
+    assert after["loops"] == before["loops"] and after["loops"]["commit"] == "a" * 40
+    assert after["runs"]["rows"][0]["one_step"] == 4 and after["runs"]["commit"] == "b" * 40
+    assert "10.0 %" in text and text.count("commit aaaaaaa") == text.count("commit bbbbbbb") == 1
+    (tmp_path / "bench.json").write_text(json.dumps(after | {"machine": after["machine"] | {"device": "another"}}))
+    with pytest.raises(UserError, match="measured with another device; measure everything again"):
+        page.run(tmp_path, quick=False, parts=["runs"])

@@ -4,47 +4,84 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from gradexp.bench import loops, photographs, runs, saliency, steps
+from gradexp.errors import UserError
 from gradexp.runs import git_state, versions, write_atomically
 from gradexp.tasks.hardware import native_bf16
 
+ROWS: dict[str, type[Any]] = {  # of each part of the page
+    "steps": steps.Row,
+    "loops": loops.Row,
+    "maps": saliency.Row,
+    "photographs": photographs.Row,
+    "runs": runs.Row,
+}
+SAME = ("device", "threads", "batch", "versions")  # what the parts of one page have in common
 
-def run(results: Path, *, quick: bool) -> str:
-    """Measures, writes bench.md and bench.json (not for `quick`), and returns the Markdown."""
+
+def run(results: Path, *, quick: bool, parts: Collection[str] = ROWS) -> str:
+    """Measures, writes bench.md and bench.json (not for `quick`), and returns the Markdown.
+
+    parts: those to measure; the others stay as they are in bench.json, which must be of the same machine and versions.
+    """
     hardware = steps.make_hardware("32")
     has_bf16 = native_bf16(hardware.kind)
     precisions = ["32", "bf16"] if has_bf16 else ["32"]
     if quick:
         precisions = precisions[-1:]  # what a run takes here: `trainer.precision=auto`
-    facts = {**hardware.facts(), "precision": precisions, "batch": steps.BATCH, "versions": versions(), **git_state()}
-    rows: list[steps.Row] = []
-    how: dict[str, Any] = {"rounds": 7, "memory": not quick, "budget": 25 if quick else math.inf}
-    for model in ["vgg4"] if quick else steps.MODELS:
-        for precision in precisions:
-            rows += steps.measure(model, steps.make_hardware(precision), steps.KINDS, **how)
-    trainer = (
-        [] if quick else [loops.measure(count, steps.make_hardware(precisions[-1]), steps=30, rounds=5) for count in (1, 10)]
-    )
-    maps = saliency.rows(hardware, quick=quick)
-    files = photographs.measure(hardware, images=64 if quick else 512, rounds=1 if quick else 5)
-    if quick:
-        return "\n".join([steps.markdown(rows, facts, has_bf16), saliency.markdown(maps), photographs.markdown(files)])
-    whole = runs.measure(passes=600, rounds=3)
-    measured: dict[str, Sequence[Any]] = {
-        "rows": rows,
-        "loops": trainer,
-        "maps": maps,
-        "photographs": [files],
-        "runs": [whole],
+        parts = ("steps", "maps", "photographs")
+    machine = {**hardware.facts(), "precision": precisions, "batch": steps.BATCH, "versions": versions()}
+    kept = {} if set(parts) == set(ROWS) or quick else _kept(results / "bench.json", machine)
+    measures: dict[str, Callable[[], list[Any]]] = {
+        "steps": lambda: _steps(precisions, quick=quick),
+        "loops": lambda: [loops.measure(n, steps.make_hardware(precisions[-1]), steps=30, rounds=5) for n in (1, 10)],
+        "maps": lambda: saliency.rows(hardware, quick=quick),
+        "photographs": lambda: [photographs.measure(hardware, images=64 if quick else 512, rounds=1 if quick else 5)],
+        "runs": lambda: [runs.measure(passes=600, rounds=3)],
     }
-    found = {name: [asdict(row) for row in part] for name, part in measured.items()}
-    pages = [steps.markdown(rows, facts, has_bf16), loops.markdown(trainer), saliency.markdown(maps)]
-    text = "\n".join([*pages, photographs.markdown(files), runs.markdown(whole)])
-    write_atomically(results / "bench.json", (json.dumps({"machine": facts, **found}, indent=2) + "\n").encode())
-    write_atomically(results / "bench.md", text.encode())
+    measured = {part: {**git_state(), "rows": measures[part]()} for part in measures if part in parts}
+    found = {part: (kept | measured)[part] for part in measures if part in kept | measured}
+    text = markdown(machine, found, has_bf16)
+    if not quick:
+        plain = {part: {**one, "rows": [asdict(row) for row in one["rows"]]} for part, one in found.items()}
+        write_atomically(results / "bench.json", (json.dumps({"machine": machine, **plain}, indent=2) + "\n").encode())
+        write_atomically(results / "bench.md", text.encode())
     return text
+
+
+def _steps(precisions: list[str], *, quick: bool) -> list[steps.Row]:
+    how: dict[str, Any] = {"rounds": 7, "memory": not quick, "budget": 25 if quick else math.inf}
+    models = ["vgg4"] if quick else list(steps.MODELS)
+    ways = [(model, steps.make_hardware(precision)) for model in models for precision in precisions]
+    return [row for model, hardware in ways for row in steps.measure(model, hardware, steps.KINDS, **how)]
+
+
+def _kept(path: Path, machine: dict[str, Any]) -> dict[str, Any]:
+    """The parts that are there."""
+    if not path.exists():
+        raise UserError(f"{path} is not there; measure everything first: make bench")
+    found = json.loads(path.read_text())
+    if differing := [name for name in SAME if found["machine"].get(name) != machine[name]]:
+        raise UserError(f"{path} was measured with another {', '.join(differing)}; measure everything again: make bench")
+    there = {part: found[part] for part in ROWS if part in found}
+    return {part: {**one, "rows": [ROWS[part](**row) for row in one["rows"]]} for part, one in there.items()}
+
+
+def markdown(machine: dict[str, Any], found: dict[str, Any], has_bf16: bool) -> str:
+    """The parts that were measured, each with the commit at which it was."""
+    write: dict[str, Callable[[Any], str]] = {
+        "steps": lambda rows: steps.markdown(rows, machine, has_bf16),
+        "loops": loops.markdown,
+        "maps": saliency.markdown,
+        "photographs": lambda rows: photographs.markdown(rows[0]),
+        "runs": lambda rows: runs.markdown(rows[0]),
+    }
+    return "\n".join(
+        f"{write[part](one['rows'])}\nMeasured at commit {str(one['commit'])[:7]}{', with changes' if one['dirty'] else ''}.\n"
+        for part, one in found.items()
+    )

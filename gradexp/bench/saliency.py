@@ -17,6 +17,7 @@ from gradexp.commands.compose import compose_run
 from gradexp.saliency import FullGrad
 from gradexp.tasks.build import build
 from gradexp.tasks.hardware import Hardware
+from gradexp.tasks.train import fast
 
 FORWARD_BACKWARD = "forward + input-gradient"
 PACKAGE = "FullGrad of grad-cam"
@@ -46,8 +47,9 @@ def fullgrad() -> FullGrad:
     return method
 
 
-def contestants(model: nn.Module, images: Tensor) -> dict[str, Callable[[], Any]]:
-    """What is measured; the package only where it is installed."""
+def contestants(stock: nn.Module, images: Tensor, hardware: Hardware) -> dict[str, Callable[[], Any]]:
+    """What is measured: with our layers, as in every run; the package, only where it is installed, with torch's own."""
+    model = fast(copy.deepcopy(stock), {}, hardware)
 
     def forward_backward() -> None:
         inputs = images.detach().requires_grad_()
@@ -58,7 +60,7 @@ def contestants(model: nn.Module, images: Tensor) -> dict[str, Callable[[], Any]
     if importlib.util.find_spec("pytorch_grad_cam"):
         from pytorch_grad_cam import FullGrad as Theirs
 
-        package = Theirs(copy.deepcopy(model), [])  # its hooks stay on its model
+        package = Theirs(stock, [])  # its hooks stay on its model
         found[PACKAGE] = lambda: package(images, None)
     return found
 
@@ -66,9 +68,9 @@ def contestants(model: nn.Module, images: Tensor) -> dict[str, Callable[[], Any]
 def measure(name: str, hardware: Hardware, *, batch: int, size: int, rounds: int) -> list[Row]:
     """Medians over `rounds` interleaved rounds after one that warms up."""
     hardware.apply()
-    model = hardware.place(network(name)).eval()
+    model = hardware.place(network(name)).eval().requires_grad_(False)  # frozen, as in every run
     images = torch.randn(batch, 3, size, size, device=hardware.device).contiguous(memory_format=torch.channels_last)
-    seconds, _ = medians(contestants(model, images), rounds=rounds, cuda=hardware.kind == "gpu")
+    seconds, _ = medians(contestants(model, images, hardware), rounds=rounds, cuda=hardware.kind == "gpu")
     base = seconds[FORWARD_BACKWARD]
     return [Row(name, batch, what, batch / median, median / base, None) for what, median in seconds.items()]
 
@@ -87,7 +89,8 @@ def markdown(measured: list[Row]) -> str:
     lines = [
         "# The cost of a map",
         "",
-        "fp32; ratio: of the time to one forward and one input-gradient of the same model.",
+        "fp32, frozen, with our layers, as in every run; grad-cam with torch's own. Ratio: of the time to one forward and one "
+        "input-gradient of the same model.",
         *([] if any(row.what == PACKAGE for row in measured) else ["Not installed: grad-cam (`pip install -e '.[bench]'`)."]),
         "",
         "| model | batch | what | images/s | ratio | peak memory (MiB) |",

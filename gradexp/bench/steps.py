@@ -244,7 +244,7 @@ def markdown(rows: Sequence[Row], facts: dict[str, Any], has_bf16: bool) -> str:
         f"{facts['device']}, {facts['threads']} threads, torch {facts['versions']['torch']}, batch {facts['batch']}, "
         f"channels_last; medians of {min(row.samples for row in rows)} or more interleaved steps. Ratio: to the same model's "
         "cross-entropy step. Limit: the same ratio if only convolutions took time. Naive: torch's own layers and double "
-        f"backward pass. Measured at commit {str(facts['commit'])[:7]}; `make bench` does it again.",
+        "backward pass. `make bench` does it again.",
         "",
         *([] if has_bf16 else ["This processor has no bf16 arithmetic; only fp32 is measured.", ""]),
         "| model | precision | step | images/s | ratio | limit | share of the limit | peak memory (MiB) |",
