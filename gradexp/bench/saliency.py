@@ -12,6 +12,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from gradexp.bench.steps import make_hardware
 from gradexp.bench.timing import medians, peak_memory
 from gradexp.commands.compose import compose_run
 from gradexp.saliency import FullGrad
@@ -42,6 +43,11 @@ def network(name: str) -> nn.Module:
     return small
 
 
+def frozen(name: str, hardware: Hardware) -> nn.Module:
+    """Placed and frozen, as in every run."""
+    return hardware.place(network(name)).eval().requires_grad_(False)
+
+
 def fullgrad() -> FullGrad:
     method: FullGrad = build(compose_run(["experiment=saliency_gallery", "saliency=fullgrad"])["saliency"], where="saliency")
     return method
@@ -68,7 +74,7 @@ def contestants(stock: nn.Module, images: Tensor, hardware: Hardware) -> dict[st
 def measure(name: str, hardware: Hardware, *, batch: int, size: int, rounds: int) -> list[Row]:
     """Medians over `rounds` interleaved rounds after one that warms up."""
     hardware.apply()
-    model = hardware.place(network(name)).eval().requires_grad_(False)  # frozen, as in every run
+    model = frozen(name, hardware)
     images = torch.randn(batch, 3, size, size, device=hardware.device).contiguous(memory_format=torch.channels_last)
     seconds, _ = medians(contestants(model, images, hardware), rounds=rounds, cuda=hardware.kind == "gpu")
     base = seconds[FORWARD_BACKWARD]
@@ -76,8 +82,8 @@ def measure(name: str, hardware: Hardware, *, batch: int, size: int, rounds: int
 
 
 def one_map(name: str, batch: int, size: int) -> None:
-    model = network(name).eval().to(memory_format=torch.channels_last)
-    fullgrad()(model, torch.randn(batch, 3, size, size))
+    hardware = make_hardware("32")
+    fullgrad()(fast(frozen(name, hardware), {}, hardware), torch.randn(batch, 3, size, size, device=hardware.device))
 
 
 def rows(hardware: Hardware, *, quick: bool) -> list[Row]:
