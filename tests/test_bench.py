@@ -47,9 +47,10 @@ def test_the_page_shows_every_row() -> None:
         steps.Row("vgg4", "32", "j naive, live teacher", 10.0, 10.0, 2.7, 0.3, None, 3),
         steps.Row("vgg4", "32", "j, stored targets", 40.0, 2.5, 2.0, 0.8, 512, 7),
     ]
-    facts = {"device": "d", "threads": 2, "batch": 128, "versions": {"torch": "2"}, "commit": "0123456789"}
-    text = steps.markdown(rows, facts, has_bf16=False)
-    assert "commit 0123456;" in text
+    facts = {"device": "d", "threads": 2, "batch": 128, "versions": {"torch": "2"}}
+    part = {"commit": "0123456789", "dirty": True, "rows": rows}
+    text = page.markdown(facts, {"steps": part}, has_bf16=False)
+    assert "commit 0123456, with changes." in text
     assert "| vgg4 | 32 | j, stored targets | 40 | 2.50 | 2.00 | 80 % | 512 |" in text
     assert "medians of 3 or more" in text
     assert "is 4.0 times as fast as a naive one" in text
