@@ -12,8 +12,9 @@ from gradexp.runs import ROOT
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--part", choices=page.ROWS, action="append")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--quick", action="store_true")
+    how.add_argument("--part", choices=page.ROWS, action="append")
     given = parser.parse_args()
     with honest():
         print(page.run(ROOT / "results", quick=given.quick, parts=given.part or page.ROWS))

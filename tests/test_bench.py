@@ -7,8 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torch import nn
 
+from gradexp import layers
 from gradexp.bench import loops, page, photographs, runs, saliency, steps
 from gradexp.bench.timing import peak_memory
 from gradexp.errors import UserError
@@ -64,6 +67,19 @@ def test_maps_are_measured_against_one_forward_and_one_backward() -> None:
     text = saliency.markdown([*rows[:2], saliency.Row("vgg16_bn", 16, "FullGrad", None, None, 4321)])
     assert "| vgg16_bn | 16 | FullGrad |  |  | 4321 |" in text
     assert "pip install -e '.[bench]'" in text
+
+
+def test_our_maps_are_measured_with_our_layers_and_the_packages_with_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    hardware, explained = steps.make_hardware("32"), list[nn.Module]()
+    monkeypatch.setattr(saliency, "fullgrad", lambda: lambda model, _: explained.append(model))
+    stock = saliency.frozen("vgg4", hardware)
+    saliency.contestants(stock, torch.zeros(1, 3, 32, 32), hardware)["FullGrad"]()
+    saliency.one_map("vgg4", 1, 32)
+    assert len(explained) == 2
+    for model in explained:
+        assert any(isinstance(module, layers.Convolution) for module in model.modules())
+        assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert not any(isinstance(module, layers.Convolution) for module in stock.modules())
 
 
 def test_photographs_are_as_large_as_real_ones_and_are_counted(tmp_path: Path) -> None:
