@@ -357,11 +357,11 @@ def find_layer(model: nn.Module, rule: str, images: Tensor) -> Layer:
     convolution. With ` activation` behind it: the activation that follows this layer. Anything else is the name of a
     module. images (B, C, H, W): any, of the right size. Raises UserError when nothing matches.
     """
-    training, takers = model.training, dict[int, str]()
+    training, takers = model.training, dict[int, tuple[str, Tensor]]()
     leaves = {name: module for name, module in model.named_modules() if not list(module.children())}
 
     def take(name: str, module: nn.Module, given: Tensor, output: Tensor) -> None:
-        takers.setdefault(id(given), name)  # `calls` keeps every output, so an output's id is no other tensor's
+        takers.setdefault(id(given), (name, given))  # kept: the id of a tensor that is gone becomes another's
 
     with torch.no_grad(), _hooked(model, {name: partial(take, name) for name in leaves}):
         _, calls = _called(model.eval(), images)
@@ -379,7 +379,7 @@ def find_layer(model: nn.Module, rule: str, images: Tensor) -> Layer:
     if followed is not None:
         if id(followed.output) not in takers:
             raise UserError(f"no module follows {followed.name} of {type(model).__name__}: choose its activation by name")
-        return Layer(takers[id(followed.output)], None)
+        return Layer(takers[id(followed.output)][0], None)
     modules = dict(model.named_modules())
     if rule not in modules:
         kind = f"it has {len(starts)} blocks" if re.fullmatch(rf"block \d+({ACTIVATION})?", rule) else f"it is {RULES}"

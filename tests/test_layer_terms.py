@@ -103,6 +103,18 @@ def test_activations_are_found_behind_their_layer() -> None:
         gradients.find_layer(resnet, "last activation", image)
 
 
+def test_a_tensor_that_is_gone_lends_its_place_to_no_other() -> None:
+    """Without normalisation nobody keeps what a pool was given, and its memory, and its id, go to later outputs."""
+    layers = [nn.Conv2d(3, 4, 3, padding=1)]
+    for _ in range(6):
+        layers += [nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 4, 3, padding=1)]
+    model, image = nn.Sequential(*layers, nn.ReLU()), torch.zeros(1, 3, 64, 64)
+    for block in range(1, 7):
+        name = str(3 * (block - 1))
+        assert gradients.find_layer(model, f"block {block}", image) == (name, None)
+        assert gradients.find_layer(model, f"block {block} activation", image) == (str(3 * block - 2), None)
+
+
 def test_attention_of_chapter_4_is_of_activations() -> None:
     config = compose_run(["experiment=fullgrad_distill", "method=fg_att", "scale.width=0.05"])
     student, teacher = build(config["model"], where="model"), build(config["model"], where="model")
@@ -271,8 +283,8 @@ def test_parameter_gradients_through_double_backward(name: str, student_bn: str,
 
 
 def bias_gradient(**changes: str) -> BiasGradient:
-    options = {"layer": "block 2", "bias": "effective", "noise": "position", "target": "label", "student_bn": "running"}
-    return BiasGradient(weight=1, **{**options, **changes})
+    options = {"layer": "block 2", "bias": "effective", "noise": "position", "target": "label", "reduction": "sum"}
+    return BiasGradient(weight=1, **{"student_bn": "running", **options, **changes})
 
 
 def noisy_outputs(model: nn.Module, data: Batch, layer: str, change: Callable[[Tensor], Tensor], count: int) -> Tensor:
@@ -303,6 +315,24 @@ def test_proposition_10(noise: str) -> None:
     error = losses.std().item() / count**0.5
     assert error < 0.05 * sigma**2 * penalty  # the interval is narrow enough to refute a wrong constant
     assert abs(losses.mean().item() - clean - sigma**2 * penalty) < 4 * error
+
+
+@pytest.mark.parametrize(("noise", "entries"), [("position", 5 * 4 * 4), ("channel", 5)])
+def test_a_mean_over_the_layer_is_its_sum_over_the_number_of_entries(noise: str, entries: int) -> None:
+    total, mean = (value(bias_gradient(noise=noise, reduction=kind), net(0)).item() for kind in ("sum", "mean"))
+    assert total > 0
+    assert mean == pytest.approx(total / entries, rel=1e-12)
+
+
+def test_the_penalty_on_an_explicit_bias_of_zero_has_no_gradient() -> None:
+    """Why Table 4.3 takes the effective bias: beta begins at zero."""
+    model = net(0)
+    with torch.no_grad():
+        model.features.norm2.bias.zero_()  # type: ignore[operator, union-attr]
+    parameters = list(model.parameters())
+    for kind, flat in (("explicit", True), ("effective", False)):
+        found = torch.autograd.grad(value(bias_gradient(bias=kind), model), parameters, allow_unused=True)
+        assert all(g is None or not g.any() for g in found) == flat
 
 
 @pytest.mark.parametrize("kind", ["explicit", "effective"])

@@ -4,18 +4,22 @@ from gradexp.gradients import TARGETS
 from gradexp.terms.layer_bias import LayerBias
 from gradexp.terms.maps import map_size
 from gradexp.terms.step import Step
-from gradexp.terms.term import choose, precise
+from gradexp.terms.term import choose, precise, reduce
 
 
 class BiasGradient(LayerBias):
     """Squared norm of one layer's bias-gradient f^b, bias times gradient (Proposition 10, second term).
 
     noise: the multiplicative noise that this stands for; one draw a `position` (f^b is a map, §3.4.2), or one a
-    `channel` and image. target: whose gradient. Sum over the layer, mean over the batch.
+    `channel` and image. target: whose gradient. reduction: `sum` (the proposition's) or `mean` over the layer; mean over
+    the batch.
     """
 
-    def __init__(self, *, weight: float, layer: str, bias: str, noise: str, target: str, student_bn: str) -> None:
+    def __init__(
+        self, *, weight: float, layer: str, bias: str, noise: str, target: str, reduction: str, student_bn: str
+    ) -> None:
         super().__init__(weight=weight, layer=layer, bias=bias, student_bn=student_bn)
+        self.reduction = choose("reduction", reduction, "sum", "mean")
         self.noise = choose("noise", noise, "position", "channel")
         self.target = self.gradient_target = choose("target", target, *TARGETS[:3])
 
@@ -31,4 +35,4 @@ class BiasGradient(LayerBias):
         gradient = precise(step.student_layer_gradients(self.target, self.student_bn)[self.layer]).flatten(2)
         if self.noise == "channel":
             gradient = gradient.sum(2, keepdim=True)
-        return (self.bias(step).view(-1, 1) * gradient).square().flatten(1).sum(1).mean()
+        return reduce((self.bias(step).view(-1, 1) * gradient).square(), self.reduction)
