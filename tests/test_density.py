@@ -70,6 +70,15 @@ def test_the_four_regularisers_train(places: list[str], method: str) -> None:
         assert not seen
 
 
+def test_all_models_are_trained_in_float32_and_records_say_so(places: list[str]) -> None:
+    """Terms on the Hessian need it, so models that are compared with theirs have it too; whatever a processor can."""
+    experiments = ["score_matching", "gan_test", "density_ratio", "discriminative_pixel_perturbation", "implicit_samples"]
+    for name in [*experiments, "fooling", "shift"]:
+        assert compose_run([f"experiment={name}"])["trainer"]["precision"] == 32, name
+    tried = [f"method={name}" for name in ("score_matching", "anti_score_matching")]
+    assert [done(places, *TRAIN, word, "trainer.precision=auto")[0]["precision"] for word in tried] == ["32", "32"]
+
+
 def test_the_hutchinson_estimator_trains_too(places: list[str]) -> None:
     record, _ = done(places, *TRAIN, "method.terms.score_matching.estimator=hutchinson")
     assert np.isfinite(record["metrics"]["train/loss/score_matching"]).all()
@@ -153,6 +162,15 @@ def test_sampling_goes_on_after_an_interruption(places: list[str], monkeypatch: 
     assert seen == [5, 5, 5, 2]
 
 
+def test_samples_of_other_weights_are_not_gone_on_with(places: list[str]) -> None:
+    made = run(places, "experiment=gan_test", *MODEL_AND_JUDGE)
+    made.folder.mkdir(parents=True)
+    others = made.folder / "samples_0123456789ab_0.pt"
+    torch.save(torch.full((12, 3, 32, 32), float("nan")), others)
+    assert np.isfinite(ensure(made)["metrics"]["gan_test"])
+    assert not others.exists()
+
+
 def test_a_judge_that_is_the_sampled_model_is_an_error(places: list[str]) -> None:
     words = ["experiment=gan_test", *MODEL_AND_JUDGE, "upstream.judge.model.choice=resnet18"]
     with pytest.raises(UserError, match="the sampled model itself"):
@@ -164,13 +182,27 @@ def test_sampling_needs_pixels_from_0_to_1(places: list[str]) -> None:
         ensure(run(places, "experiment=gan_test", *MODEL_AND_JUDGE, "data.normalise=standard"))
 
 
-def test_implicit_samples(places: list[str]) -> None:
-    short = ["scale.density.long_steps=2", "task.denoising.steps=2"]
-    record, arrays = done(places, "experiment=implicit_samples", *shrunk("model"), *short)
+def test_implicit_samples(places: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten images are shown; the errors are those of all that were denoised, however they are batched."""
+    from gradexp.tasks import density
+
+    short = [*shrunk("model"), "scale.density.long_steps=2", "task.denoising.steps=2", "task.images=40"]
+    record, arrays = done([f"{place}/0" for place in places], "experiment=implicit_samples", *short)
     assert {name: array.shape for name, array in arrays.items() if name != "labels"} == dict.fromkeys(
         ("samples", "images", "noisy", "denoised"), (10, 3, 32, 32)
     )
-    assert record["metrics"]["error/noisy"] == pytest.approx(0.07, abs=0.03)  # half of a dark image's noise is clipped
+    metrics = record["metrics"]
+    assert metrics["error/noisy"] == pytest.approx(0.07, abs=0.03)  # half of a dark image's noise is clipped
+    pixels = {name: arrays[name].astype(float) / 255 for name in ("images", "noisy", "denoised")}
+    assert np.sqrt(((pixels["noisy"] - pixels["images"]) ** 2).mean()) == pytest.approx(metrics["error/noisy"], rel=0.1)
+    monkeypatch.setattr(density, "BATCH", 7)
+    again, others = done([f"{place}/1" for place in places], "experiment=implicit_samples", *short, "task.shown=5")
+    assert len(others["denoised"]) == 5
+    assert np.abs(others["noisy"].astype(int) - arrays["noisy"][:5]).max() <= 1
+    assert {name: again["metrics"][name] for name in metrics} == pytest.approx(metrics, rel=1e-3)
+    short[-1] = "task.images=10"
+    fewer, _ = done([f"{place}/1" for place in places], "experiment=implicit_samples", *short)
+    assert fewer["metrics"]["error/noisy"] != pytest.approx(metrics["error/noisy"], rel=1e-4)
 
 
 def test_fooling_moves_the_energy_into_the_mask(places: list[str]) -> None:
@@ -183,6 +215,15 @@ def test_fooling_moves_the_energy_into_the_mask(places: list[str]) -> None:
     assert metrics["energy/logit/after"] > metrics["energy/logit/before"] + 1
     assert {"test/accuracy", "test/accuracy/before", "energy/loss/after", "energy/loss@T=1000/after"} <= metrics.keys()
     assert arrays["logit_after"].sum((1, 2)) == pytest.approx([1] * 4, rel=1e-3)
+
+
+def test_a_fine_tuning_that_fools_nobody_is_measured_alike(places: list[str]) -> None:
+    """The control of figure 5.5: its weight is 0, its mask is the same."""
+    words = [*shrunk("start"), "scale.density.judge_width=0.015625", "data.per_class=4", "optim.passes=1"]
+    record, _ = done(places, "experiment=fooling", *words, "method.terms.fooling.weight=0")
+    assert "train/loss/fooling" not in record["metrics"]
+    assert record["metrics"]["energy/uniform"] == pytest.approx(100 * 225 / 1024, rel=1e-4)
+    assert {"test/accuracy", "energy/logit/after"} <= record["metrics"].keys()
 
 
 def test_fooling_compares_accuracies_on_the_same_images(places: list[str]) -> None:
@@ -405,7 +446,10 @@ def test_figure_5_5_has_the_three_energies_before_and_after(tmp_path: Path) -> N
     pictures = np.zeros((2, 3, 4, 4), dtype=np.uint8)
     figure, rows = fooling(spec, series_of(tmp_path, spec, metrics, images=pictures, mask=np.ones((4, 4)), **maps))
     assert len(figure.axes) == 2 * (1 + len(spec["columns"]))
-    assert sorted(float(row["percent"]) for row in rows) == sorted(metrics.values())
+    for prefix in ("", "VGG-11, not fooled: "):
+        found = [row for row in rows if row["what"].startswith("VGG") == bool(prefix)]
+        assert len(found) == len(metrics)
+    assert sorted(float(row["percent"]) for row in rows) == sorted([*metrics.values(), *(x + 1 for x in metrics.values())])
     assert {row["thesis"] for row in rows} == {"", *spec["thesis"].values()}
 
 

@@ -72,7 +72,8 @@ def shrunk(config: Config, n: int) -> Config | None:
         return config | {"task": task | {"draws": n, "sigmas": task["sigmas"][:2]}}
     if kind in ("gan_test", "implicit_samples"):
         cut = {name: task[name] | {"steps": n} for name in ("sampling", "denoising") if name in task}
-        return config | {"task": task | cut | {"samples": min(task["samples"], 64)}}
+        few = {name: min(task[name], 64) for name in ("samples", "images") if name in task}
+        return config | {"task": task | cut | few}
     if kind == "saliency_score":
         return config | {"evaluate": config["evaluate"] | {"images": 8 * n}}
     if kind in ("density_ratio", "discriminative_perturbation"):

@@ -48,7 +48,8 @@ def sample(look: Look, ascent: Ascent, model: nn.Module, labels: Tensor) -> Tens
     if look.diverged:
         return torch.full((len(labels), *shape), float("nan"), device=labels.device)
     look.run.folder.mkdir(parents=True, exist_ok=True)
-    files = {start: look.run.folder / f"samples_{start}.pt" for start in range(0, len(labels), SAMPLED)}
+    made_by = look.run.used["model"]["weights_sha256"][:12]  # samples of other weights are none of these
+    files = {start: look.run.folder / f"samples_{made_by}_{start}.pt" for start in range(0, len(labels), SAMPLED)}
     missing = [start for start, file in files.items() if not file.exists()]
     progress = Progress(f"samples {look.run.id}", len(files), "batches", done=len(files) - len(missing))
     for done, start in enumerate(missing, start=progress.first + 1):
@@ -59,7 +60,7 @@ def sample(look: Look, ascent: Ascent, model: nn.Module, labels: Tensor) -> Tens
         write_atomically(files[start], content.getvalue())
         progress.say(done)
     samples = torch.cat([torch.load(file, weights_only=True) for file in files.values()]).to(labels.device)
-    for file in files.values():
+    for file in look.run.folder.glob("samples_*.pt"):
         file.unlink()
     return samples
 
@@ -78,7 +79,8 @@ def density_ratio(run: Run) -> Result:
 def implicit_samples(run: Run) -> Result:
     """Figures 5.2 and 5.8: samples from noise, and images with noise that the ascent denoises.
 
-    Metrics: the mean logit of the samples; root mean square errors of the noisy and of the denoised images.
+    Metrics: the mean logit of the samples; root mean square errors of the noisy and of the denoised images. Arrays: all
+    samples, and the first `shown` of the others.
     """
     look, task = Look(run), run.config["task"]
     look.require_unit_pixels()
@@ -86,13 +88,19 @@ def implicit_samples(run: Run) -> Result:
     model = look.model("model")
     labels = torch.arange(task["samples"], device=look.hardware.device) % look.data.classes
     samples = sample(look, ascent, model, labels)
-    batch = next(look.batches(task["images"], task["images"]))
-    seeds = [mix(run.config["seed"], len(labels) + i) for i in range(len(batch.labels))]
-    noisy, denoised = denoising.denoise(model, batch.images, batch.labels, seeds)
     metrics = {"logit": float(gradients.scalar(model(samples), labels, "label").mean())}
-    pairs = (("noisy", noisy), ("denoised", denoised))
-    metrics |= {f"error/{name}": float((x - batch.images).square().mean().sqrt()) for name, x in pairs}
-    shown = {"samples": samples, "images": batch.images, "noisy": noisy, "denoised": denoised}
+    errors: dict[str, list[Tensor]] = {"noisy": [], "denoised": []}
+    shown = {"samples": samples}
+    begin = len(labels)  # seeds before are those of the samples
+    for batch in look.batches(task["images"], BATCH):
+        seeds = [mix(run.config["seed"], begin + i) for i in range(len(batch.labels))]
+        begin += len(seeds)
+        pair = dict(zip(errors, denoising.denoise(model, batch.images, batch.labels, seeds), strict=True))
+        for name, images in pair.items():
+            errors[name].append((images - batch.images).square().flatten(1).mean(1))
+        if "images" not in shown:
+            shown |= {name: images[: task["shown"]] for name, images in {"images": batch.images, **pair}.items()}
+    metrics |= {f"error/{name}": float(torch.cat(parts).mean().sqrt()) for name, parts in errors.items()}
     return look.result(metrics, {"labels": labels.cpu().numpy(), **{name: as_bytes(x) for name, x in shown.items()}})
 
 

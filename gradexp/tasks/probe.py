@@ -47,7 +47,8 @@ def training(config: Config, paths: Paths) -> Config:
     spans |= {"judge": (trained, _clock(), 1)}
     seconds = {name: {kind: (end[kind] - start[kind]) / n for kind in start} for name, (start, end, n) in spans.items()}
     parameters = sum(parameter.numel() for parameter in made.student.parameters())
-    facts = {"parameters": parameters, "peak_memory_mib": peak_memory_mib(), **made.hardware.facts()}
+    hardware = made.hardware.facts(mixed=not made.module.full_precision)
+    facts = {"parameters": parameters, "peak_memory_mib": peak_memory_mib(), **hardware}
     return {"seconds": seconds, "data": made.data.fingerprint(), **facts}
 
 

@@ -82,7 +82,7 @@ def trained(run: Run) -> tuple[Result, Checkpointer]:
         "steps": steps,
         "images_per_second": round(training.progress.images_per_second, 1),
         "earlier_seconds": checkpointer.earlier,
-        **hardware.facts(),
+        **hardware.facts(mixed=not module.full_precision),
     }
     return Result(metrics, status="diverged" if module.diverged else "finished", facts=facts), checkpointer
 

@@ -14,9 +14,10 @@ from gradexp.runs import Config
 def fooling(spec: Config, series: Sequence[Series]) -> tuple[Figure, list[Row]]:
     """One image a row: the mask, and each gradient of `columns` in red over the image, with its mean energy in the mask.
 
-    spec: `columns`: [{label, array, metric}]; for the CSV file further `metrics`, and `thesis`: {metric: number}.
+    spec: `columns`: [{label, array, metric}]; for the CSV file further `metrics`, and `thesis`: {metric: number}. The
+    first series is drawn; of the others the CSV file has the metrics.
     """
-    one = series[0]
+    one, *others = series
     arrays, images = one.arrays[0], one.arrays[0]["images"]
     heads = [("mask", "energy/uniform"), *((column["label"], column["metric"]) for column in spec["columns"])]
     width = 2 * COLUMN_WIDTH
@@ -34,5 +35,10 @@ def fooling(spec: Config, series: Sequence[Series]) -> tuple[Figure, list[Row]]:
     rows: list[Row] = [
         {"what": label, "percent": f"{one.metric(metric)[0]:.4g}", "thesis": spec["thesis"].get(metric, "")}
         for label, metric in [*heads, *((name, name) for name in spec["metrics"])]
+    ]
+    rows += [
+        {"what": f"{other.label}: {metric}", "percent": f"{other.metric(metric)[0]:.4g}", "thesis": ""}
+        for other in others
+        for metric in dict.fromkeys([metric for _, metric in heads] + spec["metrics"])
     ]
     return figure, rows
