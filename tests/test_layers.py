@@ -102,6 +102,21 @@ def test_softplus_is_differentiable_three_times() -> None:
     torch.testing.assert_close(third[0], third[1], rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float64, 1e-12), (torch.float32, 2e-6), (torch.bfloat16, 3e-2)])
+def test_softplus_has_the_derivatives_of_torchs_beyond_the_threshold_too(dtype: torch.dtype, error: float) -> None:
+    """First and second, whatever the layouts of what comes down; torch's in float64 are the truth."""
+    x = torch.linspace(-1, 3, 96, dtype=dtype).view(2, 3, 4, 4).contiguous(memory_format=torch.channels_last)
+    g, v = torch.randn(2, 2, 3, 4, 4, dtype=DOUBLE).to(dtype)
+    found = []
+    for layer, wide in ((layers.Softplus(beta=10), False), (nn.Softplus(beta=10), True)):
+        at, down, across = (tensor.double() if wide else tensor for tensor in (x, g, v))
+        at, down = at.requires_grad_(), down.clone().requires_grad_()
+        (first,) = torch.autograd.grad(layer(at), at, down, create_graph=True)
+        found.append((first.detach(), *torch.autograd.grad(first, (at, down), across)))
+    for ours, truth in zip(*found, strict=True):
+        assert (ours.double() - truth).abs().max() <= error * truth.abs().max()
+
+
 def test_ties_are_broken_as_torch_does() -> None:
     x = torch.ones(1, 1, 4, 4, dtype=DOUBLE, requires_grad=True)
     fast, stock = (torch.autograd.grad(pool(x).sum(), x)[0] for pool in (layers.MaxPool(2), nn.MaxPool2d(2)))

@@ -11,11 +11,11 @@ from torch.nn import functional
 
 from gradexp.layers.backward import aligned
 
-ROUNDS_TO_1 = 18  # sigmoid(18) is 1 in float32
+_softplus_backward = torch.ops.aten.softplus_backward
 
 
 class ApplySoftplus(Function):
-    """log(1 + exp(beta x)) / beta, elementwise."""
+    """log(1 + exp(beta x)) / beta, elementwise; the identity where beta x is beyond the threshold."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, beta: float, threshold: float) -> Tensor:
@@ -30,28 +30,29 @@ class ApplySoftplus(Function):
 
 
 class SoftplusInput(Function):
-    """Gradient of ApplySoftplus: g s with s = sigmoid(beta x), whose own slope is beta s (1 - s).
+    """Gradient of ApplySoftplus: gx = g s with s = sigmoid(beta x), or 1 beyond the threshold.
 
-    Beyond the threshold torch's softplus is the identity, so s is 1 there.
+    The slope of s is beta s (1 - s), so that for a cotangent v, with gg = v s, the derivative with respect to x is
+    beta v g s (1 - s) = beta gx (v - gg): s itself is never written down.
     """
 
     @staticmethod
     def forward(ctx: Any, g: Tensor, x: Tensor, beta: float, threshold: float) -> Tensor:
-        s = torch.mul(x, beta).sigmoid_()
-        if threshold < ROUNDS_TO_1 or x.dtype == torch.float64:
-            s.masked_fill_(x > threshold / beta, 1)
-        ctx.save_for_backward(g, x, s)
+        gx: Tensor = _softplus_backward(g, x, beta, threshold)
+        ctx.save_for_backward(g, x, gx)
         ctx.constants = (beta, threshold)
-        return g * s
+        return gx
 
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> Any:
-        g, x, s = ctx.saved_tensors
+        g, x, gx = ctx.saved_tensors
         beta, threshold = ctx.constants
-        if torch.is_grad_enabled():  # a third derivative is wanted, so s must be a function of x again
+        if torch.is_grad_enabled():  # a third derivative is wanted, so s must be a function of x
             s = torch.sigmoid(beta * x).masked_fill(x > threshold / beta, 1)
             return v * s, beta * v * g * s * (1 - s), None, None
-        return v * s, torch.ops.aten.sigmoid_backward(v * g, s).mul_(beta), None, None
+        v = aligned(v, x)
+        gg = _softplus_backward(v, x, beta, threshold)
+        return gg, (v - gg).mul_(gx).mul_(beta), None, None
 
 
 class Softplus(nn.Softplus):
