@@ -306,13 +306,15 @@ def _perform(run: Run) -> Config:
 def _compare(run: Run, record: Config, fresh: Config) -> None:
     """Says how a run that was done again differs from its record: another machine rounds otherwise.
 
-    Those that stand on what it left now note its numbers in their own records.
+    Those that stand on what it left now note its numbers in their own records, or that its files are others.
     """
     numbers = {name: value for name, value in fresh["metrics"].items() if not isinstance(value, list)}
     changed = {name: value for name, value in numbers.items() if record["metrics"].get(name) != value}
     listed = ", ".join(f"{name} {record['metrics'].get(name)} -> {value}" for name, value in changed.items())
-    print(f"rebuilt {run.config['name']} {run.id}: {listed or 'same numbers as its record'}", flush=True)
-    if changed:
+    others = any(fresh.get(what) != record.get(what) for what in ("sha256", "upstream"))
+    same = "same numbers as its record" + (", from other files" if others else "")
+    print(f"rebuilt {run.config['name']} {run.id}: {listed or same}", flush=True)
+    if changed or others:
         write_atomically(run.folder / REMADE, _json({"remade": changed}))
     else:
         (run.folder / REMADE).unlink(missing_ok=True)

@@ -370,3 +370,27 @@ def test_the_canary_finds_another_teachers_targets(tmp_path: Path) -> None:
     stored(tmp_path / "targets", net(1))
     with pytest.raises(UserError, match="delete that folder"):
         stored(tmp_path / "targets", net(2))
+
+
+def test_the_canary_finds_numbers_that_are_none(tmp_path: Path) -> None:
+    _, live, kept = stored(tmp_path / "targets", net(1))
+    kept.compute["logits"] = lambda batch: live.logits(batch) * torch.nan
+    with pytest.raises(UserError, match="delete that folder"):
+        kept._check()
+
+
+class Elsewhere:
+    """Indices on another device, which must come back before they find what is kept in the CPU's memory."""
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+
+    def cpu(self) -> Tensor:
+        return self.values
+
+
+def test_batches_that_a_trainer_moved_find_their_targets(tmp_path: Path) -> None:
+    loader, _, kept = stored(tmp_path / "targets", net(1))
+    batch = next(iter(TrainingStream(loader, 12)))
+    moved = batch._replace(row=Elsewhere(batch.row), view=Elsewhere(batch.view))  # type: ignore[arg-type]
+    assert torch.equal(kept.logits(moved), kept.logits(batch))

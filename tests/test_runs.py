@@ -248,6 +248,27 @@ def test_a_teacher_that_is_rebuilt_to_other_numbers_is_noted_by_its_users(
     assert teacher.record() == before
 
 
+@pytest.mark.usefixtures("_toy_task")
+def test_files_that_are_rebuilt_otherwise_are_noted_though_no_number_tells(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Saliency maps have no metric of their own: their digests say that they are others."""
+    digests = iter("abc")
+
+    def maps(run: runs.Run) -> runs.Result:
+        work(run)
+        return runs.Result({"maps/test": 5.0}, facts={"sha256": {"test.npy": next(digests)}})
+
+    monkeypatch.setattr("gradexp.tasks.toy", maps)
+    upstream = toy(tmp_path, seed=7)
+    runs.ensure(upstream)
+    upstream.weights.unlink()
+    below = {key: value for key, value in upstream.config.items() if key != "paths"}
+    student = runs.ensure(toy(tmp_path, upstream={"teacher": below}))
+    assert "same numbers as its record, from other files" in capsys.readouterr().out
+    assert student["upstream"]["teacher"]["remade"] == {}
+
+
 def _compete(tmp_path: Path, barrier: Any, results: Any) -> None:
     import time
 

@@ -165,12 +165,12 @@ def test_a_teacher_that_was_made_twice_is_said() -> None:
     assert provenance.origins(records[:2]) == "2 runs, 2.0 h; precision 32 on here; commit cccccccc."
     second["remade"] = {"test/accuracy": 63.8612}
     assert provenance.origins(records).endswith(
-        "Run aa (teacher) was made 2 times, and rounds differently: 01234567 (2 runs: run0, run1); "
+        "Run aa (teacher) was made 2 times, its files are 01234567 (2 runs: run0, run1); "
         "98765432, test/accuracy 63.86 (1 run: run2)."
     )
     # The runs may all stand on the second one, while what is said of a teacher comes from the first one's record.
     assert provenance.origins(records[2:]).endswith(
-        "Run aa (teacher) was made again after its record, and rounds differently: 98765432, test/accuracy 63.86 (1 run: run2)."
+        "Run aa (teacher) was made again after its record, its files are 98765432, test/accuracy 63.86 (1 run: run2)."
     )
 
 

@@ -3,16 +3,19 @@
 from pathlib import Path
 from typing import Any
 
+import lightning
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 
 from gradexp.commands.compose import compose_run
 from gradexp.errors import UserError
+from gradexp.files import sha256
 from gradexp.runs import Paths, Run, ensure
-from gradexp.tasks import loggers
+from gradexp.tasks import loggers, train
 from gradexp.tasks.build import build
-from gradexp.tasks.hardware import native_bf16
+from gradexp.tasks.hardware import Hardware, native_bf16
+from gradexp.training.classifier import Classifier
 from gradexp.training.optim import Optim, one_cycle, steps_down
 
 TINY = ["scale=quick", "scale.width=0.04", "data.per_class=4", "optim.passes=5", "trainer.threads=1", "logger=none"]
@@ -76,6 +79,40 @@ def test_losing_the_evaluation_loses_no_training(places: list[str], monkeypatch:
     resumed = ensure(run(again))
     assert resumed["metrics"] == undisturbed["metrics"]
     assert not checkpoint.exists()
+
+
+@pytest.mark.parametrize("calls", [2, 4, 7])
+def test_a_training_goes_on_in_the_middle_of_a_pass(calls: int, places: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Order, views, dropout, schedule, and the sums behind a pass's curve; three steps are a pass."""
+    words = ["optim.batch_size=16", "optim.passes=null", "optim.steps=8", "model.dropout=0.3"]
+    undisturbed = ensure(run([f"{place}/0" for place in places], *words))
+    again = [*(f"{place}/1" for place in places), *words]
+    step, seen = Classifier.training_step, []
+
+    def fail(*args: Any) -> Any:
+        seen.append(1)
+        return step(*args) if len(seen) < calls else 1 / 0
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Classifier, "training_step", fail)
+        with pytest.raises(ZeroDivisionError):
+            ensure(run(again, "trainer.checkpoint_every=0"))
+    assert torch.load(run(again).folder / "last.ckpt", weights_only=True)["global_step"] == calls - 1
+    resumed = ensure(run(again))
+    assert resumed["metrics"] == undisturbed["metrics"]
+    weights = [sha256(run([f"{place}/{i}" for place in places], *words).weights) for i in (0, 1)]
+    assert weights[0] == weights[1]
+
+
+def test_the_student_is_put_back_after_training(places: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning moves it to the CPU at the end; on a GPU, the test images would then be elsewhere."""
+    happened: list[str] = []
+    place, fitted, judged = Hardware.place, lightning.Trainer.fit, train.accuracy_on_test
+    monkeypatch.setattr(Hardware, "place", lambda *args: (happened.append("place"), place(*args))[1])
+    monkeypatch.setattr(lightning.Trainer, "fit", lambda *args, **more: (fitted(*args, **more), happened.append("fit"))[0])
+    monkeypatch.setattr(train, "accuracy_on_test", lambda *args: (happened.append("test"), judged(*args))[1])
+    ensure(run(places))
+    assert happened[-3:] == ["fit", "place", "test"]
 
 
 def test_repeats_are_identical(places: list[str]) -> None:

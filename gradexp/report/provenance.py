@@ -103,7 +103,7 @@ def _remade(records: Sequence[Config]) -> Iterator[str]:
         if len(by_digest) > 1 or again:
             times = f"made {len(by_digest)} times" if len(by_digest) > 1 else "made again after its record"
             listed = "; ".join(_making(digest, name, users) for digest, users in by_digest.items())
-            yield f"Run {number} ({name}) was {times}, and rounds differently: {listed}."
+            yield f"Run {number} ({name}) was {times}, its files are {listed}."
 
 
 def _making(digest: str, name: str, users: Sequence[Config]) -> str:

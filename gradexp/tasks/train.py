@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import io
 import json
 import logging
 import sys
@@ -275,8 +276,9 @@ def load_model(run: Run, hardware: Hardware) -> nn.Module:
 
 
 def save_weights(run: Run, model: nn.Module) -> None:
-    draft = draft_of(run.weights)
-    torch.save({name: value.cpu().contiguous() for name, value in model.state_dict().items()}, draft)
+    draft, content = draft_of(run.weights), io.BytesIO()  # a file's name would be part of what torch writes, and of its digest
+    torch.save({name: value.cpu().contiguous() for name, value in model.state_dict().items()}, content)
+    draft.write_bytes(content.getvalue())
     put_sealed(draft, run.weights)
 
 
@@ -316,3 +318,4 @@ def fit(
         )
         resume = checkpointer.path if checkpointer.usable() else None
         trainer.fit(module, stream, ckpt_path=resume, weights_only=True)
+    hardware.place(module.student)  # Lightning leaves it on the CPU

@@ -140,7 +140,8 @@ class StoredTargets:
         return self.live.layer_gradient(batch, layer, target)
 
     def _read(self, name: str, batch: Batch) -> Tensor:
-        slots = torch.searchsorted(self.keys, self.loader.key(batch.row, batch.view))
+        keys = self.loader.key(batch.row.cpu(), batch.view.cpu())  # a trainer moves whole batches to its device
+        slots = torch.searchsorted(self.keys, keys)
         return self.kept[name][slots].to(batch.images.device)
 
     def feature_gradient(self, batch: Batch, layer: str, pick: Callable[[Tensor], Tensor]) -> Tensor:
@@ -181,7 +182,7 @@ class StoredTargets:
         for start in {0, max(0, len(self.keys) - CANARY)}:
             for name, values in self._values(start, start + CANARY, self.compute).items():
                 distance = (values.float() - self.kept[name][start : start + CANARY].float()).norm()
-                if distance > 0.05 * values.float().norm():
+                if not distance <= 0.05 * values.float().norm():  # NaN is no teacher's either
                     raise UserError(f"stored teacher targets in {self.folder} are not this teacher's; delete that folder")
 
 
