@@ -12,7 +12,7 @@ from gradexp.errors import UserError
 from gradexp.report import claims, specs
 from gradexp.report.claims import Comparison, Judged
 from gradexp.report.grid import Grid
-from gradexp.report.inference import estimate
+from gradexp.report.inference import estimate, seeds_needed
 from gradexp.runs import ROOT, Paths, run_id, write_record
 
 FILE = ROOT / "conf" / "claims.yaml"
@@ -93,6 +93,21 @@ def test_further_seeds_are_enough_in_four_of_five_worlds() -> None:
     e = comparison(sample).estimate
     worlds = RNG.normal(e.mean, e.std, (400, 4 + found.further))  # type: ignore[union-attr, arg-type]
     assert np.mean([judge(claim(world))[0].verdict == "holds" for world in worlds.tolist()]) == pytest.approx(0.8, abs=0.06)
+
+
+def test_one_comparison_that_goes_the_other_way_is_enough() -> None:
+    """Seeds that find the clearest of them, however many the others would need; Holm shares a level among open claims."""
+    clear, faint = [-2.0, -0.4, -2.4], [-0.1, 3.0, -3.1]
+    (alone,), (both,) = judge(claim(clear, name="a")), judge(claim(clear, faint, name="a"))
+    assert alone.verdict == both.verdict == "underpowered"
+    e = comparison(clear).estimate
+    assert e is not None
+    wanted = [seeds_needed(e.mean, e.std or 0.0, level=0.05 / n, power=0.8) for n in (1, 2)]
+    assert [alone.further, both.further] == [max(1, (n or 0) - 3) for n in wanted]
+    others = [claim(UNSURE, name=name) for name in "bcd"]
+    (found, *_) = judge(claim(clear, name="a"), *others)
+    total = seeds_needed(e.mean, e.std or 0.0, level=0.05 / 4, power=0.8)
+    assert found.further == max(1, (total or 0) - 3)
 
 
 def test_where_there_is_nothing_a_chapter_rarely_finds_something(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,15 +229,20 @@ def test_from_records_to_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert r"A \| helps" in md.read_text()
 
 
-def test_images_of_one_model_are_a_sample_of_their_own(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("digest", "said"), [("a", ""), ("b", " (on two makings of the model)")])
+def test_images_of_one_model_are_a_sample_of_their_own(digest: str, said: str, tmp_path: Path) -> None:
     for saliency, mean in (("random", 0.8), ("input_gradient", 0.3)):
         words = ["experiment=mnist_pixel_perturbation", "scale=quick", f"saliency={saliency}", "seed=0"]
         name = "test/output_change@removed=0.5"
-        record(tmp_path, words, {name: mean, f"{name}/std": 0.4}, images=400)
+        made = {"model": {"id": "m", "experiment": "mnist_classifier", "weights_sha256": "a" if mean > 0.5 else digest}}
+        record(tmp_path, words, {name: mean, f"{name}/std": 0.4}, images=400, upstream=made)
     spec = {"id": "x", "section": "§3.10", "says": "", "item": "table 3.2", "across": "columns", "less": ["Gradient", "Random"]}
     (over_images,) = read(tmp_path, [spec | {"at": ["RF = 0.5"], "unit": "images"}])
     (over_seeds,) = read(tmp_path, [spec | {"at": ["RF = 0.5"]}])
     assert (over_images.verdict, over_seeds.verdict) == ("holds", "direction only")
+    assert claims.verdict(over_images) == "holds, for this model"
+    assert over_images.comparisons[0].label == f"Gradient < Random, RF = 0.5{said}"
+    assert "table 3.2, over images; another setting" in claims.to_markdown([over_images], "quick", 0.95)
     assert over_seeds.comparisons[0].noise == pytest.approx(2**0.5 * 0.4 / 20)
 
 

@@ -227,7 +227,7 @@ def test_a_fine_tuning_that_fools_nobody_is_measured_alike(places: list[str]) ->
 
 
 def test_fooling_compares_accuracies_on_the_same_images(places: list[str]) -> None:
-    """Not with what the start's own record says, whose test images are others where a validation split is held out."""
+    """Measured by the run itself: a start of one's own choice may have been tested on others."""
     words = [*shrunk("start"), "scale.density.judge_width=0.015625", "optim.passes=1", "data.validation=0.3"]
     made = run(places, "experiment=fooling", *words)
     metrics = ensure(made)["metrics"]

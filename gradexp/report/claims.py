@@ -1,7 +1,8 @@
 """What the thesis says about its tables and figures (conf/claims.yaml), and whether our records say so too.
 
 A claim is a set of comparisons of cells that must all hold. Differences of cells are taken seed by seed. A chapter's claims
-share one level of significance (Holm). Nothing is concluded from one seed: such a claim has a direction, and no more.
+share one level of significance (Holm). Nothing is concluded from one seed: such a claim has a direction, and no more, unless
+it is about the images of one model.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from gradexp.errors import UserError
 from gradexp.report.grid import Grid, Place
 from gradexp.report.inference import BOOTSTRAP_FROM, MANY, Estimate, estimate, estimate_over_images, holm, seeds_needed
 from gradexp.report.specs import Planner, Source, check_keys
-from gradexp.runs import Config, Paths, write_atomically
+from gradexp.runs import Config, Paths, read_record, write_atomically
 
 VERDICTS = ("holds", "contradicted", "underpowered", "direction only", "not run")
 FILE_KEYS = ("confidence", "power", "resamples", "claims")
@@ -71,6 +72,7 @@ class Judged:
     p: float | None = None
     p_holm: float | None = None
     further: int | None = None
+    elsewhere: bool = False  # whether this scale's numbers can't be set against the thesis's
 
     @property
     def chapter(self) -> str:
@@ -105,11 +107,14 @@ class Judged:
 def judge(claims: Sequence[Judged], *, confidence: float, power: float) -> list[Judged]:
     """The claims with their verdicts; Holm's correction is over those of a chapter that can be tested."""
     adjusted: dict[str, float] = {}
+    shares: dict[str, float] = {}  # the level that Holm leaves to the next claim that is decided
     for chapter in {claim.chapter for claim in claims}:
         family = [claim for claim in claims if claim.chapter == chapter and _tested(claim)]
         values = holm([min(1.0, 2 * min(sides(claim))) for claim in family])
         adjusted |= {claim.id: value for claim, value in zip(family, values, strict=True)}
-    return [_judge(claim, adjusted.get(claim.id), level=1 - confidence, power=power) for claim in claims]
+        open_claims = sum(value >= 1 - confidence for value in values)
+        shares |= {claim.id: (1 - confidence) / max(1, open_claims) for claim in family}
+    return [_judge(claim, adjusted.get(claim.id), shares.get(claim.id), level=1 - confidence, power=power) for claim in claims]
 
 
 def _tested(claim: Judged) -> list[Estimate]:
@@ -128,10 +133,10 @@ def sides(claim: Judged) -> tuple[float, float]:
     return (max(e.p_for or 0.0 for e in tested) if whole else 1.0), against
 
 
-def _judge(claim: Judged, p_holm: float | None, *, level: float, power: float) -> Judged:
+def _judge(claim: Judged, p_holm: float | None, share: float | None, *, level: float, power: float) -> Judged:
     if not claim.run:
         return claim
-    if p_holm is None:
+    if p_holm is None or share is None:
         return replace(claim, verdict="direction only")
     supporting, opposing = sides(claim)
     p = min(1.0, 2 * min(supporting, opposing))
@@ -140,14 +145,21 @@ def _judge(claim: Judged, p_holm: float | None, *, level: float, power: float) -
         return replace(claim, verdict="holds" if supporting < opposing else "contradicted")
     if len(_tested(claim)) < len(claim.planned):
         return replace(claim, verdict="direction only")
-    own = level * p / p_holm  # the level that Holm leaves to this claim
-    several = len(_tested(claim))  # as in `sides`: what speaks against is the least of several p
-    needed = [
-        seeds_needed(e.mean, e.std, level=own if e.mean > 0 else own / several, power=power) for e in _tested(claim) if e.std
-    ]
-    known = [total for total in needed if total is not None]
-    further = max(1, max(known) - claim.n) if known and len(known) == len(needed) else None
-    return replace(claim, verdict="underpowered", further=further)
+    return replace(claim, verdict="underpowered", further=_further(_tested(claim), share, power))
+
+
+def _further(tested: Sequence[Estimate], level: float, power: float) -> int | None:
+    """Seeds still needed if the differences are as they are now estimated; None where too many are.
+
+    A comparison that goes the other way decides against the claim by itself; without one, all must be found.
+    """
+    against = [e for e in tested if e.mean < 0]
+    each = level / len(tested) if against else level  # as in `sides`: what speaks against is the least of several p
+    needed = [(seeds_needed(e.mean, e.std, level=each, power=power), e.n) for e in against or tested if e.std]
+    more = [max(1, total - n) for total, n in needed if total is not None]
+    if against:
+        return min(more, default=None)
+    return max(more) if more and len(more) == len(needed) else None
 
 
 # --- conf/claims.yaml -------------------------------------------------------------------------------------
@@ -269,7 +281,7 @@ def _claim(spec: Config, grid: Grid, whole: Config, *, here: bool) -> Judged:
         raise UserError(f"unit {unit!r}: it is one of {', '.join(UNITS)}")
     found = [_compare(pair, grid, unit, whole, here=here) for pair in pairs(spec, grid) if not pair.excepted]
     says, note = (" ".join(str(spec.get(key, "")).split()) for key in ("says", "because"))
-    return Judged(str(spec["id"]), spec["section"], says, spec["item"], unit, note, tuple(found))
+    return Judged(str(spec["id"]), spec["section"], says, spec["item"], unit, note, tuple(found), elsewhere=not grid.comparable)
 
 
 def _compare(pair: Pair, grid: Grid, unit: str, whole: Config, *, here: bool) -> Comparison:
@@ -290,7 +302,16 @@ def _compare(pair: Pair, grid: Grid, unit: str, whole: Config, *, here: bool) ->
     else:
         estimated = estimate(gaps, confidence=whole["confidence"], resamples=whole["resamples"]) if seeds else None
     runs = tuple(dict.fromkeys(source for found in sources for source in found.values()))
-    return Comparison(pair.label, all(sources), estimated, noise, thesis, runs)
+    label = pair.label
+    if unit == "images" and len({_made_of(source) for source in runs if source.finished}) > 1:
+        label += " (on two makings of the model)"
+    return Comparison(label, all(sources), estimated, noise, thesis, runs)
+
+
+def _made_of(source: Source) -> tuple[str, ...]:
+    """The digests of what a finished run stands on."""
+    upstream = read_record(source.record).get("upstream", {})
+    return tuple(run[key] for _, run in sorted(upstream.items()) for key in sorted(run) if key.endswith("_sha256"))
 
 
 # --- pages ------------------------------------------------------------------------------------------------
@@ -313,6 +334,8 @@ def to_csv(claims: Sequence[Judged]) -> str:
 
 def verdict(claim: Judged) -> str:
     """The verdict in words, with what it lacks."""
+    if claim.unit == "images" and claim.verdict in ("holds", "contradicted"):
+        return f"{claim.verdict}, for this model"
     if claim.verdict == "direction only":
         return f"direction only: {({len(claim.run): 'for', 0: 'against'}).get(claim.agreeing, 'mixed')}"
     if claim.verdict != "underpowered" or claim.unit == "images":
@@ -349,10 +372,14 @@ def explanation(confidence: float) -> list[str]:
         f"- Intervals ({confidence:.0%}) are bootstrapped over seeds from {BOOTSTRAP_FROM} seeds on, and Student's below.",
         "- **Direction only**: a comparison has one seed, or is not run yet, so nothing can be tested; it says which way the "
         "numbers point. **Underpowered**: tested, and undecided; the further seeds are those with which a test would find the "
-        "difference as it is now estimated, four times out of five. From two or three seeds that is a rough number.",
+        "difference as it is now estimated, four times out of five. From two or three seeds that is a rough number. Adding "
+        "seeds until a test finds something is not allowed for: decide on their number, then look.",
         "- *Over images*: saliency methods on one trained model are compared over its test images (normal theory, as if each "
         "method had images of its own). Such a verdict is about this model. In all other claims the spread inside a run, over "
         "draws of noise or samples, decides nothing; it is shown behind ± in brackets where there is one seed.",
+        "- *Another setting*: at this scale the data, the networks or the length of training are so unlike the thesis's that "
+        "its numbers, and their differences in the last column, can't be compared; a verdict is about this setting. What "
+        "departs stands under the table or figure. The thesis's numbers for figures 3.2 and 5.3 are read off its poster.",
     ]
 
 
@@ -363,6 +390,7 @@ def _grid(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 def summary(claim: Judged) -> list[str]:
     where = f"{claim.section}, {claim.item}" + (", over images" if claim.unit == "images" else "")
+    where += "; another setting" if claim.elsewhere else ""
     says = f"`{claim.id}` {claim.says}" + (f" ({claim.note})" if claim.note else "")
     out = len(claim.comparisons) - len(claim.planned)
     count = f"{claim.agreeing} of {len(claim.run)} agree"

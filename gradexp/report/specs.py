@@ -30,7 +30,7 @@ TABLE_KEYS = (
 FIGURE_KEYS = (
     *("number", "thesis", "title", "note", "needs", "draw", "experiment", "seeds", "points", "overrides_at", "series", "also"),
     *("x", "xlabel", "xscale", "ylabel", "metric", "metrics", "curves", "panels", "array", "above", "signed"),
-    *("columns", "rows", "first"),
+    *("columns", "rows", "first", "comparable"),
 )
 PART_KEYS = {
     "rows": ("label", "thesis", "overrides", "apart", *SHOWN),
