@@ -12,6 +12,7 @@ import importlib.metadata
 import io
 import json
 import math
+import os
 import platform
 import re
 import resource
@@ -42,6 +43,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # What changes only where and how a run is executed is not part of its identity.
 HARDWARE = ("paths", "trainer", "logger", "launcher", "gradients", "objective")
 RECORD_LIMIT = 64 * 1024  # bytes; longer curves go to a compressed file beside the record
+LOADED = "GRADEXP_COMMIT"  # in the environment: the commit whose code a server of processes has loaded
 REMADE = "remade.json"  # in a run's folder: the numbers in which what is there differs from the run's record
 VERSIONED = ("torch", "torchvision", "lightning", "hydra-core", "numpy", "gradexp")
 
@@ -341,7 +343,10 @@ def _locked(run: Run) -> Iterator[None]:
 
 
 def git_state() -> dict[str, Any]:
-    """The commit, and whether code or config differ from it (results do not count)."""
+    """The commit, and whether code or config differ from it (results do not count).
+
+    A process that was forked from a server has the code of when that was started, whose commit the environment names.
+    """
 
     def git(*words: str) -> str:
         done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True)
@@ -349,7 +354,8 @@ def git_state() -> dict[str, Any]:
 
     commit = git("rev-parse", "HEAD")
     changes = git("status", "--porcelain", "--", ".", ":!results")
-    return {"commit": commit or None, "dirty": bool(changes) if commit else None}
+    moved = os.environ.get(LOADED, commit) != commit
+    return {"commit": commit or None, "dirty": bool(changes) or moved if commit else None}
 
 
 def peak_memory_mib() -> int:

@@ -29,6 +29,7 @@ REQUIRED: dict[str, type | tuple[type, ...]] = {
 OPTIONAL: dict[str, type | tuple[type, ...]] = {
     "data": dict,
     "arrays": dict,
+    "attempts": list,  # the origins of earlier attempts of a training that was resumed elsewhere, or with other code
     "curves_file": str,
     "device": str,
     "devices": int,

@@ -153,6 +153,16 @@ def times_done(run: runs.Run) -> int:
     return len(done.read_text()) if done.exists() else 0
 
 
+def test_code_of_an_earlier_commit_is_not_the_commits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server forks processes with what it once loaded, whatever has been committed since."""
+    commit = runs.git_state()["commit"] or pytest.skip("no repository here")
+    monkeypatch.setenv(runs.LOADED, commit)
+    before = runs.git_state()
+    monkeypatch.setenv(runs.LOADED, "0" * 40)
+    assert runs.git_state() == {"commit": commit, "dirty": True}
+    assert before["commit"] == commit
+
+
 @pytest.mark.usefixtures("_toy_task")
 def test_a_finished_run_is_not_done_again(tmp_path: Path) -> None:
     run = toy(tmp_path)

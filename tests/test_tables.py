@@ -174,6 +174,24 @@ def test_a_teacher_that_was_made_twice_is_said() -> None:
     )
 
 
+def test_a_table_says_where_the_models_that_it_looks_at_were_trained(tmp_path: Path) -> None:
+    """Two looks at one model, whose training was begun elsewhere with other code, and resumed."""
+    here = {"precision": "32", "device": "here", "git": {"commit": "c" * 40, "dirty": False}, "seconds": {"wall": 3600}}
+    began = {"precision": "bf16", "device": "there", "git": {"commit": "b" * 40, "dirty": True}}
+    stands_on = {"experiment": "teacher", "id": "aa"}
+    looks = [tmp_path / "noise" / f"run{i}.json" for i in range(2)]
+    for file in looks:
+        write_record(file, {"id": file.stem, "metrics": {}, "upstream": {"model": stands_on}, **here})
+    model = {"id": "aa", "metrics": {}, "attempts": [began], **here, "device": "elsewhere"}
+    write_record(tmp_path / "teacher" / "aa.json", model)
+    records, below = provenance.read([*looks, *looks])
+    assert [record["id"] for record in (*records, *below)] == ["run0", "run1", "aa"]
+    assert provenance.origins(records, below) == (
+        "2 runs and 1 that they stand on, 3.0 h; precision 32 on elsewhere, 32 on here, bf16 on there; "
+        "commit bbbbbbbb (dirty), cccccccc."
+    )
+
+
 def test_many_runs_are_counted_and_not_listed() -> None:
     place = {"precision": "32", "device": "here", "git": {"commit": "c" * 40, "dirty": False}, "seconds": {"wall": 3600}}
     teacher = {"id": "aa", "weights_sha256": "0123456789", "remade": {"test/accuracy": 64.5}}

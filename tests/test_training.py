@@ -81,6 +81,21 @@ def test_losing_the_evaluation_loses_no_training(places: list[str], monkeypatch:
     assert not checkpoint.exists()
 
 
+def test_a_record_names_the_code_and_the_precision_of_earlier_attempts(
+    places: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [*places, "optim.batch_size=16", "trainer.checkpoint_every=0"]
+    step, steps = Classifier.training_step, iter((1, 1, 0, 1, 0, *[1] * 99))
+    monkeypatch.setattr(Classifier, "training_step", lambda *args: step(*args) if next(steps) else 1 / 0)
+    for commit in "ab":
+        monkeypatch.setattr(train, "git_state", lambda commit=commit: {"commit": commit, "dirty": commit == "a"})
+        with pytest.raises(ZeroDivisionError):
+            ensure(run(words))
+    record = ensure(run(words))  # by the code of the second attempt
+    assert [one["git"] for one in record["attempts"]] == [{"commit": "a", "dirty": True}]
+    assert record["attempts"][0].keys() == {"git", "device", "precision", "upstream"}
+
+
 @pytest.mark.parametrize("calls", [2, 4, 7])
 def test_a_training_goes_on_in_the_middle_of_a_pass(calls: int, places: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Order, views, dropout, schedule, and the sums behind a pass's curve; three steps are a pass."""

@@ -23,7 +23,7 @@ from joblib import cpu_count
 from gradexp.commands.compose import compose_run
 from gradexp.commands.exits import STOPPED, honest
 from gradexp.errors import UserError
-from gradexp.runs import Paths, Run, ensure, say
+from gradexp.runs import LOADED, Paths, Run, ensure, git_state, say
 
 # Every run is forked from one server that has already imported what training needs: a process of its own,
 # without the ten seconds of imports that a fresh interpreter costs.
@@ -74,6 +74,7 @@ class Local:
 
     def do(self, works: Sequence[Work], workers: int, said: Said) -> None:
         """Does all of it; `said` hears of every end. Raises SystemExit when a signal asked to stop, all checkpoints written."""
+        os.environ.setdefault(LOADED, git_state()["commit"] or "")
         gpus = visible_gpus()
         count = min(workers, len(works), len(gpus) or workers)
         leases: queue.SimpleQueue[str | None] = queue.SimpleQueue()

@@ -133,7 +133,7 @@ def caption(spec: Config, scale: str, series: Sequence[Series], plan: Planner) -
         *([f"Its runs need {spec['needs'][scale]}."] if missing(series) and scale in spec.get("needs", {}) else []),
         provenance.departure_sentence(scale, provenance.departed(pairs)),
         f"Seeds: {provenance.enumerated(seeds_of(spec, scale))}.",
-        provenance.origins([read_record(file) for file in files]),
+        provenance.origins(*provenance.read(files)),
     )
 
 

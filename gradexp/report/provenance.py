@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
-from gradexp.runs import Config, identity
+from gradexp.runs import Config, identity, read_record
 
 DEPARTS = "Scale {} departs from scale=paper in:"
 LISTED = 5  # runs whose ids a sentence names
@@ -79,15 +80,31 @@ def enumerated(values: Sequence[Any]) -> str:
 # --- the runs ---------------------------------------------------------------------------------------------
 
 
-def origins(records: Sequence[Config]) -> str:
-    """One sentence on where numbers were computed: precision, device, commits."""
+def read(files: Iterable[Path]) -> tuple[list[Config], list[Config]]:
+    """Records, and those of the runs that they stand on, directly or not, as far as they are there."""
+    seen = list(dict.fromkeys(files))
+    count = len(seen)
+    records = []
+    for file in seen:  # grows
+        records.append(read_record(file))
+        for run in records[-1].get("upstream", {}).values():
+            place = file.parent.parent / run["experiment"] / f"{run['id']}.json"
+            if place not in seen and place.exists():
+                seen.append(place)
+    return records[:count], records[count:]
+
+
+def origins(records: Sequence[Config], below: Sequence[Config] = ()) -> str:
+    """One sentence on where numbers were computed: precision, device, commits. below: the records that these stand on."""
     if not records:
         return "No run has finished yet."
-    devices = sorted({f"{r['precision']} on {r['device']}" for r in records})
-    commits = sorted({(r["git"]["commit"] or "no commit")[:8] + (" (dirty)" if r["git"]["dirty"] else "") for r in records})
-    seconds = sum(r["seconds"]["wall"] for r in records)
+    work = [attempt for record in (*records, *below) for attempt in (record, *record.get("attempts", []))]
+    devices = sorted({f"{one['precision']} on {one['device']}" for one in work if "precision" in one})
+    commits = sorted({(one["git"]["commit"] or "no commit")[:8] + (" (dirty)" if one["git"]["dirty"] else "") for one in work})
+    seconds = sum(record["seconds"]["wall"] for record in (*records, *below))
     time = f"{seconds / 3600:.1f} h" if seconds >= 180 else f"{max(1, round(seconds / 60))} min"
-    where = f"{_runs(len(records))}, {time}; precision {', '.join(devices)}; commit {', '.join(commits)}."
+    count = _runs(len(records)) + (f" and {len(below)} that they stand on" if below else "")
+    where = f"{count}, {time}; precision {', '.join(devices)}; commit {', '.join(commits)}."
     return " ".join([where, *_remade(records)])
 
 

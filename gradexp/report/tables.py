@@ -191,9 +191,7 @@ def build(spec: Config, scale: str, plan: Planner, paths: Paths) -> Table:
             provenance.departure_sentence(scale, departed, tuple(spec.get("told", ()))),
             *(_upstream_sentence(line, run, spec, thesis) for line, run in upstream),
             *_how_to_read_it(spec, scale),
-            provenance.origins(
-                [read_record(file) for file in dict.fromkeys(s.record for c in cells for s in c.sources if s.finished)]
-            ),
+            provenance.origins(*provenance.read(source.record for cell in cells for source in cell.sources if source.finished)),
         ),
         rows=tuple(row["label"] for row in spec["rows"]),
         columns=tuple(dict.fromkeys(cell.column for cell in cells)),

@@ -26,7 +26,7 @@ from gradexp.data.removal import MANIFEST
 from gradexp.errors import UserError
 from gradexp.evaluate.accuracy import accuracy
 from gradexp.files import draft_of, put_sealed
-from gradexp.runs import Config, Paths, Result, Run
+from gradexp.runs import Config, Paths, Result, Run, git_state
 from gradexp.tasks.build import build
 from gradexp.tasks.hardware import Hardware
 from gradexp.tasks.loggers import finish, make_logger
@@ -83,6 +83,7 @@ def trained(run: Run) -> tuple[Result, Checkpointer]:
         "steps": steps,
         "images_per_second": round(training.progress.images_per_second, 1),
         "earlier_seconds": checkpointer.earlier,
+        **({"attempts": checkpointer.attempts} if checkpointer.attempts else {}),
         **hardware.facts(mixed=not module.full_precision),
     }
     return Result(metrics, status="diverged" if module.diverged else "finished", facts=facts), checkpointer
@@ -103,7 +104,10 @@ def prepare(run: Run) -> Training:
     module = make_module(run, student, terms, optim, loader, hardware)
     if hardware.is_part:
         ranks.share_layers(student)
-    checkpointer = Checkpointer(run.folder / "last.ckpt", every=hardware.checkpoint_every)
+    facts = hardware.facts(mixed=not module.full_precision)
+    stands_on = {name: value for used in run.used.values() for name, value in used.items() if name.endswith("_sha256")}
+    origin = {"git": git_state(), "device": facts["device"], "precision": facts["precision"], "upstream": stands_on}
+    checkpointer = Checkpointer(run.folder / "last.ckpt", every=hardware.checkpoint_every, origin=origin)
     progress = ProgressLine(f"{run.config['name']} {run.id}", module.total_steps)
     return Training(run, hardware, data, loader, student, module, checkpointer, progress)
 

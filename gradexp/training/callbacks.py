@@ -36,12 +36,13 @@ class Checkpointer(lightning.Callback):
     """Saves the whole training state every so many seconds, and when a signal asks the training to stop.
 
     After a signal's checkpoint, whoever handled the signal before goes on (submitit requeues the job); where nobody
-    did, Stopped is raised. Remembers the seconds that earlier attempts took.
+    did, Stopped is raised. Remembers the seconds that earlier attempts took, and their origins: code, hardware, upstream.
     """
 
-    def __init__(self, path: Path, *, every: float) -> None:
-        self.path, self.every = path, every
+    def __init__(self, path: Path, *, every: float, origin: dict[str, Any] | None = None) -> None:
+        self.path, self.every, self.origin = path, every, origin or {}
         self.earlier = dict.fromkeys(clocks.CLOCKS, 0.0)
+        self.attempts: list[dict[str, Any]] = []  # earlier ones whose origin was another
         self._begun = clocks.read()
         self._saved = time.monotonic()
         self._signal: int | None = None
@@ -95,11 +96,14 @@ class Checkpointer(lightning.Callback):
     def remove(self) -> None:
         remove_sealed(self.path)
 
-    def state_dict(self) -> dict[str, float]:
-        return {clock: self.earlier[clock] + seconds for clock, seconds in clocks.since(self._begun).items()}
+    def state_dict(self) -> dict[str, Any]:
+        spent = {clock: self.earlier[clock] + seconds for clock, seconds in clocks.since(self._begun).items()}
+        return {**spent, "attempts": [*self.attempts, self.origin]}
 
-    def load_state_dict(self, state: dict[str, float]) -> None:
-        self.earlier = state
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.earlier = {clock: state[clock] for clock in clocks.CLOCKS}
+        known = [origin for origin in state.get("attempts", []) if origin != self.origin]
+        self.attempts = [origin for i, origin in enumerate(known) if origin not in known[:i]]
 
 
 class ProgressLine(lightning.Callback):
