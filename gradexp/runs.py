@@ -249,6 +249,11 @@ class Run:
         return run
 
 
+def digests(upstream: Config) -> dict[str, str]:
+    """{name: digest of the file that was used} of the runs that one stands on, as in `Run.used` and a record's `upstream`."""
+    return {name: value for name, used in upstream.items() for key, value in used.items() if key.endswith("_sha256")}
+
+
 def ensure(run: Run, needs: Callable[[], bool] = lambda: True) -> Config:
     """The record of a run; the work is done only when the record, or what the caller `needs`, is missing.
 

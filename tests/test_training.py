@@ -121,13 +121,16 @@ def test_a_training_goes_on_in_the_middle_of_a_pass(calls: int, places: list[str
 
 def test_the_student_is_put_back_after_training(places: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Lightning moves it to the CPU at the end; on a GPU, the test images would then be elsewhere."""
-    happened: list[str] = []
+    happened: list[tuple[str, Any]] = []
     place, fitted, judged = Hardware.place, lightning.Trainer.fit, train.accuracy_on_test
-    monkeypatch.setattr(Hardware, "place", lambda *args: (happened.append("place"), place(*args))[1])
-    monkeypatch.setattr(lightning.Trainer, "fit", lambda *args, **more: (fitted(*args, **more), happened.append("fit"))[0])
-    monkeypatch.setattr(train, "accuracy_on_test", lambda *args: (happened.append("test"), judged(*args))[1])
+    monkeypatch.setattr(Hardware, "place", lambda *args: (happened.append(("place", args[1])), place(*args))[1])
+    monkeypatch.setattr(
+        lightning.Trainer, "fit", lambda *args, **more: (fitted(*args, **more), happened.append(("fit", args[1].student)))[0]
+    )
+    monkeypatch.setattr(train, "accuracy_on_test", lambda *args: (happened.append(("test", args[0])), judged(*args))[1])
     ensure(run(places))
-    assert happened[-3:] == ["fit", "place", "test"]
+    assert [what for what, _ in happened[-3:]] == ["fit", "place", "test"]
+    assert happened[-3][1] is happened[-2][1] is happened[-1][1]
 
 
 def test_repeats_are_identical(places: list[str]) -> None:

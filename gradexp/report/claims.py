@@ -24,7 +24,7 @@ from gradexp.errors import UserError
 from gradexp.report.grid import Grid, Place
 from gradexp.report.inference import BOOTSTRAP_FROM, MANY, Estimate, estimate, estimate_over_images, holm, seeds_needed
 from gradexp.report.specs import Planner, Source, check_keys
-from gradexp.runs import Config, Paths, read_record, write_atomically
+from gradexp.runs import Config, Paths, digests, read_record, write_atomically
 
 VERDICTS = ("holds", "contradicted", "underpowered", "direction only", "not run")
 FILE_KEYS = ("confidence", "power", "resamples", "claims")
@@ -106,15 +106,13 @@ class Judged:
 
 def judge(claims: Sequence[Judged], *, confidence: float, power: float) -> list[Judged]:
     """The claims with their verdicts; Holm's correction is over those of a chapter that can be tested."""
-    adjusted: dict[str, float] = {}
-    shares: dict[str, float] = {}  # the level that Holm leaves to the next claim that is decided
+    found: dict[str, tuple[float, float]] = {}  # adjusted p, and the level that is left to the next claim that is decided
     for chapter in {claim.chapter for claim in claims}:
         family = [claim for claim in claims if claim.chapter == chapter and _tested(claim)]
         values = holm([min(1.0, 2 * min(sides(claim))) for claim in family])
-        adjusted |= {claim.id: value for claim, value in zip(family, values, strict=True)}
-        open_claims = sum(value >= 1 - confidence for value in values)
-        shares |= {claim.id: (1 - confidence) / max(1, open_claims) for claim in family}
-    return [_judge(claim, adjusted.get(claim.id), shares.get(claim.id), level=1 - confidence, power=power) for claim in claims]
+        share = (1 - confidence) / max(1, sum(value >= 1 - confidence for value in values))
+        found |= {claim.id: (value, share) for claim, value in zip(family, values, strict=True)}
+    return [_judge(claim, found.get(claim.id), level=1 - confidence, power=power) for claim in claims]
 
 
 def _tested(claim: Judged) -> list[Estimate]:
@@ -133,11 +131,12 @@ def sides(claim: Judged) -> tuple[float, float]:
     return (max(e.p_for or 0.0 for e in tested) if whole else 1.0), against
 
 
-def _judge(claim: Judged, p_holm: float | None, share: float | None, *, level: float, power: float) -> Judged:
+def _judge(claim: Judged, tested: tuple[float, float] | None, *, level: float, power: float) -> Judged:
     if not claim.run:
         return claim
-    if p_holm is None or share is None:
+    if tested is None:
         return replace(claim, verdict="direction only")
+    p_holm, share = tested
     supporting, opposing = sides(claim)
     p = min(1.0, 2 * min(supporting, opposing))
     claim = replace(claim, p=p, p_holm=p_holm)
@@ -303,15 +302,10 @@ def _compare(pair: Pair, grid: Grid, unit: str, whole: Config, *, here: bool) ->
         estimated = estimate(gaps, confidence=whole["confidence"], resamples=whole["resamples"]) if seeds else None
     runs = tuple(dict.fromkeys(source for found in sources for source in found.values()))
     label = pair.label
-    if unit == "images" and len({_made_of(source) for source in runs if source.finished}) > 1:
+    made_of = [digests(read_record(source.record).get("upstream", {})) for source in runs if source.finished]
+    if unit == "images" and any(one != made_of[0] for one in made_of):
         label += " (on two makings of the model)"
     return Comparison(label, all(sources), estimated, noise, thesis, runs)
-
-
-def _made_of(source: Source) -> tuple[str, ...]:
-    """The digests of what a finished run stands on."""
-    upstream = read_record(source.record).get("upstream", {})
-    return tuple(run[key] for _, run in sorted(upstream.items()) for key in sorted(run) if key.endswith("_sha256"))
 
 
 # --- pages ------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from gradexp.runs import Config, identity, read_record
+from gradexp.runs import Config, digests, identity, read_record
 
 DEPARTS = "Scale {} departs from scale=paper in:"
 LISTED = 5  # runs whose ids a sentence names
@@ -112,9 +112,9 @@ def _remade(records: Sequence[Config]) -> Iterator[str]:
     """A sentence for each upstream run whose weights or maps were made again, and are not those of its record everywhere."""
     made: dict[tuple[str, str], dict[str, list[Config]]] = {}
     for record in records:
-        for name, run in record.get("upstream", {}).items():
-            for digest in (value for key, value in run.items() if key.endswith("_sha256")):
-                made.setdefault((name, run["id"]), {}).setdefault(digest[:8], []).append(record)
+        upstream = record.get("upstream", {})
+        for name, digest in digests(upstream).items():
+            made.setdefault((name, upstream[name]["id"]), {}).setdefault(digest[:8], []).append(record)
     for (name, number), by_digest in made.items():
         again = any("remade" in users[0]["upstream"][name] for users in by_digest.values())
         if len(by_digest) > 1 or again:

@@ -15,7 +15,7 @@ from gradexp.errors import UserError
 from gradexp.evaluate import density_ratio as ratio
 from gradexp.evaluate import discriminative_perturbation as perturbation
 from gradexp.evaluate import gan_test as judging
-from gradexp.runs import Result, Run, run_id, value_of, write_atomically
+from gradexp.runs import Result, Run, digests, run_id, value_of, write_atomically
 from gradexp.sampling import Ascent
 from gradexp.tasks.build import build
 from gradexp.tasks.look import Look, as_bytes
@@ -48,7 +48,7 @@ def sample(look: Look, ascent: Ascent, model: nn.Module, labels: Tensor) -> Tens
     if look.diverged:
         return torch.full((len(labels), *shape), float("nan"), device=labels.device)
     look.run.folder.mkdir(parents=True, exist_ok=True)
-    made_by = look.run.used["model"]["weights_sha256"][:12]  # samples of other weights are none of these
+    made_by = digests(look.run.used)["model"][:12]  # samples of other weights are none of these
     files = {start: look.run.folder / f"samples_{made_by}_{start}.pt" for start in range(0, len(labels), SAMPLED)}
     missing = [start for start, file in files.items() if not file.exists()]
     progress = Progress(f"samples {look.run.id}", len(files), "batches", done=len(files) - len(missing))

@@ -26,7 +26,7 @@ from gradexp.data.removal import MANIFEST
 from gradexp.errors import UserError
 from gradexp.evaluate.accuracy import accuracy
 from gradexp.files import draft_of, put_sealed
-from gradexp.runs import Config, Paths, Result, Run, git_state
+from gradexp.runs import Config, Paths, Result, Run, digests, git_state
 from gradexp.tasks.build import build
 from gradexp.tasks.hardware import Hardware
 from gradexp.tasks.loggers import finish, make_logger
@@ -105,8 +105,7 @@ def prepare(run: Run) -> Training:
     if hardware.is_part:
         ranks.share_layers(student)
     facts = hardware.facts(mixed=not module.full_precision)
-    stands_on = {name: value for used in run.used.values() for name, value in used.items() if name.endswith("_sha256")}
-    origin = {"git": git_state(), "device": facts["device"], "precision": facts["precision"], "upstream": stands_on}
+    origin = {"git": git_state(), "device": facts["device"], "precision": facts["precision"], "upstream": digests(run.used)}
     checkpointer = Checkpointer(run.folder / "last.ckpt", every=hardware.checkpoint_every, origin=origin)
     progress = ProgressLine(f"{run.config['name']} {run.id}", module.total_steps)
     return Training(run, hardware, data, loader, student, module, checkpointer, progress)
