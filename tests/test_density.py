@@ -218,11 +218,15 @@ def test_fooling_moves_the_energy_into_the_mask(places: list[str]) -> None:
 
 
 def test_a_fine_tuning_that_fools_nobody_is_measured_alike(places: list[str]) -> None:
-    """The control of figure 5.5: its weight is 0, its mask is the same."""
+    """The control of figure 5.5: its weight is 0; what is measured is the energy inside the task's mask."""
     words = [*shrunk("start"), "scale.density.judge_width=0.015625", "data.per_class=4", "optim.passes=1"]
-    record, _ = done(places, "experiment=fooling", *words, "method.terms.fooling.weight=0")
+    control = [*words, "method.terms.fooling.weight=0"]
+    record, _ = done(places, "experiment=fooling", *control)
+    smaller, _ = done(places, "experiment=fooling", *control, "task.mask=8")
     assert "train/loss/fooling" not in record["metrics"]
     assert record["metrics"]["energy/uniform"] == pytest.approx(100 * 225 / 1024, rel=1e-4)
+    assert smaller["metrics"]["energy/uniform"] == pytest.approx(100 * 64 / 1024, rel=1e-4)
+    assert smaller["metrics"]["energy/logit/after"] < record["metrics"]["energy/logit/after"]
     assert {"test/accuracy", "energy/logit/after"} <= record["metrics"].keys()
 
 
@@ -298,7 +302,7 @@ def test_the_other_activation_of_resnet18_is_refused_where_a_hessian_is_asked(pl
 
 def test_a_mask_that_does_not_fit_fails_before_the_training(places: list[str], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="a side from 1 to 32"):
-        ensure(run(places, "experiment=fooling", *shrunk("start"), "method.terms.fooling.mask=33"))
+        ensure(run(places, "experiment=fooling", *shrunk("start"), "task.mask=33"))
     assert not list(tmp_path.rglob("*.pt"))
 
 

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from gradexp import gradients
 from gradexp.data.loader import Batch
-from gradexp.errors import UserError
 from gradexp.evaluate.energy import energy_inside
 from gradexp.runs import Result, Run
 from gradexp.tasks.look import Look, as_bytes
@@ -26,8 +25,7 @@ def fool(run: Run) -> Result:
     `energy/logit`, `energy/loss`, and `energy/loss@T=1000`: means over test images whose gradient is not zero.
     """
     look, task = Look(run), run.config["task"]
-    side = mask_of(run)
-    mask = corner(side, torch.zeros(1, 1, look.data.size, look.data.size))
+    mask = corner(task["mask"], torch.zeros(1, 1, look.data.size, look.data.size))
     training, checkpointer = trained(run)
     look.diverged = training.status == "diverged"
     shown = next(look.batches(task["shown"], task["shown"]))
@@ -46,14 +44,6 @@ def fool(run: Run) -> Result:
     measured = look.result(metrics, arrays, keep=[name for name in metrics if not name.endswith("/after")])
     checkpointer.remove()
     return Result(training.metrics | measured.metrics, training.status, training.facts, measured.arrays)
-
-
-def mask_of(run: Run) -> int:
-    """The side of the mask that the method fools with."""
-    term = run.config["method"]["terms"].get("fooling")
-    if term is None:
-        raise UserError(f"experiment={run.config['name']} needs a fooling term; take method=fooling")
-    return int(term["mask"])
 
 
 def maps(model: nn.Module, batch: Batch, temperature: float) -> dict[str, Tensor]:
