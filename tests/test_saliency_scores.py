@@ -232,7 +232,7 @@ def test_the_seeds_of_roar_share_their_images_and_maps() -> None:
 
 
 def test_roar_from_end_to_end(tmp_path: Path, run_py: Callable[..., "subprocess.CompletedProcess[str]"]) -> None:
-    """Teacher, maps, retraining; then the maps go on where they were killed, to the same bytes."""
+    """Teacher, maps, retraining; then the maps go on where they were killed, to the same bytes; those of other weights don't."""
     done = run_py("experiment=roar", *TINY, *UPSTREAM, "optim.passes=1", "upstream.maps.saliency=random")
     assert done.returncode == 0, done.stderr
     (record,) = (json.loads(file.read_text()) for file in (tmp_path / "results/runs/roar").glob("*.json"))
@@ -246,15 +246,20 @@ def test_roar_from_end_to_end(tmp_path: Path, run_py: Callable[..., "subprocess.
 
     test = manifest.parent / "test.npy"
     whole = test.read_bytes()
-    (manifest.parent / "test.done").write_text("1")  # as if it had been killed after its first chunk
-    ruined = np.lib.format.open_memmap(test, mode="r+")
-    ruined[saliency_maps.CHUNK :] = -1
-    ruined.flush()
-    manifest.unlink()
-    run = Run(maps_record["config"] | {"paths": compose_run(["experiment=roar", *paths(tmp_path)])["paths"]}, Paths.of(
-        compose_run(["experiment=roar", *paths(tmp_path)])))  # fmt: skip
-    ensure(run, needs=manifest.exists)
-    assert test.read_bytes() == whole
+    done_file = manifest.parent / "test.done"
+    weights = done_file.read_text().split()[0]
+    assert weights == maps_record["upstream"]["model"]["weights_sha256"]
+    config = maps_record["config"] | {"paths": compose_run(["experiment=roar", *paths(tmp_path)])["paths"]}
+    run = Run(config, Paths.of(config))
+    # As if it had been killed after its first chunk, by these weights and by others.
+    for made_by, ruined in ((weights, slice(saliency_maps.CHUNK, None)), ("0" * 64, slice(None))):
+        done_file.write_text(f"{made_by} 1")
+        places = np.lib.format.open_memmap(test, mode="r+")
+        places[ruined] = -1
+        places.flush()
+        manifest.unlink()
+        ensure(run, needs=manifest.exists)
+        assert test.read_bytes() == whole
 
 
 def test_a_score_is_a_mean_over_images_with_its_spread(tmp_path: Path) -> None:

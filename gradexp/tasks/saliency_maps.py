@@ -14,7 +14,7 @@ from gradexp.data.loader import Loader, mix
 from gradexp.data.removal import MANIFEST
 from gradexp.evaluate import masking
 from gradexp.files import reserve, sha256, write_atomically
-from gradexp.runs import Result, Run
+from gradexp.runs import Result, Run, digests
 from gradexp.saliency import Saliency
 from gradexp.tasks.progress import Progress
 from gradexp.tasks.saliency_score import completeness, parts
@@ -34,23 +34,28 @@ def saliency_maps(run: Run) -> Result:
         "test": data.test_loader(batch_size=CHUNK, device=hardware.device),
     }
     run.folder.mkdir(parents=True, exist_ok=True)
+    weights = digests(run.used)["model"]
     for number, (split, loader) in enumerate(loaders.items()):
         seed = mix(run.config["seed"], number)
-        fill(run.folder / f"{split}.npy", loader, model, method, seed, f"saliency maps {run.id}, {split}")
-    digests = {f"{split}.npy": sha256(run.folder / f"{split}.npy") for split in loaders}
-    manifest = {"sha256": digests, "data": data.fingerprint()}
+        fill(run.folder / f"{split}.npy", loader, model, method, seed, weights, f"saliency maps {run.id}, {split}")
+    checksums = {f"{split}.npy": sha256(run.folder / f"{split}.npy") for split in loaders}
+    manifest = {"sha256": checksums, "data": data.fingerprint()}
     write_atomically(run.folder / MANIFEST, json.dumps(manifest, indent=2).encode())
     metrics: dict[str, Any] = {f"maps/{split}": loader.count for split, loader in loaders.items()}
     for name, values in completeness(method, model, next(iter(loaders["test"])).images).items():
         metrics |= {f"test/{name}": float(values.mean()), f"test/{name}/std": float(values.std())}
-    return Result(metrics, facts={"data": data.fingerprint(), "sha256": digests, **hardware.facts(mixed=False)})
+    return Result(metrics, facts={"data": data.fingerprint(), "sha256": checksums, **hardware.facts(mixed=False)})
 
 
-def fill(path: Path, loader: Loader, model: nn.Module, method: Saliency, seed: int, title: str) -> None:
-    """Writes ranks (N, 1, H, W) chunk by chunk; `path`.done counts the finished chunks."""
+def fill(path: Path, loader: Loader, model: nn.Module, method: Saliency, seed: int, weights: str, title: str) -> None:
+    """Writes ranks (N, 1, H, W) chunk by chunk.
+
+    `path`.done names the digest of the model's weights and counts the finished chunks: those of other weights don't count.
+    """
     shape = (loader.count, 1, *loader.example.shape[-2:])
     done_file = path.with_suffix(".done")
-    done = int(done_file.read_text()) if path.exists() and done_file.exists() else 0
+    made_by, _, count = (done_file.read_text() if path.exists() and done_file.exists() else "").partition(" ")
+    done = int(count) if made_by == weights else 0
     kind = np.dtype(np.int16 if shape[-1] * shape[-2] < 2**15 else np.int32)
     places = np.lib.format.open_memmap(path, mode="r+" if done else "w+", dtype=kind, shape=shape)
     reserve(path, path.stat().st_size)
@@ -60,5 +65,5 @@ def fill(path: Path, loader: Loader, model: nn.Module, method: Saliency, seed: i
         ranks = masking.ranks(method(model, batch.images)[:, 0], seed=mix(seed, number))
         places[number * CHUNK :][:CHUNK, 0] = ranks.to("cpu", torch.int32).numpy()
         places.flush()
-        write_atomically(done_file, str(number + 1).encode())
+        write_atomically(done_file, f"{weights} {number + 1}".encode())
         progress.say(number + 1)
