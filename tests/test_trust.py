@@ -95,7 +95,11 @@ def test_verify_finds_what_is_wrong(places: list[str]) -> None:
     write_record(made.record_path, {**good, "config": other})
     texts = " ".join(findings())
     assert "os.system is refused" in texts
-    assert "version is 0" in texts
+    assert "version of jacobian_distill is 0" in texts
+    teacher = run(places, "experiment=teacher", "scale=quick").config
+    below = {"teacher": {**teacher, "task": {**teacher["task"], "version": 0}}}
+    write_record(made.record_path, {**good, "config": {**good["config"], "upstream": below}})
+    assert "version of teacher is 0" in " ".join(findings())
     made.record_path.write_bytes(made.record_path.read_bytes()[:100])
     assert "can't be read" in findings()[0]
 

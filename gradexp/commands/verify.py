@@ -81,7 +81,8 @@ def examine(file: Path) -> Iterator[str]:
 
 def _outdated(config: Config) -> Iterator[str]:
     """What of a config the code of today does not know or does otherwise."""
-    for target in sorted(set(_targets(config))):
+    own = {key: value for key, value in config.items() if key != "upstream"}
+    for target in sorted(set(_targets(own))):
         try:
             locate(target)
         except UserError as error:
@@ -93,7 +94,9 @@ def _outdated(config: Config) -> Iterator[str]:
         return
     was, now = config["task"].get("version"), today.get("version")
     if was != now:
-        yield f"its task's version is {was}, today's {now}: tables no longer count it; run it again"
+        yield f"the task's version of {config['name']} is {was}, today's {now}: tables no longer count it; run it again"
+    for upstream in config["upstream"].values():
+        yield from _outdated(upstream)
 
 
 def _targets(node: Any) -> Iterator[str]:
