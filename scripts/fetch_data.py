@@ -7,12 +7,12 @@ at their first use; ImageNet is never downloaded.
 import argparse
 import hashlib
 import shutil
-import sys
 import tarfile
 import urllib.request
 from pathlib import Path, PurePosixPath
 
 from gradexp.commands.compose import compose_run
+from gradexp.commands.exits import MENDS, honest
 from gradexp.errors import UserError, nearest
 from gradexp.runs import Paths
 from gradexp.tasks.build import build
@@ -101,6 +101,8 @@ def extract(archive: Path, home: Path) -> None:
                     member.name = "/".join(parts[parts.index("Images") + 1 :])
                     content.extract(member, draft, filter="data")
     except (tarfile.TarError, OSError) as error:
+        if isinstance(error, OSError) and error.errno in MENDS:  # the archive may be well
+            raise
         raise UserError(f"{archive} can't be extracted ({error}); delete it and run this again") from None
     if not draft.exists():
         raise UserError(f"{archive} holds no folder Images/; delete it and run this again")
@@ -120,12 +122,10 @@ def main() -> None:
     parser.add_argument("--unverified", action="store_true", help="take files whose checksum is not the known one")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="of paths, such as paths.data=FOLDER")
     given = parser.parse_args()
-    try:
+    with honest():
         if given.name not in FETCHERS:
             raise UserError(f"{given.name} can't be fetched{nearest(given.name, FETCHERS)} There is: {', '.join(FETCHERS)}")
         FETCHERS[given.name](Paths.of(compose_run(["experiment=teacher", *given.set])), given.mirror, given.unverified)
-    except UserError as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """scripts/fetch_data.py against an archive made on the spot, in the layout of the published one."""
 
+import errno
 import hashlib
 import importlib.util
 import io
@@ -88,3 +89,12 @@ def test_other_files_are_refused_unless_they_are_wanted(tmp_path: Path, mirror: 
         pass
     with pytest.raises(UserError, match="holds no folder Images/"):
         script.extract(archive, tmp_path / "again")
+
+
+def test_a_full_disk_is_not_blamed_on_the_archive(tmp_path: Path, mirror: Path, script: Any, monkeypatch: Any) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tarfile.TarFile, "extract", full)
+    with pytest.raises(OSError, match="No space left"):
+        script.mit_scenes(paths(tmp_path), mirror.as_uri(), False)
