@@ -525,3 +525,7 @@ def test_wrong_layers_are_errors(places: list[str], words: list[str], message: s
 def test_a_method_that_matches_needs_a_teacher() -> None:
     with pytest.raises(UserError, match="method fg_att needs a teacher"):
         compose_run(["experiment=bias_gradient", "method=fg_att"])
+    with pytest.raises(UserError, match=r"it needs a judge, .*\+upstream\.judge\.experiment="):
+        compose_run(["experiment=gan_test", "upstream.judge=null"])
+    with pytest.raises(UserError, match=r"terms\.fooling\.mask takes its value from 'task\.mask'"):
+        compose_run(["experiment=score_matching", "method=fooling"])

@@ -14,7 +14,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
 from gradexp.commands import remembered
 from gradexp.errors import UserError, nearest
@@ -67,9 +67,11 @@ def plan(overrides: Sequence[str]) -> Planned:
 def _upstream(config: Config, name: str) -> Planned:
     choices = config["upstream"].get(name)
     if choices is None:
+        who = f"method {config['method']['name']}" if "method" in config else "it"
+        example = "saliency_maps" if name == "maps" else "teacher"
         raise UserError(
-            f"method {config['method']['name']} needs a {name}, and experiment {config['name']} names none; "
-            f"add it: +upstream.{name}.experiment=teacher"
+            f"experiment {config['name']}: {who} needs a {name}, and none is named; add it: "
+            f"+upstream.{name}.experiment={example}"
         )
     return plan([*_as_overrides(choices), f"scale={config['scale']['name']}"])
 
@@ -146,6 +148,9 @@ def _composed(overrides: tuple[str, ...]) -> Config:
         resolved: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     except MissingConfigException as error:
         raise UserError(_missing_choice(error)) from error
+    except InterpolationKeyError as error:
+        missing = str(error).splitlines()[0].removeprefix("Interpolation key ").removesuffix(" not found")
+        raise UserError(f"{error.full_key} takes its value from {missing}, which is not there: take a method and an experiment that go together") from error
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_explain(error, overrides)) from error
     return resolved

@@ -50,6 +50,7 @@ def explain(path: Path, model_name: str, method_name: str, target: int | None, o
     image = read(path)
     upstream = Run(run, Paths.of(run))
     hardware: Hardware = build(run["trainer"], where="trainer")
+    hardware.apply()
     ensure(upstream, needs=upstream.weights.exists)
     # The data set says how pixels are normalised; its images are not needed, and need not be here.
     data, model = declare_data(run, upstream.paths), load_model(upstream, hardware)
