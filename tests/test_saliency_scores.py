@@ -232,7 +232,7 @@ def test_the_seeds_of_roar_share_their_images_and_maps() -> None:
 
 
 def test_roar_from_end_to_end(tmp_path: Path, run_py: Callable[..., "subprocess.CompletedProcess[str]"]) -> None:
-    """Teacher, maps, retraining; then the maps go on where they were killed, to the same bytes; those of other weights don't."""
+    """Teacher, maps, retraining; then killed maps go on, to the same bytes, and those of other weights do not."""
     done = run_py("experiment=roar", *TINY, *UPSTREAM, "optim.passes=1", "upstream.maps.saliency=random")
     assert done.returncode == 0, done.stderr
     (record,) = (json.loads(file.read_text()) for file in (tmp_path / "results/runs/roar").glob("*.json"))

@@ -150,7 +150,9 @@ def _composed(overrides: tuple[str, ...]) -> Config:
         raise UserError(_missing_choice(error)) from error
     except InterpolationKeyError as error:
         missing = str(error).splitlines()[0].removeprefix("Interpolation key ").removesuffix(" not found")
-        raise UserError(f"{error.full_key} takes its value from {missing}, which is not there: take a method and an experiment that go together") from error
+        raise UserError(
+            f"{error.full_key} takes its value from {missing}, which is not there: take a method and an experiment that fit"
+        ) from error
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_explain(error, overrides)) from error
     return resolved
