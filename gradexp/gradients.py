@@ -149,6 +149,18 @@ def _gradients(values: Tensor, inputs: Sequence[Tensor], differentiable: bool) -
 
 
 @contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is in eval mode; afterwards each of its modules is in the mode that it had."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+@contextmanager
 def captured(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
     """Inside, {name: output of that module in the last forward pass}.
 
@@ -357,15 +369,14 @@ def find_layer(model: nn.Module, rule: str, images: Tensor) -> Layer:
     convolution. With ` activation` behind it: the activation that follows this layer. Anything else is the name of a
     module. images (B, C, H, W): any, of the right size. Raises UserError when nothing matches.
     """
-    training, takers = model.training, dict[int, tuple[str, Tensor]]()
+    takers = dict[int, tuple[str, Tensor]]()
     leaves = {name: module for name, module in model.named_modules() if not list(module.children())}
 
     def take(name: str, module: nn.Module, given: Tensor, output: Tensor) -> None:
         takers.setdefault(id(given), (name, given))  # kept: the id of a tensor that is gone becomes another's
 
-    with torch.no_grad(), _hooked(model, {name: partial(take, name) for name in leaves}):
-        _, calls = _called(model.eval(), images)
-    model.train(training)
+    with evaluating(model), torch.no_grad(), _hooked(model, {name: partial(take, name) for name in leaves}):
+        _, calls = _called(model, images)
     merged = _merged(calls)
     convolutions = [call for call in merged if isinstance((call.before or call).module, nn.Conv2d)]
     starts = [call for i, call in enumerate(convolutions) if i == 0 or _size(call) != _size(convolutions[i - 1])]

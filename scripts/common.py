@@ -65,9 +65,8 @@ def make_all(kind: str, make: Make, about: str | None) -> None:
 
 def make_every(kind: str, make: Make, job: Job) -> bool:
     """All tables or figures that the scale has; says what is wrong with one and goes on. Whether all was well."""
-    found = [spec for spec in (specs.load(kind, number) for number in specs.numbers(kind)) if job.scale in spec["seeds"]]
     well = True
-    for spec in found:
+    for spec in specs.at_scale(kind, job.scale).values():
         try:
             make(spec, job)
         except UserError as error:

@@ -15,7 +15,7 @@ from gradexp.commands.compose import compose_run
 from gradexp.commands.exits import MENDS, honest
 from gradexp.errors import UserError, nearest
 from gradexp.runs import Paths
-from gradexp.tasks.build import build
+from gradexp.tasks.train import declare_data
 
 # MIT publishes no checksums; these MD5 sums are those that a public reader of the data set records.
 MIT_SCENES = {
@@ -44,7 +44,7 @@ def mit_scenes(paths: Paths, mirror: str | None, unverified: bool) -> None:
         raise UserError("\n".join(["not everything could be fetched:", *troubles, HELP.format(home=home)]))
     if not extracted:
         extract(home / ARCHIVE, home)
-    data = build(compose_run(["experiment=jacobian_transfer", "scale=paper"])["data"], where="data", **places(paths))
+    data = declare_data(compose_run(["experiment=jacobian_transfer", "scale=paper"]), paths)
     counts = [len(data.splits()[split].names) for split in ("train", "test")]
     print(f"MIT Scenes is in {home}: {counts[0]} + {counts[1]} images of {data.classes} classes, all of which can be decoded")
 
@@ -52,10 +52,6 @@ def mit_scenes(paths: Paths, mirror: str | None, unverified: bool) -> None:
 HELP = """Put what is missing into {home}, from wherever you have it, and run this again:
   indoorCVPR_09.tar (2.4 GB; or the folder Images/ that it holds), TrainImages.txt, TestImages.txt
 or name an address (or file:///FOLDER) under which these three lie: --from ADDRESS"""
-
-
-def places(paths: Paths) -> dict[str, object]:
-    return {"root": paths.data, "cache": paths.cache, "seed": 0}
 
 
 def fetch(name: str, home: Path, mirror: str | None) -> str | None:

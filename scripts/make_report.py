@@ -2,7 +2,6 @@
 
 import argparse
 import json
-from typing import Any
 
 from common import shown
 from joblib import cpu_count
@@ -33,8 +32,8 @@ def page(scale: str, paths: Paths) -> str:
     planner = html.remembering(plan, commands)
     said = html.settings()
     panels = html.Panels(paths, commands, said["curve_points"])
-    made = [tables.build(spec, scale, planner, paths) for spec in having(scale, "table")]
-    drawn = [(spec, figures.gather(spec, scale, planner, paths)) for spec in having(scale, "figure")]
+    made = [tables.build(spec, scale, planner, paths) for spec in specs.at_scale("table", scale).values()]
+    drawn = [(spec, figures.gather(spec, scale, planner, paths)) for spec in specs.at_scale("figure", scale).values()]
     told = [figures.caption(spec, scale, series, planner) for spec, series in drawn]
     parts = html.chapters(
         [html.table_view(table, panels, said["close"]) for table in made],
@@ -54,12 +53,6 @@ def page(scale: str, paths: Paths) -> str:
         bench=json.loads(bench.read_text()) if bench.exists() else None,
         costs=costs.to_table(costs.build(scale, plan, paths, costs.History.of(paths)), cpu_count()),
     )
-
-
-def having(scale: str, kind: str) -> list[dict[str, Any]]:
-    """The tables or figures that a scale has."""
-    found = [specs.load(kind, number) for number in specs.numbers(kind)]
-    return [spec for spec in found if scale in spec["seeds"]]
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -300,12 +301,9 @@ def test_vgg16_on_imagenet_from_end_to_end(tmp_path: Path) -> None:
 
 
 def test_the_first_images_are_as_many_as_asked() -> None:
-    class Loader:
-        device = "cpu"
-
-    data = digits()
+    look = SimpleNamespace(data=digits(), hardware=SimpleNamespace(device="cpu"))
     for limit, sizes in ((5, [4, 1]), (8, [4, 4]), (3, [3])):
-        batches = list(saliency_score.first_images(data, limit, 4, Loader()))  # type: ignore[arg-type]
+        batches = list(saliency_score.first_images(look, limit, 4))  # type: ignore[arg-type]
         assert [len(batch.images) for batch in batches] == sizes
-    everything = saliency_score.first_images(data, None, 100, Loader())  # type: ignore[arg-type]
-    assert sum(len(batch.images) for batch in everything) == data.fingerprint()["test_images"]
+    everything = saliency_score.first_images(look, None, 100)  # type: ignore[arg-type]
+    assert sum(len(batch.images) for batch in everything) == look.data.fingerprint()["test_images"]

@@ -28,6 +28,11 @@ SPEC: dict[str, Any] = yaml.safe_load((GOLDEN / "table.yaml").read_text())
 class Planned:
     config: dict[str, Any]
     command: str
+    upstream: tuple["Planned", ...] = ()
+
+    @property
+    def id(self) -> str:
+        return run_id(self.config)
 
 
 def fake_plan(overrides: Sequence[str]) -> Planned:
@@ -251,7 +256,7 @@ def specs() -> list[Path]:
 @pytest.mark.parametrize("path", specs(), ids=lambda path: path.stem)
 def test_every_cell_composes_and_has_its_number_in_the_thesis(path: Path) -> None:
     spec = yaml.safe_load(path.read_text())
-    thesis = tables.read_thesis(ROOT / "results" / "thesis.csv")
+    thesis = tables.read_thesis()
     shown = []
     for row, column, seeds in tables.cells_of(spec, "paper" if "paper" in spec["seeds"] else "cpu"):
         assert (spec.get("thesis", spec["number"]), *(place.get("thesis", place["label"]) for place in (row, column))) in thesis
@@ -346,7 +351,7 @@ def test_a_scale_may_run_only_some_cells(tmp_path: Path) -> None:
 
 
 def test_the_thesiss_quantities_are_told_apart() -> None:
-    thesis = tables.read_thesis(ROOT / "results" / "thesis.csv")
+    thesis = tables.read_thesis()
     keys = [("5.2", "lambda = 1e-5", "mu = 1e-3", quantity) for quantity in ("test accuracy (%)", "GAN-test (%)")]
     assert [thesis[key].value for key in keys] == [75.37, 85.64]
 

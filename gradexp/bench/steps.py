@@ -23,7 +23,7 @@ from gradexp.data.sources import Split
 from gradexp.tasks.build import build
 from gradexp.tasks.hardware import Hardware
 from gradexp.tasks.train import fast, make_terms
-from gradexp.terms import Activations, AntiScoreMatching, CrossEntropy, GradientNorm, Jacobian, ScoreMatching, Term
+from gradexp.terms import CrossEntropy, Term
 from gradexp.terms.step import Targets
 from gradexp.training.distillation import Distillation
 from gradexp.training.targets import LiveTargets, StoredTargets
@@ -35,10 +35,10 @@ EXAMPLE = torch.zeros(1, 3, 32, 32)
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of step: its terms beside cross-entropy, where its teacher's targets come from, its backend."""
+    """One kind of step: whose terms it has beside cross-entropy, where its teacher's targets come from, its backend."""
 
     name: str
-    terms: Callable[[], dict[str, Term]]
+    method: str | None = None
     teacher: str = "none"  # none | live | stored
     fast: bool = True
     passes: float = 3  # convolution passes over the student: 3 for forward, weight- and input-gradient
@@ -46,49 +46,31 @@ class Kind:
     teacher_passes: float = 0
 
 
-def _activations() -> dict[str, Term]:
-    return {"a": Activations(weight=1, reduction="mean")}
-
-
-def _jacobian() -> dict[str, Term]:
-    return {"j": Jacobian(weight=1, reduction="sum", target="label", student_bn="batch")}
-
-
-def _norm() -> dict[str, Term]:
-    return {"n": GradientNorm(weight=1, reduction="sum", target="label", student_bn="batch")}
-
-
-def _score() -> dict[str, Term]:
-    return {"s": ScoreMatching(weight=1e-3, stability=1e-4, estimator="taylor", sigma=0.01, target="label")}
-
-
-def _anti() -> dict[str, Term]:
-    return {"s": AntiScoreMatching(weight=1e-4, ceiling=1000, estimator="taylor", sigma=0.01, target="label")}
-
-
-def _method(name: str) -> dict[str, Term]:
-    """The terms of a method, as its runs have them."""
-    experiment = compose_run(["experiment=teacher", f"method={name}", "+upstream.teacher.experiment=teacher"])
-    return {term: made for term, made in make_terms(experiment).items() if term != "cross_entropy"}
+def terms_of(method: str | None) -> dict[str, Term]:
+    """The terms of a method beside cross-entropy, as its runs have them."""
+    if method is None:
+        return {}
+    config = compose_run(["experiment=teacher", f"method={method}", "+upstream.teacher.experiment=teacher"])
+    return {name: term for name, term in make_terms(config).items() if name != "cross_entropy"}
 
 
 KINDS = (
-    Kind("ce", dict),
-    Kind("ce naive", dict, fast=False),
-    Kind("a, live teacher", _activations, "live", teacher_passes=1),
-    Kind("a, stored targets", _activations, "stored"),
-    Kind("j naive, live teacher", _jacobian, "live", fast=False, passes=6, teacher_passes=2),
-    Kind("j naive, stored targets", _jacobian, "stored", fast=False, passes=6),
-    Kind("j, live teacher", _jacobian, "live", passes=6, teacher_passes=2),
-    Kind("j, stored targets", _jacobian, "stored", passes=6),
-    Kind("gradient norm naive", _norm, fast=False, passes=6),
-    Kind("gradient norm", _norm, passes=6),
-    Kind("attention, stored targets", lambda: _method("att"), "stored"),
-    Kind("fg_att, live teacher", lambda: _method("fg_att"), "live", passes=6, teacher_passes=2),
-    Kind("fg_att, stored targets", lambda: _method("fg_att"), "stored", passes=6),
-    Kind("bias-gradient", lambda: _method("bias_gradient"), late_passes=3),
-    Kind("score-matching", _score, passes=9),
-    Kind("anti-score-matching", _anti, passes=6),
+    Kind("ce"),
+    Kind("ce naive", fast=False),
+    Kind("a, live teacher", "a", "live", teacher_passes=1),
+    Kind("a, stored targets", "a", "stored"),
+    Kind("j naive, live teacher", "ce_j", "live", fast=False, passes=6, teacher_passes=2),
+    Kind("j naive, stored targets", "ce_j", "stored", fast=False, passes=6),
+    Kind("j, live teacher", "ce_j", "live", passes=6, teacher_passes=2),
+    Kind("j, stored targets", "ce_j", "stored", passes=6),
+    Kind("gradient norm naive", "gradient_norm", fast=False, passes=6),
+    Kind("gradient norm", "gradient_norm", passes=6),
+    Kind("attention, stored targets", "att", "stored"),
+    Kind("fg_att, live teacher", "fg_att", "live", passes=6, teacher_passes=2),
+    Kind("fg_att, stored targets", "fg_att", "stored", passes=6),
+    Kind("bias-gradient", "bias_gradient", late_passes=3),
+    Kind("score-matching", "score_matching", passes=9),
+    Kind("anti-score-matching", "anti_score_matching", passes=6),
 )
 MODELS = {"vgg4": 1.0, "vgg9": 1.0, "vgg11": 1.0, "resnet18": 0.25}
 
@@ -123,7 +105,7 @@ def make_step(kind: Kind, model: str, hardware: Hardware, loader: TensorLoader, 
     """A function that does one training step, as the trainer would."""
     torch.manual_seed(0)
     student = hardware.place(network(model))
-    terms = {"ce": CrossEntropy(weight=1), **kind.terms()}
+    terms = {"ce": CrossEntropy(weight=1), **terms_of(kind.method)}
     teacher = None if kind.teacher == "none" else hardware.place(network("vgg9")).eval()
     for term in terms.values():
         term.place(student, teacher, loader.example)

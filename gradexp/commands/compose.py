@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 from hydra import compose, initialize_config_dir
@@ -18,7 +18,7 @@ from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
 from gradexp.commands import remembered
 from gradexp.errors import UserError, nearest
-from gradexp.runs import HARDWARE, ROOT, Config
+from gradexp.runs import HARDWARE, ROOT, Config, run_id
 
 CONF = ROOT / "conf"
 METHOD = ("name", "module", "upstream", "terms", "dropout", "angle")  # the keys of conf/method/
@@ -31,6 +31,10 @@ class Planned:
     overrides: tuple[str, ...]
     config: Config
     upstream: tuple[Planned, ...]
+
+    @cached_property
+    def id(self) -> str:
+        return run_id(self.config)
 
     @property
     def command(self) -> str:

@@ -13,7 +13,7 @@ import yaml
 from gradexp.commands.compose import Planned
 from gradexp.commands.launchers import Local, Slurm, Work
 from gradexp.errors import UserError, nearest
-from gradexp.runs import ROOT, Paths, run_id
+from gradexp.runs import ROOT, Paths
 from gradexp.tasks.build import build
 
 
@@ -25,7 +25,7 @@ class Failure:
 
 def missing(planned: Iterable[Planned], paths: Paths) -> list[Planned]:
     """Runs without a record, once each, in order."""
-    unique = {run_id(run.config): run for run in planned}
+    unique = {run.id: run for run in planned}
     return [run for run in unique.values() if not paths.record(run.config).exists()]
 
 
@@ -37,11 +37,10 @@ def generations(runs: Sequence[Planned], paths: Paths) -> list[list[Planned]]:
     depth: dict[str, tuple[int, Planned]] = {}
 
     def visit(run: Planned) -> int:
-        name = run_id(run.config)
-        if name not in depth:
+        if run.id not in depth:
             below = missing(run.upstream, paths)
-            depth[name] = (1 + max(map(visit, below), default=-1), run)
-        return depth[name][0]
+            depth[run.id] = (1 + max(map(visit, below), default=-1), run)
+        return depth[run.id][0]
 
     for run in missing(runs, paths):
         visit(run)
@@ -75,9 +74,9 @@ def run_all(
     for stage in generations(runs, paths):
         ready = []
         for run in stage:
-            cause = next((failed[name] for name in map(_id, run.upstream) if name in failed), None)
+            cause = next((failed[below.id] for below in run.upstream if below.id in failed), None)
             if cause:
-                failed[_id(run)] = Failure(run.command, cause.log)
+                failed[run.id] = Failure(run.command, cause.log)
             else:
                 ready.append(run)
         works = [Work((*run.overrides, *extra), paths.folder(run.config) / "log.txt") for run in ready]
@@ -88,15 +87,11 @@ def run_all(
             seconds = time.monotonic() - begun  # noqa: B023 (called before the next generation begins)
             print(f"[{number + 1}/{len(ready)}] {seconds:.0f} s  {run.command}\n    {_last_line(log, code)}", flush=True)
             if code:
-                failed[_id(run)] = Failure(run.command, log)
+                failed[run.id] = Failure(run.command, log)
 
         if works:
             launcher.do(works, workers, said)
     return list(failed.values())
-
-
-def _id(run: Planned) -> str:
-    return run_id(run.config)
 
 
 def _last_line(log: Path, code: int) -> str:

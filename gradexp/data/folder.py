@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +25,7 @@ from gradexp.data import subsets
 from gradexp.data.dataset import ImageData
 from gradexp.data.loader import Batch, Loader
 from gradexp.errors import UserError
+from gradexp.files import write_atomically
 
 THREADS = max(2, cpu_count())  # Pillow decodes and resizes outside the interpreter lock
 AHEAD = 64  # images decoded before they are asked for
@@ -67,7 +67,7 @@ class FolderData(ImageData, ABC):
         if self.removal is not None:
             raise UserError("data.removal is not for data sets of image files; set it to null")
         self.mean, self.std, self.skip_corrupt = mean, std, skip_corrupt
-        self._opened: dict[str, Files] = {}
+        self._opened = Opened(self._open)
 
     @abstractmethod
     def files(self, split: str) -> tuple[Path, list[str], list[int]]:
@@ -78,15 +78,13 @@ class FolderData(ImageData, ABC):
         return classes == self.classes or self.only_classes is not None
 
     def splits(self) -> Mapping[str, Files]:
-        return Lazy(self._open)
+        return self._opened
 
     def _open(self, split: str) -> Files:
-        if split not in self._opened:
-            folder, names, labels = self.files(split)
-            order = np.argsort(names, kind="stable")
-            files = Files(folder, np.asarray(names)[order], np.asarray(labels, dtype=np.int64)[order], np.empty(0))
-            self._opened[split] = checked(files, f"{self.name}-{split}", self.cache, skip=self.skip_corrupt)
-        return self._opened[split]
+        folder, names, labels = self.files(split)
+        order = np.argsort(names, kind="stable")
+        files = Files(folder, np.asarray(names)[order], np.asarray(labels, dtype=np.int64)[order], np.empty(0))
+        return checked(files, f"{self.name}-{split}", self.cache, skip=self.skip_corrupt)
 
     @property
     def colours(self) -> tuple[Tensor, Tensor]:
@@ -110,20 +108,15 @@ class FolderData(ImageData, ABC):
         return FileLoader(split, indices, size=self.size, resize=self.size + 2 * self.crop, **common, **options)
 
 
-class Lazy(Mapping[str, Files]):
-    """The splits, each opened when it is read."""
+class Opened(dict[str, Files]):
+    """The splits, each opened when it is first read."""
 
     def __init__(self, open: Callable[[str], Files]) -> None:
+        super().__init__()
         self.open = open
 
-    def __getitem__(self, split: str) -> Files:
-        return self.open(split)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(("train", "test"))
-
-    def __len__(self) -> int:
-        return 2
+    def __missing__(self, split: str) -> Files:
+        return self.setdefault(split, self.open(split))
 
 
 # --- batches ----------------------------------------------------------------------------------------------
@@ -238,9 +231,7 @@ def checked(files: Files, name: str, cache: Path, *, skip: bool) -> Files:
             print(f"{name}: checking {len(files.names)} images (once)", flush=True)
             with ThreadPool(THREADS) as pool:
                 found = pool.map(_examine, [files.root / file for file in files.names])
-            draft = kept.with_suffix(f".{os.getpid()}")
-            draft.write_text(json.dumps(found))
-            draft.replace(kept)
+            write_atomically(kept, json.dumps(found).encode())
     found = json.loads(kept.read_text())
     good = np.array([bool(digest) for digest, _ in found])
     if not good.all() and not skip:

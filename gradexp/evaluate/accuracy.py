@@ -7,15 +7,14 @@ from torch import nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from gradexp.data.loader import Batch
+from gradexp.gradients import evaluating
 
 
 @torch.inference_mode()
 def accuracy(model: nn.Module, batches: Iterable[Batch], *, classes: int, device: torch.device) -> float:
     """Percentage of images whose largest logit is that of their label; `model` is left as it was."""
     counted = MulticlassAccuracy(num_classes=classes, average="micro").to(device)
-    training = model.training
-    model.eval()
-    for batch in batches:
-        counted.update(model(batch.images), batch.labels)
-    model.train(training)
+    with evaluating(model):
+        for batch in batches:
+            counted.update(model(batch.images), batch.labels)
     return round(100 * float(counted.compute()), 4)

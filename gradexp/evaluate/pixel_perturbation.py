@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from gradexp.data.loader import Batch
 from gradexp.errors import UserError
 from gradexp.evaluate import masking
-from gradexp.saliency import Saliency, evaluating
+from gradexp.gradients import evaluating
+from gradexp.saliency import Saliency
 
 MASKS = {"least": masking.least_salient, "most": masking.most_salient}
 

@@ -7,8 +7,6 @@ it is about the images of one model.
 
 from __future__ import annotations
 
-import csv
-import io
 import itertools
 import math
 from collections import Counter
@@ -24,7 +22,8 @@ from gradexp.errors import UserError
 from gradexp.report.grid import Grid, Place
 from gradexp.report.inference import BOOTSTRAP_FROM, MANY, Estimate, estimate, estimate_over_images, holm, seeds_needed
 from gradexp.report.specs import Planner, Source, check_keys
-from gradexp.runs import Config, Paths, digests, read_record, write_atomically
+from gradexp.report.writing import as_csv, write_beside
+from gradexp.runs import Config, Paths, digests, read_record
 
 VERDICTS = ("holds", "contradicted", "underpowered", "direction only", "not run")
 FILE_KEYS = ("confidence", "power", "resamples", "claims")
@@ -316,14 +315,12 @@ COLUMNS = ("id", "section", "item", "says", "verdict", "unit", *COUNTS, "p", "p_
 
 def to_csv(claims: Sequence[Judged]) -> str:
     """One line a claim; comparisons: in the thesis, in this scale (`planned`), of finished runs, and those that agree."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(COLUMNS)
+    rows = []
     for c in claims:
         counts = (len(c.comparisons), len(c.planned), len(c.run), c.agreeing, c.n)
         numbers = ["" if value is None else f"{value:.4g}" for value in (c.p, c.p_holm, c.further)]
-        writer.writerow([c.id, c.section, c.item, c.says, c.verdict, c.unit, *counts, *numbers])
-    return out.getvalue()
+        rows.append([c.id, c.section, c.item, c.says, c.verdict, c.unit, *counts, *numbers])
+    return as_csv(COLUMNS, rows)
 
 
 def verdict(claim: Judged) -> str:
@@ -410,8 +407,5 @@ def _p(value: float | None) -> str:
 
 def write(claims: Sequence[Judged], scale: str, confidence: float, results: Path) -> list[Path]:
     """Writes results/claims/<scale>.md and .csv."""
-    stem = results / "claims" / scale
-    files = {".md": to_markdown(claims, scale, confidence), ".csv": to_csv(claims)}
-    for suffix, content in files.items():
-        write_atomically(stem.with_suffix(suffix), content.encode())
-    return [stem.with_suffix(suffix) for suffix in files]
+    contents = {"md": to_markdown(claims, scale, confidence), "csv": to_csv(claims)}
+    return write_beside(results / "claims" / scale, contents)

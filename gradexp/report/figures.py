@@ -6,7 +6,6 @@ draws them. A drawing function sees records only, never a model.
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 import textwrap
@@ -22,7 +21,8 @@ from matplotlib.figure import Figure
 from gradexp.errors import UserError
 from gradexp.report import provenance
 from gradexp.report.specs import Planner, Source, at_paper, seeds_of
-from gradexp.runs import Config, Paths, read_arrays, read_record, write_atomically
+from gradexp.report.writing import as_csv, write_beside
+from gradexp.runs import Config, Paths, read_arrays, read_record
 
 STYLE: Any = {
     "font.family": "DejaVu Sans",
@@ -164,13 +164,9 @@ def make(
             small = {"fontsize": 6.5, "color": "#555555", "x": 0.01, "ha": "left", "ma": "left"}
             figure.supxlabel(textwrap.fill(spec["note"], NOTE_WIDTH), **small)
         stem = results / "figures" / scale / f"figure_{spec['number'].replace('.', '_')}"
-        for kind in ("png", "pdf", *spec.get("also", [])):
-            content = io.BytesIO()
-            figure.savefig(content, format=kind, metadata={"Software": None} if kind == "png" else _dateless(kind))
-            write_atomically(stem.with_suffix(f".{kind}"), content.getvalue())
-    write_atomically(stem.with_suffix(".csv"), _csv(rows).encode())
-    write_atomically(stem.with_suffix(".md"), to_markdown(spec, scale, series, sentences).encode())
-    return [stem.with_suffix(f".{kind}") for kind in ("png", "pdf", *spec.get("also", []), "csv", "md")]
+        pictures = {kind: _saved(figure, kind) for kind in ("png", "pdf", *spec.get("also", []))}
+    table = as_csv(list(rows[0]), [[row.get(name, "") for name in rows[0]] for row in rows])
+    return write_beside(stem, {**pictures, "csv": table, "md": to_markdown(spec, scale, series, sentences)})
 
 
 def to_markdown(spec: Config, scale: str, series: Sequence[Series], sentences: Sequence[str]) -> str:
@@ -187,14 +183,8 @@ def to_markdown(spec: Config, scale: str, series: Sequence[Series], sentences: S
     return "\n".join([*lines, "", "</details>", ""])
 
 
-def _dateless(kind: str) -> dict[str, None]:
-    """The same records give the same bytes on any day."""
-    return {"CreationDate": None} if kind == "pdf" else {"Date": None}
-
-
-def _csv(rows: Sequence[Row]) -> str:
-    out = io.StringIO()
-    writer = csv.DictWriter(out, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return out.getvalue()
+def _saved(figure: Figure, kind: str) -> bytes:
+    """The picture without dates and versions: the same records give the same bytes on any day."""
+    content, left_out = io.BytesIO(), {"png": "Software", "pdf": "CreationDate"}.get(kind, "Date")
+    figure.savefig(content, format=kind, metadata={left_out: None})
+    return content.getvalue()

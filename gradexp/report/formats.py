@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import re
 from collections.abc import Callable
@@ -13,7 +12,7 @@ import rich.console
 import rich.table
 
 from gradexp.report.tables import EMPTY, Cell, Table
-from gradexp.runs import write_atomically
+from gradexp.report.writing import as_csv, write_beside
 
 COLUMNS = ("row", "column", "metric", "ours", "std", "n", "thesis", "difference", "run_ids")
 
@@ -50,16 +49,14 @@ def gap(cell: Cell) -> str:
 
 
 def to_csv(table: Table) -> str:
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(COLUMNS)
+    rows = []
     for c in (part for cell in table.cells for part in cell.parts):
         done = [source.id for source in c.sources if source.finished]
         plain = [("" if x is None else f"{x:.4f}") for x in (c.ours, c.std)]
         thesis = "" if c.thesis is None else f"{c.thesis.value:g}"
         difference = "" if c.difference is None else f"{c.difference:.4f}"
-        writer.writerow([c.row, c.column, c.metric, *plain, len(c.values), thesis, difference, " ".join(done)])
-    return out.getvalue()
+        rows.append([c.row, c.column, c.metric, *plain, len(c.values), thesis, difference, " ".join(done)])
+    return as_csv(COLUMNS, rows)
 
 
 def to_markdown(table: Table) -> str:
@@ -180,7 +177,5 @@ def _grid(table: Table, show: Callable[[Cell], str]) -> rich.table.Table:
 def write(table: Table, results: Path) -> list[Path]:
     """Writes the files of a table under results/tables/<scale>/."""
     stem = results / "tables" / table.scale / f"table_{table.number.replace('.', '_')}"
-    files = {".md": to_markdown(table), ".csv": to_csv(table), ".tex": to_latex(table), ".svg": to_svg(table)}
-    for suffix, content in files.items():
-        write_atomically(stem.with_suffix(suffix), content.encode())
-    return [stem.with_suffix(suffix) for suffix in files]
+    contents = {"md": to_markdown(table), "csv": to_csv(table), "tex": to_latex(table), "svg": to_svg(table)}
+    return write_beside(stem, contents)

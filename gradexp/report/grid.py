@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 from scipy import stats
@@ -12,7 +11,7 @@ from scipy import stats
 from gradexp.errors import UserError, nearest
 from gradexp.report import figures, specs, tables
 from gradexp.report.specs import Planner, Source
-from gradexp.runs import ROOT, Config, Paths, read_record
+from gradexp.runs import Config, Paths, read_record
 
 
 @dataclass(frozen=True)
@@ -118,16 +117,11 @@ class Grid:
         metrics, quantities = self._setting("metric", place), self._setting("thesis_metric", place)
         if isinstance(quantities, list):
             quantities = quantities[metrics.index(self.metric(place))]
-        printed = _thesis().get((item, *names, *([quantities] if quantities else [])))
+        printed = tables.read_thesis().get((item, *names, *([quantities] if quantities else [])))
         return None if printed is None else printed.value
 
     def _entry(self, place: Place) -> tuple[Config, Config]:
         return self.rows.get(place.row, {}), self.columns.get(place.column, {})
 
     def _setting(self, key: str, place: Place) -> Any:
-        return next((spec[key] for spec in (*self._entry(place), self.spec) if key in spec), None)
-
-
-@cache
-def _thesis() -> dict[tuple[str, ...], tables.Thesis]:
-    return tables.read_thesis(ROOT / "results" / "thesis.csv")
+        return tables.setting(key, *self._entry(place), self.spec)

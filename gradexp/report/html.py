@@ -26,7 +26,7 @@ from PIL import Image
 
 from gradexp.report import claims, figures, formats, provenance, tables
 from gradexp.report.specs import Planned, Planner, Source
-from gradexp.runs import ROOT, Config, Paths, read_record, run_id, write_atomically
+from gradexp.runs import ROOT, Config, Paths, read_record, write_atomically
 
 PAGE = Path(__file__).with_name("page")
 CSV_LIMIT = 256 * 1024  # bytes; plotted values beyond it are named, not carried along
@@ -198,9 +198,8 @@ def remembering(plan: Planner, commands: dict[str, str]) -> Planner:
     """A planner that notes the shortest command of every run it plans, upstream runs included."""
 
     def note(run: Planned) -> Planned:
-        run_name = run_id(run.config)
-        commands[run_name] = min(commands.get(run_name, run.command), run.command, key=len)
-        for below in getattr(run, "upstream", ()):
+        commands[run.id] = min(commands.get(run.id, run.command), run.command, key=len)
+        for below in run.upstream:
             note(below)
         return run
 

@@ -10,25 +10,17 @@ import json
 import math
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 from gradexp.errors import UserError
 from gradexp.report import figures, specs, tables
-from gradexp.report.specs import Planned
-from gradexp.runs import Config, Paths, identity, read_record, run_id
+from gradexp.report.specs import Planned, Planner
+from gradexp.runs import Config, Paths, identity, read_record
 
 NEAREST = 5  # like records that an estimate is the median of
 PRODUCTS = {"saliency_maps": "maps.json"}  # what a run leaves for those that stand on it; weights.pt of all others
-
-
-class Standing(Planned, Protocol):
-    """A run before it runs, with those that it stands on."""
-
-    @property
-    def upstream(self) -> Sequence[Standing]: ...
 
 
 # --- how much work ----------------------------------------------------------------------------------------
@@ -269,7 +261,7 @@ class Row:
     memory_mib: float
     disk_mib: float
     bases: Mapping[str, int]
-    unknown: tuple[Standing, ...]  # runs of which nothing is known: they count for nothing above
+    unknown: tuple[Planned, ...]  # runs of which nothing is known: they count for nothing above
 
     def hours(self, slots: int) -> float:
         """On a machine with so many processors, all of them at work."""
@@ -280,15 +272,13 @@ def items(scale: str) -> list[tuple[str, str, list[list[str]]]]:
     """(table or figure, title, what to type for each of its runs) of all that the scale has."""
     found = []
     for kind in ("table", "figure"):
-        for number in specs.numbers(kind):
-            spec = specs.load(kind, number)
-            if scale in spec["seeds"]:
-                cells = tables.cells_of(spec, scale) if kind == "table" else figures.overrides_of(spec, scale)
-                found.append((f"{kind} {number}", spec["title"], [words for *_, seeds in cells for words in seeds]))
+        for number, spec in specs.at_scale(kind, scale).items():
+            cells = tables.cells_of(spec, scale) if kind == "table" else figures.overrides_of(spec, scale)
+            found.append((f"{kind} {number}", spec["title"], [words for *_, seeds in cells for words in seeds]))
     return found
 
 
-def build(scale: str, plan: Callable[[Sequence[str]], Standing], paths: Paths, history: History) -> list[Row]:
+def build(scale: str, plan: Planner, paths: Paths, history: History) -> list[Row]:
     """A row for each table and figure of the scale, and one for all of them, last."""
     if not (found := items(scale)):
         raise UserError(f"scale={scale}: no table or figure has it; there are paper, cpu and quick")
@@ -301,24 +291,23 @@ def build(scale: str, plan: Callable[[Sequence[str]], Standing], paths: Paths, h
 
 @dataclass(frozen=True)
 class Need:
-    run: Standing
+    run: Planned
     present: bool  # has a record
     to_do: bool  # has none, or lacks what a missing run needs of it
 
 
-def needed(runs: Iterable[Standing], paths: Paths) -> dict[str, Need]:
+def needed(runs: Iterable[Planned], paths: Paths) -> dict[str, Need]:
     """These runs and all that they stand on, by id."""
     found: dict[str, Need] = {}
 
-    def visit(run: Standing, wanted: bool) -> None:
+    def visit(run: Planned, wanted: bool) -> None:
         """wanted: a run that is to be done needs this one's product."""
-        name = run_id(run.config)
         present = paths.record(run.config).exists()
         product = paths.folder(run.config) / PRODUCTS.get(run.config["name"], "weights.pt")
         to_do = not present or (wanted and not product.exists())
-        if name in found and (found[name].to_do or not to_do):
+        if run.id in found and (found[run.id].to_do or not to_do):
             return
-        found[name] = Need(run, present, to_do)
+        found[run.id] = Need(run, present, to_do)
         for below in run.upstream:
             visit(below, to_do)
 

@@ -10,16 +10,20 @@ from typing import Protocol
 import yaml
 
 from gradexp.errors import UserError, nearest
-from gradexp.runs import ROOT, Config, Paths, run_id
+from gradexp.runs import ROOT, Config, Paths
 
 
 class Planned(Protocol):
-    """A run before it runs (gradexp.commands.compose.Planned)."""
+    """A run before it runs, with those that it stands on (gradexp.commands.compose.Planned)."""
 
+    @property
+    def id(self) -> str: ...
     @property
     def config(self) -> Config: ...
     @property
     def command(self) -> str: ...
+    @property
+    def upstream(self) -> Sequence[Planned]: ...
 
 
 SHOWN = ("experiment", "metric", "spread", "thesis_metric")  # of a row, a column or the table
@@ -53,7 +57,7 @@ class Source:
 
     @classmethod
     def of(cls, run: Planned, paths: Paths) -> Source:
-        return cls(run_id(run.config), paths.record(run.config), run.command)
+        return cls(run.id, paths.record(run.config), run.command)
 
     @property
     def finished(self) -> bool:
@@ -82,6 +86,12 @@ def load(kind: str, number: str) -> Config:
         for node in spec.get(part, []):
             check_keys(node, known, f"{kind} {number}, {part}")
     return spec
+
+
+def at_scale(kind: str, scale: str) -> dict[str, Config]:
+    """{number: spec} of the tables or figures that a scale has."""
+    found = {number: load(kind, number) for number in numbers(kind)}
+    return {number: spec for number, spec in found.items() if scale in spec["seeds"]}
 
 
 def check_keys(node: Config, known: Sequence[str], where: str) -> None:

@@ -11,8 +11,8 @@ import math
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import zip_longest
-from pathlib import Path
 from typing import Any
 
 from gradexp.report import provenance
@@ -102,9 +102,10 @@ def values_of(sources: Iterable[Source], metric: str) -> tuple[float, ...]:
     return tuple(value_of(read_record(source.record), metric) for source in sources if source.finished)
 
 
-def read_thesis(path: Path) -> dict[tuple[str, ...], Thesis]:
+@cache
+def read_thesis() -> dict[tuple[str, ...], Thesis]:
     """results/thesis.csv as {(item, row, column): number}, and as {(item, row, column, quantity): number}."""
-    with path.open(newline="", encoding="utf-8") as file:
+    with (ROOT / "results" / "thesis.csv").open(newline="", encoding="utf-8") as file:
         lines = list(csv.DictReader(file))
     found: dict[tuple[str, ...], Thesis] = {}
     for x in lines:
@@ -140,11 +141,11 @@ def mark_best(cells: Sequence[Cell], best: str | None, per: str = "column", apar
 
 def overrides_of(spec: Config, row: Config, column: Config, scale: str, seed: int) -> list[str]:
     """What to type for one cell and one seed. A row or a column may name an experiment of its own."""
-    experiment = [f"experiment={_setting('experiment', row, column, spec)}", f"scale={scale}"]
+    experiment = [f"experiment={setting('experiment', row, column, spec)}", f"scale={scale}"]
     return [*experiment, *row.get("overrides", []), *column.get("overrides", []), f"seed={seed}"]
 
 
-def _setting(key: str, *places: Config) -> Any:
+def setting(key: str, *places: Config) -> Any:
     """What the first place that has this key says."""
     return next((place[key] for place in places if key in place), None)
 
@@ -170,12 +171,11 @@ def _seeds(spec: Config, column: Config, scale: str) -> list[int]:
 
 def build(spec: Config, scale: str, plan: Planner, paths: Paths) -> Table:
     """The table that `conf/table/NUMBER.yaml` describes, filled with whatever records there are."""
-    thesis = read_thesis(ROOT / "results" / "thesis.csv")
     cells = []
     pairs: list[tuple[Config, Config]] = []  # of each cell, here and at scale=paper
     for row, column, seeds in cells_of(spec, scale):
         sources = tuple(Source.of(plan(overrides), paths) for overrides in seeds)
-        cells.append(_cell(spec, row, column, sources, scale, thesis))
+        cells.append(_cell(spec, row, column, sources, scale))
         pairs += [(plan(one).config, plan(at_paper(one, scale)).config) for one in seeds[:1]]
     lines = [line for line in spec.get("upstream", []) if scale in line.get("scales", spec["seeds"])]
     upstream = [(line, Source.of(plan([*line["overrides"], f"scale={scale}"]), paths)) for line in lines]
@@ -189,7 +189,7 @@ def build(spec: Config, scale: str, plan: Planner, paths: Paths) -> Table:
         caption=(
             *_what_it_is(spec, scale, missing=any(cell.missing for cell in cells)),
             provenance.departure_sentence(scale, departed, tuple(spec.get("told", ()))),
-            *(_upstream_sentence(line, run, spec, thesis) for line, run in upstream),
+            *(_upstream_sentence(line, run, spec) for line, run in upstream),
             *_how_to_read_it(spec, scale),
             provenance.origins(*provenance.read(source.record for cell in cells for source in cell.sources if source.finished)),
         ),
@@ -201,19 +201,17 @@ def build(spec: Config, scale: str, plan: Planner, paths: Paths) -> Table:
     )
 
 
-def _cell(
-    spec: Config, row: Config, column: Config, sources: tuple[Source, ...], scale: str, thesis: dict[tuple[str, ...], Thesis]
-) -> Cell:
+def _cell(spec: Config, row: Config, column: Config, sources: tuple[Source, ...], scale: str) -> Cell:
     """A cell with what its finished runs measured, and with the thesis's numbers."""
-    metric, spread, quantity = (_setting(key, row, column, spec) for key in ("metric", "spread", "thesis_metric"))
+    metric, spread, quantity = (setting(key, row, column, spec) for key in ("metric", "spread", "thesis_metric"))
     spreads = values_of(sources, spread) if spread else ()
-    place = (_item(spec), *(str(one.get("thesis", one["label"])) for one in (row, column)))
+    place = (item_of(spec), *(str(one.get("thesis", one["label"])) for one in (row, column)))
     parts = [
         Cell(
             row=row["label"],
             column=column["label"],
             sources=sources,
-            thesis=thesis.get((*place, *([quantity] if quantity else []))),
+            thesis=read_thesis().get((*place, *([quantity] if quantity else []))),
             comparable=scale in spec["comparable"],
             metric=metric,
             values=values_of(sources, metric),
@@ -229,7 +227,7 @@ def _apart(spec: Config) -> list[str]:
     return [row["label"] for row in spec["rows"] if row.get("apart")]
 
 
-def _item(spec: Config) -> str:
+def item_of(spec: Config) -> str:
     """What results/thesis.csv calls the table."""
     return str(spec.get("thesis", spec["number"]))
 
@@ -260,8 +258,8 @@ def _how_to_read_it(spec: Config, scale: str) -> Iterator[str]:
     yield f"Seeds: {provenance.enumerated(seeds_of(spec, scale))}{exceptions}. The test set is read once, after the last step."
 
 
-def _upstream_sentence(line: Config, source: Source, spec: Config, thesis: dict[tuple[str, ...], Thesis]) -> str:
+def _upstream_sentence(line: Config, source: Source, spec: Config) -> str:
     found = values_of([source], line.get("metric", "test/accuracy"))
     mine = f"{found[0]:.2f} (run {source.id})" if found else "not run yet"
-    printed = thesis.get((_item(spec), *line["thesis"]))
+    printed = read_thesis().get((item_of(spec), *line["thesis"]))
     return f"{line['label'].capitalize()}: {mine}" + (f"; the thesis's {printed.value:g}." if printed else ".")

@@ -9,7 +9,7 @@ from gradexp.saliency.baselines import (
     SmoothGradSquared,
 )
 from gradexp.saliency.fullgrad import FullGrad, SimpleFullGrad, SmoothFullGrad
-from gradexp.saliency.method import Saliency, evaluating
+from gradexp.saliency.method import Saliency
 from gradexp.saliency.random import Random
 
 __all__ = [
@@ -24,5 +24,4 @@ __all__ = [
     "SmoothFullGrad",
     "SmoothGrad",
     "SmoothGradSquared",
-    "evaluating",
 ]

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from gradexp import gradients
-from gradexp.gradients import FullGradient
-from gradexp.saliency.method import Saliency, checked, evaluating, predicted
+from gradexp.gradients import FullGradient, evaluating
+from gradexp.saliency.method import Saliency, checked, predicted
 from gradexp.saliency.psi import check, psi
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from gradexp.errors import UserError
+from gradexp.gradients import evaluating
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,18 +42,6 @@ class Saliency(ABC):
     @abstractmethod
     def map(self, model: nn.Module, images: Tensor, labels: Tensor | None) -> Tensor:
         """(B, 1, H, W); labels (B,), or None for the predicted classes. The model is in eval mode."""
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside, the model is in eval mode; afterwards each of its modules is in the mode that it had."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def checked(model: nn.Module, images: Tensor, target: Tensor | int | None) -> Tensor | None:

@@ -56,9 +56,12 @@ class Look:
         """
         if self.diverged:
             metrics = {name: x if name in keep else _nan(x) for name, x in metrics.items()}
-        facts = {"data": self.data.fingerprint(), **self.hardware.facts(mixed=False)}
         status = "diverged" if self.diverged else "finished"
-        return Result({name: _rounded(value) for name, value in metrics.items()}, status, facts, dict(arrays or {}))
+        return Result({name: _rounded(value) for name, value in metrics.items()}, status, self.facts(), dict(arrays or {}))
+
+    def facts(self) -> dict[str, Any]:
+        """What a record says of data and machine."""
+        return {"data": self.data.fingerprint(), **self.hardware.facts(mixed=False)}
 
 
 def _nan(value: Any) -> Any:

@@ -6,11 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gradexp.data.dataset import ImageData
 from gradexp.errors import UserError
 from gradexp.runs import Result, Run
 from gradexp.saliency import FullGrad
-from gradexp.tasks.hardware import Hardware
+from gradexp.tasks.look import Look
 from gradexp.tasks.saliency_score import completeness, first_images, parts
 
 BATCH = 64
@@ -21,38 +20,38 @@ def saliency_gallery(run: Run) -> Result:
 
     arrays: images (N, C, H, W) uint8, maps (N, H, W) float16, scaled to a largest absolute value of 1 each.
     """
-    hardware, model, data, method = parts(run)
-    images, labels = recognised(model, data, run.config["evaluate"]["images"], hardware)
+    look, model, method = parts(run)
+    images, labels = recognised(look, model, run.config["evaluate"]["images"])
     torch.manual_seed(run.config["seed"])
     maps = torch.cat([method(model, one) for one in torch.split(images, BATCH)])
     errors = {f"test/{name}": float(values.max()) for name, values in completeness(method, model, images).items()}
-    arrays = {"images": data.pixels(images).cpu().numpy(), "maps": shown(maps)}
-    facts = {"data": data.fingerprint(), "labels": labels.tolist(), **hardware.facts(mixed=False)}
+    arrays = {"images": look.data.pixels(images).cpu().numpy(), "maps": shown(maps)}
+    facts = {"labels": labels.tolist(), **look.facts()}
     return Result({"gallery/images": len(images), **errors}, facts=facts, arrays=arrays)
 
 
 def saliency_layers(run: Run) -> Result:
     """The same images, and the terms of FullGrad's sum over layers (fig. 3.1): arrays `images`, `maps`, `layer/NAME`."""
-    hardware, model, data, method = parts(run)
+    look, model, method = parts(run)
     if not isinstance(method, FullGrad):
         raise UserError("maps of layers are those of full-gradients; take saliency=fullgrad or one of its variants")
-    images, labels = recognised(model, data, run.config["evaluate"]["images"], hardware)
+    images, labels = recognised(look, model, run.config["evaluate"]["images"])
     layers = method.layers(model, images)
     errors = method.completeness_error(model, images)
-    arrays = {"images": data.pixels(images).cpu().numpy(), "maps": shown(torch.stack(list(layers.values())).sum(0))}
+    arrays = {"images": look.data.pixels(images).cpu().numpy(), "maps": shown(torch.stack(list(layers.values())).sum(0))}
     arrays |= {f"layer/{name}": shown(maps) for name, maps in layers.items()}
-    facts = {"data": data.fingerprint(), "labels": labels.tolist(), "layers": list(layers), **hardware.facts(mixed=False)}
+    facts = {"labels": labels.tolist(), "layers": list(layers), **look.facts()}
     return Result({"gallery/images": len(images), "test/completeness_error": float(errors.max())}, facts=facts, arrays=arrays)
 
 
 @torch.no_grad()
-def recognised(model: nn.Module, data: ImageData, count: int, hardware: Hardware) -> tuple[Tensor, Tensor]:
+def recognised(look: Look, model: nn.Module, count: int) -> tuple[Tensor, Tensor]:
     """The first `count` test images whose largest logit is their label's, in the data set's order, and the labels.
 
     Chosen before any map is seen.
     """
     images, labels, found = [], [], 0
-    for batch in first_images(data, None, BATCH, hardware):
+    for batch in first_images(look, None, BATCH):
         right = model(batch.images).argmax(1) == batch.labels
         images.append(batch.images[right])
         labels.append(batch.labels[right])

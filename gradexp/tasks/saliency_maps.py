@@ -28,10 +28,11 @@ def saliency_maps(run: Run) -> Result:
     Order, not values: it is all that removal needs, exact in two bytes, and equal values are put in order only once.
     Goes on where it was interrupted; `maps.json`, written last, has checksums and says whose maps they are.
     """
-    hardware, model, data, method = parts(run)
+    look, model, method = parts(run)
+    data, device = look.data, look.hardware.device
     loaders = {
-        "train": data.train_loader(batch_size=CHUNK, device=hardware.device, augment=False),
-        "test": data.test_loader(batch_size=CHUNK, device=hardware.device),
+        "train": data.train_loader(batch_size=CHUNK, device=device, augment=False),
+        "test": data.test_loader(batch_size=CHUNK, device=device),
     }
     run.folder.mkdir(parents=True, exist_ok=True)
     weights = digests(run.used)["model"]
@@ -44,7 +45,7 @@ def saliency_maps(run: Run) -> Result:
     metrics: dict[str, Any] = {f"maps/{split}": loader.count for split, loader in loaders.items()}
     for name, values in completeness(method, model, next(iter(loaders["test"])).images).items():
         metrics |= {f"test/{name}": float(values.mean()), f"test/{name}/std": float(values.std())}
-    return Result(metrics, facts={"data": data.fingerprint(), "sha256": checksums, **hardware.facts(mixed=False)})
+    return Result(metrics, facts={"sha256": checksums, **look.facts()})
 
 
 def fill(path: Path, loader: Loader, model: nn.Module, method: Saliency, seed: int, weights: str, title: str) -> None:

@@ -9,26 +9,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradexp.data.dataset import ImageData
 from gradexp.data.loader import Batch, mix
 from gradexp.errors import UserError
 from gradexp.runs import Result, Run
 from gradexp.saliency import Saliency
 from gradexp.tasks.build import build
-from gradexp.tasks.hardware import Hardware
-from gradexp.tasks.train import load_model, make_data
+from gradexp.tasks.look import Look
 
 
 def saliency_score(run: Run) -> Result:
     """Mean and standard deviation over test images of what `evaluate` measures: `test/NAME` and `test/NAME/std`."""
-    hardware, model, data, method = parts(run)
+    look, model, method = parts(run)
     evaluate = dict(run.config["evaluate"])
     limit, batch_size = evaluate.pop("images"), evaluate.pop("batch_size")
     score = build(evaluate, where="evaluate")
-    black = data.black.to(hardware.device)
+    black = look.data.black.to(look.hardware.device)
     found: dict[str, list[Tensor]] = {}
     images = 0  # scored: the digit flip leaves out all but one digit
-    for number, batch in enumerate(first_images(data, limit, batch_size, hardware)):
+    for number, batch in enumerate(first_images(look, limit, batch_size)):
         seed = mix(run.config["seed"], number)
         torch.manual_seed(seed)  # of random maps and noise
         measured = score(model, method, batch, black=black, seed=seed)
@@ -40,22 +38,20 @@ def saliency_score(run: Run) -> Result:
         metrics[f"test/{name}"], metrics[f"test/{name}/std"] = float(values.mean()), float(values.std())
     if not images:
         raise UserError("evaluate.images: none of the test images was of use; raise it")
-    return Result(metrics, facts={"data": data.fingerprint(), "images": images, **hardware.facts(mixed=False)})
+    return Result(metrics, facts={"images": images, **look.facts()})
 
 
-def parts(run: Run) -> tuple[Hardware, nn.Module, ImageData, Saliency]:
-    """Hardware, the upstream model, the data, the saliency method."""
-    hardware: Hardware = build(run.config["trainer"], where="trainer")
-    hardware.apply()
-    data = make_data(run.config, run.paths)
-    model = load_model(run.upstream("model"), hardware)
-    method: Saliency = build(run.config["saliency"], where="saliency", black=data.black.to(hardware.device))
-    return hardware, model, data, method
+def parts(run: Run) -> tuple[Look, nn.Module, Saliency]:
+    """Data and hardware, the upstream model, the saliency method."""
+    look = Look(run)
+    black = look.data.black.to(look.hardware.device)
+    method: Saliency = build(run.config["saliency"], where="saliency", black=black)
+    return look, look.model("model"), method
 
 
-def first_images(data: ImageData, limit: int | None, batch_size: int, hardware: Hardware) -> Iterator[Batch]:
+def first_images(look: Look, limit: int | None, batch_size: int) -> Iterator[Batch]:
     """The first `limit` test images (None: all), in the data set's order, which is that of a hash: as good as random."""
-    loader = data.test_loader(batch_size=batch_size, device=hardware.device)
+    loader = look.data.test_loader(batch_size=batch_size, device=look.hardware.device)
     left = len(loader) * batch_size if limit is None else limit
     for batch in itertools.islice(loader, -(-left // batch_size)):
         yield Batch(batch.images[:left], batch.labels[:left], batch.row[:left], batch.view[:left])

@@ -86,10 +86,8 @@ def common_size(
 
 def map_size(model: nn.Module, layer: str, images: Tensor) -> torch.Size:
     """Rows and columns of a layer's output. Raises UserError where it has none."""
-    training = model.training
-    with torch.no_grad(), gradients.captured(model.eval(), [layer]) as outputs:
+    with gradients.evaluating(model), torch.no_grad(), gradients.captured(model, [layer]) as outputs:
         model(images)
-    model.train(training)
     if outputs[layer].dim() != 4:
         raise UserError(f"the output of {layer} is no map: choose a layer with channels, rows and columns")
     return outputs[layer].shape[2:]

@@ -155,12 +155,8 @@ class Step:
     @cached_property
     def _running_forward(self) -> tuple[Tensor, dict[str, Tensor]]:
         """The same with running statistics, as at test time."""
-        training = self.student.training
-        self.student.eval()
-        try:
+        with gradients.evaluating(self.student):
             return self._captured()
-        finally:
-            self.student.train(training)
 
     def _captured(self) -> tuple[Tensor, dict[str, Tensor]]:
         before = [layer.before for layer in self.student_biases.values() if layer.before]

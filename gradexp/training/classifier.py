@@ -62,7 +62,14 @@ class Classifier(lightning.LightningModule):
             return self._loss(batch)
 
     def _loss(self, batch: Batch) -> Tensor:
-        step = self.make_step(batch)
+        step = Step(
+            batch,
+            self.student,
+            self.targets,
+            differentiable_input=self.needs_input_gradient,
+            student_layers=self.student_layers,
+            student_biases=self.student_biases,
+        )
         parts = {name: term.weight * term(step) for name, term in self.terms.items()}
         loss = torch.stack(list(parts.values())).sum()
         part = ranks.part(batch.images)  # terms are means over this process's images
@@ -71,16 +78,6 @@ class Classifier(lightning.LightningModule):
         if self._summed == self.steps_per_pass or self.global_step + 1 == self.total_steps:
             self._end_pass()
         return loss * (part * ranks.world())  # the processes' gradients are averaged
-
-    def make_step(self, batch: Batch, *, differentiable_input: bool = False) -> Step:
-        return Step(
-            batch,
-            self.student,
-            self.targets,
-            differentiable_input=differentiable_input or self.needs_input_gradient,
-            student_layers=self.student_layers,
-            student_biases=self.student_biases,
-        )
 
     def observe(self, step: Step) -> dict[str, Tensor]:
         """Further scalars of a step whose means are worth a curve; not every step need have them. Here: what the terms saw."""

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from gradexp import gradients
-from gradexp.data.loader import Batch
 from gradexp.terms import Step
 from gradexp.training.classifier import Classifier
 
@@ -22,9 +21,7 @@ class Distillation(Classifier):
     def __init__(self, *args: Any, angle: str | None = None, **options: Any) -> None:
         super().__init__(*args, **options)
         self.angle = None if self.needs_input_gradient else angle
-
-    def make_step(self, batch: Batch, *, differentiable_input: bool = False) -> Step:
-        return super().make_step(batch, differentiable_input=differentiable_input or self.angle is not None)
+        self.needs_input_gradient |= self.angle is not None
 
     def observe(self, step: Step) -> dict[str, Tensor]:
         angle = self._angle(step)

@@ -6,7 +6,6 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
@@ -38,13 +37,9 @@ class Optim:
         return total
 
     def build(self, parameters: Sequence[torch.nn.Parameter], total_steps: int) -> tuple[torch.optim.Optimizer, LambdaLR]:
-        fused = {"fused": True} if "fused" in inspect.signature(_callee(self.optimizer)).parameters else {}
+        fused = {"fused": True} if "fused" in inspect.signature(self.optimizer).parameters else {}
         optimizer = self.optimizer(parameters, **fused)
         return optimizer, LambdaLR(optimizer, lambda step: self.schedule(step / total_steps))
-
-
-def _callee(function: Callable[..., object]) -> Callable[..., object]:
-    return function.func if isinstance(function, partial) else function
 
 
 def steps_down(progress: float, *, at: Sequence[float], factor: float) -> float:

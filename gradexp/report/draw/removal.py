@@ -13,7 +13,7 @@ from matplotlib.ticker import NullLocator
 
 from gradexp.report.figures import COLUMN_WIDTH, METHODS, Row, Series
 from gradexp.report.tables import read_thesis
-from gradexp.runs import ROOT, Config
+from gradexp.runs import Config
 
 CHANGE = "test/output_change@removed="
 BASELINE = "untouched"
@@ -96,8 +96,7 @@ def _draw(axes: Axes, lines: Lines, spec: Config) -> None:
 
 def _thesis(spec: Config) -> dict[tuple[str, float], float]:
     """The thesis's own values, as read off the author's poster: {(method, per cent): value}."""
-    printed = read_thesis(ROOT / "results" / "thesis.csv")
-    mine = [(key, number.value) for key, number in printed.items() if len(key) == 3 and key[0] == spec.get("thesis")]
+    mine = [(key, number.value) for key, number in read_thesis().items() if len(key) == 3 and key[0] == spec.get("thesis")]
     return {(row, float(column)): value for (_, row, column), value in mine}
 
 

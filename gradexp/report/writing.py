@@ -1,0 +1,26 @@
+"""Files of the report, written whole."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from gradexp.files import write_atomically
+
+
+def as_csv(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerows([columns, *rows])
+    return out.getvalue()
+
+
+def write_beside(stem: Path, contents: Mapping[str, str | bytes]) -> list[Path]:
+    """Writes {kind: content} as stem.kind. A stem may have dots in it."""
+    files = {stem.parent / f"{stem.name}.{kind}": content for kind, content in contents.items()}
+    for file, content in files.items():
+        write_atomically(file, content if isinstance(content, bytes) else content.encode())
+    return list(files)
