@@ -40,7 +40,7 @@ def verify(paths: Paths, *, sample: int, seed: int, extra: Config) -> Iterator[F
         wrong = list(examine(file))
         yield from (Finding(file, what) for what in wrong)
         good += [] if wrong else [file]
-    yield f"{len(good)} of {len(files)} records: complete, fingerprints and ids as they should be"
+    yield f"{len(good)} of {len(files)} records: complete, digests and ids as they should be"
     quick = [file for file in good if read_record(file)["scale"] == "quick"]
     able = [file for file in quick if read_record(file).get("precision") != "bf16" or native_bf16("cpu")]
     if sample and len(able) < len(quick):
