@@ -1,4 +1,4 @@
-"""The one error that users see: what is wrong, and the mend."""
+"""The one error that users see: what is wrong, and the mend. And what ends a run that was asked to stop."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -6,6 +6,10 @@ from difflib import get_close_matches
 
 class UserError(Exception):
     """A mistake that the user can mend. Its message names the mend; it is shown without a traceback."""
+
+
+class Stopped(BaseException):
+    """A signal asked the training to stop, and its checkpoint is written."""
 
 
 def nearest(word: str, words: Iterable[str]) -> str:

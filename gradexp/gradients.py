@@ -369,15 +369,7 @@ def find_layer(model: nn.Module, rule: str, images: Tensor) -> Layer:
     convolution. With ` activation` behind it: the activation that follows this layer. Anything else is the name of a
     module. images (B, C, H, W): any, of the right size. Raises UserError when nothing matches.
     """
-    takers = dict[int, tuple[str, Tensor]]()
-    leaves = {name: module for name, module in model.named_modules() if not list(module.children())}
-
-    def take(name: str, module: nn.Module, given: Tensor, output: Tensor) -> None:
-        takers.setdefault(id(given), (name, given))  # kept: the id of a tensor that is gone becomes another's
-
-    with evaluating(model), torch.no_grad(), _hooked(model, {name: partial(take, name) for name in leaves}):
-        _, calls = _called(model, images)
-    merged = _merged(calls)
+    merged, takers = _forward_path(model, images)
     convolutions = [call for call in merged if isinstance((call.before or call).module, nn.Conv2d)]
     starts = [call for i, call in enumerate(convolutions) if i == 0 or _size(call) != _size(convolutions[i - 1])]
     named = {f"block {i + 1}": call for i, call in enumerate(starts)} | {call.name: call for call in merged}
@@ -390,12 +382,32 @@ def find_layer(model: nn.Module, rule: str, images: Tensor) -> Layer:
     if followed is not None:
         if id(followed.output) not in takers:
             raise UserError(f"no module follows {followed.name} of {type(model).__name__}: choose its activation by name")
-        return Layer(takers[id(followed.output)][0], None)
+        return Layer(takers[id(followed.output)].name, None)
     modules = dict(model.named_modules())
     if rule not in modules:
         kind = f"it has {len(starts)} blocks" if re.fullmatch(rf"block \d+({ACTIVATION})?", rule) else f"it is {RULES}"
         raise UserError(f"{type(model).__name__} has no layer {rule!r}: {kind}{nearest(rule, [*named, *modules])}")
     return Layer(rule, None)
+
+
+class _Taker(NamedTuple):
+    """The first module that takes a tensor."""
+
+    name: str
+    given: Tensor  # kept: the id of a tensor that is gone becomes another's
+
+
+def _forward_path(model: nn.Module, images: Tensor) -> tuple[list[_Call], dict[int, _Taker]]:
+    """The layers in the order of their calls, normalisations merged with their convolutions; {id(tensor): its taker}."""
+    takers = dict[int, _Taker]()
+    leaves = {name: module for name, module in model.named_modules() if not list(module.children())}
+
+    def take(name: str, module: nn.Module, given: Tensor, output: Tensor) -> None:
+        takers.setdefault(id(given), _Taker(name, given))
+
+    with evaluating(model), torch.no_grad(), _hooked(model, {name: partial(take, name) for name in leaves}):
+        _, calls = _called(model, images)
+    return _merged(calls), takers
 
 
 def layer_bias(model: nn.Module, layer: Layer, features: Tensor | None = None) -> Tensor:

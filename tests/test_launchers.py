@@ -15,9 +15,9 @@ import pytest
 from gradexp.commands.compose import compose_run, plan
 from gradexp.commands.launchers import Local, visible_gpus
 from gradexp.commands.many import generations, make_launcher, run_all
-from gradexp.errors import UserError
+from gradexp.errors import Stopped, UserError
 from gradexp.runs import Paths, Run, ensure, objective, run_id
-from gradexp.training.callbacks import Checkpointer, Stopped
+from gradexp.training.callbacks import Checkpointer
 
 TINY = ["scale=quick", "scale.width=0.04", "optim.passes=2", "data.per_class=3", "trainer.threads=1", "logger=none"]
 

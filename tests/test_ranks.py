@@ -14,11 +14,11 @@ from gradexp import layers, ranks
 from gradexp.commands.compose import compose_run
 from gradexp.data.loader import Batch, TensorLoader, TrainingStream
 from gradexp.data.sources import Split
-from gradexp.errors import UserError
+from gradexp.errors import Stopped, UserError
 from gradexp.runs import Paths, Run, ensure
 from gradexp.tasks.build import build
 from gradexp.tasks.train import make_terms
-from gradexp.training.callbacks import Checkpointer, Stopped
+from gradexp.training.callbacks import Checkpointer
 from gradexp.training.classifier import Classifier
 from gradexp.training.dropout import dropout_after
 from gradexp.training.targets import LiveTargets

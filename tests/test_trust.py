@@ -11,7 +11,7 @@ import torch
 from gradexp import files, schema
 from gradexp.commands.compose import compose_run
 from gradexp.commands.verify import Finding, alike, verify
-from gradexp.errors import UserError
+from gradexp.errors import Stopped, UserError
 from gradexp.runs import HARDWARE, ROOT, Paths, Run, ensure, read_record, write_record
 
 TINY = ["scale=quick", "scale.width=0.04", "optim.passes=2", "data.per_class=3", "trainer.threads=1", "logger=none"]
@@ -169,7 +169,7 @@ def test_a_seal_knows_the_old_file_and_the_new(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("spoil", ["truncated", "flipped", "empty"])
 def test_a_damaged_checkpoint_is_set_aside(places: list[str], spoil: str, capsys: pytest.CaptureFixture[str]) -> None:
-    from gradexp.training.callbacks import Checkpointer, Stopped
+    from gradexp.training.callbacks import Checkpointer
 
     whole = ensure(run([f"{place}/whole" for place in places]))
     original = Checkpointer.on_train_batch_end

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from gradexp.errors import UserError
+from gradexp.errors import Stopped, UserError
 
 STOPPED = 143  # as a shell says of a process that SIGTERM ended
 MENDS = {
@@ -35,8 +35,6 @@ def honest() -> Iterator[None]:
         if error.errno not in MENDS:
             raise
         sys.exit(f"error: {error.filename2 or error.filename or 'a file'} can't be written: {MENDS[error.errno]}")
-    except BaseException as error:
-        if type(error).__name__ != "Stopped":  # its module imports torch
-            raise
+    except Stopped as error:
         print(error, flush=True)
         sys.exit(STOPPED)

@@ -79,19 +79,28 @@ def run_all(
                 failed[run.id] = Failure(run.command, cause.log)
             else:
                 ready.append(run)
-        works = [Work((*run.overrides, *extra), paths.folder(run.config) / "log.txt") for run in ready]
-        begun = time.monotonic()
-
-        def said(number: int, code: int, works: Sequence[Work] = works, ready: Sequence[Planned] = ready) -> None:
-            run, log = ready[number], works[number].log
-            seconds = time.monotonic() - begun  # noqa: B023 (called before the next generation begins)
-            print(f"[{number + 1}/{len(ready)}] {seconds:.0f} s  {run.command}\n    {_last_line(log, code)}", flush=True)
-            if code:
-                failed[run.id] = Failure(run.command, log)
-
-        if works:
-            launcher.do(works, workers, said)
+        failed |= _do_stage(ready, paths, workers, extra, launcher)
     return list(failed.values())
+
+
+def _do_stage(
+    runs: Sequence[Planned], paths: Paths, workers: int, extra: Sequence[str], launcher: Local | Slurm
+) -> dict[str, Failure]:
+    """Does runs that do not wait for each other, and says how each ended; {id: failure} of those that failed."""
+    works = [Work((*run.overrides, *extra), paths.folder(run.config) / "log.txt") for run in runs]
+    failed: dict[str, Failure] = {}
+    begun = time.monotonic()
+
+    def said(number: int, code: int) -> None:
+        run, log = runs[number], works[number].log
+        seconds = time.monotonic() - begun
+        print(f"[{number + 1}/{len(runs)}] {seconds:.0f} s  {run.command}\n    {_last_line(log, code)}", flush=True)
+        if code:
+            failed[run.id] = Failure(run.command, log)
+
+    if works:
+        launcher.do(works, workers, said)
+    return failed
 
 
 def _last_line(log: Path, code: int) -> str:

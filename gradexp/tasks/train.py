@@ -23,7 +23,7 @@ from gradexp import layers, ranks
 from gradexp.data.dataset import ImageData
 from gradexp.data.loader import Loader, TrainingStream
 from gradexp.data.removal import MANIFEST
-from gradexp.errors import UserError
+from gradexp.errors import Stopped, UserError
 from gradexp.evaluate.accuracy import accuracy
 from gradexp.files import draft_of, put_sealed
 from gradexp.runs import Config, Paths, Result, Run, digests, git_state
@@ -33,7 +33,7 @@ from gradexp.tasks.loggers import finish, make_logger
 from gradexp.tasks.processes import train_together
 from gradexp.terms import Term
 from gradexp.terms.step import Map, Targets
-from gradexp.training.callbacks import Checkpointer, ProgressLine, Stopped
+from gradexp.training.callbacks import Checkpointer, ProgressLine
 from gradexp.training.classifier import Classifier
 from gradexp.training.dropout import dropout_after
 from gradexp.training.optim import Optim

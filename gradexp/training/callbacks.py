@@ -13,16 +13,13 @@ import lightning
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from gradexp import clocks, ranks
+from gradexp.errors import Stopped
 from gradexp.files import draft_of, intact, put_sealed, remove_sealed
 
 # From the user or the system; from SLURM before a job's end; from SLURM as submitit asks for it.
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 PLAIN_EVERY = 30.0  # seconds between lines where there is no terminal
 REFRESH_EVERY = 0.5  # seconds between updates of the bar
-
-
-class Stopped(BaseException):
-    """A signal asked the training to stop, and its checkpoint is written."""
 
 
 def hand_on(number: int, handler: Any) -> None:
