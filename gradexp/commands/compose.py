@@ -72,10 +72,9 @@ def _upstream(config: Config, name: str) -> Planned:
     choices = config["upstream"].get(name)
     if choices is None:
         who = f"method {config['method']['name']}" if "method" in config else "it"
-        example = "saliency_maps" if name == "maps" else "teacher"
         raise UserError(
-            f"experiment {config['name']}: {who} needs a {name}, and none is named; add it: "
-            f"+upstream.{name}.experiment={example}"
+            f"experiment {config['name']}: {who} needs a {name}, and none is named; name the experiment that gives it: "
+            f"+upstream.{name}.experiment=NAME"
         )
     return plan([*_as_overrides(choices), f"scale={config['scale']['name']}"])
 

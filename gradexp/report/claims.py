@@ -319,7 +319,8 @@ def to_csv(claims: Sequence[Judged]) -> str:
     for c in claims:
         counts = (len(c.comparisons), len(c.planned), len(c.run), c.agreeing, c.n)
         numbers = ["" if value is None else f"{value:.4g}" for value in (c.p, c.p_holm, c.further)]
-        rows.append([c.id, c.section, c.item, c.says, c.verdict, c.unit, *counts, *numbers])
+        words = (c.id, c.section, c.item, c.says, c.verdict, c.unit)
+        rows.append(dict(zip(COLUMNS, (*words, *counts, *numbers), strict=True)))
     return as_csv(COLUMNS, rows)
 
 

@@ -165,7 +165,7 @@ def make(
             figure.supxlabel(textwrap.fill(spec["note"], NOTE_WIDTH), **small)
         stem = results / "figures" / scale / f"figure_{spec['number'].replace('.', '_')}"
         pictures = {kind: _saved(figure, kind) for kind in ("png", "pdf", *spec.get("also", []))}
-    table = as_csv(list(rows[0]), [[row.get(name, "") for name in rows[0]] for row in rows])
+    table = as_csv(list(rows[0]), rows)
     return write_beside(stem, {**pictures, "csv": table, "md": to_markdown(spec, scale, series, sentences)})
 
 

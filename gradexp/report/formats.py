@@ -55,7 +55,8 @@ def to_csv(table: Table) -> str:
         plain = [("" if x is None else f"{x:.4f}") for x in (c.ours, c.std)]
         thesis = "" if c.thesis is None else f"{c.thesis.value:g}"
         difference = "" if c.difference is None else f"{c.difference:.4f}"
-        rows.append([c.row, c.column, c.metric, *plain, len(c.values), thesis, difference, " ".join(done)])
+        values = (c.row, c.column, c.metric, *plain, len(c.values), thesis, difference, " ".join(done))
+        rows.append(dict(zip(COLUMNS, values, strict=True)))
     return as_csv(COLUMNS, rows)
 
 
