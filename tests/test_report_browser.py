@@ -1,9 +1,12 @@
 """The page of `make report` in a browser: keys, panels, themes, narrow windows, paper.
 
 Skipped where playwright or a Chromium is missing: it downloads neither. `chromium` on the PATH, or playwright's own, will do.
+What comes a moment later is awaited with `expect`: `wait_for_function` evaluates a string again and again, which the page's
+Content-Security-Policy forbids from the second time on.
 """
 
 import io
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +18,7 @@ from PIL import Image
 from test_report import HOSTILE, SPEC, fill, picture, render
 
 api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (it comes with .[dev])")
+expect = api.expect
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 QUIET = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-dev-shm-usage"]
@@ -83,12 +87,12 @@ def test_a_cell_opens_by_keyboard_and_closes_back_to_itself(visit: Any) -> None:
     for _ in range(25):
         page.keyboard.press("Tab")  # leaves the panel for the browser's own buttons at most
         assert page.evaluate("document.activeElement === document.body || !!document.activeElement.closest('dialog')")
-    page.wait_for_function("document.activeElement !== document.body")  # those hand the focus back a moment later
+    expect(page.locator(":focus")).to_have_count(1)  # those hand the focus back a moment later
     page.focus("#close")
     page.keyboard.press("ArrowLeft")
-    page.wait_for_function("document.getElementById('panel-title').textContent === 'A only · 1'")
+    expect(page.locator("#panel-title")).to_have_text("A only · 1")
     page.keyboard.press("Escape")
-    page.wait_for_function("document.activeElement.getAttribute('href') === '#cell-2.1-1-0'")  # `close` is heard a moment later
+    expect(page.locator('a[href="#cell-2.1-1-0"]')).to_be_focused()  # `close` is heard a moment later
     assert panel.count() == 0
     assert page.evaluate("location.hash") == ""
 
@@ -104,13 +108,13 @@ def test_a_panel_shows_the_record_as_text(visit: Any) -> None:
     panel.get_by_text("Config").first.click()
     assert "passes: 60" in panel.inner_text()
     panel.locator("a", has_text="run 979a2a3fc1fe").first.click()
-    page.wait_for_function("document.getElementById('panel-title').textContent === 'run 979a2a3fc1fe'")
+    expect(page.locator("#panel-title")).to_have_text("run 979a2a3fc1fe")
     assert "63.9" in panel.inner_text()
     page.go_back()
-    page.wait_for_function("document.getElementById('panel-title').textContent.startsWith('Cross-Entropy')")
+    expect(page.locator("#panel-title")).to_have_text(re.compile("^Cross-Entropy"))
     page.go_back()
     page.goto(page.url.split("#")[0] + "#table-2.1")
-    assert page.locator("dialog[open]").count() == 0
+    expect(page.locator("dialog[open]")).to_have_count(0)
 
 
 def test_an_empty_cell_gives_its_command(visit: Any) -> None:
@@ -119,7 +123,7 @@ def test_an_empty_cell_gives_its_command(visit: Any) -> None:
     assert "Not run yet. This fills it:" in panel.inner_text()
     assert panel.locator("pre.command").first.inner_text().endswith("method=a data.per_class=500 seed=0")
     panel.get_by_text("Copy").first.click()
-    page.wait_for_function("['Copied', 'Selected'].includes(document.querySelector('.copy').textContent)")
+    expect(page.locator(".copy").first).to_have_text(re.compile("^(Copied|Selected)$"))
 
 
 @pytest.mark.parametrize("viewport", [DESKTOP, PHONE], ids=["desktop", "phone"])
