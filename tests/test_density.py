@@ -303,6 +303,8 @@ def test_the_other_activation_of_resnet18_is_refused_where_a_hessian_is_asked(pl
 def test_a_mask_that_does_not_fit_fails_before_the_training(places: list[str], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="a side from 1 to 32"):
         ensure(run(places, "experiment=fooling", *shrunk("start"), "task.mask=33"))
+    with pytest.raises(UserError, match=r"set task\.mask alone"):
+        ensure(run(places, "experiment=fooling", *shrunk("start"), "method.terms.fooling.mask=8"))
     assert not list(tmp_path.rglob("*.pt"))
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from gradexp import gradients
 from gradexp.data.loader import Batch
+from gradexp.errors import UserError
 from gradexp.evaluate.energy import energy_inside
 from gradexp.runs import Result, Run
 from gradexp.tasks.look import Look, as_bytes
@@ -26,6 +27,11 @@ def fool(run: Run) -> Result:
     """
     look, task = Look(run), run.config["task"]
     mask = corner(task["mask"], torch.zeros(1, 1, look.data.size, look.data.size))
+    taught = run.config["method"]["terms"].get("fooling", task)["mask"]
+    if taught != task["mask"]:
+        raise UserError(
+            f"method.terms.fooling.mask={taught}, but the energy is measured in task.mask={task['mask']}: set task.mask alone"
+        )
     training, checkpointer = trained(run)
     look.diverged = training.status == "diverged"
     shown = next(look.batches(task["shown"], task["shown"]))
