@@ -371,7 +371,7 @@ def explanation(confidence: float) -> list[str]:
         "draws of noise or samples, decides nothing; it is shown behind ± in brackets where there is one seed.",
         "- *Another setting*: at this scale the data, the networks or the length of training are so unlike the thesis's that "
         "its numbers, and their differences in the last column, can't be compared; a verdict is about this setting. What "
-        "departs stands under the table or figure. The thesis's numbers for figures 3.2 and 5.3 are read off its poster.",
+        "departs stands under the table or figure. The thesis's numbers for figure 3.2 are read off its poster.",
     ]
 
 

@@ -61,8 +61,9 @@ class ScoreMatching(HessianTrace):
 class AntiScoreMatching(HessianTrace):
     """Maximises the trace of the Hessian up to a ceiling, image by image (§5.5): -min(h, ceiling); mean over the batch.
 
-    A ceiling over one-sample estimates is a mild penalty on their noise: where the trace nears it, `taylor`, whose noise
-    has a standard deviation of 2‖∇f‖/sigma (§5.8), makes the term keep the gradient norm down besides. `hutchinson` does not.
+    The mean of a clamped estimate falls with the estimate's noise, which for `taylor` has a standard deviation of
+    2‖∇f‖/sigma (§5.8): with sigma .01 and gradient norms of a few units it is as large as a ceiling of 1000, so that the
+    term also keeps the gradient norm down. With `hutchinson` it does not.
     """
 
     def __init__(self, *, weight: float, ceiling: float, estimator: str, sigma: float, target: str) -> None:
