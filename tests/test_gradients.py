@@ -137,6 +137,17 @@ def test_jacobian_term_against_two_gradients() -> None:
     expected = ((pair[0] - pair[1]) ** 2).sum() / 4
     assert jacobian()(step(student, teacher)).item() == pytest.approx(expected.item(), rel=1e-5)
     assert jacobian(reduction="mean")(step(student, teacher)).item() == pytest.approx(expected.item() / 72, rel=1e-5)
+    distances = [(one - other).norm().item() for one, other in zip(*pair, strict=True)]
+    assert jacobian(reduction="norm")(step(student, teacher)).item() == pytest.approx(sum(distances) / 4, rel=1e-5)
+
+
+def test_a_distance_of_zero_has_a_gradient() -> None:
+    """The root's own slope is infinite there."""
+    student = net(0)
+    jacobian(reduction="norm")(step(student, copy.deepcopy(student).requires_grad_(False))).backward()
+    slopes = [parameter.grad for parameter in student.parameters() if parameter.grad is not None]
+    assert slopes
+    assert all(slope.isfinite().all() for slope in slopes)
 
 
 def test_the_teachers_largest_logit_is_matched_in_both_networks() -> None:

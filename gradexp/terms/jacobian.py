@@ -1,3 +1,4 @@
+import torch
 from torch import Tensor
 
 from gradexp.gradients import TARGETS
@@ -9,19 +10,22 @@ class Jacobian(Term):
     """Squared distance of student's and teacher's input-gradients (Proposition 1, second term).
 
     target: whose gradient (§2.4.1); `top` is the teacher's largest logit in both networks, `all` the full Jacobian of
-    Proposition 1. reduction: `sum` or `mean` over pixels (and classes); mean over the batch. student_bn: `batch` or
-    `running` statistics.
+    Proposition 1. reduction: `sum` or `mean` over pixels (and classes), or `norm`, the root of the sum: the distance
+    itself, unsquared; mean over the batch. student_bn: `batch` or `running` statistics.
     """
 
     needs_teacher = True
 
     def __init__(self, *, weight: float, reduction: str, target: str, student_bn: str) -> None:
         super().__init__(weight=weight)
-        self.reduction = choose("reduction", reduction, "sum", "mean")
+        self.reduction = choose("reduction", reduction, "sum", "mean", "norm")
         self.target = self.gradient_target = choose("target", target, *TARGETS)
         self.student_bn = choose("student_bn", student_bn, "batch", "running")
 
     def forward(self, step: Step) -> Tensor:
         student = step.student_input_gradient(self.target, self.student_bn)
         teacher = step.teacher_input_gradient(self.target)
-        return reduce((precise(student) - precise(teacher)).square(), self.reduction)
+        difference = precise(student) - precise(teacher)
+        if self.reduction == "norm":
+            return torch.linalg.vector_norm(difference.flatten(1), dim=1).mean()
+        return reduce(difference.square(), self.reduction)
