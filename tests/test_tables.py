@@ -259,7 +259,8 @@ def test_every_cell_composes_and_has_its_number_in_the_thesis(path: Path) -> Non
     thesis = tables.read_thesis()
     shown = []
     for row, column, seeds in tables.cells_of(spec, "paper" if "paper" in spec["seeds"] else "cpu"):
-        assert (spec.get("thesis", spec["number"]), *(place.get("thesis", place["label"]) for place in (row, column))) in thesis
+        names = [place.get("thesis", place["label"]) for place in (row, column)]  # null: the thesis prints no such number
+        assert None in names or (spec.get("thesis", spec["number"]), *names) in thesis
         metric = next(place["metric"] for place in (row, column, spec) if "metric" in place)
         shown += [(run_id(plan(overrides).config), str(metric)) for overrides in seeds[:1]]
     assert len(set(shown)) == len(shown), "two cells show the same number"
