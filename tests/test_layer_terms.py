@@ -115,12 +115,12 @@ def test_a_tensor_that_is_gone_lends_its_place_to_no_other() -> None:
         assert gradients.find_layer(model, f"block {block} activation", image) == (str(3 * block - 2), None)
 
 
-def test_attention_of_chapter_4_is_of_activations() -> None:
+def test_attention_of_chapter_4_is_of_normalised_convolutions() -> None:
     config = compose_run(["experiment=fullgrad_distill", "method=fg_att", "scale.width=0.05"])
     student, teacher = build(config["model"], where="model"), build(config["model"], where="model")
     term = build(config["method"]["terms"]["attention"], where="attention")
     term.place(student, teacher, torch.zeros(1, 3, 32, 32))
-    assert term.student_layers == ("features.relu1", "features.relu3", "features.relu5")
+    assert term.student_layers == ("features.norm1", "features.norm3", "features.norm5")
 
 
 def test_a_rule_that_matches_nothing_is_an_error() -> None:
@@ -453,7 +453,7 @@ def test_a_step_of_fg_att_takes_one_forward_and_one_gradient_of_each_network(mon
     taken = gradients._gradients
     monkeypatch.setattr(gradients, "_gradients", lambda *call: calls.append("gradient") or taken(*call))
     assert terms[3].student_layers == ("features.norm1", "features.norm2", "features.norm3") == terms[3].teacher_layers
-    assert terms[4].student_layers == ("features.relu1", "features.relu2", "features.relu3") == terms[4].teacher_layers
+    assert terms[4].student_layers == ("features.norm1", "features.norm2", "features.norm3") == terms[4].teacher_layers
     layers_read = terms[3].student_layers + terms[4].student_layers
     live = LiveTargets(teacher, with_gradient=True, layers=layers_read)
     step = Step(data, student, live, differentiable_input=True, student_layers=layers_read)
@@ -478,7 +478,7 @@ def test_stored_and_live_targets_train_the_same_student(places: list[str]) -> No
     (folder,) = (found for found in (outputs / "cache" / "targets").iterdir() if found.is_dir())
     names = {file.name for file in folder.iterdir() if not file.name.endswith(".crc")}
     assert {"logits", "gradient-label"} < names
-    assert {f"attention-features.relu{i}" for i in (1, 2, 3)} < names
+    assert {f"attention-features.norm{i}" for i in (1, 2, 3)} < names
     assert {f"gradient-features.norm{i}-label" for i in (1, 2, 3)} < names
     live = ensure(run("fullgrad_distill", [f"{place}-live" if "paths" in place else place for place in places],
                       "method=fg_att", "trainer.store_gib=0"))  # fmt: skip
