@@ -1,5 +1,6 @@
 """The training loop, in process: schedules, lengths, and what survives an interruption."""
 
+from csv import DictReader
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +181,22 @@ def test_csv_logger_keeps_curves_and_the_final_number(places: list[str]) -> None
     text = file.read_text()
     assert "train/loss/cross_entropy" in text
     assert str(record["metrics"]["test/accuracy"]) in text
+
+
+def test_a_killed_run_keeps_its_csv_curves_and_goes_on_in_the_next(places: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["logger=csv", "optim.batch_size=16", "optim.passes=null", "optim.steps=6"]  # two passes of three steps
+    step, calls = Classifier.training_step, iter((1, 1, 1, 1))
+    with monkeypatch.context() as patch:
+        patch.setattr(Classifier, "training_step", lambda *args: step(*args) if next(calls, 0) else 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            ensure(run(places, *words, "trainer.checkpoint_every=0"))
+    made = run(places, *words)
+    record = ensure(made)
+    first, second = (
+        [float(line["train/loss"]) for line in DictReader(file.open()) if line["train/loss"]]
+        for file in sorted(made.folder.rglob("metrics.csv"))
+    )
+    assert first + second == pytest.approx(record["metrics"]["train/loss"], rel=1e-4)  # a record has five digits
 
 
 def test_a_broken_logger_does_not_break_the_run(

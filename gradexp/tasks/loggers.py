@@ -30,10 +30,10 @@ def none(*, run: Run, group: str) -> None:
 
 
 def csv(*, run: Run, group: str) -> Any:
-    """Curves as metrics.csv in the run's folder."""
+    """Curves, a line a pass, as csv/version_0/metrics.csv in the run's folder; a resumed run goes on in version_1."""
     from lightning.pytorch.loggers import CSVLogger
 
-    return CSVLogger(run.folder, name="", version="csv")
+    return CSVLogger(run.folder, name="csv", flush_logs_every_n_steps=1)
 
 
 def wandb(*, run: Run, group: str, project: str) -> Any:
