@@ -30,7 +30,7 @@ import filelock
 import numpy as np
 
 from gradexp import clocks, schema
-from gradexp.errors import UserError
+from gradexp.errors import UserError, nearest
 from gradexp.files import intact
 from gradexp.files import sha256 as sha256
 from gradexp.files import write_atomically as write_atomically
@@ -135,10 +135,21 @@ def _unreadable(path: Path, why: str) -> UserError:
     return UserError(f"record {path} can't be read ({why}); delete it and run again, or restore it with git")
 
 
-def value_of(record: Config, metric: str) -> float:
-    """A record's metric; NaN for a diverged run."""
-    value = record["metrics"].get(metric)
-    return float("nan") if value is None else float(value)
+def metric_of(record: Config, name: str) -> float | list[float | None]:
+    """A recorded number, or a curve; NaN for a number that a diverged run has not. Raises UserError for an unknown name."""
+    metrics = record["metrics"]
+    if name not in metrics and record["status"] != "diverged":
+        raise UserError(f"record {record['id']} has no metric {name}{nearest(name, metrics)}")
+    value: list[float | None] | float | None = metrics.get(name)
+    return float("nan") if value is None else value
+
+
+def value_of(record: Config, name: str) -> float:
+    """A recorded number, as metric_of. Raises UserError for a curve."""
+    value = metric_of(record, name)
+    if isinstance(value, list):
+        raise UserError(f"record {record['id']}: {name} is a curve, where a number is wanted")
+    return float(value)
 
 
 def write_record(path: Path, record: Config) -> None:

@@ -1,28 +1,22 @@
 """make report SCALE=cpu: one page of everything at a scale, from records alone; trains nothing."""
 
-import argparse
 import json
 
-from common import shown
+from common import CLAIMS, arguments, shared, shown
 from joblib import cpu_count
 
 from gradexp import __version__
-from gradexp.commands.compose import compose_run, plan
+from gradexp.commands.compose import plan
 from gradexp.commands.exits import honest
 from gradexp.report import claims, figures, html, specs, tables
 from gradexp.report import plan as costs
-from gradexp.runs import ROOT, Paths, git_state
-
-CLAIMS = ROOT / "conf" / "claims.yaml"
+from gradexp.runs import Paths, git_state
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--scale", default="cpu")
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="of paths")
-    given = parser.parse_args()
+    given = arguments(__doc__).parse_args()
     with honest():
-        paths = Paths.of(compose_run(["experiment=teacher", f"scale={given.scale}", *given.set]))
+        paths = Paths.of(shared(given.scale, given.set))
         path = html.write(page(given.scale, paths), given.scale, paths.results)
     print(f"written: {shown(path)} ({path.stat().st_size / 1024:,.0f} KiB); open it in a browser")
 

@@ -1,6 +1,5 @@
 """make plan SCALE=cpu: what is missing and what it costs.   --probe measures, for a few steps, what no record tells."""
 
-import argparse
 import json
 import shutil
 from collections.abc import Sequence
@@ -8,9 +7,10 @@ from dataclasses import asdict
 from hashlib import sha256
 
 import torch
+from common import arguments, shared
 from joblib import cpu_count
 
-from gradexp.commands.compose import compose_run, plan
+from gradexp.commands.compose import plan
 from gradexp.commands.exits import honest
 from gradexp.errors import UserError
 from gradexp.report import plan as report
@@ -21,13 +21,11 @@ from gradexp.tasks.hardware import Hardware
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--scale", default="cpu")
+    parser = arguments(__doc__)
     parser.add_argument("--probe", action="store_true", help="minutes for each kind of run of which nothing is known")
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="of trainer, logger or paths, for every run")
     given = parser.parse_args()
     with honest():
-        config = compose_run(["experiment=teacher", f"scale={given.scale}", *given.set])
+        config = shared(given.scale, given.set)
         paths, hardware = Paths.of(config), build(config["trainer"], where="trainer")
         history = known(paths, hardware)
         rows = report.build(given.scale, plan, paths, history)

@@ -187,7 +187,7 @@ def record(folder: Path, words: list[str], metrics: dict[str, Any], **facts: Any
     config = fake_plan(words).config
     write_record(
         folder / "runs" / config["name"] / f"{run_id(config)}.json",
-        {"id": run_id(config), "metrics": metrics, "config": {"task": {"draws": 10}}, **facts},
+        {"id": run_id(config), "status": "finished", "metrics": metrics, "config": {"task": {"draws": 10}}, **facts},
     )
 
 

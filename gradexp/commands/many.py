@@ -105,4 +105,6 @@ def _do_stage(
 
 def _last_line(log: Path, code: int) -> str:
     lines = log.read_text().splitlines() if log.exists() else []
+    if code < 0:  # its last line is about its progress
+        return f"killed by signal {-code}; it last said: {lines[-1] if lines else 'nothing'}"
     return lines[-1] if lines else f"it ended with exit code {code} and printed nothing"

@@ -22,7 +22,7 @@ from gradexp.errors import UserError
 from gradexp.report import provenance
 from gradexp.report.specs import Planner, Source, at_paper, seeds_of
 from gradexp.report.writing import as_csv, write_beside
-from gradexp.runs import Config, Paths, read_arrays, read_record
+from gradexp.runs import Config, Paths, metric_of, read_arrays, read_record
 
 STYLE: Any = {
     "font.family": "DejaVu Sans",
@@ -80,14 +80,18 @@ class Series:
 
         The curve of a run that diverged ends early.
         """
-        values = [record["metrics"].get(name) for record in self.records]
+        values = [metric_of(record, name) for record in self.records]
         longest = max((len(value) for value in values if isinstance(value, list)), default=0)
-        rows = [[*value, *[np.nan] * (longest - len(value))] if isinstance(value, list) else value for value in values]
-        return np.array([np.nan if row is None else row for row in rows], dtype=float)
+        if not longest:
+            return np.array(values, dtype=float)
+        curves = [value if isinstance(value, list) else [] for value in values]
+        return np.array([[*curve, *[None] * (longest - len(curve))] for curve in curves], dtype=float)
 
     def band(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Mean and standard deviation (of the sample; 0 for a single run) of a curve over runs. Twice (length,)."""
         values = self.metric(name)
+        if values.ndim < 2:
+            raise UserError(f"{self.label}: {name} is a number, where a curve is wanted")
         return values.mean(0), values.std(0, ddof=1) if len(values) > 1 else np.zeros(values.shape[1])
 
 

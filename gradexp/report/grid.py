@@ -11,7 +11,7 @@ from scipy import stats
 from gradexp.errors import UserError, nearest
 from gradexp.report import figures, specs, tables
 from gradexp.report.specs import Planner, Source
-from gradexp.runs import Config, Paths, read_record
+from gradexp.runs import Config, Paths, metric_of, read_record
 
 
 @dataclass(frozen=True)
@@ -24,16 +24,12 @@ class Value:
     @classmethod
     def of(cls, record: Config, metric: str, x: str | None, column: str) -> Value:
         """A record's metric; of a curve, its value where `x` is the column. Raises UserError for one that it does not have."""
-        metrics = record["metrics"]
-        if metric not in metrics:
-            raise UserError(f"record {record['id']} has no metric {metric}{nearest(metric, metrics)}")
-        value = metrics[metric]
+        value: Any = metric_of(record, metric)
         if isinstance(value, list):
-            places = [i for i, at in enumerate(metrics.get(x, [])) if f"{at:g}" == column]
-            if not places:
-                grid = [f"{at:g}" for at in metrics.get(x, [])]
+            grid = [f"{at:g}" for at in record["metrics"].get(x, [])]
+            if column not in grid:
                 raise UserError(f"record {record['id']}: {metric} is a curve, not drawn at {column!r}{nearest(column, grid)}")
-            value = value[places[0]]
+            value = value[grid.index(column)]
         return cls(math.nan if value is None else float(value), _error(record, metric))
 
 

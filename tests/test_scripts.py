@@ -1,0 +1,42 @@
+"""What the scripts behind make share."""
+
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+from gradexp.commands.many import _last_line
+from gradexp.errors import UserError
+from gradexp.runs import ROOT
+
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import common
+
+
+@pytest.mark.parametrize("word", ["optim.passes=1", "seed=3", "+data.crop=0", "scale=paper", "method=ce"])
+def test_what_decides_numbers_can_not_be_set_for_all_runs(word: str) -> None:
+    """It would train runs that no cell names."""
+    with pytest.raises(UserError, match=r"python run\.py"):
+        common.shared("quick", [word])
+
+
+def test_hardware_and_places_can(tmp_path: Path) -> None:
+    config = common.shared("quick", ["trainer.threads=1", f"paths.results={tmp_path}", "logger=csv"])
+    assert (config["trainer"]["threads"], config["paths"]["results"]) == (1, str(tmp_path))
+
+
+@pytest.mark.parametrize("workers", ["0", "-1"])
+def test_less_than_one_worker_is_refused(workers: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["make_table.py", "2.1", "--scale", "quick", "--workers", workers])
+    with pytest.raises(SystemExit, match=f"WORKERS={workers}"):
+        common.make_all("table", lambda *_: None, None)
+
+
+def test_a_killed_run_is_said_to_be_killed(tmp_path: Path) -> None:
+    log = tmp_path / "log.txt"
+    assert _last_line(log, 2) == "it ended with exit code 2 and printed nothing"
+    log.write_text("step 3/9\n")
+    assert _last_line(log, 1) == "step 3/9"
+    assert _last_line(log, -signal.SIGKILL) == "killed by signal 9; it last said: step 3/9"
