@@ -13,7 +13,8 @@ def main() -> None:
     with honest():
         paths = Paths.of(shared(given.scale, given.set))
         judged = claims.read(CLAIMS, given.scale, plan, paths)
-        files = claims.write(judged, given.scale, claims.load(CLAIMS)["confidence"], paths.results)
+        levels = {name: claims.load(CLAIMS)[name] for name in ("confidence", "power")}
+        files = claims.write(judged, given.scale, paths.results, **levels)
     for claim in judged:
         print(f"{claims.verdict(claim):<40} {claim.id:<20} {claim.says}")
     print(claims.tally(judged))

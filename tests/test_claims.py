@@ -64,7 +64,7 @@ def test_what_is_underpowered_needs_at_least_one_more_seed() -> None:
 def test_a_comparison_outside_the_scale_is_not_waited_for() -> None:
     (found,) = judge(Judged("x", "§2.6", "", "table 2.1", "seeds", "", (comparison(UP), comparison(None, in_scale=False))))
     assert found.verdict == "holds"
-    assert "1 of 1 agree; 1 not part of this scale" in claims.to_markdown([found], "cpu", 0.95)
+    assert "1 of 1 agree; 1 not part of this scale" in claims.to_markdown([found], "cpu", confidence=0.95, power=0.8)
 
 
 def test_a_claim_is_as_sure_as_its_least_sure_comparison() -> None:
@@ -223,7 +223,7 @@ def test_from_records_to_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     e = judged[0].comparisons[0].estimate
     assert e is not None
     assert e.low < 1 < e.high  # type: ignore[operator]
-    md, csv = claims.write(judged, "quick", 0.95, tmp_path)
+    md, csv = claims.write(judged, "quick", tmp_path, confidence=0.95, power=0.8)
     assert "9 claims: 4 holds, 2 contradicted, 1 direction only, 2 not run." in md.read_text()
     assert len(csv.read_text().splitlines()) == 10
     assert r"A \| helps" in md.read_text()
@@ -242,7 +242,7 @@ def test_images_of_one_model_are_a_sample_of_their_own(digest: str, said: str, t
     assert (over_images.verdict, over_seeds.verdict) == ("holds", "direction only")
     assert claims.verdict(over_images) == "holds, for this model"
     assert over_images.comparisons[0].label == f"Gradient < Random, RF = 0.5{said}"
-    assert "table 3.2, over images; another setting" in claims.to_markdown([over_images], "quick", 0.95)
+    assert "table 3.2, over images; another setting" in claims.to_markdown([over_images], "quick", confidence=0.95, power=0.8)
     assert over_seeds.comparisons[0].noise == pytest.approx(2**0.5 * 0.4 / 20)
 
 

@@ -24,7 +24,7 @@ def series(folder: Path, label: str, *losses: list[float]) -> figures.Series:
     """A series with one record a list."""
     sources = [Source(f"{label}{i}", folder / f"{label}{i}.json", f"python run.py seed={i}") for i in range(len(losses))]
     for source, loss in zip(sources, losses, strict=True):
-        runs.write_record(source.record, {"metrics": {"train/loss": loss}})
+        runs.write_record(source.record, {"id": source.id, "status": "finished", "metrics": {"train/loss": loss}})
     return figures.Series({"label": label}, tuple(sources))
 
 
@@ -49,6 +49,31 @@ def test_a_curve_that_ends_early_leaves_a_gap(tmp_path: Path) -> None:
     points = list(csv.DictReader(files[-2].open()))
     assert [row["mean"] for row in points] == ["3", "nan"]
     assert [row["std"] for row in points] == ["1.41", "nan"]  # no 0, which would say that the seeds agree
+
+
+def test_a_curve_that_one_run_has_not_is_a_gap_and_a_misspelt_one_an_error(tmp_path: Path) -> None:
+    one = series(tmp_path, "a", [4.0, 2.0], [2.0, 4.0])
+    record = {"id": "a0", "status": "diverged", "metrics": {"accuracy": None}}
+    runs.write_record(one.sources[0].record, record)
+    np.testing.assert_array_equal(one.metric("train/loss"), [[np.nan, np.nan], [2, 4]])
+    with pytest.raises(UserError, match="did you mean train/loss"):
+        one.metric("train/los")
+    runs.write_record(one.sources[1].record, {"id": "a1", "status": "finished", "metrics": {"train/loss": 1.0}})
+    with pytest.raises(UserError, match="is a number, where a curve is wanted"):
+        one.band("train/loss")
+
+
+def test_the_thesiss_numbers_are_drawn_only_where_they_can_be_compared(tmp_path: Path) -> None:
+    seen = []
+
+    def draw(spec: dict[str, Any], series: Any) -> Any:
+        seen.append(spec.get("thesis"))
+        return curves(spec, series)
+
+    for comparable in (["paper"], ["paper", "quick"]):
+        spec = SPEC | {"thesis": "fig 9", "comparable": comparable}
+        figures.make(spec, "quick", [series(tmp_path, "a", [1.0])], draw, tmp_path)
+    assert seen == [None, "fig 9"]
 
 
 def test_a_figure_says_how_its_runs_depart_and_where_they_come_from(tmp_path: Path) -> None:
@@ -87,12 +112,12 @@ def test_the_same_records_give_the_same_bytes(tmp_path: Path) -> None:
     assert [file.read_bytes() for file in first] == [file.read_bytes() for file in second]
 
 
-@pytest.mark.parametrize("text", ["numbr: 1", "series: [{lable: a}]", "series: [{label: a}]\npoints: [{scale: cpu}]"])
+@pytest.mark.parametrize("text", ["titel: x", "series: [{lable: a}]", "series: [{label: a}]\npoints: [{scale: cpu}]"])
 def test_a_misspelt_key_of_a_figure_is_an_error(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(specs, "ROOT", tmp_path)
     (tmp_path / "conf" / "figure").mkdir(parents=True)
     (tmp_path / "conf" / "figure" / "9.yaml").write_text(text)
-    with pytest.raises(UserError, match=r"there is no key (numbr|lable|scale), did you mean (number|label|scales)"):
+    with pytest.raises(UserError, match=r"there is no key (titel|lable|scale), did you mean (title|label|scales)"):
         specs.load("figure", "9")
 
 

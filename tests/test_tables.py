@@ -18,6 +18,7 @@ from gradexp.commands.compose import plan
 from gradexp.errors import UserError
 from gradexp.report import formats, provenance, tables
 from gradexp.report import specs as report_specs
+from gradexp.report.specs import Source
 from gradexp.runs import ROOT, Paths, run_id, write_record
 
 GOLDEN = ROOT / "tests" / "golden"
@@ -182,12 +183,13 @@ def test_a_teacher_that_was_made_twice_is_said() -> None:
 def test_a_table_says_where_the_models_that_it_looks_at_were_trained(tmp_path: Path) -> None:
     """Two looks at one model, whose training was begun elsewhere with other code, and resumed."""
     here = {"precision": "32", "device": "here", "git": {"commit": "c" * 40, "dirty": False}, "seconds": {"wall": 3600}}
+    here["started"] = "2026-01-02T03:04:05+00:00"
     began = {"precision": "bf16", "device": "there", "git": {"commit": "b" * 40, "dirty": True}}
     stands_on = {"experiment": "teacher", "id": "aa"}
     looks = [tmp_path / "noise" / f"run{i}.json" for i in range(2)]
     for file in looks:
         write_record(file, {"id": file.stem, "metrics": {}, "upstream": {"model": stands_on}, **here})
-    model = {"id": "aa", "metrics": {}, "attempts": [began], **here, "device": "elsewhere"}
+    model = {"id": "aa", "metrics": {}, "attempts": [began], **here, "device": "elsewhere", "started": "2026-01-01T00:00:00"}
     write_record(tmp_path / "teacher" / "aa.json", model)
     records, below = provenance.read([*looks, *looks])
     assert [record["id"] for record in (*records, *below)] == ["run0", "run1", "aa"]
@@ -195,6 +197,16 @@ def test_a_table_says_where_the_models_that_it_looks_at_were_trained(tmp_path: P
         "2 runs and 1 that they stand on, 3.0 h; precision 32 on elsewhere, 32 on here, bf16 on there; "
         "commit bbbbbbbb (dirty), cccccccc."
     )
+
+
+def test_hours_of_a_model_that_was_trained_inside_a_run_count_once(tmp_path: Path) -> None:
+    """As older records have it; newer ones say apart what they waited for."""
+    place = {"precision": "32", "device": "here", "git": {"commit": "c" * 40, "dirty": False}, "metrics": {}}
+    model = {"id": "aa", "started": "2026-01-01T02", "seconds": {"wall": 7200.0}, **place}
+    look = {"id": "bb", "started": "2026-01-01T01", "upstream": {"model": {"id": "aa"}}, **place}
+    for began, extra, hours in (("01", {}, 3.0), ("05", {}, 5.0), ("01", {"upstream": 7200.0}, 5.0)):
+        record = look | {"started": f"2026-01-01T{began}", "seconds": {"wall": 10800.0, **extra}}
+        assert f"{hours} h;" in provenance.origins([record], [model])
 
 
 def test_many_runs_are_counted_and_not_listed() -> None:
@@ -240,7 +252,7 @@ def table_with(**changes: Any) -> tables.Table:
     return tables.build({**SPEC, **changes}, "quick", fake_plan, Paths(Path("data"), GOLDEN, Path("outputs")))
 
 
-@pytest.mark.parametrize(("wrong", "right"), [("nots", "notes"), ("rows: [{labl: a}]\nnumber", "label")])
+@pytest.mark.parametrize(("wrong", "right"), [("nots", "notes"), ("rows: [{labl: a}]\ntitle", "label")])
 def test_a_misspelt_key_of_a_table_is_an_error(wrong: str, right: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report_specs, "ROOT", tmp_path)
     (tmp_path / "conf" / "table").mkdir(parents=True)
@@ -249,13 +261,43 @@ def test_a_misspelt_key_of_a_table_is_an_error(wrong: str, right: str, tmp_path:
         report_specs.load("table", "9")
 
 
+@pytest.mark.parametrize(
+    ("text", "said"), [("", "no title, seeds"), ("title: x\nrows: [", "not YAML"), ("number: 3", "number")]
+)
+def test_a_table_that_is_no_table_is_an_error(text: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report_specs, "ROOT", tmp_path)
+    (tmp_path / "conf" / "table").mkdir(parents=True)
+    (tmp_path / "conf" / "table" / "9.yaml").write_text(text)
+    with pytest.raises(UserError, match=said):
+        report_specs.load("table", "9")
+
+
+def test_a_misspelt_metric_is_an_error_and_no_diverged_run() -> None:
+    with pytest.raises(UserError, match="has no metric test/acuracy, did you mean test/accuracy"):
+        tables.build({**SPEC, "metric": "test/acuracy"}, "cpu", fake_plan, Paths(Path("data"), GOLDEN, Path("outputs")))
+
+
+def test_a_column_that_paper_does_not_have_is_set_against_its_first() -> None:
+    made = tables.build(report_specs.load("table", "4.1-size"), "cpu", plan, Paths(Path("data"), GOLDEN, Path("outputs")))
+    assert ("data.per_class", "5", "50") in made.departures
+    assert not any("mark their places" in sentence for sentence in made.caption)  # it has no number of the thesis
+
+
+def test_the_thesiss_numbers_stand_beside_ours_only_where_both_can_be_compared() -> None:
+    def teacher(scale: str) -> str:
+        return next(sentence for sentence in table(scale=scale).caption if sentence.startswith("Teacher"))
+
+    assert "the thesis's 64.78" in teacher("cpu")
+    assert "thesis" not in teacher("quick")
+
+
 def specs() -> list[Path]:
     return sorted((ROOT / "conf" / "table").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", specs(), ids=lambda path: path.stem)
 def test_every_cell_composes_and_has_its_number_in_the_thesis(path: Path) -> None:
-    spec = yaml.safe_load(path.read_text())
+    spec = report_specs.load("table", path.stem)
     thesis = tables.read_thesis()
     shown = []
     for row, column, seeds in tables.cells_of(spec, "paper" if "paper" in spec["seeds"] else "cpu"):
@@ -286,7 +328,7 @@ def printed_in_the_thesis(item: str) -> set[tuple[str, str]]:
 
 @pytest.mark.parametrize("path", specs(), ids=lambda path: path.stem)
 def test_every_number_of_the_thesiss_table_has_its_cell(path: Path) -> None:
-    spec = yaml.safe_load(path.read_text())
+    spec = report_specs.load("table", path.stem)
     if "thesis" in spec:
         pytest.skip("not one of the thesis's own tables")
     cells = {
@@ -317,7 +359,7 @@ def test_rendered_tables_are_up_to_date() -> None:
     paths = Paths(ROOT / "data", ROOT / "results", ROOT / "outputs")
     for file in committed("tables/*.csv"):
         number = file.stem.removeprefix("table_").replace("_", ".")
-        spec = yaml.safe_load((ROOT / "conf" / "table" / f"{number}.yaml").read_text())
+        spec = report_specs.load("table", number)
         made = tables.build(spec, file.parent.name, plan, paths)
         assert formats.to_csv(made) == file.read_text(), f"make tables SCALE={file.parent.name}"
 
@@ -325,7 +367,7 @@ def test_rendered_tables_are_up_to_date() -> None:
 def test_a_cell_of_two_metrics_shows_both_and_is_judged_by_the_last() -> None:
     thesis = tables.Thesis(75.37, True), tables.Thesis(85.64, True)
     parts = [
-        tables.Cell("a", "x", (), printed, True, name, (value,))
+        tables.Cell("a", "x", (Source("a", Path("a.json"), ""),), printed, True, name, (value,))
         for name, value, printed in (("accuracy", 70.0, thesis[0]), ("gan_test", 80.0, thesis[1]))
     ]
     both = dataclasses.replace(parts[0], others=(parts[1],))
@@ -351,7 +393,7 @@ def test_a_scale_may_run_only_some_cells(tmp_path: Path) -> None:
     spec = SPEC | {"only": {"quick": [["A only", "5"]]}}
     made = tables.build(spec, "quick", fake_plan, Paths(Path("data"), tmp_path, Path("outputs")))
     assert [(source.command.split()[4:6]) for source in made.missing] == [["method=a", "data.per_class=5"]]
-    assert formats.ours(made.cell("A only", "1")) == formats.EMPTY
+    assert [formats.ours(made.cell("A only", column)) for column in ("1", "5")] == ["n/a", "–"]
     assert "not part of this scale" in " ".join(made.caption)
 
 
@@ -362,7 +404,7 @@ def test_the_thesiss_quantities_are_told_apart() -> None:
 
 
 def test_every_part_of_table_5_2_stands_beside_the_thesis(tmp_path: Path) -> None:
-    spec = yaml.safe_load((ROOT / "conf" / "table" / "5.2.yaml").read_text())
+    spec = report_specs.load("table", "5.2")
     made = tables.build(spec, "quick", plan, Paths(Path("data"), tmp_path, Path("outputs")))
     assert formats.printed(made.cell("λ = 1e-5", "μ = 1e-3")) == "75.37 / 85.64"
     assert all(part.thesis for cell in made.cells for part in cell.parts)

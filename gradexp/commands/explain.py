@@ -45,6 +45,8 @@ def main(words: list[str] | None = None) -> None:
 def explain(path: Path, model_name: str, method_name: str, target: int | None, out: Path, overrides: list[str]) -> None:
     """Reads, computes, writes; says the class, its logit and, for FullGrad, how complete the full-gradients are."""
     run = compose_run([f"experiment={model_name}", *(word for word in overrides if not word.startswith("saliency."))])
+    if "model" not in run:
+        raise UserError(f"--model {model_name}: its runs train no model; give an experiment that does, such as teacher")
     of_method = [word for word in overrides if word.startswith(("saliency.", "scale"))]
     saliency = compose_run(["experiment=saliency_gallery", f"saliency={method_name}", *of_method])
     image = read(path)

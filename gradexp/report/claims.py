@@ -51,10 +51,6 @@ class Comparison:
     def agrees(self) -> bool | None:
         return None if self.estimate is None else self.estimate.mean > 0
 
-    @property
-    def missing(self) -> tuple[Source, ...]:
-        return tuple(source for source in self.sources if not source.finished)
-
 
 @dataclass(frozen=True)
 class Judged:
@@ -94,10 +90,6 @@ class Judged:
     def n(self) -> int:
         """Seeds of the comparison that has fewest."""
         return min((one.estimate.n for one in self.run if one.estimate), default=0)
-
-    @property
-    def missing(self) -> tuple[Source, ...]:
-        return tuple(dict.fromkeys(source for one in self.planned for source in one.missing))
 
 
 # --- verdicts ---------------------------------------------------------------------------------------------
@@ -337,9 +329,9 @@ def verdict(claim: Judged) -> str:
     return f"underpowered: {claim.further} more seed{'s' * (claim.further > 1)} needed"
 
 
-def to_markdown(claims: Sequence[Judged], scale: str, confidence: float) -> str:
+def to_markdown(claims: Sequence[Judged], scale: str, *, confidence: float, power: float) -> str:
     """A table of verdicts a chapter, and every comparison behind them."""
-    lines = [f"**Claims of the thesis, scale={scale}.** {tally(claims)}", "", *explanation(confidence)]
+    lines = [f"**Claims of the thesis, scale={scale}.** {tally(claims)}", "", *explanation(confidence, power)]
     for chapter, group in itertools.groupby(claims, key=lambda claim: claim.chapter):
         some = list(group)
         lines += ["", f"### Chapter {chapter}", "", tally(some), ""]
@@ -357,14 +349,15 @@ def tally(claims: Sequence[Judged]) -> str:
     return f"{len(claims)} claims: {', '.join(f'{counts[name]} {name}' for name in VERDICTS if counts[name])}."
 
 
-def explanation(confidence: float) -> list[str]:
+def explanation(confidence: float, power: float) -> list[str]:
     return [
         f"- A claim **holds** when all its comparisons do, and is **contradicted** when one goes the other way, at a level "
         f"of {1 - confidence:g} that the claims of a chapter share (Holm). Differences are paired by seed (Student's test).",
         f"- Intervals ({confidence:.0%}) are bootstrapped over seeds from {BOOTSTRAP_FROM} seeds on, and Student's below.",
-        "- **Direction only**: a comparison has one seed, or is not run yet, so nothing can be tested; it says which way the "
-        "numbers point. **Underpowered**: tested, and undecided; the further seeds are those with which a test would find the "
-        "difference as it is now estimated, four times out of five. From two or three seeds that is a rough number. Adding "
+        "- **Direction only**: a comparison has one seed, seeds without spread, or is not run yet, so nothing can be tested; "
+        "it says which way the numbers point. **Underpowered**: tested, and undecided; the further seeds are those with which "
+        f"a test would find the difference as it is now estimated, {power:.0%} of the time. From two or three seeds that is a "
+        "rough number. Adding "
         "seeds until a test finds something is not allowed for: decide on their number, then look.",
         "- *Over images*: saliency methods on one trained model are compared over its test images (normal theory, as if each "
         "method had images of its own). Such a verdict is about this model. In all other claims the spread inside a run, over "
@@ -406,7 +399,7 @@ def _p(value: float | None) -> str:
     return "" if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
-def write(claims: Sequence[Judged], scale: str, confidence: float, results: Path) -> list[Path]:
+def write(claims: Sequence[Judged], scale: str, results: Path, *, confidence: float, power: float) -> list[Path]:
     """Writes results/claims/<scale>.md and .csv."""
-    contents = {"md": to_markdown(claims, scale, confidence), "csv": to_csv(claims)}
+    contents = {"md": to_markdown(claims, scale, confidence=confidence, power=power), "csv": to_csv(claims)}
     return write_beside(results / "claims" / scale, contents)

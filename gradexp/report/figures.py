@@ -155,15 +155,17 @@ def make(
 ) -> list[Path]:
     """Draws and writes the figure's files under results/figures/<scale>/. Raises UserError while runs are missing.
 
-    sentences: the `caption` of the Markdown file that shows the picture.
+    sentences: the `caption` of the Markdown file that shows the picture. The thesis's own numbers are drawn at the spec's
+    `comparable` scales only.
     """
     absent = missing(series)
     if absent:
         commands = "\n".join(f"  {source.command}" for source in absent)
         needs = f", which need {spec['needs'][scale]}" if scale in spec.get("needs", {}) else ""
         raise UserError(f"figure {spec['number']}, scale={scale}: runs are missing{needs}; make them with\n{commands}")
+    shown = {key: value for key, value in spec.items() if key != "thesis" or scale in spec.get("comparable", [scale])}
     with mpl.rc_context(STYLE):
-        figure, rows = draw(spec, series)
+        figure, rows = draw(shown, series)
         if "note" in spec:
             small = {"fontsize": 6.5, "color": "#555555", "x": 0.01, "ha": "left", "ma": "left"}
             figure.supxlabel(textwrap.fill(spec["note"], NOTE_WIDTH), **small)

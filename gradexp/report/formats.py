@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ import rich.box
 import rich.console
 import rich.table
 
-from gradexp.report.tables import EMPTY, Cell, Table
+from gradexp.report.tables import ABSENT, EMPTY, Cell, Table
 from gradexp.report.writing import as_csv, write_beside
 
 COLUMNS = ("row", "column", "metric", "ours", "std", "n", "thesis", "difference", "run_ids")
@@ -27,6 +28,8 @@ def signed(value: float | None) -> str:
 
 def ours(cell: Cell) -> str:
     """Mean, ± standard deviation over seeds, and their number where the table has several; all metrics of the cell."""
+    if not cell.sources:
+        return ABSENT
     if cell.others and not cell.values:
         return EMPTY
     count = f" (n={len(cell.values)})" if cell.values and len(cell.sources) > 1 else ""
@@ -35,7 +38,8 @@ def ours(cell: Cell) -> str:
 
 def plain(cell: Cell) -> str:
     """The same without the number of seeds."""
-    return " / ".join(number(c.ours) + (f" ± {c.std:.2f}" if c.std is not None else "") for c in cell.parts)
+    spreads = ["" if c.std is None or math.isnan(c.std) else f" ± {c.std:.2f}" for c in cell.parts]
+    return " / ".join(number(c.ours) + spread for c, spread in zip(cell.parts, spreads, strict=True))
 
 
 def printed(cell: Cell) -> str:
@@ -139,7 +143,8 @@ def to_text(table: Table) -> str:
     # So wide that no cell is broken; without colours, whatever the environment asks for.
     rich.console.Console(width=1000, markup=False, force_terminal=False, file=screen).print(_grid(table, cell))
     lines = [line.rstrip() for line in screen.getvalue().splitlines()]
-    lines += [f"* best of its {table.best_per}; in parentheses: the thesis's number", *table.caption]
+    best = f"* best of its {table.best_per}; " if table.best_per else ""
+    lines += [f"{best}in parentheses: the thesis's number", *table.caption]
     if table.missing:
         lines += ["", "Missing runs:", *(f"  {source.command}" for source in table.missing)]
     return "\n".join([_title(table), *lines]) + "\n"
@@ -156,7 +161,8 @@ def to_svg(table: Table) -> str:
     grid.title = _title(table)
     console = rich.console.Console(record=True, width=100, file=io.StringIO())
     console.print(grid)
-    console.print(f"bold: best of its {table.best_per}; dim: the thesis", style="dim", justify="center")
+    best = f"bold: best of its {table.best_per}; " if table.best_per else ""
+    console.print(f"{best}dim: the thesis", style="dim", justify="center")
     # The exporter's fonts come from the network; a picture in a repository must not need one.
     return re.sub(r"@font-face \{[^}]*\}\s*", "", console.export_svg(title="gradexp"))
 

@@ -29,7 +29,6 @@ from gradexp.report.specs import Planned, Planner, Source
 from gradexp.runs import ROOT, Config, Paths, read_record, write_atomically
 
 PAGE = Path(__file__).with_name("page")
-CSV_LIMIT = 256 * 1024  # bytes; plotted values beyond it are named, not carried along
 
 
 @dataclass(frozen=True)
@@ -84,9 +83,10 @@ class View:
     anchors: dict[Any, str] = field(default_factory=dict)  # by (row, column), or by series
     marks: dict[Any, Mark] = field(default_factory=dict)
     picture: str | None = None
-    csv: tuple[str, str | None] | None = None  # its place under results, its content as a data address
+    csv: tuple[str, str] | None = None  # of the plotted values: the file's name, its content as a data address
     missing: Sequence[Source] = ()
     told: Sequence[str] = ()  # the figure's caption
+    stale: bool = False  # whether the picture was drawn from other runs
 
     @property
     def empty(self) -> int:
@@ -249,7 +249,14 @@ def figure_view(spec: Config, series: Sequence[figures.Series], scale: str, pane
         csv=values(stem.with_suffix(".csv")),
         missing=figures.missing(series),
         told=told,
+        stale=stale(stem.with_suffix(".md"), [source for sources in runs.values() for source in sources]),
     )
+
+
+def stale(page: Path, sources: Iterable[Source]) -> bool:
+    """Whether a figure's page, written with its picture, lacks some of these runs."""
+    drawn = page.read_text(encoding="utf-8") if page.exists() else ""
+    return any(source.id not in drawn for source in sources)
 
 
 def claim_views(judged: Sequence[claims.Judged], panels: Panels) -> Sequence[claims.Judged]:
@@ -283,12 +290,8 @@ def _compressed(path: Path) -> bytes:
     return min(out.getvalue(), path.read_bytes(), key=len)
 
 
-def values(path: Path) -> tuple[str, str | None] | None:
-    if not path.exists():
-        return None
-    content = path.read_bytes()
-    address = f"data:text/csv;base64,{base64.b64encode(content).decode()}" if len(content) <= CSV_LIMIT else None
-    return path.name, address
+def values(path: Path) -> tuple[str, str] | None:
+    return (path.name, f"data:text/csv;base64,{base64.b64encode(path.read_bytes()).decode()}") if path.exists() else None
 
 
 # --- the page ---------------------------------------------------------------------------------------------

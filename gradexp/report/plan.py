@@ -16,6 +16,7 @@ from pathlib import Path
 
 from gradexp.errors import UserError
 from gradexp.report import figures, specs, tables
+from gradexp.report.provenance import own_seconds
 from gradexp.report.specs import Planned, Planner
 from gradexp.runs import Config, Paths, identity, read_record
 
@@ -197,16 +198,12 @@ def sample(
 ) -> Sample | None:
     """What a record says of costs; None where its amount is not known, or it diverged.
 
-    An older record counts the runs that it stands on, where they were done inside it, which is where they began after it:
-    their seconds are taken off. Disk is what is in its `folder`, where that is still there, and otherwise the weights.
+    Disk is what is in its `folder`, where that is still there, and otherwise the weights.
     """
     size = amount(record["config"], sizes)
     if size is None or record["status"] != "finished":
         return None
-    inside = [known[run["id"]] for run in record["upstream"].values() if run.get("id") in known]
-    inside = [run for run in inside if run["started"] >= record["started"] and "upstream" not in record["seconds"]]
-    names = (clock, "wall")
-    busy, wall = (max(0.01, record["seconds"][name] - sum(run["seconds"][name] for run in inside)) for name in names)
+    busy, wall = (max(0.01, own_seconds(record, known, name)) for name in (clock, "wall"))
     speed = record.get("images_per_second")
     rate = min(busy / size, busy / wall / speed) if speed else busy / size
     kept = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
@@ -367,7 +364,8 @@ def to_text(rows: Sequence[Row], scale: str, slots: int, device: str, free_gib: 
 
 def to_table(rows: Sequence[Row], slots: int) -> list[dict[str, str]]:
     """For a page: one entry a row, by column."""
-    return [dict(zip(HEADS, _cells(row, slots), strict=True)) for row in rows]
+    heads = [f"hours, {slots} runs at a time" if head == "hours" else head for head in HEADS]
+    return [dict(zip(heads, _cells(row, slots), strict=True)) for row in rows]
 
 
 def _cells(row: Row, slots: int) -> list[str]:

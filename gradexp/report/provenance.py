@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,11 +101,23 @@ def origins(records: Sequence[Config], below: Sequence[Config] = ()) -> str:
     work = [attempt for record in (*records, *below) for attempt in (record, *record.get("attempts", []))]
     devices = sorted({f"{one['precision']} on {one['device']}" for one in work if "precision" in one})
     commits = sorted({(one["git"]["commit"] or "no commit")[:8] + (" (dirty)" if one["git"]["dirty"] else "") for one in work})
-    seconds = sum(record["seconds"]["wall"] for record in (*records, *below))
+    known = {record["id"]: record for record in (*records, *below) if "id" in record}
+    seconds = sum(own_seconds(record, known, "wall") for record in (*records, *below))
     time = f"{seconds / 3600:.1f} h" if seconds >= 180 else f"{max(1, round(seconds / 60))} min"
     count = _runs(len(records)) + (f" and {len(below)} that they stand on" if below else "")
     where = f"{count}, {time}; precision {', '.join(devices)}; commit {', '.join(commits)}."
     return " ".join([where, *_remade(records)])
+
+
+def own_seconds(record: Config, known: Mapping[str, Config], clock: str) -> float:
+    """A run's seconds without those of the runs that it stands on; clock: `wall` or `cpu`; known: records by id.
+
+    An older record counts them where they were done inside it, which is where they began after it.
+    """
+    seconds = record["seconds"]
+    below = [] if "upstream" in seconds else [known.get(run.get("id")) for run in record.get("upstream", {}).values()]
+    inside = [run for run in below if run and run["started"] >= record["started"]]
+    return float(seconds[clock]) - sum(run["seconds"][clock] for run in inside)
 
 
 def _remade(records: Sequence[Config]) -> Iterator[str]:

@@ -28,14 +28,18 @@ class Planned(Protocol):
 
 SHOWN = ("experiment", "metric", "spread", "thesis_metric")  # of a row, a column or the table
 TABLE_KEYS = (
-    *("number", "thesis", "title", "where", "note", "notes", "told", "needs", "corner", "best", "best_per"),
+    *("thesis", "title", "where", "note", "notes", "told", "needs", "corner", "best", "best_per"),
     *("seeds", "comparable", "only", "rows", "columns", "upstream", *SHOWN),
 )
 FIGURE_KEYS = (
-    *("number", "thesis", "title", "note", "needs", "draw", "experiment", "seeds", "points", "overrides_at", "series", "also"),
+    *("thesis", "title", "note", "needs", "draw", "experiment", "seeds", "points", "overrides_at", "series", "also"),
     *("x", "xlabel", "xscale", "ylabel", "metric", "metrics", "curves", "panels", "array", "above", "signed"),
     *("columns", "rows", "first", "comparable"),
 )
+REQUIRED = {
+    "table": ("title", "seeds", "comparable", "best", "corner", "rows", "columns"),
+    "figure": ("title", "seeds", "draw", "series"),
+}
 PART_KEYS = {
     "rows": ("label", "thesis", "overrides", "apart", *SHOWN),
     "columns": ("label", "thesis", "overrides", "scales", "seeds", *SHOWN),
@@ -76,16 +80,22 @@ def parts(kind: str, number: str) -> list[str]:
 
 
 def load(kind: str, number: str) -> Config:
-    """The spec of a table or figure. Raises UserError when there is none."""
+    """The spec of a table or figure, with its `number`. Raises UserError when there is none, or it lacks something."""
     there = numbers(kind)
     if number not in there:
         raise UserError(f"no {kind} {number}{nearest(number, there)} conf/{kind}/ has {', '.join(there) or 'none'}")
-    spec: Config = yaml.safe_load((ROOT / "conf" / kind / f"{number}.yaml").read_text(encoding="utf-8"))
+    file = ROOT / "conf" / kind / f"{number}.yaml"
+    try:
+        spec: Config = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise UserError(f"conf/{kind}/{number}.yaml is not YAML: {' '.join(str(error).split())}") from None
     check_keys(spec, TABLE_KEYS if kind == "table" else FIGURE_KEYS, f"{kind} {number}")
     for part, known in (PART_KEYS if kind == "table" else {"series": SERIES_KEYS, "points": POINT_KEYS}).items():
         for node in spec.get(part, []):
             check_keys(node, known, f"{kind} {number}, {part}")
-    return spec
+    if lacking := [key for key in REQUIRED[kind] if key not in spec]:
+        raise UserError(f"{kind} {number}: conf/{kind}/{number}.yaml has no {', '.join(lacking)}")
+    return {"number": number, **spec}
 
 
 def at_scale(kind: str, scale: str) -> dict[str, Config]:

@@ -16,10 +16,11 @@ from itertools import zip_longest
 from typing import Any
 
 from gradexp.report import provenance
-from gradexp.report.specs import Planner, Source, at_paper, seeds_of
+from gradexp.report.specs import Planner, Source, seeds_of
 from gradexp.runs import ROOT, Config, Paths, read_record, value_of
 
 EMPTY = "–"  # in the place of a number that is missing
+ABSENT = "n/a"  # of a cell that the scale does not run
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class Table:
     rows: tuple[str, ...]
     columns: tuple[str, ...]
     cells: tuple[Cell, ...]
-    best_per: str = "column"
+    best_per: str | None = "column"  # what has one best number each; None where none is marked
     departures: tuple[tuple[str, str, str], ...] = ()  # every (setting, here, at scale=paper)
 
     def cell(self, row: str, column: str) -> Cell:
@@ -145,6 +146,12 @@ def overrides_of(spec: Config, row: Config, column: Config, scale: str, seed: in
     return [*experiment, *row.get("overrides", []), *column.get("overrides", []), f"seed={seed}"]
 
 
+def paper_of(spec: Config, row: Config, column: Config, overrides: Sequence[str]) -> list[str]:
+    """What a cell's run is set against at scale=paper: itself, or its row's first run there where that has no such column."""
+    there = next((one for one in [column, *spec["columns"]] if "paper" in one.get("scales", ["paper"])), column)
+    return overrides_of(spec, row, there, "paper", int(overrides[-1].removeprefix("seed=")))
+
+
 def setting(key: str, *places: Config) -> Any:
     """What the first place that has this key says."""
     return next((place[key] for place in places if key in place), None)
@@ -176,7 +183,7 @@ def build(spec: Config, scale: str, plan: Planner, paths: Paths) -> Table:
     for row, column, seeds in cells_of(spec, scale):
         sources = tuple(Source.of(plan(overrides), paths) for overrides in seeds)
         cells.append(_cell(spec, row, column, sources, scale))
-        pairs += [(plan(one).config, plan(at_paper(one, scale)).config) for one in seeds[:1]]
+        pairs += [(plan(one).config, plan(paper_of(spec, row, column, one)).config) for one in seeds[:1]]
     lines = [line for line in spec.get("upstream", []) if scale in line.get("scales", spec["seeds"])]
     upstream = [(line, Source.of(plan([*line["overrides"], f"scale={scale}"]), paths)) for line in lines]
     departed = provenance.departed(pairs)
@@ -189,14 +196,14 @@ def build(spec: Config, scale: str, plan: Planner, paths: Paths) -> Table:
         caption=(
             *_what_it_is(spec, scale, missing=any(cell.missing for cell in cells)),
             provenance.departure_sentence(scale, departed, tuple(spec.get("told", ()))),
-            *(_upstream_sentence(line, run, spec) for line, run in upstream),
-            *_how_to_read_it(spec, scale),
+            *(_upstream_sentence(line, run, spec, scale) for line, run in upstream),
+            *_how_to_read_it(spec, scale, any(part.thesis for cell in cells for part in cell.parts)),
             provenance.origins(*provenance.read(source.record for cell in cells for source in cell.sources if source.finished)),
         ),
         rows=tuple(row["label"] for row in spec["rows"]),
         columns=tuple(dict.fromkeys(cell.column for cell in cells)),
         cells=mark_best(cells, spec["best"], spec.get("best_per", "column"), _apart(spec)),
-        best_per=spec.get("best_per", "column"),
+        best_per=spec.get("best_per", "column") if spec["best"] else None,
         departures=tuple((key, *values) for key, values in departed.items()),
     )
 
@@ -242,13 +249,13 @@ def _listed(value: Any) -> list[Any]:
 def _what_it_is(spec: Config, scale: str, missing: bool) -> Iterator[str]:
     yield from (text for text in (spec.get("note"), spec.get("notes", {}).get(scale)) if text)
     if scale in spec.get("only", {}):
-        yield f"Cells marked {EMPTY} are not part of this scale."
+        yield f"Cells marked {ABSENT} are not part of this scale."
     if missing and scale in spec.get("needs", {}):
         yield f"Its empty cells need {spec['needs'][scale]}."
 
 
-def _how_to_read_it(spec: Config, scale: str) -> Iterator[str]:
-    if scale not in spec["comparable"]:
+def _how_to_read_it(spec: Config, scale: str, printed: bool) -> Iterator[str]:
+    if printed and scale not in spec["comparable"]:
         yield "The thesis's numbers mark their places; at this scale they can't be compared."
     for row in _apart(spec):
         yield f"The best number is marked among the rows without {row}."
@@ -258,8 +265,8 @@ def _how_to_read_it(spec: Config, scale: str) -> Iterator[str]:
     yield f"Seeds: {provenance.enumerated(seeds_of(spec, scale))}{exceptions}. The test set is read once, after the last step."
 
 
-def _upstream_sentence(line: Config, source: Source, spec: Config) -> str:
+def _upstream_sentence(line: Config, source: Source, spec: Config, scale: str) -> str:
     found = values_of([source], line.get("metric", "test/accuracy"))
     mine = f"{found[0]:.2f} (run {source.id})" if found else "not run yet"
-    printed = read_thesis().get((item_of(spec), *line["thesis"]))
+    printed = read_thesis().get((item_of(spec), *line["thesis"])) if scale in spec["comparable"] else None
     return f"{line['label'].capitalize()}: {mine}" + (f"; the thesis's {printed.value:g}." if printed else ".")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ def curves(spec: Config, series: Sequence[Series]) -> tuple[Figure, list[Row]]:
     figure = Figure(figsize=(COLUMN_WIDTH, 0.72 * COLUMN_WIDTH))
     axes = figure.subplots()
     rows: list[Row] = []
-    for one, colour in zip(series, PALETTE, strict=False):
+    for one, colour in zip(series, itertools.cycle(PALETTE)):
         rows += [{"series": one.label, **point} for point in _line(axes, one, None, spec["metric"], colour)]
     axes.set(xlabel=spec["xlabel"], ylabel=spec["ylabel"])
     axes.legend()
@@ -34,7 +35,7 @@ def panels(spec: Config, series: Sequence[Series]) -> tuple[Figure, list[Row]]:
     spec: `x` (recorded list), `xlabel`, `xscale`; `curves`: [{metric, ylabel, yscale}]; `panels`: {name: title}.
     """
     names = list(dict.fromkeys(str(one.spec.get("panel", "")) for one in series))
-    colours = dict(zip(dict.fromkeys(one.label for one in series), PALETTE, strict=False))
+    colours = dict(zip(dict.fromkeys(one.label for one in series), itertools.cycle(PALETTE)))
     wide = [(curve, name) for curve in spec["curves"] for name in names]
     shape = (len(spec["curves"]), len(names)) if len(names) > 1 else (1, len(wide))
     figure = Figure(figsize=(2 * COLUMN_WIDTH, 2.3 * shape[0]))

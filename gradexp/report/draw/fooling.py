@@ -33,7 +33,7 @@ def fooling(spec: Config, series: Sequence[Series]) -> tuple[Figure, list[Row]]:
         place.set_title(f"{label}\n{energy:.1f} %")
     figure.set_layout_engine("constrained", w_pad=0.01, h_pad=0.01, wspace=0.02, hspace=0.02)
     rows: list[Row] = [
-        {"what": label, "percent": f"{one.metric(metric)[0]:.4g}", "thesis": spec["thesis"].get(metric, "")}
+        {"what": label, "percent": f"{one.metric(metric)[0]:.4g}", "thesis": spec.get("thesis", {}).get(metric, "")}
         for label, metric in [*heads, *((name, name) for name in spec["metrics"])]
     ]
     rows += [

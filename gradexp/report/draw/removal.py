@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
-from gradexp.report.figures import COLUMN_WIDTH, METHODS, Row, Series
+from gradexp.report.figures import COLUMN_WIDTH, METHODS, PALETTE, Row, Series
 from gradexp.report.tables import read_thesis
 from gradexp.runs import Config
 
@@ -78,15 +79,17 @@ def _axes(spec: Config) -> tuple[Figure, Axes]:
 
 def _draw(axes: Axes, lines: Lines, spec: Config) -> None:
     thesis = _thesis(spec)
+    others = itertools.cycle(colour for colour in PALETTE if colour not in METHODS.values())
     for label, line in lines.items():
+        colour = METHODS.get(label) or next(others)
         x, mean, std = (np.array([getattr(point, name) for point in line]) for name in ("x", "mean", "std"))
         front = 3 if label == "FullGrad" else 2  # what the figure is about lies above the rest
-        axes.plot(x, mean, color=METHODS[label], marker="o", markersize=2.5, label=label, zorder=front)
+        axes.plot(x, mean, color=colour, marker="o", markersize=2.5, label=label, zorder=front)
         if std.any():
-            axes.fill_between(x, mean - std, mean + std, color=METHODS[label], alpha=0.08, linewidth=0)
+            axes.fill_between(x, mean - std, mean + std, color=colour, alpha=0.08, linewidth=0)
         printed = [(point.x, thesis[label, point.x]) for point in line if (label, point.x) in thesis]
         if printed:
-            axes.plot(*zip(*printed, strict=True), "o", color=METHODS[label], markerfacecolor="none", alpha=0.45, markersize=5)
+            axes.plot(*zip(*printed, strict=True), "o", color=colour, markerfacecolor="none", alpha=0.45, markersize=5)
     handles, labels = axes.get_legend_handles_labels()
     if thesis:
         faint = Line2D([], [], color="black", marker="o", linestyle="none", markerfacecolor="none", alpha=0.45, markersize=5)
