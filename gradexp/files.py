@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -40,12 +41,20 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def put_sealed(draft: Path, path: Path) -> None:
-    """`put`, with checksums beside the file: that of the new content and, until it is there, that of the old."""
-    seal = _seal(path)
-    digests = [sha256(draft), *(seal.read_text().split()[:1] if seal.exists() else [])]
-    write_atomically(seal, "\n".join(digests).encode())
-    put(draft, path)
+def write_sealed(path: Path, write: Callable[[Path], object]) -> None:
+    """Has `write` make a draft and puts it to its place, with checksums beside it: that of the new content and, until it
+    is there, that of the old. Drafts of processes that died are removed, so that no disk fills up with them.
+    """
+    draft, seal = draft_of(path), _seal(path)
+    for left in path.parent.glob(f".{path.name}.*"):
+        left.unlink()
+    try:
+        write(draft)
+        digests = [sha256(draft), *(seal.read_text().split()[:1] if seal.exists() else [])]
+        write_atomically(seal, "\n".join(digests).encode())
+        put(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def remove_sealed(path: Path) -> None:

@@ -16,6 +16,7 @@ import os
 import platform
 import re
 import resource
+import shutil
 import subprocess
 import sys
 import zlib
@@ -31,7 +32,7 @@ import numpy as np
 
 from gradexp import clocks, schema
 from gradexp.errors import UserError, nearest
-from gradexp.files import intact
+from gradexp.files import draft_of, intact, remove_sealed
 from gradexp.files import sha256 as sha256
 from gradexp.files import write_atomically as write_atomically
 from gradexp.registry import locate
@@ -242,6 +243,16 @@ class Run:
         """The trained parameters, as written by the train task."""
         return self.folder / "weights.pt"
 
+    @property
+    def checkpoint(self) -> Path:
+        """The state of a training that is not done yet."""
+        return self.folder / "last.ckpt"
+
+    @property
+    def pieces(self) -> Path:
+        """The folder of what a run that trains nothing has done so far (gradexp.tasks.pieces)."""
+        return self.folder / "pieces"
+
     def record(self) -> Config | None:
         return read_record(self.record_path) if self.record_path.exists() else None
 
@@ -280,16 +291,33 @@ def ensure(run: Run, needs: Callable[[], bool] = lambda: True) -> Config:
         if record:
             print(f"{run.config['name']} {run.id}: its record is here, its files are not: doing it again "
                   f"(took {record['seconds']['wall'] / 60:.0f} min)", flush=True)  # fmt: skip
+        else:
+            _writable(run.record_path)
         fresh = _perform(run)
         if record:
             _compare(run, record, _finite(fresh))
+            _tidy(run)
             return record
         if wrong := schema.faults(_finite(fresh), complete=True):
             raise ValueError(f"{run.config['name']} {run.id} made no valid record: {'; '.join(wrong)}")
         for draft in run.record_path.parent.glob(f".{run.record_path.name}.*"):
             draft.unlink()  # of a process that died while it wrote; this one holds the lock
         write_record(run.record_path, fresh)
+        _tidy(run)
         return read_record(run.record_path)
+
+
+def _writable(record: Path) -> None:
+    """Raises OSError where no record can be written: before the work, not after it."""
+    draft = draft_of(record)
+    draft.touch()
+    draft.unlink()
+
+
+def _tidy(run: Run) -> None:
+    """Removes what only an unfinished run needs."""
+    remove_sealed(run.checkpoint)
+    shutil.rmtree(run.pieces, ignore_errors=True)
 
 
 def _perform(run: Run) -> Config:

@@ -67,13 +67,15 @@ KILLED = """
 import os, runpy, sys, gradexp.files
 from gradexp.training import callbacks
 count = 0
-def put_sealed(draft, path):
+def write_sealed(path, write):
     global count
     count += 1
-    if count == 70:
-        os.kill(os.getpid(), 9)
-    gradexp.files.put_sealed(draft, path)
-callbacks.put_sealed = put_sealed
+    def dying(draft):
+        write(draft)
+        if count == 70:
+            os.kill(os.getpid(), 9)
+    gradexp.files.write_sealed(path, dying)
+callbacks.write_sealed = write_sealed
 sys.argv = ["run.py", *sys.argv[1:]]
 runpy.run_path("run.py", run_name="__main__")
 """
@@ -90,6 +92,7 @@ def test_kill_9_loses_nothing_but_time(tmp_path: Path) -> None:
     assert call("whole") == 0
     assert call("killed", "-c", KILLED) == -signal.SIGKILL
     assert list((tmp_path / "killed").rglob("last.ckpt"))
+    assert list((tmp_path / "killed").rglob(".last.ckpt.*"))
     assert not records(tmp_path / "killed", "teacher")
     assert call("killed") == 0
     (whole,), (killed,) = (records(tmp_path / name, "teacher").values() for name in ("whole", "killed"))
@@ -97,6 +100,7 @@ def test_kill_9_loses_nothing_but_time(tmp_path: Path) -> None:
     assert len(whole["metrics"]["train/loss"]) == 100
     first, second = ((tmp_path / name).rglob("weights.pt") for name in ("whole", "killed"))
     assert next(first).read_bytes() == next(second).read_bytes()
+    assert not list((tmp_path / "killed").rglob("*last.ckpt*"))  # nor a draft of the one that died
 
 
 def test_nan_is_a_result(tmp_path: Path, run_py: RunPy) -> None:

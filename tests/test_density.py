@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gradexp.commands.compose import compose_run, plan
 from gradexp.data.loader import Batch
 from gradexp.errors import UserError
-from gradexp.evaluate.discriminative_perturbation import discriminative_perturbation, saliency
+from gradexp.evaluate.discriminative_perturbation import accuracies, saliency, still_right
 from gradexp.evaluate.shift import Shifted, shift_effects, sine_effects
 from gradexp.report import figures, specs, tables
 from gradexp.report.draw.curves import panels
@@ -136,7 +136,7 @@ def test_gan_test_records_its_interval_and_leaves_no_samples(places: list[str]) 
     metrics = ensure(made)["metrics"]
     assert metrics["gan_test/low"] <= metrics["gan_test"] <= metrics["gan_test/high"]
     assert {"model/accuracy", "judge/accuracy"} <= metrics.keys()
-    assert not list(Path(made.folder).glob("samples_*"))
+    assert not made.pieces.exists()
 
 
 def test_sampling_goes_on_after_an_interruption(places: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,13 +162,62 @@ def test_sampling_goes_on_after_an_interruption(places: list[str], monkeypatch: 
     assert seen == [5, 5, 5, 2]
 
 
-def test_samples_of_other_weights_are_not_gone_on_with(places: list[str]) -> None:
+def test_samples_of_other_weights_are_not_gone_on_with(places: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from gradexp.tasks import density
+
     made = run(places, "experiment=gan_test", *MODEL_AND_JUDGE)
-    made.folder.mkdir(parents=True)
-    others = made.folder / "samples_0123456789ab_0.pt"
-    torch.save(torch.full((12, 3, 32, 32), float("nan")), others)
+    with monkeypatch.context() as patch:
+        patch.setattr(density.judging, "gan_test", lambda *_, **__: 1 / 0)  # all samples are there
+        with pytest.raises(ZeroDivisionError):
+            ensure(made)
+    (kept,) = made.pieces.glob("*/samples_0.pt")
+    kept.parent.rename(made.pieces / "0123456789ab")
+    seen: list[int] = []
+    climb = density.Ascent.climb
+    monkeypatch.setattr(density.Ascent, "climb", lambda *args: seen.append(1) or climb(*args))
     assert np.isfinite(ensure(made)["metrics"]["gan_test"])
-    assert not others.exists()
+    assert seen
+    assert not made.pieces.exists()
+
+
+@pytest.mark.parametrize(
+    ("experiment", "words", "place", "size"),
+    [
+        (
+            "implicit_samples",
+            ["scale.density.long_steps=2", "task.denoising.steps=2", "task.images=20"],
+            "Ascent.denoise",
+            "DENOISED",
+        ),
+        ("discriminative_pixel_perturbation", [*shrunk("explainer"), "task.images=20"], "perturbation.still_right", "BATCH"),
+    ],
+)
+def test_what_is_no_training_goes_on_after_an_interruption(
+    experiment: str, words: list[str], place: str, size: str, places: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the third of its three pieces: the first two are not done again, and the numbers are those of an undisturbed run."""
+    from gradexp.tasks import density
+
+    monkeypatch.setattr(density, size, 7)
+    words = [f"experiment={experiment}", *shrunk("model"), *words]
+    whole = ensure(run([f"{place}/0" for place in places], *words))
+    again, seen = run([f"{place}/1" for place in places], *words), []
+    owner, _, name = f"gradexp.tasks.density.{place}".rpartition(".")
+    work = getattr(density.Ascent if "Ascent" in place else density.perturbation, name)
+
+    def interrupt(*args: Any, **options: Any) -> Any:
+        seen.append(1)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return work(*args, **options)
+
+    monkeypatch.setattr(f"{owner}.{name}", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        ensure(again)
+    resumed = ensure(again)
+    assert len(seen) == 4
+    assert resumed["metrics"] == whole["metrics"]
+    assert "attempts" not in resumed  # by the same code, on the same machine
 
 
 def test_a_judge_that_is_the_sampled_model_is_an_error(places: list[str]) -> None:
@@ -195,7 +244,7 @@ def test_implicit_samples(places: list[str], monkeypatch: pytest.MonkeyPatch) ->
     assert metrics["error/noisy"] == pytest.approx(0.07, abs=0.03)  # half of a dark image's noise is clipped
     pixels = {name: arrays[name].astype(float) / 255 for name in ("images", "noisy", "denoised")}
     assert np.sqrt(((pixels["noisy"] - pixels["images"]) ** 2).mean()) == pytest.approx(metrics["error/noisy"], rel=0.1)
-    monkeypatch.setattr(density, "BATCH", 7)
+    monkeypatch.setattr(density, "DENOISED", 7)
     again, others = done([f"{place}/1" for place in places], "experiment=implicit_samples", *short, "task.shown=5")
     assert len(others["denoised"]) == 5
     assert np.abs(others["noisy"].astype(int) - arrays["noisy"][:5]).max() <= 1
@@ -325,12 +374,14 @@ def test_removing_what_does_not_matter_keeps_the_accuracy() -> None:
     labels = torch.tensor([0, 0, 0, 0, 0, 1])
     data = Batch(images, labels, labels, labels)
     how = {"kind": "magnitude", "target": "top", "replacement": 0.0, "seed": 0}
-    found = discriminative_perturbation(Corners(), Corners(), [data], fractions=[0, 0.75, 1], **how)  # type: ignore[arg-type]
+    fractions = [0, 0.75, 1]
+    counts = still_right(Corners(), Corners(), data, fractions=fractions, **how)  # type: ignore[arg-type]
+    found = accuracies(fractions, counts + counts)
     assert found["accuracy"] == pytest.approx([500 / 6, 500 / 6, 500 / 6])  # black images: the first class wins the tie
     how["replacement"] = "image_mean"
     shifted = Shifted(Corners(), torch.zeros(2, 4, 4), amplitude=0.0)
-    same = discriminative_perturbation(shifted, Corners(), [data], fractions=[0.75], **how)  # type: ignore[arg-type]
-    assert same["accuracy/correct"] == [100.0]
+    same = still_right(shifted, Corners(), data, fractions=[0.75], **how)  # type: ignore[arg-type]
+    assert accuracies([0.75], same)["accuracy/correct"] == [100.0]
 
 
 class Wrong(nn.Module):
@@ -345,8 +396,8 @@ def test_a_bad_explainer_removes_what_matters() -> None:
     images[:, :, 0], images[:, 0, -1] = 1.0, 0.6
     data = Batch(images, *[torch.zeros(4, dtype=torch.long)] * 3)
     how = {"kind": "magnitude", "target": "label", "replacement": 0.0, "seed": 0, "fractions": [0.25]}
-    good, bad = (discriminative_perturbation(Corners(), by, [data], **how) for by in (Corners(), Wrong()))  # type: ignore[arg-type]
-    assert (good["accuracy"], bad["accuracy"]) == ([100.0], [0.0])
+    good, bad = (still_right(Corners(), by, data, **how).tolist() for by in (Corners(), Wrong()))  # type: ignore[arg-type]
+    assert (good, bad) == ([[4, 4], [4, 4]], [[0, 0], [4, 4]])
 
 
 def test_saliency_is_the_spread_of_the_signed_gradient() -> None:

@@ -303,7 +303,8 @@ def test_vgg16_on_imagenet_from_end_to_end(tmp_path: Path) -> None:
 def test_the_first_images_are_as_many_as_asked() -> None:
     look = SimpleNamespace(data=digits(), hardware=SimpleNamespace(device="cpu"))
     for limit, sizes in ((5, [4, 1]), (8, [4, 4]), (3, [3])):
-        batches = list(saliency_score.first_images(look, limit, 4))  # type: ignore[arg-type]
+        batches, count = saliency_score.first_images(look, limit, 4)  # type: ignore[arg-type]
         assert [len(batch.images) for batch in batches] == sizes
-    everything = saliency_score.first_images(look, None, 100)  # type: ignore[arg-type]
+        assert count == len(sizes)
+    everything, _ = saliency_score.first_images(look, None, 100)  # type: ignore[arg-type]
     assert sum(len(batch.images) for batch in everything) == look.data.fingerprint()["test_images"]

@@ -1,5 +1,6 @@
 """The training loop, in process: schedules, lengths, and what survives an interruption."""
 
+import signal
 from csv import DictReader
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,35 @@ def test_losing_the_evaluation_loses_no_training(places: list[str], monkeypatch:
     resumed = ensure(run(again))
     assert resumed["metrics"] == undisturbed["metrics"]
     assert not checkpoint.exists()
+
+
+def test_a_record_that_can_not_be_written_loses_no_training(places: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    steps, step = [], Classifier.training_step
+    monkeypatch.setattr(Classifier, "training_step", lambda *args: steps.append(1) or step(*args))
+    with monkeypatch.context() as patch:
+        patch.setattr("gradexp.runs.write_record", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            ensure(run(places, "trainer.checkpoint_every=0"))
+    done = len(steps)
+    record = ensure(run(places))
+    assert (len(steps), record["steps"]) == (done, done)
+    assert not run(places).checkpoint.exists()
+
+
+def test_a_results_folder_that_can_not_be_written_is_found_before_the_training(places: list[str], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    made = run([*places, f"paths.results={tmp_path}/file"])
+    with pytest.raises(OSError, match="file"):
+        ensure(made)
+    assert not made.folder.exists()
+
+
+def test_after_a_training_that_raised_signals_are_whose_they_were(places: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(Classifier, "training_step", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        ensure(run(places))
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_record_names_the_code_and_the_precision_of_earlier_attempts(

@@ -153,9 +153,7 @@ def test_a_seal_knows_the_old_file_and_the_new(tmp_path: Path) -> None:
     path = tmp_path / "file"
 
     def put(content: bytes) -> None:
-        draft = files.draft_of(path)
-        draft.write_bytes(content)
-        files.put_sealed(draft, path)
+        files.write_sealed(path, lambda draft: draft.write_bytes(content))
 
     put(b"old")
     old = path.read_bytes()

@@ -1,6 +1,6 @@
 """Discriminative pixel perturbation (§5.5.2): accuracy while the least salient pixels disappear."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ def explained_class(logits: Tensor, labels: Tensor, target: str) -> Tensor:
 
 
 def check(*, fractions: Sequence[float], kind: str, target: str, replacement: str | float) -> None:
-    """Raises UserError for what `discriminative_perturbation` can't do, by doing it to one pixel."""
+    """Raises UserError for what `still_right` can't do, by doing it to one pixel."""
     pixel = torch.zeros(1, 1, 1, 1)
     places = ranks(saliency(pixel, kind), seed=0)
     explained_class(pixel[..., 0, 0], torch.zeros(1, dtype=torch.long), target)
@@ -40,34 +40,38 @@ def check(*, fractions: Sequence[float], kind: str, target: str, replacement: st
 
 
 @torch.no_grad()
-def discriminative_perturbation(
+def still_right(
     model: nn.Module,
     explainer: nn.Module,
-    batches: Iterable[Batch],
+    batch: Batch,
     *,
     fractions: Sequence[float],
     kind: str,
     target: str,
     replacement: str | float,
     seed: int,
-) -> dict[str, list[float]]:
-    """Accuracy of `model` (percent) after removing fractions of pixels, least salient first by `explainer`'s gradients.
+) -> Tensor:
+    """How many images `model` classifies correctly after fractions of pixels went, least salient first by `explainer`'s
+    gradients: of all (column 0), and of those that it classifies correctly untouched (column 1). The last row counts these.
 
-    `accuracy`: among all images; `accuracy/correct`: among those that the model classifies correctly untouched. Both
-    models are in eval mode. kind: see saliency; target: see explained_class; replacement: see masking.remove.
+    Both models are in eval mode. kind: see saliency; target: see explained_class; replacement: see masking.remove.
+    -> (fractions + 1, 2) integers, of which those of several batches may be added.
     """
-    right = torch.zeros(len(fractions), 2, dtype=torch.long)
-    total = torch.zeros(2, dtype=torch.long)
-    for images, labels, *_ in batches:
-        logits = model(images)
-        first = logits.argmax(1) == labels
-        gradient = gradients.input_gradient(explainer, images, explained_class(logits, labels, target))
-        places = ranks(saliency(gradient, kind), seed=seed)
-        total += torch.tensor([len(labels), int(first.sum())])
-        for i, fraction in enumerate(fractions):
-            still = model(remove(images, least_salient(places, fraction), replacement)).argmax(1) == labels
-            right[i] += torch.tensor([int(still.sum()), int((still & first).sum())])
-    percents = 100 * right.double() / total  # NaN where no image is classified correctly
+    images, labels, *_ = batch
+    logits = model(images)
+    first = logits.argmax(1) == labels
+    gradient = gradients.input_gradient(explainer, images, explained_class(logits, labels, target))
+    places = ranks(saliency(gradient, kind), seed=seed)
+    counts = []
+    for fraction in fractions:
+        still = model(remove(images, least_salient(places, fraction), replacement)).argmax(1) == labels
+        counts.append([int(still.sum()), int((still & first).sum())])
+    return torch.tensor([*counts, [len(labels), int(first.sum())]])
+
+
+def accuracies(fractions: Sequence[float], counts: Tensor) -> dict[str, list[float]]:
+    """`accuracy` among all images, `accuracy/correct` among those that were classified correctly untouched (percent)."""
+    percents = 100 * counts[:-1].double() / counts[-1]  # NaN where no image is classified correctly
     return {
         "removed": list(fractions),
         "accuracy": percents[:, 0].tolist(),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
 import numpy as np
@@ -15,14 +14,14 @@ from gradexp.errors import UserError
 from gradexp.evaluate import density_ratio as ratio
 from gradexp.evaluate import discriminative_perturbation as perturbation
 from gradexp.evaluate import gan_test as judging
-from gradexp.runs import Result, Run, digests, run_id, value_of, write_atomically
+from gradexp.runs import Result, Run, run_id, value_of
 from gradexp.sampling import Ascent
 from gradexp.tasks.build import build
 from gradexp.tasks.look import Look, as_bytes
-from gradexp.tasks.progress import Progress
 
 BATCH = 256
-SAMPLED = 64  # images that climb together: a killed run loses what these had done
+SAMPLED = 64  # images that climb together
+DENOISED = 64
 
 
 def gan_test(run: Run) -> Result:
@@ -43,26 +42,17 @@ def gan_test(run: Run) -> Result:
 
 
 def sample(look: Look, ascent: Ascent, model: nn.Module, labels: Tensor) -> Tensor:
-    """Samples of the classes `labels`, a batch at a time; a killed run goes on after the last finished batch."""
+    """Samples of the classes `labels`."""
     shape = (look.data.channels, look.data.size, look.data.size)
     if look.diverged:
         return torch.full((len(labels), *shape), float("nan"), device=labels.device)
-    look.run.folder.mkdir(parents=True, exist_ok=True)
-    made_by = digests(look.run.used)["model"][:12]  # samples of other weights are none of these
-    files = {start: look.run.folder / f"samples_{made_by}_{start}.pt" for start in range(0, len(labels), SAMPLED)}
-    missing = [start for start, file in files.items() if not file.exists()]
-    progress = Progress(f"samples {look.run.id}", len(files), "batches", done=len(files) - len(missing))
-    for done, start in enumerate(missing, start=progress.first + 1):
-        chosen = labels[start : start + SAMPLED]
-        seeds = [mix(look.run.config["seed"], start + i) for i in range(len(chosen))]
-        content = io.BytesIO()
-        torch.save(ascent.sample(model, chosen, seeds, shape).cpu(), content)
-        write_atomically(files[start], content.getvalue())
-        progress.say(done)
-    samples = torch.cat([torch.load(file, weights_only=True) for file in files.values()]).to(labels.device)
-    for file in look.run.folder.glob("samples_*.pt"):
-        file.unlink()
-    return samples
+
+    def climbed(number: int, chosen: Tensor) -> Tensor:
+        seeds = [mix(look.run.config["seed"], number * SAMPLED + i) for i in range(len(chosen))]
+        return ascent.sample(model, chosen, seeds, shape).cpu()
+
+    parts = torch.split(labels, SAMPLED)
+    return torch.cat(look.pieces.each("samples", parts, climbed, count=len(parts))).to(labels.device)
 
 
 def density_ratio(run: Run) -> Result:
@@ -89,18 +79,19 @@ def implicit_samples(run: Run) -> Result:
     labels = torch.arange(task["samples"], device=look.hardware.device) % look.data.classes
     samples = sample(look, ascent, model, labels)
     metrics = {"logit": float(gradients.scalar(model(samples), labels, "label").mean())}
-    errors: dict[str, list[Tensor]] = {"noisy": [], "denoised": []}
-    shown = {"samples": samples}
-    begin = len(labels)  # seeds before are those of the samples
-    for batch in look.batches(task["images"], BATCH):
-        seeds = [mix(run.config["seed"], begin + i) for i in range(len(batch.labels))]
-        begin += len(seeds)
-        pair = dict(zip(errors, denoising.denoise(model, batch.images, batch.labels, seeds), strict=True))
-        for name, images in pair.items():
-            errors[name].append((images - batch.images).square().flatten(1).mean(1))
-        if "images" not in shown:
-            shown |= {name: images[: task["shown"]] for name, images in {"images": batch.images, **pair}.items()}
-    metrics |= {f"error/{name}": float(torch.cat(parts).mean().sqrt()) for name, parts in errors.items()}
+
+    def denoised(number: int, rows: Tensor) -> dict[str, Tensor]:
+        batch, first = look.batch(rows), len(labels) + number * DENOISED  # seeds before are those of the samples
+        seeds = [mix(run.config["seed"], first + i) for i in range(len(rows))]
+        noisy, found = denoising.denoise(model, batch.images, batch.labels, seeds)
+        return {"images": batch.images.cpu(), "noisy": noisy.cpu(), "denoised": found.cpu()}
+
+    rows = look.rows(task["images"], DENOISED)
+    parts = look.pieces.each("denoised", rows, denoised, count=len(rows))
+    images = {name: torch.cat([part[name] for part in parts]) for name in ("images", "noisy", "denoised")}
+    for name in ("noisy", "denoised"):
+        metrics[f"error/{name}"] = float((images[name] - images["images"]).square().flatten(1).mean(1).mean().sqrt())
+    shown = {"samples": samples, **{name: x[: task["shown"]] for name, x in images.items()}}
     return look.result(metrics, {"labels": labels.cpu().numpy(), **{name: as_bytes(x) for name, x in shown.items()}})
 
 
@@ -120,10 +111,14 @@ def discriminative_perturbation(run: Run) -> Result:
     }
     perturbation.check(**how)  # before the hours that the models take
     model, explainer = look.model("model"), look.model("explainer")
-    batches = look.batches(task["images"], BATCH)
-    metrics: dict[str, Any] = perturbation.discriminative_perturbation(
-        model, explainer, batches, seed=run.config["seed"], **how
+    rows = look.rows(task["images"], BATCH)
+    counts = look.pieces.each(
+        "perturbed",
+        rows,
+        lambda _, some: perturbation.still_right(model, explainer, look.batch(some), seed=run.config["seed"], **how),
+        count=len(rows),
     )
+    metrics: dict[str, Any] = perturbation.accuracies(how["fractions"], torch.stack(counts).sum(0))
     metrics["mean_accuracy"] = float(np.mean(metrics["accuracy"]))
     batch = next(look.batches(task["shown"], task["shown"]))
     gradient = gradients.input_gradient(explainer, batch.images, batch.labels)

@@ -14,7 +14,7 @@ from gradexp.errors import UserError
 from gradexp.evaluate.energy import energy_inside
 from gradexp.runs import Result, Run
 from gradexp.tasks.look import Look, as_bytes
-from gradexp.tasks.train import accuracy_on_test, load_model, trained
+from gradexp.tasks.train import accuracy_on_test, load_model, train
 from gradexp.terms.fooling import corner
 
 BATCH = 256
@@ -32,7 +32,7 @@ def fool(run: Run) -> Result:
         raise UserError(
             f"method.terms.fooling.mask={taught}, but the energy is measured in task.mask={task['mask']}: set task.mask alone"
         )
-    training, checkpointer = trained(run)
+    training = train(run)
     look.diverged = training.status == "diverged"
     shown = next(look.batches(task["shown"], task["shown"]))
     metrics: dict[str, Any] = {"energy/uniform": 100 * float(mask.mean())}
@@ -48,7 +48,6 @@ def fool(run: Run) -> Result:
         arrays |= {f"{kind}_{name}": unsigned(gradient) for kind, gradient in maps(model, shown, task["temperature"]).items()}
     # The network that it started from is sound even where the fine-tuning diverged.
     measured = look.result(metrics, arrays, keep=[name for name in metrics if not name.endswith("/after")])
-    checkpointer.remove()
     return Result(training.metrics | measured.metrics, training.status, training.facts, measured.arrays)
 
 

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gradexp.data.dataset import ImageData
-from gradexp.data.loader import Batch, mix
+from gradexp.data.loader import Batch, Loader, mix
 from gradexp.errors import UserError
 from gradexp.runs import Config, Result, Run, read_record
 from gradexp.tasks.build import build
 from gradexp.tasks.hardware import Hardware
-from gradexp.tasks.train import load_model, make_data
+from gradexp.tasks.pieces import Pieces
+from gradexp.tasks.train import EVALUATION_BATCH, load_model, make_data
 
 
 class Look:
@@ -26,6 +28,7 @@ class Look:
         self.hardware.apply()
         self.data: ImageData = make_data(run.config, run.paths)
         self.records: dict[str, Config] = {}  # of the models asked for
+        self._pieces: Pieces | None = None
         self.diverged = False
 
     def model(self, name: str) -> nn.Module:
@@ -35,14 +38,29 @@ class Look:
         self.diverged |= self.records[name]["status"] == "diverged"
         return load_model(upstream, self.hardware)
 
+    @property
+    def pieces(self) -> Pieces:
+        """For work that takes minutes; asked for once all models are at hand."""
+        if self._pieces is None:
+            self._pieces = Pieces(self.run, self.hardware)
+        return self._pieces
+
     def batches(self, count: int | None, size: int) -> Iterator[Batch]:
         """`count` test images in an order that the run's seed draws, None for all, `size` at a time."""
-        loader = self.data.test_loader(batch_size=size, device=self.hardware.device)
-        order = torch.randperm(loader.count, generator=torch.Generator().manual_seed(mix(self.run.config["seed"], 0)))
-        order = order[: count or loader.count]
-        for start in range(0, len(order), size):
-            rows = order[start : start + size]
-            yield loader.batch(rows, torch.zeros_like(rows))
+        return (self.batch(rows) for rows in self.rows(count, size))
+
+    def rows(self, count: int | None, size: int) -> Sequence[Tensor]:
+        """Which images these are, a batch at a time."""
+        everything = self._images.count
+        order = torch.randperm(everything, generator=torch.Generator().manual_seed(mix(self.run.config["seed"], 0)))
+        return torch.split(order[: count or everything], size)
+
+    def batch(self, rows: Tensor) -> Batch:
+        return self._images.batch(rows, torch.zeros_like(rows))
+
+    @cached_property
+    def _images(self) -> Loader:
+        return self.data.test_loader(batch_size=EVALUATION_BATCH, device=self.hardware.device)
 
     def require_unit_pixels(self) -> None:
         """Raises UserError where pixels are not in [0, 1]."""
@@ -61,7 +79,8 @@ class Look:
 
     def facts(self) -> dict[str, Any]:
         """What a record says of data and machine."""
-        return {"data": self.data.fingerprint(), **self.hardware.facts(mixed=False)}
+        earlier = self._pieces.facts() if self._pieces else {}
+        return {"data": self.data.fingerprint(), **self.hardware.facts(mixed=False), **earlier}
 
 
 def _nan(value: Any) -> Any:
@@ -72,6 +91,6 @@ def _rounded(value: Any) -> Any:
     return [_rounded(each) for each in value] if isinstance(value, list) else float(f"{value:.6g}")
 
 
-def as_bytes(images: torch.Tensor) -> Any:
+def as_bytes(images: Tensor) -> Any:
     """Pixels in [0, 1] as uint8 for the arrays of a record; black where they are not finite."""
     return (255 * images.nan_to_num(0)).clamp(0, 255).round().to(torch.uint8).cpu().numpy()

@@ -24,10 +24,14 @@ def noise(run: Run) -> Result:
     batches = look.data.test_loader(batch_size=EVALUATION_BATCH, device=look.hardware.device)
     common = {"seed": run.config["seed"], "classes": look.data.classes, "device": look.hardware.device}
     metrics: dict[str, Any] = {}
-    for sigma in task["sigmas"]:
+
+    def measured(_: int, sigma: float) -> list[float]:
         draws = task["draws"] if sigma else 1
-        values = [nan] * draws if look.diverged else noise_accuracies(model, batches, sigma=sigma, draws=draws, **common)
+        return [nan] * draws if look.diverged else noise_accuracies(model, batches, sigma=sigma, draws=draws, **common)
+
+    found = look.pieces.each("noise", task["sigmas"], measured, count=len(task["sigmas"]))
+    for sigma, values in zip(task["sigmas"], found, strict=True):
         metrics[f"test/accuracy@noise={sigma:g}"] = round(float(np.mean(values)), 4)
-        if draws > 1:
+        if len(values) > 1:
             metrics[f"test/accuracy@noise={sigma:g}/std"] = round(float(np.std(values, ddof=1)), 4)
     return look.result(metrics)

@@ -39,7 +39,7 @@ def training(config: Config, paths: Paths) -> Config:
     steps, watch = WARM + STEPS, _Watch()
     with dropout_after(made.student, run.config["method"].get("dropout"), made.loader.example):
         stream, progress = TrainingStream(made.loader, steps), ProgressLine("probe", steps)
-        fit(made.module, stream, made.hardware, None, Checkpointer(run.folder / "last.ckpt", every=1e9), progress, watch)
+        fit(made.module, stream, made.hardware, None, Checkpointer(run.checkpoint, every=1e9), progress, watch)
     trained = _clock()
     accuracy_on_test(made.student, made.data, made.hardware)
     images = watch.images[-1] - watch.images[WARM - 1]

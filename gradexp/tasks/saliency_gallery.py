@@ -51,7 +51,7 @@ def recognised(look: Look, model: nn.Module, count: int) -> tuple[Tensor, Tensor
     Chosen before any map is seen.
     """
     images, labels, found = [], [], 0
-    for batch in first_images(look, None, BATCH):
+    for batch in first_images(look, None, BATCH)[0]:
         right = model(batch.images).argmax(1) == batch.labels
         images.append(batch.images[right])
         labels.append(batch.labels[right])

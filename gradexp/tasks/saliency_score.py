@@ -24,17 +24,21 @@ def saliency_score(run: Run) -> Result:
     limit, batch_size = evaluate.pop("images"), evaluate.pop("batch_size")
     score = build(evaluate, where="evaluate")
     black = look.data.black.to(look.hardware.device)
-    found: dict[str, list[Tensor]] = {}
-    images = 0  # scored: the digit flip leaves out all but one digit
-    for number, batch in enumerate(first_images(look, limit, batch_size)):
+
+    def scored(number: int, batch: Batch) -> tuple[int, dict[str, Tensor]]:
         seed = mix(run.config["seed"], number)
         torch.manual_seed(seed)  # of random maps and noise
         measured = score(model, method, batch, black=black, seed=seed)
-        images += len(next(iter(measured.values()), ()))
-        for name, values in {**measured, **completeness(method, model, batch.images)}.items():
-            found.setdefault(name, []).append(values.cpu())
+        count = len(next(iter(measured.values()), ()))  # the digit flip leaves out all but one digit
+        measured |= completeness(method, model, batch.images)
+        return count, {name: values.cpu() for name, values in measured.items()}
+
+    batches, count = first_images(look, limit, batch_size)
+    pieces = look.pieces.each("scores", batches, scored, count=count)
+    images = sum(count for count, _ in pieces)
     metrics: dict[str, Any] = {}
-    for name, values in ((name, torch.cat(pieces).double()) for name, pieces in found.items()):
+    for name in dict.fromkeys(name for _, measured in pieces for name in measured):
+        values = torch.cat([measured[name] for _, measured in pieces if name in measured]).double()
         metrics[f"test/{name}"], metrics[f"test/{name}/std"] = float(values.mean()), float(values.std())
     if not images:
         raise UserError("evaluate.images: none of the test images was of use; raise it")
@@ -49,13 +53,20 @@ def parts(run: Run) -> tuple[Look, nn.Module, Saliency]:
     return look, look.model("model"), method
 
 
-def first_images(look: Look, limit: int | None, batch_size: int) -> Iterator[Batch]:
-    """The first `limit` test images (None: all), in the data set's order, which is that of a hash: as good as random."""
+def first_images(look: Look, limit: int | None, batch_size: int) -> tuple[Iterator[Batch], int]:
+    """The first `limit` test images (None: all), in the data set's order, which is that of a hash: as good as random.
+
+    -> the batches, and how many they are.
+    """
     loader = look.data.test_loader(batch_size=batch_size, device=look.hardware.device)
-    left = len(loader) * batch_size if limit is None else limit
-    for batch in itertools.islice(loader, -(-left // batch_size)):
-        yield Batch(batch.images[:left], batch.labels[:left], batch.row[:left], batch.view[:left])
-        left -= len(batch.images)
+    wanted = loader.count if limit is None else min(limit, loader.count)
+
+    def cut(number: int, batch: Batch) -> Batch:
+        left = wanted - number * batch_size
+        return Batch(batch.images[:left], batch.labels[:left], batch.row[:left], batch.view[:left])
+
+    count = -(-wanted // batch_size)
+    return itertools.starmap(cut, enumerate(itertools.islice(loader, count))), count
 
 
 def completeness(method: Saliency, model: nn.Module, images: Tensor, target: int | None = None) -> dict[str, Tensor]:

@@ -25,7 +25,7 @@ from gradexp.data.loader import Loader, TrainingStream
 from gradexp.data.removal import MANIFEST
 from gradexp.errors import Stopped, UserError
 from gradexp.evaluate.accuracy import accuracy
-from gradexp.files import draft_of, put_sealed
+from gradexp.files import write_sealed
 from gradexp.runs import Config, Paths, Result, Run, digests, git_state
 from gradexp.tasks.build import build
 from gradexp.tasks.hardware import Hardware
@@ -57,14 +57,7 @@ class Training:
 
 
 def train(run: Run) -> Result:
-    """The run's model after its last step; weights in `run.weights`."""
-    result, checkpointer = trained(run)
-    checkpointer.remove()
-    return result
-
-
-def trained(run: Run) -> tuple[Result, Checkpointer]:
-    """The same for tasks that go on: they remove the checkpoint themselves, so that losing what follows loses no training."""
+    """The run's model after its last step; weights in `run.weights`. The checkpoint stays until there is a record."""
     training = prepare(run)
     module, student, hardware, checkpointer = training.module, training.student, training.hardware, training.checkpointer
     together = hardware.together > 1
@@ -86,7 +79,7 @@ def trained(run: Run) -> tuple[Result, Checkpointer]:
         **({"attempts": checkpointer.attempts} if checkpointer.attempts else {}),
         **hardware.facts(mixed=not module.full_precision),
     }
-    return Result(metrics, status="diverged" if module.diverged else "finished", facts=facts), checkpointer
+    return Result(metrics, status="diverged" if module.diverged else "finished", facts=facts)
 
 
 def prepare(run: Run) -> Training:
@@ -106,7 +99,7 @@ def prepare(run: Run) -> Training:
         ranks.share_layers(student)
     facts = hardware.facts(mixed=not module.full_precision)
     origin = {"git": git_state(), "device": facts["device"], "precision": facts["precision"], "upstream": digests(run.used)}
-    checkpointer = Checkpointer(run.folder / "last.ckpt", every=hardware.checkpoint_every, origin=origin)
+    checkpointer = Checkpointer(run.checkpoint, every=hardware.checkpoint_every, origin=origin)
     progress = ProgressLine(f"{run.config['name']} {run.id}", module.total_steps)
     return Training(run, hardware, data, loader, student, module, checkpointer, progress)
 
@@ -279,10 +272,9 @@ def load_model(run: Run, hardware: Hardware) -> nn.Module:
 
 
 def save_weights(run: Run, model: nn.Module) -> None:
-    draft, content = draft_of(run.weights), io.BytesIO()  # a file's name would be part of what torch writes, and of its digest
+    content = io.BytesIO()  # a file's name would be part of what torch writes, and of its digest
     torch.save({name: value.cpu().contiguous() for name, value in model.state_dict().items()}, content)
-    draft.write_bytes(content.getvalue())
-    put_sealed(draft, run.weights)
+    write_sealed(run.weights, lambda draft: draft.write_bytes(content.getvalue()))
 
 
 def run_steps(training: Training, logger: Any) -> int:

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from gradexp import clocks, ranks
 from gradexp.errors import Stopped
-from gradexp.files import draft_of, intact, put_sealed, remove_sealed
+from gradexp.files import draft_of, intact, write_sealed
 
 # From the user or the system; from SLURM before a job's end; from SLURM as submitit asks for it.
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -53,6 +53,9 @@ class Checkpointer(lightning.Callback):
         for number in self._before:  # Lightning's handlers exchange messages between processes at any moment
             signal.signal(number, self._notice)
 
+    def on_exception(self, *_: Any) -> None:
+        self.teardown()  # which Lightning does not call then
+
     def teardown(self, *_: Any, **__: Any) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
@@ -75,10 +78,10 @@ class Checkpointer(lightning.Callback):
             self.save(trainer)  # what the processes hand over
 
     def save(self, trainer: lightning.Trainer) -> None:
-        draft = draft_of(self.path)
-        trainer.save_checkpoint(draft)
         if trainer.is_global_zero:
-            put_sealed(draft, self.path)
+            write_sealed(self.path, trainer.save_checkpoint)
+        else:  # all processes take part, and the first one writes
+            trainer.save_checkpoint(draft_of(self.path))
         self._saved = time.monotonic()
 
     def usable(self) -> bool:
@@ -89,9 +92,6 @@ class Checkpointer(lightning.Callback):
         self.path.replace(aside)
         print(f"checkpoint {aside} is damaged, so it is set aside: training begins anew", flush=True)
         return False
-
-    def remove(self) -> None:
-        remove_sealed(self.path)
 
     def state_dict(self) -> dict[str, Any]:
         spent = {clock: self.earlier[clock] + seconds for clock, seconds in clocks.since(self._begun).items()}
