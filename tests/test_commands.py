@@ -184,3 +184,15 @@ def test_w_and_b_offline(tmp_path: Path, run_py: RunPy, monkeypatch: pytest.Monk
     assert done.returncode == 0, done.stderr
     assert len(records(tmp_path, "teacher")) == 1
     assert list(tmp_path.rglob("*.wandb"))
+
+
+@pytest.mark.parametrize("experiment", ["jacobian_distill", "pixel_perturbation"])
+def test_networks_that_would_see_pixels_in_other_units_are_refused(experiment: str) -> None:
+    with pytest.raises(UserError, match=r"data\.normalise is none, and of upstream\.\w+, .*, standard"):
+        plan([f"experiment={experiment}", "scale=quick", "data.normalise=none"])
+
+
+def test_hydras_own_options_are_no_misspelt_overrides() -> None:
+    check_overrides(["--cfg", "job", "experiment=teacher"])
+    with pytest.raises(UserError, match="not of the form key=value"):
+        check_overrides(["job", "experiment=teacher"])

@@ -228,7 +228,8 @@ def test_a_judge_that_is_the_sampled_model_is_an_error(places: list[str]) -> Non
 
 def test_sampling_needs_pixels_from_0_to_1(places: list[str]) -> None:
     with pytest.raises(UserError, match=r"data\.normalise=none"):
-        ensure(run(places, "experiment=gan_test", *MODEL_AND_JUDGE, "data.normalise=standard"))
+        both = [f"+upstream.{name}.data.normalise=standard" for name in ("model", "judge")]
+        ensure(run(places, "experiment=gan_test", *MODEL_AND_JUDGE, "data.normalise=standard", *both))
 
 
 def test_implicit_samples(places: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -347,6 +348,14 @@ def test_the_other_activation_of_resnet18_is_refused_where_a_hessian_is_asked(pl
     with pytest.raises(UserError, match="take a softplus network"):
         ensure(run(places, *TRAIN, *typed))
     assert done(places, *TRAIN, *typed, "method=ce")[0]["status"] == "finished"
+
+
+def test_a_start_of_another_model_fails_before_it_is_trained(places: list[str], tmp_path: Path) -> None:
+    """The fooled model hands its width down; a start that is set apart is another matter."""
+    words = [*shrunk("start"), "model.width=0.03125", "upstream.start.model.width=0.0625"]
+    with pytest.raises(UserError, match=r"does not take the weights of upstream\.start \(.*size mismatch"):
+        ensure(run(places, "experiment=fooling", *words))
+    assert not list(tmp_path.rglob("*.pt"))
 
 
 def test_a_mask_that_does_not_fit_fails_before_the_training(places: list[str], tmp_path: Path) -> None:

@@ -368,6 +368,16 @@ def test_a_constant_map_says_nothing() -> None:
     assert not psi(torch.full((1, 2, 3, 3), 0.3), PSI, (6, 6)).any()
 
 
+@pytest.mark.parametrize("name", ["fullgrad", "simple_fullgrad", "smooth_fullgrad"])
+def test_a_map_is_the_sum_of_those_of_its_layers(name: str) -> None:
+    model, images, method = net(), pictures(), METHODS[name]
+    assert isinstance(method, FullGrad)
+    torch.manual_seed(0)
+    layers = method.layers(model, images, 0)
+    torch.manual_seed(0)
+    torch.testing.assert_close(torch.stack(list(layers.values())).sum(0), method(model, images, 0))
+
+
 def test_variants_of_fullgrad() -> None:
     """Smooth without noise is FullGrad; simple is FullGrad of a model whose biases are all 1, and needs none."""
     model, images = net(), pictures()

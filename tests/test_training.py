@@ -188,7 +188,13 @@ def test_emulated_bf16_is_refused(places: list[str], monkeypatch: pytest.MonkeyP
         ensure(run(places, "trainer.precision=bf16", "trainer.accelerator=cpu"))
 
 
-@pytest.mark.parametrize("word", ["trainer.precision=16", "trainer.accelerator=gpu"])
+@pytest.mark.parametrize(
+    "word",
+    [
+        *("trainer.precision=16", "trainer.accelerator=gpu", "trainer.accelerator=gpuu", "trainer.devices=0"),
+        *("trainer.devices=-1", "trainer.devices=two", "trainer.devices=[0]"),
+    ],
+)
 def test_impossible_hardware_is_an_error(places: list[str], word: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(UserError, match=word.split("=")[0]):
@@ -239,6 +245,19 @@ def test_a_broken_logger_does_not_break_the_run(
     record = ensure(run(places, "logger=csv"))
     assert record["status"] == "finished"
     assert "no socket" in capsys.readouterr().out
+
+
+def test_a_logger_that_fails_on_the_way_is_said_once(
+    places: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(self: CSVLogger, metrics: dict[str, float], step: int | None = None) -> None:
+        if "train/loss" in metrics:
+            raise OSError("the disk is full")
+
+    monkeypatch.setattr(CSVLogger, "log_metrics", full)
+    record = ensure(run(places, "logger=csv"))
+    assert len(record["metrics"]["train/loss"]) == 5
+    assert capsys.readouterr().out.count("CSVLogger failed (the disk is full)") == 1
 
 
 def test_a_logger_that_starts_late_and_fails_does_not_break_the_run(

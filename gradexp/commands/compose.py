@@ -21,6 +21,8 @@ from gradexp.errors import UserError, nearest
 from gradexp.runs import HARDWARE, ROOT, Config, run_id
 
 CONF = ROOT / "conf"
+HYDRA_OPTIONS = ("--cfg", "-c", "--package", "-p", "--info", "-i")  # a word follows them
+PIXELS = ("normalise", "mean", "std", "size", "channels")  # of data: what a network takes for granted
 METHOD = ("name", "module", "upstream", "terms", "dropout", "angle")  # the keys of conf/method/
 
 
@@ -64,6 +66,9 @@ def plan(overrides: Sequence[str]) -> Planned:
     maps = ["maps"] if config.get("data", {}).get("removal") else []
     names = [*config["method"]["upstream"], *maps] if "method" in config else config["upstream"]
     upstream = {name: _upstream(config, name) for name in names}
+    for name, run in upstream.items():
+        if name != "maps":  # which are of the same images, one by one
+            _check_pixels(config, run.config, name)
     nested = {name: {key: value for key, value in run.config.items() if key not in HARDWARE} for name, run in upstream.items()}
     return Planned(tuple(overrides), config | {"upstream": nested}, tuple(upstream.values()))
 
@@ -77,6 +82,17 @@ def _upstream(config: Config, name: str) -> Planned:
             f"+upstream.{name}.experiment=NAME"
         )
     return plan([*_as_overrides(choices), f"scale={config['scale']['name']}"])
+
+
+def _check_pixels(config: Config, upstream: Config, name: str) -> None:
+    """Raises UserError where a network would see pixels in other units than it was trained on."""
+    here, there = config.get("data", {}), upstream.get("data", {})
+    for key in PIXELS:
+        if there and here.get(key) != there.get(key):
+            raise UserError(
+                f"data.{key} is {here.get(key)}, and of upstream.{name}, which sees the same images, {there.get(key)}: "
+                f"give both one value, with +upstream.{name}.data.{key}=..."
+            )
 
 
 def _as_overrides(choices: Config, prefix: str = "") -> list[str]:
@@ -100,7 +116,8 @@ def check_overrides(arguments: Sequence[str]) -> None:
 
     Raises UserError with the nearest right word for a misspelt key or choice.
     """
-    words = [word for word in arguments if not word.startswith("-") and not word.startswith("hydra")]
+    after = zip(["", *arguments], arguments, strict=False)
+    words = [word for before, word in after if not word.startswith(("-", "hydra")) and before not in HYDRA_OPTIONS]
     try:
         parsed = OverridesParser.create().parse_overrides(words)
     except OverrideParseException as error:

@@ -54,7 +54,7 @@ def explain(path: Path, model_name: str, method_name: str, target: int | None, o
     hardware: Hardware = build(run["trainer"], where="trainer")
     hardware.apply()
     ensure(upstream, needs=upstream.weights.exists)
-    # The data set says how pixels are normalised; its images are not needed, and need not be here.
+    # The data set says how pixels are normalised; only where that is by its own statistics are its images read.
     data, model = declare_data(run, upstream.paths), load_model(upstream, hardware)
     method: Saliency = build(saliency["saliency"], where="saliency", black=data.black.to(hardware.device))
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ import numpy as np
 
 from gradexp.data import subsets
 from gradexp.errors import UserError
-from gradexp.files import sha256
+from gradexp.files import draft_of, sha256
 
 SPLITS = ("train", "test")
 
@@ -64,12 +63,12 @@ def load(layout: Layout, root: Path, cache: Path) -> dict[str, Split]:
 
     Raises UserError when no source holds it, or when the files are damaged.
     """
-    source, files, read = _find(layout, root)
-    stamp = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-    key = hashlib.sha256(json.dumps([source, stamp]).encode()).hexdigest()[:12]
-    folder = cache / "data" / f"{layout.name}-{key}"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(f"{folder}.lock"):
+    (cache / "data").mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(cache / "data" / f"{layout.name}.lock"):  # of the download too
+        source, files, read = _find(layout, root)
+        stamp = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+        key = hashlib.sha256(json.dumps([source, stamp]).encode()).hexdigest()[:12]
+        folder = cache / "data" / f"{layout.name}-{key}"
         if not _intact(folder):
             print(f"{layout.title}: converting from {source} (once)", flush=True)
             _save(folder, {split: _sorted(_checked(layout, *read(split), split)) for split in SPLITS})
@@ -186,9 +185,10 @@ def _sorted(split: Split) -> Split:
 
 
 def _save(folder: Path, splits: dict[str, Split]) -> None:
-    draft = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
+    for left in folder.parent.glob(f".{folder.name}.*"):
+        shutil.rmtree(left)  # of a process that died; this one holds the lock
+    draft = draft_of(folder)
+    draft.mkdir()
     for name, split in splits.items():
         np.save(draft / f"{name}_images.npy", split.images)
         np.save(draft / f"{name}_labels.npy", split.labels)

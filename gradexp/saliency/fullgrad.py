@@ -29,13 +29,15 @@ class FullGrad(Saliency):
         check(self.psi)
 
     def map(self, model: nn.Module, images: Tensor, labels: Tensor | None) -> Tensor:
-        return self.total(self.terms(self.full_gradient(model, images, labels)), images.shape[-2:])
+        return torch.stack(list(self.of_layers(model, images, labels).values())).sum(0)
 
     def layers(self, model: nn.Module, images: Tensor, target: Tensor | int | None = None) -> dict[str, Tensor]:
         """The terms of the sum over layers, `input` the first; {layer: (B, 1, H, W)} (fig. 3.1)."""
         with evaluating(model):
-            full = self.full_gradient(model, images, checked(model, images, target))
-        return {name: psi(maps, self.psi, images.shape[-2:]) for name, maps in self.terms(full).items()}
+            return self.of_layers(model, images, checked(model, images, target))
+
+    def of_layers(self, model: nn.Module, images: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
+        return {name: psi(maps, self.psi, images.shape[-2:]) for name, maps in self.terms(model, images, labels).items()}
 
     def completeness_error(self, model: nn.Module, images: Tensor, target: Tensor | int | None = None) -> Tensor:
         """|sum of all full-gradients - f(x)| / |f(x)|, which Proposition 6 says is 0. (B,)."""
@@ -47,22 +49,22 @@ class FullGrad(Saliency):
         labels = images.new_zeros(len(images), dtype=torch.long) if labels is None else labels
         return gradients.full_gradient(model, images, labels, target=target, separate=self.separate)
 
-    def terms(self, full: FullGradient) -> dict[str, Tensor]:
+    def terms(self, model: nn.Module, images: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
         """What ψ is applied to. Biases of fully-connected layers lie in no plane, and are left out."""
-        planes = {name: maps for name, maps in full.biases.items() if maps.ndim == 4}
+        full = self.full_gradient(model, images, labels)
+        planes = {name: maps for name, maps in self.of_biases(full).items() if maps.ndim == 4}
         return {gradients.INPUT: full.input * full.images, **planes}
 
-    def total(self, terms: dict[str, Tensor], size: Sequence[int]) -> Tensor:
-        return torch.stack([psi(maps, self.psi, size) for maps in terms.values()]).sum(0)
+    def of_biases(self, full: FullGradient) -> dict[str, Tensor]:
+        return full.biases
 
 
 @dataclass(frozen=True, kw_only=True)
 class SimpleFullGrad(FullGrad):
     """Gradients before each activation in place of bias-gradients, as in the author's release: no bias is needed."""
 
-    def terms(self, full: FullGradient) -> dict[str, Tensor]:
-        planes = {name: values for name, values in full.gradients.items() if values.ndim == 4}
-        return {gradients.INPUT: full.input * full.images, **planes}
+    def of_biases(self, full: FullGradient) -> dict[str, Tensor]:
+        return full.gradients
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,13 +77,13 @@ class SmoothFullGrad(FullGrad):
     samples: int
     sigma: float
 
-    def map(self, model: nn.Module, images: Tensor, labels: Tensor | None) -> Tensor:
+    def terms(self, model: nn.Module, images: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
         labels = predicted(model, images, labels)
         flat = images.flatten(1)
         noise = (self.sigma * (flat.amax(1) - flat.amin(1))).view(-1, 1, 1, 1)
         sums: dict[str, Tensor] = {}
         for _ in range(self.samples):
-            full = self.full_gradient(model, images + noise * torch.randn_like(images), labels)
-            for name, maps in self.terms(full).items():
+            copies = images + noise * torch.randn_like(images)
+            for name, maps in super().terms(model, copies, labels).items():
                 sums[name] = sums[name] + maps if name in sums else maps
-        return self.total({name: maps / self.samples for name, maps in sums.items()}, images.shape[-2:])
+        return {name: maps / self.samples for name, maps in sums.items()}

@@ -15,6 +15,7 @@ from torch import nn
 
 from gradexp.errors import UserError
 
+ACCELERATORS = ("auto", "cpu", "gpu")
 LIGHTNING_PRECISION = {"32": "32-true", "bf16": "bf16-mixed"}
 
 
@@ -87,6 +88,10 @@ class Hardware:
         threads: int | None,
         strict: bool,
     ) -> None:
+        if accelerator not in ACCELERATORS:
+            raise UserError(f"trainer.accelerator={accelerator}: it is one of {', '.join(ACCELERATORS)}")
+        if devices != "auto" and not (isinstance(devices, int) and devices > 0):
+            raise UserError(f"trainer.devices={devices}: it is a number from 1 on, or auto for all GPUs")
         self.kind = ("gpu" if torch.cuda.is_available() else "cpu") if accelerator == "auto" else accelerator
         if self.kind == "gpu" and not torch.cuda.is_available():
             raise UserError("trainer.accelerator=gpu: torch sees no GPU here; use trainer.accelerator=cpu")

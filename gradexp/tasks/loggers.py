@@ -38,11 +38,11 @@ def csv(*, run: Run, group: str) -> Any:
 
 def wandb(*, run: Run, group: str, project: str) -> Any:
     """Weights & Biases: online when somebody is logged in, offline otherwise."""
-    from gradexp.tasks.wandb_logger import ForgivingWandb  # importing wandb takes seconds
+    from lightning.pytorch.loggers import WandbLogger  # importing wandb takes seconds
 
     os.environ.setdefault("WANDB_SILENT", "true")
     config = {key: value for key, value in run.config.items() if key != "paths"}
-    return ForgivingWandb(
+    return WandbLogger(
         project=project,
         group=group,
         job_type=config["name"],

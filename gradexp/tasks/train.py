@@ -17,7 +17,7 @@ from typing import Any
 
 import lightning
 import torch
-from torch import distributed, nn
+from torch import Tensor, distributed, nn
 
 from gradexp import layers, ranks
 from gradexp.data.dataset import ImageData
@@ -176,11 +176,23 @@ def make_student(run: Run, terms: dict[str, Term], hardware: Hardware) -> nn.Mod
     """The model before training: new, or with the weights of the upstream run `start` where there is one."""
     student: nn.Module = build(run.config["model"], where="model")
     if "start" in run.config["upstream"]:
-        weights = torch.load(run.upstream("start").weights, weights_only=True, map_location="cpu")
-        getattr(student, "start_from", student.load_state_dict)(weights)
+        if not Run(run.config["upstream"]["start"], run.paths).weights.exists():  # whether it fits, before it is trained
+            with torch.random.fork_rng():
+                start: nn.Module = build(run.config["upstream"]["start"]["model"], where="upstream.start.model")
+            _take(copy.deepcopy(student), start.state_dict())
+        _take(student, torch.load(run.upstream("start").weights, weights_only=True, map_location="cpu"))
     for term in terms.values():
         term.check(student)
     return fast(student, terms, hardware) if fast_gradients(run.config) else student
+
+
+def _take(student: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Raises UserError where they are those of another model."""
+    try:
+        getattr(student, "start_from", student.load_state_dict)(weights)
+    except RuntimeError as error:
+        why = str(error).splitlines()[-1].strip()
+        raise UserError(f"the model does not take the weights of upstream.start ({why}); give both one model") from None
 
 
 def fast(model: nn.Module, terms: dict[str, Term], hardware: Hardware) -> nn.Module:
@@ -212,7 +224,10 @@ def make_module(
     if "teacher" in run.config["upstream"]:
         if not Run(run.config["upstream"]["teacher"], run.paths).weights.exists():
             _rehearse(run, student, terms, loader, hardware)
-        teacher = load_model(run.upstream("teacher"), hardware)
+        trained = run.upstream("teacher")
+        if (trained.record() or {}).get("status") == "diverged":
+            raise UserError(f"the training of the teacher, run {trained.id}, diverged: it teaches nothing; name another one")
+        teacher = load_model(trained, hardware)
     for term in terms.values():
         term.place(student, teacher, loader.example)
     extra: dict[str, Any] = {}

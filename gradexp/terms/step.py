@@ -181,7 +181,7 @@ class Step:
         return self._teacher_gradients[target]
 
     def teacher_feature_gradient(self, layer: str, pick: Callable[[Tensor], Tensor]) -> Tensor:
-        """The same for one of the teacher's layers."""
+        """The teacher's input-gradient of one value an image that `pick` makes of a layer's output, (B, C, H, W)."""
         return self._teacher.feature_gradient(self.batch, layer, pick)
 
     def teacher_layer_gradient(self, layer: str, target: str) -> Tensor:

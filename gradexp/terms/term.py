@@ -16,9 +16,9 @@ class Term(nn.Module, ABC):
     """A differentiable scalar of one step; the training loss is the sum of weight * term.
 
     needs_teacher: whether the step must have one. gradient_target: whose gradient it needs (see
-    gradexp.gradients.scalar), None for a term without gradients. needs_input_gradient: whether that is the gradient
-    at the input, or at layers alone. full_precision: whether mixed precision would spoil it; the whole step is then
-    computed in full.
+    gradexp.gradients.scalar; `attention` for a scalar of its own), None for a term without gradients.
+    needs_input_gradient: whether that is the gradient at the input, or at layers alone. full_precision: whether mixed
+    precision would spoil it; the whole step is then computed in full.
 
     student_layers, teacher_layers: the modules whose outputs, or the gradients there, it reads. teacher_maps: all that
     it asks of `teacher_layers`, where that can be stored. reads_bias: whether it reads the bias of `student_layers`.

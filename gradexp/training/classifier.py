@@ -39,11 +39,12 @@ class Classifier(lightning.LightningModule):
         self.steps_per_pass, self.seed = steps_per_pass, seed
         self.needs_input_gradient = any(term.needs_input_gradient for term in terms.values())
         self.student_layers = tuple(dict.fromkeys(layer for term in terms.values() for layer in term.student_layers))
-        self.student_biases = tuple({layer for term in terms.values() for layer in term.student_biases})
+        self.student_biases = tuple(dict.fromkeys(layer for term in terms.values() for layer in term.student_biases))
         self.full_precision = any(term.full_precision for term in terms.values())
         self.total_steps = optim.total_steps(steps_per_pass)
         self.curves: dict[str, list[float]] = {}
         self.diverged = False
+        self._logger_failed = False
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
         self._summed = 0
@@ -100,11 +101,20 @@ class Classifier(lightning.LightningModule):
         self._sums, self._counts, self._summed = {}, {}, 0
         for name, mean in means.items():
             self.curves.setdefault(name, []).append(float(f"{mean:.5g}"))
-        if self.logger is not None:
-            self.logger.log_metrics(means, step=self.global_step)
+        self._show(means)
         if not math.isfinite(means["train/loss"]):
             self.diverged = True  # NaN is a result: the run ends here and says so
             self.trainer.should_stop = True
+
+    def _show(self, means: dict[str, float]) -> None:
+        """Gives them to the logger, until it fails once: the run matters more than where its curves are shown."""
+        if self.logger is None or self._logger_failed:
+            return
+        try:
+            self.logger.log_metrics(means, step=self.global_step)
+        except Exception as error:
+            self._logger_failed = True
+            print(f"{type(self.logger).__name__} failed ({error}); going on without it", flush=True)
 
     def _totals(self) -> dict[str, Tensor]:
         """The sums over all processes."""
