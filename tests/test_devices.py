@@ -16,9 +16,9 @@ from gradexp.data.sources import Split
 from gradexp.sampling import Ascent
 from gradexp.tasks.build import build
 from gradexp.tasks.train import fast, make_terms
+from gradexp.terms.targets import Targets
 from gradexp.training.classifier import Classifier
 from gradexp.training.distillation import Distillation
-from gradexp.training.targets import LiveTargets
 
 ELSEWHERE = torch.device("meta")
 HARDWARE: Any = SimpleNamespace(kind="gpu")
@@ -76,7 +76,7 @@ def test_a_step_stays_on_its_device(experiment: str, method: str) -> None:
         module = Classifier(student, terms, optim, **common)
     else:
         layers = list(dict.fromkeys(layer for term in terms.values() for layer in term.teacher_layers))
-        targets = LiveTargets(teacher, with_gradient=True, layers=layers)
+        targets = Targets(teacher, with_gradient=True, layers=layers)
         module = Distillation(student, terms, optim, targets=targets, angle=config["method"].get("angle"), **common)
     loss = module.training_step(next(iter(images)), 0)
     loss.backward()  # type: ignore[no-untyped-call]

@@ -15,7 +15,7 @@ from gradexp.errors import UserError
 from gradexp.models.resnet import ResNet
 from gradexp.models.vgg import VGG
 from gradexp.terms import Step
-from gradexp.training.targets import LiveTargets
+from gradexp.terms.targets import Targets
 
 CLASSES = 3
 
@@ -244,7 +244,7 @@ LAYERS = ("features.norm1", "features.norm3")
 def make_step(student: nn.Module, teacher: nn.Module) -> Step:
     images, labels = data()
     batch = Batch(images, labels, torch.arange(3), torch.zeros(3, dtype=torch.long))
-    live = LiveTargets(teacher, with_gradient=True, layers=LAYERS)
+    live = Targets(teacher, with_gradient=True, layers=LAYERS)
     return Step(batch, student, live, differentiable_input=True, student_layers=LAYERS)
 
 

@@ -18,8 +18,8 @@ from gradexp.data.sources import Split
 from gradexp.errors import UserError
 from gradexp.models.vgg import VGG
 from gradexp.terms import Activations, AntiScoreMatching, CrossEntropy, GradientNorm, Jacobian, ScoreMatching, Step
-from gradexp.terms.step import Map
-from gradexp.training.targets import LiveTargets, StoredTargets
+from gradexp.terms.targets import Map, Targets
+from gradexp.training.targets import StoredTargets
 
 
 def net(seed: int) -> nn.Module:
@@ -34,7 +34,7 @@ def batch(count: int = 4) -> Batch:
 
 
 def step(student: nn.Module, teacher: nn.Module | None = None, data: Batch | None = None) -> Step:
-    targets = LiveTargets(teacher, with_gradient=True) if teacher else None
+    targets = Targets(teacher, with_gradient=True) if teacher else None
     return Step(data or batch(), student, targets, differentiable_input=True)
 
 
@@ -311,12 +311,12 @@ LAYER = "features.norm1"
 MAPS = [Map("attention", LAYER), Map("gradient", LAYER, "label")]
 
 
-def stored(folder: Path, teacher: nn.Module, maps: list[Map] = MAPS) -> tuple[TensorLoader, LiveTargets, StoredTargets]:
+def stored(folder: Path, teacher: nn.Module, maps: list[Map] = MAPS) -> tuple[TensorLoader, Targets, StoredTargets]:
     images = np.random.default_rng(0).integers(0, 256, (10, 2, 6, 6), dtype=np.uint8)
     statistics = {"mean": torch.full((2,), 0.5), "std": torch.full((2,), 0.3)}
     options = {"batch_size": 4, "shuffle": True, "flip": True, "crop": 1}
     loader = TensorLoader(Split(images, np.arange(10) % CLASSES), np.arange(10), **statistics, **options)
-    live = LiveTargets(teacher.float(), with_gradient=True, layers=[LAYER])
+    live = Targets(teacher.float(), with_gradient=True, layers=[LAYER])
     return loader, live, StoredTargets(live, loader, 12, folder, target="label", maps=maps)
 
 

@@ -21,8 +21,8 @@ from gradexp.runs import Paths, Run, ensure
 from gradexp.tasks.build import build
 from gradexp.terms import Attention, BiasDecay, BiasGradient, FullGradient, Step, Term
 from gradexp.terms.maps import resized
+from gradexp.terms.targets import Targets
 from gradexp.training.dropout import dropout_after
-from gradexp.training.targets import LiveTargets
 
 PLACES = ["block 1", "block 2"]
 
@@ -42,7 +42,7 @@ def value(term: Term, student: nn.Module, teacher: nn.Module | None = None, data
     """The term as a training step computes it."""
     data = data or batch()
     term.place(student, teacher, data.images[:1])
-    live = LiveTargets(copy.deepcopy(teacher), with_gradient=True, layers=term.teacher_layers) if teacher else None
+    live = Targets(copy.deepcopy(teacher), with_gradient=True, layers=term.teacher_layers) if teacher else None
     step = Step(data, student, live, student_layers=term.student_layers, student_biases=term.student_biases)
     return term(step)
 
@@ -455,7 +455,7 @@ def test_a_step_of_fg_att_takes_one_forward_and_one_gradient_of_each_network(mon
     assert terms[3].student_layers == ("features.norm1", "features.norm2", "features.norm3") == terms[3].teacher_layers
     assert terms[4].student_layers == ("features.norm1", "features.norm2", "features.norm3") == terms[4].teacher_layers
     layers_read = terms[3].student_layers + terms[4].student_layers
-    live = LiveTargets(teacher, with_gradient=True, layers=layers_read)
+    live = Targets(teacher, with_gradient=True, layers=layers_read)
     step = Step(data, student, live, differentiable_input=True, student_layers=layers_read)
     torch.stack([term(step) for term in terms]).sum().backward()  # type: ignore[no-untyped-call]
     assert step.angle() is not None

@@ -18,10 +18,10 @@ from gradexp.errors import Stopped, UserError
 from gradexp.runs import Paths, Run, ensure
 from gradexp.tasks.build import build
 from gradexp.tasks.train import make_terms
+from gradexp.terms.targets import Targets
 from gradexp.training.callbacks import Checkpointer
 from gradexp.training.classifier import Classifier
 from gradexp.training.dropout import dropout_after
-from gradexp.training.targets import LiveTargets
 
 WORLD, COUNT, SIZE = 2, 7, 16
 
@@ -64,7 +64,7 @@ def classifier(words: list[str]) -> tuple[Classifier, dict[str, Any] | None]:
         term.place(student, teacher if term.needs_teacher else None, example)
     names = [layer for term in terms.values() for layer in term.teacher_layers]
     layers.accelerate(student)
-    targets = LiveTargets(teacher, with_gradient=True, layers=names)
+    targets = Targets(teacher, with_gradient=True, layers=names)
     optim = build(config["optim"], where="optim")
     module = Classifier(student, terms, optim, steps_per_pass=2, seed=0, targets=targets)
     return module.train(), config["method"].get("dropout")

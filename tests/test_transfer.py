@@ -24,7 +24,7 @@ from gradexp.runs import Paths, Run, ensure
 from gradexp.tasks.build import build
 from gradexp.terms import Activations, AttentionJacobian, Step
 from gradexp.terms.attention_jacobian import pooled, window_size
-from gradexp.training.targets import LiveTargets
+from gradexp.terms.targets import Targets
 
 LAYERS = ["features.relu1", "features.relu3"]
 OPTIONS: dict[str, Any] = {"student_layers": LAYERS, "teacher_layers": LAYERS, "student_bn": "batch"}
@@ -48,7 +48,7 @@ def batch(count: int = 3) -> Batch:
 
 def value(student: nn.Module, teacher: nn.Module, level: int, window: str, **changes: str) -> Tensor:
     term = AttentionJacobian(weight=1, level=level, window=window, **(OPTIONS | changes))
-    live = LiveTargets(copy.deepcopy(teacher), with_gradient=True, layers=term.teacher_layers)
+    live = Targets(copy.deepcopy(teacher), with_gradient=True, layers=term.teacher_layers)
     return term(Step(batch(), student, live, differentiable_input=True, student_layers=term.student_layers))
 
 
@@ -127,7 +127,7 @@ def test_equation_2_9_is_squared_error_under_noise() -> None:
     apart = (moves[0] - moves[1]).square() / sigma**2
     error = apart.std() / len(draws) ** 0.5
     term = AttentionJacobian(weight=1, level=1, window="2", **OPTIONS)
-    live = LiveTargets(teacher, with_gradient=True, layers=term.teacher_layers)
+    live = Targets(teacher, with_gradient=True, layers=term.teacher_layers)
     one = Step(batch(1), student, live, differentiable_input=True, student_layers=term.student_layers)
     assert error < 0.05 * term(one)
     assert abs(apart.mean() - term(one)) < 4 * error
@@ -223,7 +223,7 @@ class Linear(nn.Module):
 def matched(points: Tensor, student: nn.Module, teacher: nn.Module) -> Tensor:
     """The activation term over these points (N, 2): the LwF loss, a mean."""
     rows = torch.arange(len(points))
-    one = Step(Batch(points[:, None, None], 0 * rows, rows, 0 * rows), student, LiveTargets(teacher, with_gradient=False))
+    one = Step(Batch(points[:, None, None], 0 * rows, rows, 0 * rows), student, Targets(teacher, with_gradient=False))
     return Activations(weight=1, reduction="sum")(one)
 
 

@@ -24,9 +24,9 @@ from gradexp.tasks.build import build
 from gradexp.tasks.hardware import Hardware
 from gradexp.tasks.train import fast, make_terms
 from gradexp.terms import CrossEntropy, Term
-from gradexp.terms.step import Targets
+from gradexp.terms.targets import Targets
 from gradexp.training.distillation import Distillation
-from gradexp.training.targets import LiveTargets, StoredTargets
+from gradexp.training.targets import StoredTargets
 
 BATCH = 128
 IMAGES = 256  # two batches: enough to give every step new images
@@ -137,7 +137,7 @@ def _targets(
 ) -> Targets:
     target = next((term.gradient_target for term in terms.values() if term.needs_input_gradient), None)
     names = list(dict.fromkeys(layer for term in terms.values() for layer in term.teacher_layers))
-    live = LiveTargets(teacher, with_gradient=target is not None, layers=names)
+    live = Targets(teacher, with_gradient=target is not None, layers=names)
     if kind.teacher == "live":
         return live
     maps = list(dict.fromkeys(wanted for term in terms.values() for wanted in term.teacher_maps))

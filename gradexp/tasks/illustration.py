@@ -16,7 +16,7 @@ from gradexp.runs import Result, Run
 from gradexp.tasks.build import build
 from gradexp.tasks.hardware import Hardware
 from gradexp.terms import Activations, Jacobian, Step, Term
-from gradexp.training.targets import LiveTargets
+from gradexp.terms.targets import Targets
 
 GRID = 241  # points of the drawn curves
 
@@ -60,7 +60,7 @@ def _teacher(run: Run, x: Tensor) -> nn.Module:
 def _student(run: Run, teacher: nn.Module, terms: Sequence[Term], batches: Callable[[], Batch]) -> nn.Module:
     """A network fitted to the sum of the terms; every student starts from the same weights."""
     torch.manual_seed(run.config["seed"] + 1)
-    student, targets = _network(run), LiveTargets(teacher, with_gradient=True)
+    student, targets = _network(run), Targets(teacher, with_gradient=True)
 
     def loss() -> Tensor:
         step = Step(batches(), student, targets, differentiable_input=True)

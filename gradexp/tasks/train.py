@@ -32,12 +32,12 @@ from gradexp.tasks.hardware import Hardware
 from gradexp.tasks.loggers import finish, make_logger
 from gradexp.tasks.processes import train_together
 from gradexp.terms import Term
-from gradexp.terms.step import Map, Targets
+from gradexp.terms.targets import Map, Targets
 from gradexp.training.callbacks import Checkpointer, ProgressLine
 from gradexp.training.classifier import Classifier
 from gradexp.training.dropout import dropout_after
 from gradexp.training.optim import Optim
-from gradexp.training.targets import LiveTargets, StoredTargets, bytes_each
+from gradexp.training.targets import StoredTargets, bytes_each
 
 EVALUATION_BATCH = 512
 
@@ -259,7 +259,7 @@ def make_targets(
         wanted.add(run.config["method"]["angle"])
     names = list(dict.fromkeys(layer for term in helped for layer in term.teacher_layers))
     with_gradient = bool(wanted) or any(term.gradient_target for term in helped)
-    live = LiveTargets(teacher, with_gradient=with_gradient, layers=names)
+    live = Targets(teacher, with_gradient=with_gradient, layers=names)
     if len(wanted) > 1 or "all" in wanted or any(term.teacher_layers and not term.teacher_maps for term in helped):
         return live
     what: dict[str, Any] = {"target": next(iter(wanted), None), "maps": _maps(helped)}

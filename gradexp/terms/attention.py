@@ -2,7 +2,8 @@ from torch import Tensor
 
 from gradexp.gradients import attention_map
 from gradexp.terms.maps import MatchMaps
-from gradexp.terms.step import Map, Step
+from gradexp.terms.step import Step
+from gradexp.terms.targets import Map
 
 
 class Attention(MatchMaps):

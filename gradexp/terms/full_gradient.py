@@ -4,7 +4,8 @@ from torch import Tensor, nn
 
 from gradexp.gradients import TARGETS, channel_sum, find_layer, layer_bias
 from gradexp.terms.maps import MatchMaps
-from gradexp.terms.step import Map, Step
+from gradexp.terms.step import Step
+from gradexp.terms.targets import Map
 from gradexp.terms.term import choose
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,36 +11,7 @@ from torch import Tensor, nn
 from gradexp import gradients
 from gradexp.data.loader import Batch
 from gradexp.gradients import Layer
-
-
-class Map(NamedTuple):
-    """A layer's map, summed over channels: `attention` (Eq. 2.7), or the `gradient` of a target there (Eq. 4.3)."""
-
-    kind: str
-    layer: str
-    target: str | None = None
-
-
-class Targets(Protocol):
-    """What a step asks of its teacher."""
-
-    def logits(self, batch: Batch) -> Tensor:
-        """(B, K)."""
-
-    def input_gradient(self, batch: Batch, target: str) -> Tensor:
-        """(B, C, H, W), or (B, K, C, H, W) for `all`."""
-
-    def features(self, batch: Batch, layer: str) -> Tensor:
-        """A layer's output, (B, c, h, w)."""
-
-    def layer_gradient(self, batch: Batch, layer: str, target: str) -> Tensor:
-        """The gradient at a layer's output, (B, c, h, w)."""
-
-    def map(self, batch: Batch, wanted: Map) -> Tensor:
-        """(B, h, w)."""
-
-    def feature_gradient(self, batch: Batch, layer: str, pick: Callable[[Tensor], Tensor]) -> Tensor:
-        """The input-gradient of one value an image that `pick` makes of a layer's output, (B, C, H, W)."""
+from gradexp.terms.targets import Map, Targets
 
 
 class Step:

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from gradexp.errors import UserError
 from gradexp.gradients import Layer, find_layer, layer_bias
-from gradexp.terms.step import Map, Step
+from gradexp.terms.step import Step
+from gradexp.terms.targets import Map
 
 
 class Term(nn.Module, ABC):

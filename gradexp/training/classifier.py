@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from gradexp import ranks
 from gradexp.data.loader import Batch, mix
 from gradexp.terms import Step, Term
-from gradexp.terms.step import Targets
+from gradexp.terms.targets import Targets
 from gradexp.training.optim import Optim
 
 

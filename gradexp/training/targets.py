@@ -1,4 +1,4 @@
-"""What a frozen teacher gives a student."""
+"""A teacher's targets, computed once."""
 
 from __future__ import annotations
 
@@ -10,94 +10,32 @@ from pathlib import Path
 
 import filelock
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from gradexp import gradients
 from gradexp.data.loader import Batch, Loader
 from gradexp.errors import UserError
 from gradexp.files import reserve, write_atomically
-from gradexp.terms.step import Map
+from gradexp.terms.targets import Map, Targets
 
 CHUNK = 256  # views computed at a time
 CANARY = 8  # views computed again at the start of every run
 
 
-class LiveTargets:
-    """A teacher in eval mode, run once for every batch; a batch's logits, features and gradients share that run.
-
-    with_gradient: keep the graph of the forward pass, because gradients will be asked for. layers: the names of the
-    modules whose outputs, or the gradients there, will be asked for.
-    """
-
-    def __init__(self, teacher: nn.Module, *, with_gradient: bool, layers: Sequence[str] = ()) -> None:
-        self.teacher = teacher.eval().requires_grad_(False)
-        self.with_gradient, self.layers = with_gradient, layers
-        self._batch: Batch | None = None
-        self._found: dict[str, dict[str, Tensor]] = {}
-
-    def logits(self, batch: Batch) -> Tensor:
-        """(B, K)."""
-        return self._forward(batch).detach()
-
-    def input_gradient(self, batch: Batch, target: str) -> Tensor:
-        """(B, C, H, W), or (B, K, C, H, W) for `all`."""
-        if target == "all":
-            logits = self._forward(batch)
-            return gradients.gradient_of(logits, self._images, batch.labels, target=target, differentiable=False)
-        return self._gradients_at(batch, target)[gradients.INPUT]
-
-    def features(self, batch: Batch, layer: str) -> Tensor:
-        """(B, c, h, w), of one of `layers`."""
-        self._forward(batch)
-        return self._features[layer].detach()
-
-    def layer_gradient(self, batch: Batch, layer: str, target: str) -> Tensor:
-        """(B, c, h, w), at one of `layers`."""
-        return self._gradients_at(batch, target)[layer]
-
-    def map(self, batch: Batch, wanted: Map) -> Tensor:
-        """(B, h, w), of one of `layers`."""
-        if wanted.kind == "attention":
-            return gradients.attention_map(self.features(batch, wanted.layer))
-        return gradients.channel_sum(self.layer_gradient(batch, wanted.layer, str(wanted.target)))
-
-    def feature_gradient(self, batch: Batch, layer: str, pick: Callable[[Tensor], Tensor]) -> Tensor:
-        """(B, C, H, W), of what `pick` makes of the output of one of `layers`."""
-        self._forward(batch)
-        return gradients.gradient_of_values(pick(self._features[layer]), self._images, differentiable=False)
-
-    def _forward(self, batch: Batch) -> Tensor:
-        if self._batch is not batch:
-            with torch.set_grad_enabled(self.with_gradient), gradients.captured(self.teacher, self.layers) as features:
-                self._batch = batch
-                self._images = batch.images.detach().requires_grad_(self.with_gradient)
-                self._logits = self.teacher(self._images)
-            self._features, self._found = features, {}
-        return self._logits
-
-    def _gradients_at(self, batch: Batch, target: str) -> dict[str, Tensor]:
-        logits = self._forward(batch)
-        if target not in self._found:
-            values = {gradients.INPUT: self._images, **self._features}
-            self._found[target] = gradients.gradients_of(logits, values, batch.labels, target=target, differentiable=False)
-        return self._found[target]
-
-
-class StoredTargets:
-    """A frozen teacher's targets for exactly the (image, view) pairs that a training will show, computed once.
+class StoredTargets(Targets):
+    """A teacher's targets for exactly the (image, view) pairs that a training will show, computed once.
 
     Every method of a table shows the same views of the same images, so all of them, and every repeat of a run,
     share one folder with a file for each quantity, and compute only what is not there yet. Logits are kept in float32,
     the rest in bfloat16. They are computed in fixed chunks before training starts: what a run reads does not depend
     on who computed it, or on how often it was interrupted.
 
-    target: whose input-gradient is kept, None for none. maps: of which layers. Anything else is asked of `live`.
+    target: whose input-gradient is kept, None for none. maps: of which layers. Anything else is computed as in `live`.
     Raises UserError when stored values are not the teacher's.
     """
 
     def __init__(
         self,
-        live: LiveTargets,
+        live: Targets,
         loader: Loader,
         steps: int,
         folder: Path,
@@ -105,7 +43,8 @@ class StoredTargets:
         target: str | None,
         maps: Sequence[Map] = (),
     ) -> None:
-        self.live, self.loader, self.folder = live, loader, folder
+        super().__init__(live.teacher, with_gradient=live.with_gradient, layers=live.layers)
+        self.loader, self.folder = loader, folder
         self.compute: dict[str, Callable[[Batch], Tensor]] = _quantities(live, target, maps)
         self.keys = loader.visited(steps)
         folder.mkdir(parents=True, exist_ok=True)
@@ -124,29 +63,17 @@ class StoredTargets:
     def input_gradient(self, batch: Batch, target: str) -> Tensor:
         """(B, C, H, W) bfloat16."""
         name = _name("gradient", target)
-        return self._read(name, batch) if name in self.kept else self.live.input_gradient(batch, target)
+        return self._read(name, batch) if name in self.kept else super().input_gradient(batch, target)
 
     def map(self, batch: Batch, wanted: Map) -> Tensor:
         """(B, h, w) bfloat16."""
         name = _name(*wanted)
-        return self._read(name, batch) if name in self.kept else self.live.map(batch, wanted)
-
-    def features(self, batch: Batch, layer: str) -> Tensor:
-        """(B, c, h, w), never stored."""
-        return self.live.features(batch, layer)
-
-    def layer_gradient(self, batch: Batch, layer: str, target: str) -> Tensor:
-        """(B, c, h, w), never stored."""
-        return self.live.layer_gradient(batch, layer, target)
+        return self._read(name, batch) if name in self.kept else super().map(batch, wanted)
 
     def _read(self, name: str, batch: Batch) -> Tensor:
         keys = self.loader.key(batch.row.cpu(), batch.view.cpu())  # a trainer moves whole batches to its device
         slots = torch.searchsorted(self.keys, keys)
         return self.kept[name][slots].to(batch.images.device)
-
-    def feature_gradient(self, batch: Batch, layer: str, pick: Callable[[Tensor], Tensor]) -> Tensor:
-        """(B, C, H, W), not stored."""
-        return self.live.feature_gradient(batch, layer, pick)
 
     def _values(self, start: int, end: int, names: Iterable[str]) -> dict[str, Tensor]:
         keys = self.keys[start:end]
@@ -186,14 +113,14 @@ class StoredTargets:
                     raise UserError(f"stored teacher targets in {self.folder} are not this teacher's; delete that folder")
 
 
-def bytes_each(live: LiveTargets, loader: Loader, *, target: str | None, maps: Sequence[Map]) -> int:
+def bytes_each(live: Targets, loader: Loader, *, target: str | None, maps: Sequence[Map]) -> int:
     """What storing one view's targets takes."""
     batch = loader.batch(torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long))
     values = [compute(batch) for compute in _quantities(live, target, maps).values()]
     return sum(value.numel() * value.element_size() for value in values)
 
 
-def _quantities(live: LiveTargets, target: str | None, maps: Sequence[Map]) -> dict[str, Callable[[Batch], Tensor]]:
+def _quantities(live: Targets, target: str | None, maps: Sequence[Map]) -> dict[str, Callable[[Batch], Tensor]]:
     """{name: how to compute it}."""
     found: dict[str, Callable[[Batch], Tensor]] = {"logits": lambda batch: live.logits(batch).float()}
     if target is not None:

@@ -1,0 +1,81 @@
+"""What a teacher gives a student."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from gradexp import gradients
+from gradexp.data.loader import Batch
+
+
+class Map(NamedTuple):
+    """A layer's map, summed over channels: `attention` (Eq. 2.7), or the `gradient` of a target there (Eq. 4.3)."""
+
+    kind: str
+    layer: str
+    target: str | None = None
+
+
+class Targets:
+    """What a frozen teacher in eval mode gives a student; a batch's logits, features and gradients share one forward.
+
+    with_gradient: keep the graph of the forward pass, because gradients will be asked for. layers: the names of the
+    modules whose outputs, or the gradients there, will be asked for.
+    """
+
+    def __init__(self, teacher: nn.Module, *, with_gradient: bool, layers: Sequence[str] = ()) -> None:
+        self.teacher = teacher.eval().requires_grad_(False)
+        self.with_gradient, self.layers = with_gradient, layers
+        self._batch: Batch | None = None
+        self._found: dict[str, dict[str, Tensor]] = {}
+
+    def logits(self, batch: Batch) -> Tensor:
+        """(B, K)."""
+        return self._forward(batch).detach()
+
+    def input_gradient(self, batch: Batch, target: str) -> Tensor:
+        """(B, C, H, W), or (B, K, C, H, W) for `all`."""
+        if target == "all":
+            logits = self._forward(batch)
+            return gradients.gradient_of(logits, self._images, batch.labels, target=target, differentiable=False)
+        return self._gradients_at(batch, target)[gradients.INPUT]
+
+    def features(self, batch: Batch, layer: str) -> Tensor:
+        """(B, c, h, w), of one of `layers`."""
+        self._forward(batch)
+        return self._features[layer].detach()
+
+    def layer_gradient(self, batch: Batch, layer: str, target: str) -> Tensor:
+        """(B, c, h, w), at one of `layers`."""
+        return self._gradients_at(batch, target)[layer]
+
+    def map(self, batch: Batch, wanted: Map) -> Tensor:
+        """(B, h, w), of one of `layers`."""
+        if wanted.kind == "attention":
+            return gradients.attention_map(self.features(batch, wanted.layer))
+        return gradients.channel_sum(self.layer_gradient(batch, wanted.layer, str(wanted.target)))
+
+    def feature_gradient(self, batch: Batch, layer: str, pick: Callable[[Tensor], Tensor]) -> Tensor:
+        """(B, C, H, W), of what `pick` makes of the output of one of `layers`."""
+        self._forward(batch)
+        return gradients.gradient_of_values(pick(self._features[layer]), self._images, differentiable=False)
+
+    def _forward(self, batch: Batch) -> Tensor:
+        if self._batch is not batch:
+            with torch.set_grad_enabled(self.with_gradient), gradients.captured(self.teacher, self.layers) as features:
+                self._batch = batch
+                self._images = batch.images.detach().requires_grad_(self.with_gradient)
+                self._logits = self.teacher(self._images)
+            self._features, self._found = features, {}
+        return self._logits
+
+    def _gradients_at(self, batch: Batch, target: str) -> dict[str, Tensor]:
+        logits = self._forward(batch)
+        if target not in self._found:
+            values = {gradients.INPUT: self._images, **self._features}
+            self._found[target] = gradients.gradients_of(logits, values, batch.labels, target=target, differentiable=False)
+        return self._found[target]
