@@ -8,8 +8,7 @@ from joblib import cpu_count
 from gradexp import __version__
 from gradexp.commands.compose import plan
 from gradexp.commands.exits import honest
-from gradexp.report import claims, figures, html, specs, tables
-from gradexp.report import plan as costs
+from gradexp.report import claims, costs, figures, html, specs, tables
 from gradexp.runs import Paths, git_state
 
 

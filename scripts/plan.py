@@ -13,7 +13,7 @@ from joblib import cpu_count
 from gradexp.commands.compose import plan
 from gradexp.commands.exits import honest
 from gradexp.errors import UserError
-from gradexp.report import plan as report
+from gradexp.report import costs
 from gradexp.runs import Config, Paths, write_atomically
 from gradexp.tasks import probe
 from gradexp.tasks.build import build
@@ -28,17 +28,17 @@ def main() -> None:
         config = shared(given.scale, given.set)
         paths, hardware = Paths.of(config), build(config["trainer"], where="trainer")
         history = known(paths, hardware)
-        rows = report.build(given.scale, plan, paths, history)
+        rows = costs.build(given.scale, plan, paths, history)
         if given.probe:
             measure([run.config | {"trainer": config["trainer"]} for run in rows[-1].unknown], paths, history)
             history = known(paths, hardware)
-            rows = report.build(given.scale, plan, paths, history)
+            rows = costs.build(given.scale, plan, paths, history)
     free = shutil.disk_usage(next(place for place in (paths.outputs, *paths.outputs.parents) if place.exists())).free
-    print(report.to_text(rows, given.scale, slots(hardware), hardware.facts()["device"], free / 2**30))
+    print(costs.to_text(rows, given.scale, slots(hardware), hardware.facts()["device"], free / 2**30))
 
 
-def known(paths: Paths, hardware: Hardware) -> report.History:
-    return report.History.of(paths, hardware.facts()["device"], "wall" if hardware.kind == "gpu" else "cpu")
+def known(paths: Paths, hardware: Hardware) -> costs.History:
+    return costs.History.of(paths, hardware.facts()["device"], "wall" if hardware.kind == "gpu" else "cpu")
 
 
 def slots(hardware: Hardware) -> int:
@@ -46,10 +46,10 @@ def slots(hardware: Hardware) -> int:
     return torch.cuda.device_count() if hardware.kind == "gpu" else cpu_count()
 
 
-def measure(configs: Sequence[Config], paths: Paths, history: report.History) -> None:
+def measure(configs: Sequence[Config], paths: Paths, history: costs.History) -> None:
     """Probes one run of each kind, the shortest, and keeps the samples under outputs/probes/."""
-    short = sorted(configs, key=lambda config: report.amount(config, history.sizes) or 0, reverse=True)
-    kinds = {report.signature(config): config for config in short}
+    short = sorted(configs, key=lambda config: costs.amount(config, history.sizes) or 0, reverse=True)
+    kinds = {costs.signature(config): config for config in short}
     for number, (name, config) in enumerate(kinds.items(), 1):
         print(f"[{number}/{len(kinds)}] probing {config['name']} {config.get('method', {}).get('name', '')}", flush=True)
         try:
@@ -61,13 +61,13 @@ def measure(configs: Sequence[Config], paths: Paths, history: report.History) ->
         write_atomically(paths.outputs / "probes" / f"{sha256(name.encode()).hexdigest()[:12]}.json", content)
 
 
-def probed(config: Config, paths: Paths, history: report.History) -> report.Sample:
+def probed(config: Config, paths: Paths, history: costs.History) -> costs.Sample:
     if "optim" in config:
-        return report.probed_training(config, probe.in_its_own_process(probe.training, config, paths, threads=1), history)
-    cut = [report.shrunk(config, n) for n in report.LADDER]
+        return costs.probed_training(config, probe.in_its_own_process(probe.training, config, paths, threads=1), history)
+    cut = [costs.shrunk(config, n) for n in costs.LADDER]
     if None in cut:
         raise UserError("it can't be cut short; it takes seconds to minutes")
-    return report.probed_looking(config, probe.in_its_own_process(probe.looking, cut, paths, threads=1), history)
+    return costs.probed_looking(config, probe.in_its_own_process(probe.looking, cut, paths, threads=1), history)
 
 
 if __name__ == "__main__":

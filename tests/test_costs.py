@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from gradexp.commands.compose import Planned, plan
-from gradexp.report import plan as report
-from gradexp.report.plan import History, Row, Sample
+from gradexp.report import costs
+from gradexp.report.costs import History, Row, Sample
 from gradexp.runs import Config, Paths, Run, ensure, run_id, write_record
 from gradexp.tasks import probe
 from gradexp.tasks.build import build
@@ -50,7 +50,7 @@ def record(paths: Paths, run: Config, cpu: float, **facts: Any) -> None:
     ],
 )
 def test_amounts(words: list[str], images: float) -> None:
-    assert report.amount(config(*words), SIZES) == images
+    assert costs.amount(config(*words), SIZES) == images
 
 
 def test_like_runs_differ_in_amount_only() -> None:
@@ -58,9 +58,9 @@ def test_like_runs_differ_in_amount_only() -> None:
     alike = [["data.per_class=5", "seed=3", "optim.optimizer.lr=0.1", "method.terms.activations.weight=0.5"]]
     other = [["model=vgg6"], ["method=ce_a_j"], ["optim.batch_size=64"], ["data.crop=0"], ["scale.width=0.5"]]
     for words in alike:
-        assert report.signature(config(*STUDENT, "method=ce_a", *words)) == report.signature(base)
+        assert costs.signature(config(*STUDENT, "method=ce_a", *words)) == costs.signature(base)
     for words in other:
-        assert report.signature(config(*STUDENT, "method=ce_a", *words)) != report.signature(base)
+        assert costs.signature(config(*STUDENT, "method=ce_a", *words)) != costs.signature(base)
 
 
 def test_a_record_is_scaled_by_its_images(tmp_path: Path) -> None:
@@ -69,7 +69,7 @@ def test_a_record_is_scaled_by_its_images(tmp_path: Path) -> None:
     record(paths, run, 100.0, images_per_second=10.0, parameters=2**18)
     history = History.of(paths, "here")
     cost = history.cost(config(*STUDENT, "method=ce_a", "data.per_class=10"))
-    assert cost == report.Cost(seconds=pytest.approx(70 + 300), memory_mib=700, disk_mib=1, basis="record")
+    assert cost == costs.Cost(seconds=pytest.approx(70 + 300), memory_mib=700, disk_mib=1, basis="record")
     assert history.cost(config(*STUDENT, "method=ce_a_j", "data.per_class=1")) is None
     elsewhere = History.of(paths, "another").cost(run)
     assert elsewhere is not None
@@ -94,7 +94,7 @@ def test_a_teacher_that_was_trained_inside_a_run_is_not_its_own_cost(tmp_path: P
 
 def test_the_nearest_records_decide_and_probes_only_where_there_is_none() -> None:
     run = config(*STUDENT, "method=ce", "data.per_class=10")  # 6,000 images
-    name, common = report.signature(run), {"memory_mib": 1.0, "disk_mib": 1.0, "device": "here"}
+    name, common = costs.signature(run), {"memory_mib": 1.0, "disk_mib": 1.0, "device": "here"}
     far = [Sample(name, 10.0, 10.0, 1.0, **common)] * 3
     near = [Sample(name, 6000.0 + i, (6000.0 + i) * rate, rate, **common) for i, rate in enumerate((2, 2, 2, 3, 9))]
     probed = Sample(name, 6000.0, 3.0, 1 / 6000, **common, probe=True)
@@ -116,7 +116,7 @@ def test_processors_of_one_name_are_told_apart(monkeypatch: pytest.MonkeyPatch) 
             names.add(hardware.facts()["device"])
     assert len(names) == 4
     run = config(*STUDENT, "method=ce", "data.per_class=10")
-    here, elsewhere = (Sample(report.signature(run), 6000.0, 1.0, 1.0, 1.0, 1.0, name) for name in sorted(names)[:2])
+    here, elsewhere = (Sample(costs.signature(run), 6000.0, 1.0, 1.0, 1.0, 1.0, name) for name in sorted(names)[:2])
     for sample, basis in ((here, "record"), (elsewhere, "record elsewhere")):
         cost = History(here.device, samples={sample.signature: [sample]}).cost(run)
         assert cost is not None
@@ -126,7 +126,7 @@ def test_processors_of_one_name_are_told_apart(monkeypatch: pytest.MonkeyPatch) 
 def test_rows_count_runs_once_and_say_what_is_not_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two tables share a run and the teacher; the teacher has a record, but no weights on this disk."""
     typed = [[*STUDENT, f"method={method}", "data.per_class=1"] for method in ("ce", "ce_a", "a_j")]
-    monkeypatch.setattr(report, "items", lambda scale: [("table x", "X", typed[:2]), ("table y", "Y", typed[1:])])
+    monkeypatch.setattr(costs, "items", lambda scale: [("table x", "X", typed[:2]), ("table y", "Y", typed[1:])])
     paths, runs = at(tmp_path), [plan(words) for words in typed]
     record(paths, runs[0].config, 10.0)
     record(paths, runs[1].config | {"seed": 7}, 20.0)
@@ -134,7 +134,7 @@ def test_rows_count_runs_once_and_say_what_is_not_known(tmp_path: Path, monkeypa
     record(paths, teacher.config, 40.0, data=WHOLE)
 
     def build() -> list[Row]:
-        return report.build("quick", plan, paths, History.of(paths))
+        return costs.build("quick", plan, paths, History.of(paths))
 
     x, y, everything = build()
     assert [(row.present, row.missing, row.shared, row.rebuilt) for row in (x, y, everything)] == [
@@ -149,7 +149,7 @@ def test_rows_count_runs_once_and_say_what_is_not_known(tmp_path: Path, monkeypa
     weights.parent.mkdir(parents=True)
     weights.touch()
     assert build()[0].seconds == 20.0
-    text = report.to_text(build(), "quick", 2, "processor", 10)
+    text = costs.to_text(build(), "quick", 2, "processor", 10)
     assert "1 record; 1 unknown" in text
     assert "≥ 0.00" in text
     assert "nothing is known" in text
@@ -159,7 +159,7 @@ def test_a_run_that_is_done_needs_nothing(tmp_path: Path) -> None:
     """Its teacher may be gone."""
     run: Planned = plan([*STUDENT, "method=ce_a", "data.per_class=1"])
     record(at(tmp_path), run.config, 1.0)
-    assert not any(need.to_do for need in report.needed([run], at(tmp_path)).values() if need.present)
+    assert not any(need.to_do for need in costs.needed([run], at(tmp_path)).values() if need.present)
 
 
 # --- estimates against what runs cost -----------------------------------------------------------------------
@@ -174,7 +174,7 @@ def spent(run: Config, paths: Paths) -> float:
     return float(ensure(Run(run, paths))["seconds"]["cpu"])
 
 
-def ratio(estimate: report.Cost | None, actual: float) -> float:
+def ratio(estimate: costs.Cost | None, actual: float) -> float:
     assert estimate is not None
     return estimate.seconds / actual
 
@@ -214,7 +214,7 @@ def test_an_estimate_from_a_probe_is_within_40_per_cent(tmp_path: Path, words: S
 
     def tried(number: str) -> float:
         run, history, folder = config(*words), History(), tmp_path / number
-        history.add(report.probed_training(run, probe.training(run, at(folder / "probe")), history))
+        history.add(costs.probed_training(run, probe.training(run, at(folder / "probe")), history))
         return ratio(history.cost(run), spent(run, at(folder / "run")))
 
     assert_near(tried)
@@ -226,9 +226,9 @@ def test_an_estimate_from_a_cut_run_is_within_40_per_cent(tmp_path: Path) -> Non
 
     def tried(number: str) -> float:
         run, history, paths = config(*words), History(), at(tmp_path / number)
-        cut = [report.shrunk(run, n) for n in report.LADDER]
+        cut = [costs.shrunk(run, n) for n in costs.LADDER]
         records = probe.looking([one for one in cut if one], paths)
-        history.add(report.probed_looking(run, records, history))
+        history.add(costs.probed_looking(run, records, history))
         return ratio(history.cost(run), spent(run, paths))
 
     assert_near(tried)
