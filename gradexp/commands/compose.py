@@ -200,6 +200,6 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
         groups = [] if parent else [folder.name for folder in CONF.iterdir() if folder.is_dir()]
         return f"{override}: there is no key {key}{nearest(name, [*names, *groups])}"
     if "You must specify 'experiment'" in text:
-        experiments = sorted(file.stem for file in (CONF / "experiment").glob("*.yaml"))
+        experiments = sorted(file.stem for file in (CONF / "experiment").glob("[!_]*.yaml"))
         return f"name an experiment: python run.py experiment=NAME, one of {', '.join(experiments)}"
     return text
