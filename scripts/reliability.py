@@ -36,6 +36,10 @@ EXPERIMENTS = {
         *("experiment=saliency_maps", *TINY, "trainer.checkpoint_every=0"),
         *("+upstream.model.optim.passes=2", "+upstream.model.scale.width=0.03"),
     ),
+    "denoised images": (
+        *("experiment=implicit_samples", *TINY, "task.denoising.steps=20", "scale.density.long_steps=20"),
+        *("+upstream.model.optim.passes=1", "+upstream.model.model.width=0.03"),
+    ),
 }
 # Of a record, what may differ between two repeats: when, how long, how fast, and on what.
 PASSING = ("seconds", "started", "ended", "images_per_second", "peak_memory_mib", "git", "versions", "threads", "device")
@@ -293,7 +297,7 @@ def trials(count: int, seed: int) -> Iterator[tuple[str, Callable[[Path], Trial]
     """(name, trial) of every trial; count: of kills in all."""
     chance = random.Random(seed)
     for name in EXPERIMENTS:
-        yield f"kills {name}", lambda folder, name=name: kills(name, max(1, count * 3 // 10), folder, chance)  # type: ignore[misc]
+        yield f"kills {name}", lambda folder, name=name: kills(name, max(1, count // 4), folder, chance)  # type: ignore[misc]
     yield "kills record", lambda folder: kills_while_recording(max(1, count // 10), folder, chance)
     for size in (2, 8):
         yield f"crowd of {size}", lambda folder, size=size: crowd(size, folder)  # type: ignore[misc]
