@@ -6,7 +6,6 @@ python scripts/reliability.py --soak 100      so many quick runs by two workers,
 """
 
 import argparse
-import multiprocessing
 import os
 import random
 import subprocess
@@ -17,10 +16,11 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
-from gradexp.commands.launchers import PRELOADED, Work
+from gradexp.commands.launchers import Work, ended, started
 from gradexp.files import sha256, write_atomically
 from gradexp.runs import ROOT, git_state, read_record
 
@@ -66,18 +66,8 @@ def work(place: Path, words: Sequence[str], *more: str) -> Work:
     return Work((*words, *more, *folders), log)
 
 
-def start(task: Callable[[], None]) -> Any:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    process = context.Process(target=task)
-    process.start()
-    return process
-
-
 def finish(task: Callable[[], None]) -> int:
-    process = start(task)
-    process.join()
-    return int(process.exitcode)
+    return ended(started(task))
 
 
 def left(place: Path) -> dict[str, Any]:
@@ -113,7 +103,7 @@ def kills(name: str, count: int, folder: Path, chance: random.Random) -> Trial:
     length, expected, good = time.monotonic() - begun, left(whole), 0
     for number in range(count):
         place = folder / str(number)
-        process = start(work(place, words))
+        process = started(work(place, words))
         process.join(chance.uniform(0, length))
         process.kill()
         process.join()
@@ -133,7 +123,7 @@ def kills_while_recording(count: int, folder: Path, chance: random.Random) -> Tr
     expected = left(folder / "whole")
     for number in range(count):
         place = folder / str(number)
-        process = start(work(place, words))
+        process = started(work(place, words))
         while process.is_alive() and not list(place.rglob("weights.pt*")):
             time.sleep(0.0005)
         process.join(chance.uniform(0, 0.02))
@@ -248,7 +238,7 @@ def damaged(what: str, pattern: str, message: str, folder: Path, *, stops: bool 
     """Damages a file that a run left half-way, or that it needs, and tries again."""
     words, place = EXPERIMENTS["teacher targets"], folder / "place"
     expect(finish(work(folder / "whole", words)) == 0, "the undisturbed run failed")
-    process = start(work(place, words))
+    process = started(work(place, words))
     while process.is_alive() and not list(place.glob("outputs/runs/jacobian_distill/*/last.ckpt")):
         time.sleep(0.001)
     process.kill()
@@ -358,15 +348,14 @@ def soak(count: int, seed: int) -> Trial:
 
     def stubborn(words: Sequence[str]) -> None:
         while True:
-            process = start(work(folder / "disturbed", words))
-            if chance.random() < 0.5:
-                process.join(chance.uniform(0, 4))
-                killed.extend([1] if process.is_alive() else [])
+            process = started(work(folder / "disturbed", words))
+            if chance.random() < 0.5 and not connection.wait([process.sentinel], chance.uniform(0, 4)):
+                killed.append(1)
                 process.kill()
-            process.join()
-            if process.exitcode == 0:
+            code = ended(process)
+            if code == 0:
                 return
-            expect(process.exitcode == -9, last(work(folder / "disturbed", words)))
+            expect(code == -9, last(work(folder / "disturbed", words)))
 
     for words in runs:
         expect(finish(work(folder / "calm", words)) == 0, last(work(folder / "calm", words)))

@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 
 from gradexp.commands.compose import compose_run, plan
-from gradexp.commands.launchers import Local, visible_gpus
+from gradexp.commands.launchers import Local, ended, started, visible_gpus
 from gradexp.commands.many import generations, make_launcher, run_all
 from gradexp.errors import Stopped, UserError
 from gradexp.runs import Paths, Run, ensure, objective, run_id
@@ -198,3 +199,10 @@ def test_joblib_finishes_the_others_when_one_fails(tmp_path: Path, run_py: Calla
     assert done.returncode != 0
     assert "it is a fraction" in done.stderr
     assert len(list(tmp_path.rglob("results/runs/teacher/*.json"))) == 1
+
+
+def test_processes_that_end_together_keep_their_exit_codes() -> None:
+    """multiprocessing reads the codes of all processes when one is started or joined: of two readers one gets 255."""
+    with ThreadPoolExecutor(8) as pool:
+        codes = list(pool.map(lambda _: ended(started(time.sleep, 0.0)), range(60)))
+    assert codes == [0] * 60

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,10 @@ from gradexp.runs import LOADED, Paths, Run, ensure, git_state, say
 # Every run is forked from one server that has already imported what training needs: a process of its own,
 # without the ten seconds of imports that a fresh interpreter costs.
 PRELOADED = ["gradexp.tasks.train", "gradexp.commands.compose"]
+
+# To start or to join a process, multiprocessing reads the exit codes of all others that have ended: where two threads do so
+# at once, one finds the code already read and calls it 255. So one at a time, and none while it waits.
+_EXIT_CODES = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -87,20 +92,17 @@ class Local:
             sys.exit(STOPPED)
 
     def _one(self, work: Work, threads: int, leases: queue.SimpleQueue[str | None]) -> int:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOADED)
         lease = leases.get()
         try:
             if self._stopped:
                 return STOPPED
-            process = context.Process(target=_leased, args=(work, threads, lease))
-            process.start()
+            process = started(_leased, work, threads, lease)
             self._running[id(process)] = process
             if self._stopped:
                 process.terminate()
-            process.join()
+            code = ended(process)
             del self._running[id(process)]
-            return process.exitcode or 0
+            return code
         finally:
             leases.put(lease)
 
@@ -121,6 +123,24 @@ class Local:
             yield
         finally:
             signal.signal(signal.SIGTERM, before)
+
+
+def started(task: Callable[..., None], *arguments: Any) -> Any:
+    """A process, forked from the server, that does task(*arguments); threads may start several at a time."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    process = context.Process(target=task, args=arguments)
+    with _EXIT_CODES:
+        process.start()
+    return process
+
+
+def ended(process: Any) -> int:
+    """Its exit code, waited for."""
+    connection.wait([process.sentinel])
+    with _EXIT_CODES:
+        process.join()
+    return int(process.exitcode)
 
 
 def _leased(work: Work, threads: int, gpu: str | None) -> None:
