@@ -73,6 +73,15 @@ def total(values: Tensor) -> Tensor:
     return summed
 
 
+def sum_of(number: float) -> float:
+    """The sum over processes of what is no tensor."""
+    if world() == 1:
+        return number
+    numbers: list[Any] = [None] * world()
+    distributed.all_gather_object(numbers, number, group=_control())
+    return float(sum(numbers))
+
+
 def agreed(decision: bool) -> bool:
     """What the first process decided."""
     if world() == 1:

@@ -15,7 +15,6 @@ import math
 import os
 import platform
 import re
-import resource
 import shutil
 import subprocess
 import sys
@@ -340,7 +339,7 @@ def _perform(run: Run) -> Config:
         "upstream": run.used,
         "seconds": {clock: round(spent[clock] + earlier[clock], 2) for clock in clocks.CLOCKS}
         | {"upstream": round(run.upstream_seconds["wall"], 2)},
-        "peak_memory_mib": peak_memory_mib(),
+        "peak_memory_mib": clocks.peak_memory_mib(),
         "versions": versions(),
         "git": git,
         "started": started.isoformat(timespec="seconds"),
@@ -400,15 +399,6 @@ def git_state() -> dict[str, Any]:
     changes = git("status", "--porcelain", "--", ".", ":!results")
     moved = os.environ.get(LOADED, commit) != commit
     return {"commit": commit or None, "dirty": bool(changes) or moved if commit else None}
-
-
-def peak_memory_mib() -> int:
-    """The most memory that this process has had."""
-    status = Path("/proc/self/status")  # of Linux, where getrusage begins with what the process's parent had
-    if found := re.search(r"VmHWM:\s*(\d+) kB", status.read_text() if status.exists() else ""):
-        return round(int(found[1]) / 2**10)
-    unit = 2**20 if sys.platform == "darwin" else 2**10  # macOS counts bytes
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)
 
 
 def versions() -> dict[str, str]:

@@ -14,8 +14,8 @@ from torch import nn
 from gradexp import layers
 from gradexp.bench import loops, page, photographs, runs, saliency, steps
 from gradexp.bench.timing import peak_memory
+from gradexp.clocks import peak_memory_mib
 from gradexp.errors import UserError
-from gradexp.runs import peak_memory_mib
 from gradexp.tasks import train
 
 VGG4 = (27 * 64 * 32**2, 9 * 64 * 128 * 16**2, 9 * 128 * 512 * 8**2)

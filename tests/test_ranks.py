@@ -138,6 +138,21 @@ def test_gradients_of_every_method_are_those_of_one_process(tmp_path: Path) -> N
                 assert distance <= tolerance * (1 + value.norm()), f"{method}: {name}"
 
 
+def test_seconds_of_all_processes_are_counted(tmp_path: Path) -> None:
+    """What a checkpoint says that the first of them, who writes the record, could not know."""
+
+    def work(rank: int) -> tuple[float, float]:
+        with pytest.MonkeyPatch.context() as patch:
+            spent = iter([{"wall": 0.0, "cpu": 0.0}, {"wall": 10.0, "cpu": 3.0 + rank}])
+            patch.setattr("gradexp.clocks.read", lambda: next(spent))
+            checkpointer = Checkpointer(tmp_path / "last.ckpt", every=60)
+            checkpointer.earlier = {"wall": 100.0, "cpu": 20.0}
+            state = checkpointer.state_dict()
+        return state["wall"], state["cpu"]
+
+    assert in_two_processes(tmp_path / "meet", work) == [(110.0, 27.0)] * 2
+
+
 @pytest.mark.parametrize("world", [2, 3])
 def test_processes_share_every_batch_of_the_same_sequence(world: int) -> None:
     """Resumed by another number of processes after three steps, the sequence of images and views is the same."""
@@ -184,6 +199,7 @@ def test_one_process_begins_and_two_finish(places: list[str], monkeypatch: pytes
             ensure(run("shared"))
     shared = ensure(run("shared", "trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.threads=1"))
     assert (shared["id"], shared["steps"], shared["devices"]) == (whole["id"], 5, 2)
+    assert shared["threads"] == 1
     assert [path.stem for path in run("shared").paths.results.rglob("*.json")] == [whole["id"]]
     assert shared["metrics"]["train/loss"] == pytest.approx(whole["metrics"]["train/loss"], rel=1e-2)
     assert shared["metrics"]["test/accuracy"] == pytest.approx(whole["metrics"]["test/accuracy"], abs=5)

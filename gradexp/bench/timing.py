@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from gradexp.runs import peak_memory_mib
+from gradexp.clocks import peak_memory_mib
 
 
 def medians(

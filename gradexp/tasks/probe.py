@@ -15,7 +15,7 @@ import torch
 from gradexp import clocks
 from gradexp.data.loader import TrainingStream
 from gradexp.errors import UserError
-from gradexp.runs import Config, Paths, Run, ensure, peak_memory_mib
+from gradexp.runs import Config, Paths, Run, ensure
 from gradexp.tasks.train import accuracy_on_test, fit, make_data, prepare
 from gradexp.training.callbacks import Checkpointer, ProgressLine
 from gradexp.training.dropout import dropout_after
@@ -48,7 +48,7 @@ def training(config: Config, paths: Paths) -> Config:
     seconds = {name: {kind: (end[kind] - start[kind]) / n for kind in start} for name, (start, end, n) in spans.items()}
     parameters = sum(parameter.numel() for parameter in made.student.parameters())
     hardware = made.hardware.facts(mixed=not made.module.full_precision)
-    facts = {"parameters": parameters, "peak_memory_mib": peak_memory_mib(), **hardware}
+    facts = {"parameters": parameters, "peak_memory_mib": clocks.peak_memory_mib(), **hardware}
     return {"seconds": seconds, "data": made.data.fingerprint(), **facts}
 
 

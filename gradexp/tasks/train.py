@@ -79,6 +79,7 @@ def train(run: Run) -> Result:
         **({"attempts": checkpointer.attempts} if checkpointer.attempts else {}),
         **hardware.facts(mixed=not module.full_precision),
     }
+    facts |= training.progress.memory
     return Result(metrics, status="diverged" if module.diverged else "finished", facts=facts)
 
 
@@ -137,6 +138,7 @@ def train_elsewhere(training: Training) -> int:
     training.module.load_state_dict(state["state_dict"])
     training.module.on_load_checkpoint(state)
     training.progress.load_outcome(state["callbacks"]["ProgressLine"])
+    checkpointer.earlier["cpu"] = state["callbacks"]["Checkpointer"]["cpu"]  # theirs; the wall clock is this process's
     return int(state["global_step"])
 
 

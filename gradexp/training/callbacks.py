@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from gradexp import clocks, ranks
@@ -94,13 +95,22 @@ class Checkpointer(lightning.Callback):
         return False
 
     def state_dict(self) -> dict[str, Any]:
-        spent = {clock: self.earlier[clock] + seconds for clock, seconds in clocks.since(self._begun).items()}
-        return {**spent, "attempts": [*self.attempts, self.origin]}
+        """On every process; `cpu` is of all of them."""
+        spent = clocks.since(self._begun)
+        spent["cpu"] = ranks.sum_of(spent["cpu"])
+        total = {clock: self.earlier[clock] + seconds for clock, seconds in spent.items()}
+        return {**total, "attempts": [*self.attempts, self.origin]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.earlier = {clock: state[clock] for clock in clocks.CLOCKS}
         known = [origin for origin in state.get("attempts", []) if origin != self.origin]
         self.attempts = [origin for i, origin in enumerate(known) if origin not in known[:i]]
+
+
+def used_memory() -> dict[str, int]:
+    """The most that this process has had, as a record names it."""
+    gpu = {"peak_gpu_memory_mib": torch.cuda.max_memory_allocated() // 2**20} if torch.cuda.is_available() else {}
+    return {"peak_memory_mib": clocks.peak_memory_mib(), **gpu}
 
 
 class ProgressLine(lightning.Callback):
@@ -110,6 +120,7 @@ class ProgressLine(lightning.Callback):
         self.title, self.total = title, total
         self.images = 0
         self.seconds = 0.0
+        self.memory: dict[str, int] = {}  # of another process that trained
         self._bar: Progress | None = None
 
     @property
@@ -151,11 +162,12 @@ class ProgressLine(lightning.Callback):
         self._stop()
 
     def state_dict(self) -> dict[str, float]:
-        return {"images": self.images, "seconds": self.seconds}
+        return {"images": self.images, "seconds": self.seconds, **used_memory()}
 
     def load_outcome(self, state: dict[str, float]) -> None:
         """What the bar of another process saw."""
         self.images, self.seconds = int(state["images"]), state["seconds"]
+        self.memory = {name: max(int(state[name]), here) for name, here in used_memory().items()}
 
     def _stop(self) -> None:
         if self._bar:
