@@ -281,11 +281,12 @@ def ensure(run: Run, needs: Callable[[], bool] = lambda: True) -> Config:
     A run whose record exists but whose files were deleted is done again; its record stays as it was.
     """
     record = run.record()
-    if record and needs():
+    if record and needs() and not (run.checkpoint.exists() or run.pieces.exists()):
         return record
     with _locked(run):
         record = run.record()
         if record and needs():
+            _tidy(run)
             return record
         if record:
             print(f"{run.config['name']} {run.id}: its record is here, its files are not: doing it again "
@@ -314,8 +315,10 @@ def _writable(record: Path) -> None:
 
 
 def _tidy(run: Run) -> None:
-    """Removes what only an unfinished run needs."""
+    """Removes what only an unfinished run needs, drafts of processes that died too."""
     remove_sealed(run.checkpoint)
+    for draft in run.checkpoint.parent.glob(f".{run.checkpoint.name}.*"):
+        draft.unlink()
     shutil.rmtree(run.pieces, ignore_errors=True)
 
 

@@ -17,7 +17,7 @@ from gradexp.errors import UserError
 from gradexp.report import specs
 from gradexp.runs import ROOT, Config, Paths
 
-ON_WHAT = ("trainer", "logger", "launcher", "gradients", "paths")  # what of a config may be set for all runs
+ON_WHAT = ("trainer", "logger", "gradients", "paths")  # what of a config may be set for all runs
 CLAIMS = ROOT / "conf" / "claims.yaml"
 
 Make = Callable[[dict[str, Any], "Job"], None]
@@ -55,7 +55,10 @@ def arguments(about: str | None) -> argparse.ArgumentParser:
 def shared(scale: str, words: Sequence[str]) -> Config:
     """What holds for all runs: where files are, and on what they run. Raises UserError for a word that decides numbers."""
     for word in words:
-        if re.split("[.=]", word.lstrip("+~"), maxsplit=1)[0] not in ON_WHAT:
+        key = re.split("[.=]", word.lstrip("+~"), maxsplit=1)[0]
+        if key == "launcher":
+            raise UserError(f"{word}: LAUNCHER=slurm chooses one, SET='launcher.KEY=VALUE' its settings, of tables and figures")
+        if key not in ON_WHAT:
             raise UserError(
                 f"{word}: only {', '.join(ON_WHAT)} can be set here, as tables and figures name their runs in conf/; "
                 f"for a run of your own type python run.py experiment=... {word}"
@@ -69,7 +72,7 @@ def make_all(kind: str, make: Make, about: str | None) -> None:
     parser.add_argument("numbers", nargs="*", help=f"{kind}s to make, such as 2.1; all of them when none is named")
     parser.add_argument("--workers", type=int, default=min(2, cpu_count()))
     parser.add_argument("--render-only", action="store_true")
-    parser.add_argument("--launcher", default="local", help="a file of conf/launcher: local or slurm")
+    parser.add_argument("--launcher", default="local", help="a file of conf/launcher: local or slurm; --set takes its keys")
     given = parser.parse_args()
     with honest():
         of_launcher = [word for word in given.set if word.startswith("launcher.")]

@@ -202,7 +202,7 @@ def test_joblib_finishes_the_others_when_one_fails(tmp_path: Path, run_py: Calla
 
 
 def test_processes_that_end_together_keep_their_exit_codes() -> None:
-    """multiprocessing reads the codes of all processes when one is started or joined: of two readers one gets 255."""
+    """multiprocessing reads the codes of all processes when one is started: who joins one then finds 255."""
     with ThreadPoolExecutor(8) as pool:
         codes = list(pool.map(lambda _: ended(started(time.sleep, 0.0)), range(60)))
     assert codes == [0] * 60

@@ -197,9 +197,10 @@ def test_one_process_begins_and_two_finish(places: list[str], monkeypatch: pytes
         patch.setattr(Checkpointer, "on_train_batch_end", lambda self, trainer, *_: next(steps) and stop(self, trainer))
         with pytest.raises(Stopped):
             ensure(run("shared"))
-    shared = ensure(run("shared", "trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.threads=1"))
+    monkeypatch.setattr("gradexp.tasks.hardware.cpu_count", lambda: 6)
+    shared = ensure(run("shared", "trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.threads=null"))
     assert (shared["id"], shared["steps"], shared["devices"]) == (whole["id"], 5, 2)
-    assert shared["threads"] == 1
+    assert shared["threads"] == 3  # of each
     assert [path.stem for path in run("shared").paths.results.rglob("*.json")] == [whole["id"]]
     assert shared["metrics"]["train/loss"] == pytest.approx(whole["metrics"]["train/loss"], rel=1e-2)
     assert shared["metrics"]["test/accuracy"] == pytest.approx(whole["metrics"]["test/accuracy"], abs=5)

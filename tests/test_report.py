@@ -330,8 +330,9 @@ def test_make_report_writes_the_page_of_a_scale(tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_picture_of_other_runs_is_told(tmp_path: Path) -> None:
-    """A seed that came after it was drawn."""
-    page, sources = tmp_path / "figure_9.md", [Source(name, tmp_path / f"{name}.json", "") for name in ("aa", "bb")]
-    page.write_text("[aa](../../runs/x/aa.json)")
+    """A seed that came after it was drawn, or went."""
+    page, sources = tmp_path / "figure_9.md", [Source(12 * name, tmp_path, "") for name in "ab"]
+    page.write_text(f"[it](../../runs/x/{12 * 'a'}.json)")
     assert not html.stale(page, sources[:1])
     assert html.stale(page, sources)
+    assert html.stale(page, [])

@@ -21,7 +21,9 @@ from gradexp.errors import UserError, nearest
 from gradexp.runs import HARDWARE, ROOT, Config, run_id
 
 CONF = ROOT / "conf"
-HYDRA_OPTIONS = ("--cfg", "-c", "--package", "-p", "--info", "-i")  # a word follows them
+HYDRA_OPTIONS = (  # a word follows them
+    *("--cfg", "-c", "--package", "-p", "--info", "-i", "--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp"),
+)
 PIXELS = ("normalise", "mean", "std", "size", "channels")  # of data: what a network takes for granted
 METHOD = ("name", "module", "upstream", "terms", "dropout", "angle")  # the keys of conf/method/
 

@@ -30,8 +30,8 @@ from gradexp.runs import LOADED, Paths, Run, ensure, git_state, say
 # without the ten seconds of imports that a fresh interpreter costs.
 PRELOADED = ["gradexp.tasks.train", "gradexp.commands.compose"]
 
-# To start or to join a process, multiprocessing reads the exit codes of all others that have ended: where two threads do so
-# at once, one finds the code already read and calls it 255. So one at a time, and none while it waits.
+# To start a process, multiprocessing reads the exit codes of all that have ended: a thread that joins one of them at the same
+# time finds its code already read, and calls it 255. So one at a time, and none while it waits.
 _EXIT_CODES = threading.Lock()
 
 

@@ -254,9 +254,9 @@ def figure_view(spec: Config, series: Sequence[figures.Series], scale: str, pane
 
 
 def stale(page: Path, sources: Iterable[Source]) -> bool:
-    """Whether a figure's page, written with its picture, lacks some of these runs."""
-    drawn = page.read_text(encoding="utf-8") if page.exists() else ""
-    return any(source.id not in drawn for source in sources)
+    """Whether a figure's page, written with its picture, names other runs than these."""
+    drawn = re.findall(r"/([0-9a-f]{12})\.json", page.read_text(encoding="utf-8")) if page.exists() else []
+    return set(drawn) != {source.id for source in sources}
 
 
 def claim_views(judged: Sequence[claims.Judged], panels: Panels) -> Sequence[claims.Judged]:

@@ -114,13 +114,14 @@ class Hardware:
     def apply(self) -> None:
         """Settings of the whole process."""
         if self.threads or self.is_part:
-            torch.set_num_threads(self._threads_of_a_part())
+            torch.set_num_threads(self.threads_of_each())
         if self.strict:
             _forbid_chance()
         _keep_memory()
         _wake_vector_math()
 
-    def _threads_of_a_part(self) -> int:
+    def threads_of_each(self) -> int:
+        """Of the processes that train together."""
         return self.threads or max(1, cpu_count() // self.devices)
 
     def place(self, model: nn.Module) -> nn.Module:
@@ -145,8 +146,7 @@ class Hardware:
     def facts(self, *, mixed: bool = True) -> dict[str, Any]:
         """What a record says of the machine; never its name. mixed: whether what it computed was under `autocast`."""
         name = torch.cuda.get_device_name() if self.kind == "gpu" else _processor()
-        threads = self._threads_of_a_part() if self.together > 1 else torch.get_num_threads()
-        facts = {"device": name, "precision": self.precision if mixed else "32", "threads": threads}
+        facts = {"device": name, "precision": self.precision if mixed else "32", "threads": torch.get_num_threads()}
         if self.kind == "gpu":
             facts["peak_gpu_memory_mib"] = torch.cuda.max_memory_allocated() // 2**20
-        return facts | ({"devices": self.together} if self.together > 1 else {}) | ({"strict": True} if self.strict else {})
+        return facts | ({"strict": True} if self.strict else {})

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 
 from gradexp import clocks
-from gradexp.files import write_atomically
+from gradexp.files import intact, write_sealed
 from gradexp.runs import Run, digests, git_state
 from gradexp.tasks.hardware import Hardware
 from gradexp.tasks.progress import Progress
@@ -26,7 +26,7 @@ class Pieces:
     """Each is kept in `run.pieces` from when it is done until the run has its record.
 
     What is drawn at random for a piece must depend on its number alone, so that the numbers of a resumed run are those of
-    an undisturbed one. Pieces that stand on other files of upstream runs are not taken.
+    an undisturbed one. Pieces that stand on other files of upstream runs are not taken, nor damaged ones.
     """
 
     def __init__(self, run: Run, hardware: Hardware) -> None:
@@ -45,10 +45,11 @@ class Pieces:
     def each(self, name: str, items: Iterable[Item], make: Callable[[int, Item], Piece], *, count: int) -> list[Piece]:
         """make(number, item) of all `count` items; of those that are kept, what an earlier attempt made."""
         files = [self.folder / f"{name}_{number}.pt" for number in range(count)]
-        progress = Progress(f"{self.title}: {name}", count, "pieces", done=sum(file.exists() for file in files))
+        kept = [intact(file) for file in files]
+        progress = Progress(f"{self.title}: {name}", count, "pieces", done=sum(kept))
         pieces = []
         for number, (file, item) in enumerate(zip(files, items, strict=True)):
-            if file.exists():
+            if kept[number]:
                 pieces.append(self._kept(file))
                 continue
             pieces.append(self._made(file, partial(make, number, item)))
@@ -67,5 +68,5 @@ class Pieces:
         begun, content = clocks.read(), io.BytesIO()
         piece = make()
         torch.save({"piece": piece, "seconds": clocks.since(begun), "origin": self.origin}, content)
-        write_atomically(file, content.getvalue())
+        write_sealed(file, lambda draft: draft.write_bytes(content.getvalue()))
         return piece

@@ -61,7 +61,7 @@ def train(run: Run) -> Result:
     training = prepare(run)
     module, student, hardware, checkpointer = training.module, training.student, training.hardware, training.checkpointer
     together = hardware.together > 1
-    # A metrics.csv that other processes wrote would be begun anew.
+    # Of the processes the first has one of its own: a CSV file of this one would hold the final number alone.
     logger = None if together and run.config["logger"]["_target_"].endswith("csv") else make_logger(run)
     steps = train_elsewhere(training) if together else run_steps(training, logger)
     metrics: dict[str, Any] = module.curves | module.summary()
@@ -79,7 +79,8 @@ def train(run: Run) -> Result:
         **({"attempts": checkpointer.attempts} if checkpointer.attempts else {}),
         **hardware.facts(mixed=not module.full_precision),
     }
-    facts |= training.progress.memory
+    if together:
+        facts |= {"devices": hardware.together, "threads": hardware.threads_of_each(), **training.progress.memory}
     return Result(metrics, status="diverged" if module.diverged else "finished", facts=facts)
 
 

@@ -55,7 +55,7 @@ class Checkpointer(lightning.Callback):
             signal.signal(number, self._notice)
 
     def on_exception(self, *_: Any) -> None:
-        self.teardown()  # which Lightning does not call then
+        self.teardown()  # which Lightning does not call where a logger fails then
 
     def teardown(self, *_: Any, **__: Any) -> None:
         for number, handler in self._before.items():

@@ -44,7 +44,6 @@ class Classifier(lightning.LightningModule):
         self.total_steps = optim.total_steps(steps_per_pass)
         self.curves: dict[str, list[float]] = {}
         self.diverged = False
-        self._logger_failed = False
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
         self._summed = 0
@@ -108,13 +107,13 @@ class Classifier(lightning.LightningModule):
 
     def _show(self, means: dict[str, float]) -> None:
         """Gives them to the logger, until it fails once: the run matters more than where its curves are shown."""
-        if self.logger is None or self._logger_failed:
+        if self.logger is None:
             return
         try:
             self.logger.log_metrics(means, step=self.global_step)
         except Exception as error:
-            self._logger_failed = True
             print(f"{type(self.logger).__name__} failed ({error}); going on without it", flush=True)
+            self.trainer.loggers = []  # or Lightning would have it write once more at the end
 
     def _totals(self) -> dict[str, Tensor]:
         """The sums over all processes."""
