@@ -80,18 +80,17 @@ def implicit_samples(run: Run) -> Result:
     samples = sample(look, ascent, model, labels)
     metrics = {"logit": float(gradients.scalar(model(samples), labels, "label").mean())}
 
-    def denoised(number: int, rows: Tensor) -> dict[str, Tensor]:
+    def denoised(number: int, rows: Tensor) -> tuple[Tensor, ...]:
         batch, first = look.batch(rows), len(labels) + number * DENOISED  # seeds before are those of the samples
         seeds = [mix(run.config["seed"], first + i) for i in range(len(rows))]
-        noisy, found = denoising.denoise(model, batch.images, batch.labels, seeds)
-        return {"images": batch.images.cpu(), "noisy": noisy.cpu(), "denoised": found.cpu()}
+        return tuple(images.cpu() for images in denoising.denoise(model, batch.images, batch.labels, seeds))
 
     rows = look.rows(task["images"], DENOISED)
     parts = look.pieces.each("denoised", rows, denoised, count=len(rows))
-    images = {name: torch.cat([part[name] for part in parts]) for name in ("images", "noisy", "denoised")}
-    for name in ("noisy", "denoised"):
-        metrics[f"error/{name}"] = float((images[name] - images["images"]).square().flatten(1).mean(1).mean().sqrt())
-    shown = {"samples": samples, **{name: x[: task["shown"]] for name, x in images.items()}}
+    clean = torch.cat([look.batch(some).images.cpu() for some in rows])
+    found = dict(zip(("noisy", "denoised"), map(torch.cat, zip(*parts, strict=True)), strict=True))
+    metrics |= {f"error/{name}": float((images - clean).square().mean().sqrt()) for name, images in found.items()}
+    shown = {"samples": samples, **{name: x[: task["shown"]] for name, x in {"images": clean, **found}.items()}}
     return look.result(metrics, {"labels": labels.cpu().numpy(), **{name: as_bytes(x) for name, x in shown.items()}})
 
 
