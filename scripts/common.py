@@ -12,7 +12,7 @@ from joblib import cpu_count
 
 from gradexp.commands.compose import compose_run, plan, refuse_many_devices
 from gradexp.commands.exits import honest
-from gradexp.commands.many import Failure, make_launcher, missing, run_all
+from gradexp.commands.many import Failure, generations, make_launcher, missing, run_all
 from gradexp.errors import UserError
 from gradexp.report import specs
 from gradexp.runs import ROOT, Config, Paths
@@ -40,7 +40,9 @@ class Job:
         absent = missing(runs, self.paths) if self.trains else []
         if not absent:
             return []
-        print(f"{title}, scale={self.scale}: {len(absent)} of {len(runs)} runs are missing", flush=True)
+        below = sum(map(len, generations(absent, self.paths))) - len(absent)
+        stand_on = f", and {below} that they stand on" if below else ""
+        print(f"{title}, scale={self.scale}: {len(absent)} of {len(runs)} runs are missing{stand_on}", flush=True)
         return run_all(absent, self.paths, workers=self.workers, extra=self.extra, launcher=self.launcher)
 
 

@@ -1,6 +1,7 @@
 """The commands that users type, in processes of their own."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -173,7 +174,9 @@ def test_run_all_trains_a_shared_teacher_once_and_reports_failures(
     (failure,) = failures
     assert "per_class=1000" in failure.command
     assert "ask for at most" in failure.log.read_text()
-    assert capsys.readouterr().out.count("finished") == 3
+    told = capsys.readouterr().out
+    assert told.count("finished") == 3
+    assert re.findall(r"^\[(\d)/4\]", told, flags=re.MULTILINE) == list("1234")  # the teacher is counted too
 
 
 def test_w_and_b_offline(tmp_path: Path, run_py: RunPy, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -69,9 +70,10 @@ def run_all(
 
     extra: hardware overrides for every run. The cores are shared out among the workers.
     """
-    launcher = launcher or Local()
+    launcher, stages = launcher or Local(), generations(runs, paths)
+    tell = _Progress(sum(map(len, stages)))
     failed: dict[str, Failure] = {}
-    for stage in generations(runs, paths):
+    for stage in stages:
         ready = []
         for run in stage:
             cause = next((failed[below.id] for below in run.upstream if below.id in failed), None)
@@ -79,28 +81,38 @@ def run_all(
                 failed[run.id] = Failure(run.command, cause.log)
             else:
                 ready.append(run)
-        failed |= _do_stage(ready, paths, workers, extra, launcher)
+        failed |= _do_stage(ready, paths, workers, extra, launcher, tell)
     return list(failed.values())
 
 
 def _do_stage(
-    runs: Sequence[Planned], paths: Paths, workers: int, extra: Sequence[str], launcher: Local | Slurm
+    runs: Sequence[Planned], paths: Paths, workers: int, extra: Sequence[str], launcher: Local | Slurm, tell: _Progress
 ) -> dict[str, Failure]:
     """Does runs that do not wait for each other, and says how each ended; {id: failure} of those that failed."""
     works = [Work((*run.overrides, *extra), paths.folder(run.config) / "log.txt") for run in runs]
     failed: dict[str, Failure] = {}
-    begun = time.monotonic()
 
     def said(number: int, code: int) -> None:
         run, log = runs[number], works[number].log
-        seconds = time.monotonic() - begun
-        print(f"[{number + 1}/{len(runs)}] {seconds:.0f} s  {run.command}\n    {_last_line(log, code)}", flush=True)
+        tell(run.command, _last_line(log, code))
         if code:
             failed[run.id] = Failure(run.command, log)
 
     if works:
         launcher.do(works, workers, said)
     return failed
+
+
+class _Progress:
+    """Says, of all runs that a command does, how many have ended, and after how long; several threads may speak."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.ended, self.begun, self.lock = total, 0, time.monotonic(), threading.Lock()
+
+    def __call__(self, command: str, result: str) -> None:
+        with self.lock:
+            self.ended += 1
+            print(f"[{self.ended}/{self.total}] {time.monotonic() - self.begun:.0f} s  {command}\n    {result}", flush=True)
 
 
 def _last_line(log: Path, code: int) -> str:
