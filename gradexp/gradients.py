@@ -92,7 +92,8 @@ def loss_gradient(model: nn.Module, images: Tensor, labels: Tensor, *, temperatu
 def taylor_trace(model: nn.Module, images: Tensor, logits: Tensor, labels: Tensor, *, sigma: float, target: str) -> Tensor:
     """One-sample Taylor estimate of the trace of the Hessian (Eq. 5.9): 2/sigma^2 (f(x + v) - f(x)), v ~ N(0, sigma^2).
 
-    logits = model(images); the noisy images are a second pass in the model's present mode. -> (B,).
+    logits = model(images); the noisy images are a second pass in the model's present mode. In train mode they have batch
+    statistics of their own, which the estimate then holds too: it is no longer of the network in eval mode. -> (B,).
     """
     noisy = model(images + sigma * ranks.normal_like(images))
     return 2 / sigma**2 * (scalar(noisy, labels, target) - scalar(logits, labels, target))
@@ -101,8 +102,8 @@ def taylor_trace(model: nn.Module, images: Tensor, logits: Tensor, labels: Tenso
 def hutchinson_trace(gradient: Tensor, images: Tensor, *, differentiable: bool) -> Tensor:
     """One-sample estimate of the trace of the Hessian with an exact product (Hutchinson, 1990): v' H v, v ~ N(0, I).
 
-    gradient: the differentiable input-gradient at `images`. Where batch statistics couple the images, the products
-    between different images add noise of mean zero. -> (B,).
+    gradient: the differentiable input-gradient at `images`. Where batch statistics couple the images, it is that of the
+    whole batch's sum, whose second derivatives are not those of an image's own output. -> (B,).
     """
     direction = ranks.normal_like(images)
     return (_product(gradient, images, direction, differentiable) * direction).flatten(1).sum(1)
