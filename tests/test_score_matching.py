@@ -128,6 +128,34 @@ def test_training_through_hutchinson_is_exact_and_refused_without_third_derivati
         term(Step(data, net().train(), differentiable_input=True))
 
 
+@pytest.mark.parametrize("estimator", ["taylor", "hutchinson"])
+def test_with_running_statistics_the_term_is_that_of_the_network_in_eval_mode(estimator: str) -> None:
+    """Value and parameter gradients; it leaves no statistics behind, and images do not see each other."""
+    data, term = batch(), score(estimator=estimator, stability=1e-4, student_bn="running")
+    training, tested = layers.accelerate(net()).train(), layers.accelerate(net()).eval()
+    before = {name: value.clone() for name, value in training.named_buffers()}
+    values, found = [], []
+    for model in (training, tested):
+        torch.manual_seed(3)
+        values.append(term(Step(data, model, differentiable_input=True)))
+        found.append(torch.autograd.grad(values[-1], list(model.parameters()), allow_unused=True))
+    torch.testing.assert_close(*values)
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert all(module.training for module in training.modules())
+    for name, value in training.named_buffers():
+        torch.testing.assert_close(value, before[name])
+
+    others = data._replace(images=torch.cat([data.images[:1], 1 - data.images[1:]]))
+    for student_bn, alone in (("running", True), ("batch", False)):
+        traces = []
+        for one in (data, others):
+            torch.manual_seed(3)
+            step = Step(one, training, differentiable_input=True)
+            traces.append(step.student_hessian_trace(estimator, 0.01, "label", student_bn)[0].item())
+        assert (traces[0] == pytest.approx(traces[1], rel=1e-9)) is alone
+
+
 # --- score-matching ---------------------------------------------------------------------------------------
 
 

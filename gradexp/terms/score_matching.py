@@ -1,3 +1,5 @@
+from typing import Any
+
 from torch import Tensor, nn
 
 from gradexp.errors import UserError
@@ -12,17 +14,19 @@ class HessianTrace(Term):
     """What terms on the trace h of the Hessian share.
 
     estimator: `taylor` (Eq. 5.9, noise of standard deviation sigma) or `hutchinson` (exact products), one sample each.
-    target: of which output, see gradexp.gradients.scalar.
+    target: of which output, see gradexp.gradients.scalar. student_bn: `batch` statistics, and the estimate then holds what
+    noise does to them (gradients.taylor_trace), or `running`, those of the density that is looked at after training.
     """
 
     full_precision = True  # 2/sigma^2 times the difference of two logits: bf16 would leave only rounding
 
-    def __init__(self, *, weight: float, estimator: str, sigma: float, target: str) -> None:
+    def __init__(self, *, weight: float, estimator: str, sigma: float, target: str, student_bn: str = "batch") -> None:
         super().__init__(weight=weight)
         if sigma <= 0:
             raise UserError(f"sigma={sigma}: the noise of a trace estimate has a positive standard deviation, such as 0.01")
         self.estimator, self.sigma = choose("estimator", estimator, "taylor", "hutchinson"), sigma
         self.target = choose("target", target, *TARGETS[:3])
+        self.student_bn = choose("student_bn", student_bn, "batch", "running")
         self.gradient_target = target if estimator == "hutchinson" else None
 
     def check(self, student: nn.Module) -> None:
@@ -34,7 +38,7 @@ class HessianTrace(Term):
 
     def trace(self, step: Step) -> Tensor:
         """h (B,). Its mean and mean square become curves: what the regulariser does to it, whatever its weight."""
-        trace = step.student_hessian_trace(self.estimator, self.sigma, self.target)
+        trace = step.student_hessian_trace(self.estimator, self.sigma, self.target, self.student_bn)
         known = trace.detach()
         self.seen = {"hessian_trace": known.mean(), "hessian_trace/squared": known.square().mean()}
         return trace
@@ -47,13 +51,13 @@ class ScoreMatching(HessianTrace):
     `taylor`: with the thesis's constants (stability 1e-4, sigma .01) the stability term holds 4‖∇f‖² besides.
     """
 
-    def __init__(self, *, weight: float, stability: float, estimator: str, sigma: float, target: str) -> None:
-        super().__init__(weight=weight, estimator=estimator, sigma=sigma, target=target)
+    def __init__(self, *, stability: float, target: str, **options: Any) -> None:
+        super().__init__(target=target, **options)
         self.stability, self.gradient_target = stability, target
 
     def forward(self, step: Step) -> Tensor:
         trace = self.trace(step)
-        norm = step.student_input_gradient(self.target, "batch").square().flatten(1).sum(1)
+        norm = step.student_input_gradient(self.target, self.student_bn).square().flatten(1).sum(1)
         self.seen["gradient_norm/squared"] = norm.detach().mean()
         return (trace + norm / 2 + self.stability * trace.square()).mean()
 
@@ -66,8 +70,8 @@ class AntiScoreMatching(HessianTrace):
     term also keeps the gradient norm down. With `hutchinson` it does not.
     """
 
-    def __init__(self, *, weight: float, ceiling: float, estimator: str, sigma: float, target: str) -> None:
-        super().__init__(weight=weight, estimator=estimator, sigma=sigma, target=target)
+    def __init__(self, *, ceiling: float, **options: Any) -> None:
+        super().__init__(**options)
         self.ceiling = ceiling
 
     def forward(self, step: Step) -> Tensor:

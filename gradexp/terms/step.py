@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import cached_property
 
 import torch
@@ -93,20 +94,21 @@ class Step:
         values = pick(self.student_features(layer, student_bn))
         return gradients.gradient_of_values(values, self.images, differentiable=torch.is_grad_enabled())
 
-    def student_hessian_trace(self, estimator: str, sigma: float, target: str) -> Tensor:
+    def student_hessian_trace(self, estimator: str, sigma: float, target: str, student_bn: str) -> Tensor:
         """(B,), one-sample estimate, differentiable.
 
         estimator: `taylor` costs one more forward pass of the student, with noise of standard deviation sigma;
-        `hutchinson` one more backward pass, and needs layers that are three times differentiable.
+        `hutchinson` one more backward pass, and needs layers that are three times differentiable. student_bn: `running`
+        statistics keep images apart, as at test time; `batch` statistics couple them, and the noisy pass has its own.
         """
         if estimator == "hutchinson":
             gradients.check_third_derivatives(self.student)
-            gradient = self.student_input_gradient(target, "batch")
+            gradient = self.student_input_gradient(target, student_bn)
             return gradients.hutchinson_trace(gradient, self.images, differentiable=torch.is_grad_enabled())
+        logits, _ = self._forward(student_bn)
         whose, labels = self._chosen(target)
-        return gradients.taylor_trace(
-            self.student, self.images.detach(), self.student_logits, labels, sigma=sigma, target=whose
-        )
+        with gradients.evaluating(self.student) if student_bn == "running" else nullcontext():
+            return gradients.taylor_trace(self.student, self.images.detach(), logits, labels, sigma=sigma, target=whose)
 
     def _chosen(self, target: str) -> tuple[str, Tensor]:
         """The target and the labels that say which of the student's outputs is meant."""
