@@ -31,5 +31,6 @@ def main(_: DictConfig) -> float | None:
 
 if __name__ == "__main__":
     with honest():
-        check_overrides(sys.argv[1:])
+        for config in check_overrides(sys.argv[1:]):
+            (Paths.of(config).outputs / "hydra").mkdir(parents=True, exist_ok=True)  # Hydra would give a traceback
     main()

@@ -156,6 +156,15 @@ def test_mistakes_are_short_errors_that_leave_nothing(tmp_path: Path, run_py: Ru
     assert not list(tmp_path.rglob("*.json"))
 
 
+def test_an_outputs_folder_that_can_not_be_is_an_error(tmp_path: Path, run_py: RunPy) -> None:
+    (tmp_path / "outputs").write_text("a file")
+    done = run_py("experiment=shift", "scale=quick", "logger=none")
+    assert done.returncode != 0
+    assert done.stderr.startswith("error: ")
+    assert "name another folder" in done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+
+
 def test_a_term_without_its_teacher_is_an_error(run_py: RunPy) -> None:
     term = "+method.terms.a={_target_: gradexp.terms.Activations, weight: 1, reduction: mean}"
     done = run_py("experiment=teacher", *TINY, term)

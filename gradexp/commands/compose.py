@@ -113,7 +113,7 @@ def _as_overrides(choices: Config, prefix: str = "") -> list[str]:
     return words
 
 
-def check_overrides(arguments: Sequence[str]) -> None:
+def check_overrides(arguments: Sequence[str]) -> list[Config]:
     """Composes what a command line asks for, every value of a sweep once, before anything runs.
 
     Raises UserError with the nearest right word for a misspelt key or choice.
@@ -127,8 +127,7 @@ def check_overrides(arguments: Sequence[str]) -> None:
     values = [choices for choices in map(_choices, parsed) if choices]
     first = [choices[0] for choices in values]
     others = [[*first[:i], other, *first[i + 1 :]] for i, choices in enumerate(values) for other in choices[1:]]
-    for overrides in [first, *others]:
-        compose_run(overrides)
+    return [compose_run(overrides) for overrides in [first, *others]]
 
 
 def refuse_many_devices(config: Config) -> None:

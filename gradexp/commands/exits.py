@@ -16,6 +16,7 @@ MENDS = {
     errno.EDQUOT: "the disk quota is used up; make room and type the command again, it goes on from the last checkpoint",
     errno.EROFS: "the file system is read-only; name another folder: paths.results=FOLDER paths.outputs=FOLDER",
     errno.EACCES: "writing is not permitted; name another folder: paths.results=FOLDER paths.outputs=FOLDER",
+    errno.ENOTDIR: "a file is where a folder should be; name another folder: paths.results=FOLDER paths.outputs=FOLDER",
 }
 
 # Read when CUDA starts, so it is there before torch is imported; trainer.strict=true needs it.
