@@ -17,7 +17,10 @@ from gradexp.report.draw.curves import curves
 from gradexp.report.draw.illustration import illustration
 from gradexp.report.specs import Source
 
-SPEC = {"number": "9.1", "metric": "train/loss", "xlabel": "pass", "ylabel": "loss", "also": ["svg"]}
+SPEC: dict[str, Any] = {
+    **{"number": "9.1", "seeds": {"quick": [0, 1]}, "also": ["svg"]},
+    **{"metric": "train/loss", "xlabel": "pass", "ylabel": "loss"},
+}
 
 
 def series(folder: Path, label: str, *losses: list[float]) -> figures.Series:
@@ -33,6 +36,7 @@ def test_curves_are_means_over_seeds_with_a_band(tmp_path: Path) -> None:
     files = figures.make(SPEC, "quick", drawn, curves, tmp_path / "results")
     assert [file.name for file in files] == [f"figure_9_1.{kind}" for kind in ("png", "pdf", "svg", "csv", "md")]
     assert all(file.stat().st_size > 50 for file in files)
+    assert "<!-- scale=quick, seeds 0, 1 -->" in files[2].read_text()  # a copy of the picture alone still says it
     rows = list(csv.DictReader(files[-2].open()))
     assert [(row["series"], row["x"], float(row["mean"]), float(row["std"])) for row in rows] == [
         ("a", "1", 3.0, 1.41),

@@ -41,6 +41,7 @@ STYLE: Any = {
     "svg.hashsalt": "gradexp",
 }
 NOTE_WIDTH = 150  # characters of a line below a figure of two columns
+NOTE_HEIGHT = 0.11  # inches a line
 COLUMN_WIDTH = 3.4  # inches: one column of a two-column page
 PAGE_WIDTH = 7.0  # inches: both
 # Okabe and Ito's colour-blind safe palette. One colour a method, the same in every figure.
@@ -166,13 +167,21 @@ def make(
     shown = {key: value for key, value in spec.items() if key != "thesis" or scale in spec.get("comparable", [scale])}
     with mpl.rc_context(STYLE):
         figure, rows = draw(shown, series)
-        if "note" in spec:
-            small = {"fontsize": 6.5, "color": "#555555", "x": 0.01, "ha": "left", "ma": "left"}
-            figure.supxlabel(textwrap.fill(spec["note"], NOTE_WIDTH), **small)
+        small = {"fontsize": 6.5, "color": "#555555", "x": 0.01, "ha": "left", "ma": "left"}
+        below = _below(spec, scale)
+        figure.set_size_inches(figure.get_figwidth(), figure.get_figheight() + NOTE_HEIGHT * len(below))
+        figure.supxlabel("\n".join(below), **small)
         stem = results / "figures" / scale / f"figure_{spec['number'].replace('.', '_')}"
         pictures = {kind: _saved(figure, kind) for kind in ("png", "pdf", *spec.get("also", []))}
     table = as_csv(list(rows[0]), rows)
     return write_beside(stem, {**pictures, "csv": table, "md": to_markdown(spec, scale, series, sentences)})
+
+
+def _below(spec: Config, scale: str) -> list[str]:
+    """The lines below a picture: its note, and what a copy of the picture alone must still say."""
+    seeds = seeds_of(spec, scale)
+    origin = f"scale={scale}, seed{'s' * (len(seeds) > 1)} {provenance.enumerated(seeds)}"
+    return [*textwrap.wrap(spec.get("note", ""), NOTE_WIDTH), origin]
 
 
 def to_markdown(spec: Config, scale: str, series: Sequence[Series], sentences: Sequence[str]) -> str:

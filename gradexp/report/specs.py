@@ -34,7 +34,7 @@ TABLE_KEYS = (
 FIGURE_KEYS = (
     *("thesis", "title", "note", "needs", "draw", "experiment", "seeds", "points", "overrides_at", "series", "also"),
     *("x", "xlabel", "xscale", "ylabel", "metric", "metrics", "curves", "panels", "array", "above", "signed"),
-    *("columns", "rows", "first", "comparable"),
+    *("columns", "rows", "first", "beside", "comparable"),
 )
 REQUIRED = {
     "table": ("title", "seeds", "comparable", "best", "corner", "rows", "columns"),

@@ -31,6 +31,8 @@ def fooling(spec: Config, series: Sequence[Series]) -> tuple[Figure, list[Row]]:
     energies = [one.metric(metric)[0] for _, metric in heads]
     for place, (label, _), energy in zip(axes[0], heads, energies, strict=True):
         place.set_title(f"{label}\n{energy:.1f} %")
+    before, after = (one.metric(f"test/accuracy{when}")[0] for when in ("/before", ""))
+    figure.suptitle(f"test accuracy {before:.1f} % before, {after:.1f} % after", fontsize=8)
     figure.set_layout_engine("constrained", w_pad=0.01, h_pad=0.01, wspace=0.02, hspace=0.02)
     rows: list[Row] = [
         {"what": label, "percent": f"{one.metric(metric)[0]:.4g}", "thesis": spec.get("thesis", {}).get(metric, "")}

@@ -19,11 +19,14 @@ def samples(spec: Config, series: Sequence[Series]) -> tuple[Figure, list[Row]]:
     """A row of pictures for each series; of the first one, the arrays in `above` make rows of their own.
 
     spec: `array`, the pictures of a series; `signed`, whether they are gradients (each is rescaled around grey);
-    `above`: {array: label}; `metrics`: what the CSV file says of each series.
+    `above`: {array: label}; `beside`: {array: metric}, whose number is below the label; `metrics`: what the CSV file says
+    of each series.
     """
-    first = series[0].arrays[0]
-    rows = [(label, first[name]) for name, label in spec.get("above", {}).items()]
-    rows += [(_label(one), _pictures(one.arrays[0][spec["array"]], spec.get("signed", False))) for one in series]
+    one, array = series[0], spec["array"]
+    rows = [(_label(one, label, spec, name), one.arrays[0][name]) for name, label in spec.get("above", {}).items()]
+    rows += [
+        (_label(one, one.label, spec, array), _pictures(one.arrays[0][array], spec.get("signed", False))) for one in series
+    ]
     figure = grid(rows)
     return figure, [
         {"series": one.label, **{name: f"{one.metric(name)[0]:.5g}" for name in spec["metrics"]}, "run": one.sources[0].id}
@@ -76,8 +79,11 @@ def red_over(image: np.ndarray, saliency: np.ndarray) -> np.ndarray:
     return mixed
 
 
-def _label(one: Series) -> str:
-    return one.label + ("\n(diverged)" if one.records[0]["status"] == "diverged" else "")
+def _label(one: Series, label: str, spec: Config, array: str) -> str:
+    if one.records[0]["status"] == "diverged":
+        return f"{label}\n(diverged)"
+    metric = spec.get("beside", {}).get(array)
+    return f"{label}\n{one.metric(metric)[0]:.3f}" if metric else label
 
 
 def _pictures(values: np.ndarray, is_signed: bool) -> np.ndarray:
