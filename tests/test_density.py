@@ -476,7 +476,8 @@ def series_of(folder: Path, spec: dict[str, Any], metrics: dict[str, Any], **arr
     made = []
     for i, one in enumerate(spec["series"]):
         source = specs.Source(f"{i:012x}", folder / f"{i}.json", "")
-        record: dict[str, Any] = {"metrics": {name: (np.array(value) + i).tolist() for name, value in metrics.items()}}
+        numbers = {name: (np.array(value) + i).tolist() for name, value in metrics.items()}
+        record: dict[str, Any] = {"status": "finished", "metrics": numbers}
         if arrays:
             record["arrays"] = _write_arrays(source.record.with_suffix(".npz"), arrays)
         write_record(source.record, record)
@@ -512,11 +513,22 @@ def test_figure_5_5_has_the_three_energies_before_and_after(tmp_path: Path) -> N
     pictures = np.zeros((2, 3, 4, 4), dtype=np.uint8)
     figure, rows = fooling(spec, series_of(tmp_path, spec, metrics, images=pictures, mask=np.ones((4, 4)), **maps))
     assert len(figure.axes) == 2 * (1 + len(spec["columns"]))
-    for prefix in ("", "VGG-11, not fooled: "):
-        found = [row for row in rows if row["what"].startswith("VGG") == bool(prefix)]
-        assert len(found) == len(metrics)
-    assert sorted(float(row["percent"]) for row in rows) == sorted([*metrics.values(), *(x + 1 for x in metrics.values())])
+    assert figure.get_suptitle() == "test accuracy 61.0 % before, 60.0 % after"
+    drawn, *others = (one["label"] for one in spec["series"])
+    whose = [row["what"].partition(": ")[0] if row["what"].startswith(drawn) else drawn for row in rows]
+    for i, label in enumerate([drawn, *others]):
+        found = [float(row["percent"]) for row, name in zip(rows, whose, strict=True) if name == label]
+        assert sorted(found) == sorted(x + i for x in metrics.values())
     assert {row["thesis"] for row in rows} == {"", *spec["thesis"].values()}
+
+
+def test_figure_5_8_has_the_errors_beside_the_pictures(tmp_path: Path) -> None:
+    spec = specs.load("figure", "5.8")
+    pictures = {name: np.zeros((2, 3, 4, 4), dtype=np.uint8) for name in ("images", "noisy", "denoised")}
+    figure, _ = samples(spec, series_of(tmp_path, spec, {"error/noisy": 0.1, "error/denoised": 0.2}, **pictures))
+    labels = [axes.get_ylabel() for axes in figure.axes if axes.get_ylabel()]
+    errors = [f"{one['label']}\n{0.2 + i:.3f}" for i, one in enumerate(spec["series"])]
+    assert labels == ["Image", "With noise\n0.100", *errors]
 
 
 def test_the_figure_of_shifts(tmp_path: Path) -> None:
