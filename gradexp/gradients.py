@@ -93,8 +93,8 @@ def taylor_trace(model: nn.Module, images: Tensor, logits: Tensor, labels: Tenso
     """One-sample Taylor estimate of the trace of the Hessian (Eq. 5.9): 2/sigma^2 (f(x + v) - f(x)), v ~ N(0, sigma^2).
 
     logits = model(images); the noisy images are a second pass in the model's present mode. In train mode they have batch
-    statistics of their own, which the estimate then holds too, as the running ones do: it is no longer of the network in eval
-    mode. -> (B,).
+    statistics of their own, so that the estimate is not that of the network in eval mode, and they enter its running
+    statistics. -> (B,).
     """
     noisy = model(images + sigma * ranks.normal_like(images))
     return 2 / sigma**2 * (scalar(noisy, labels, target) - scalar(logits, labels, target))

@@ -66,8 +66,8 @@ class AntiScoreMatching(HessianTrace):
     """Maximises the trace of the Hessian up to a ceiling, image by image (§5.5): -min(h, ceiling); mean over the batch.
 
     The mean of a clamped estimate falls with the estimate's noise, which for `taylor` has a standard deviation of
-    2‖∇f‖/sigma (§5.8): with sigma .01 and gradient norms of 20 to 50 it is several times a ceiling of 1000, so that the
-    term keeps the gradient norm down. With `hutchinson` it does not.
+    2‖∇f‖/sigma (§5.8): with sigma .01 and a gradient norm of 20 it is four times a ceiling of 1000, so that the term
+    keeps the gradient norm down. With `hutchinson` it does not.
     """
 
     def __init__(self, *, ceiling: float, **options: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 
 import torch
@@ -107,7 +107,7 @@ class Step:
             return gradients.hutchinson_trace(gradient, self.images, differentiable=torch.is_grad_enabled())
         logits, _ = self._forward(student_bn)
         whose, labels = self._chosen(target)
-        with gradients.evaluating(self.student) if student_bn == "running" else nullcontext():
+        with self._statistics(student_bn):
             return gradients.taylor_trace(self.student, self.images.detach(), logits, labels, sigma=sigma, target=whose)
 
     def _chosen(self, target: str) -> tuple[str, Tensor]:
@@ -127,8 +127,12 @@ class Step:
     @cached_property
     def _running_forward(self) -> tuple[Tensor, dict[str, Tensor]]:
         """The same with running statistics, as at test time."""
-        with gradients.evaluating(self.student):
+        with self._statistics("running"):
             return self._captured()
+
+    def _statistics(self, student_bn: str) -> AbstractContextManager[None]:
+        """Inside, the student is in its present mode, or for `running` statistics in eval mode."""
+        return gradients.evaluating(self.student) if student_bn == "running" else nullcontext()
 
     def _captured(self) -> tuple[Tensor, dict[str, Tensor]]:
         before = [layer.before for layer in self.student_biases.values() if layer.before]
