@@ -3,6 +3,7 @@ SCALE ?= cpu
 WORKERS ?= 2
 LAUNCHER ?= local
 SET ?=
+RUN_SET = $(filter-out launcher.%,$(SET))
 PYTHON ?= python3.11
 BIN := .venv/bin
 
@@ -46,31 +47,31 @@ lint: setup
 	@$(BIN)/mypy
 
 table-%: setup
-	@$(BIN)/python scripts/make_table.py $* --scale $(SCALE) --workers $(WORKERS) --launcher $(LAUNCHER) $(if $(SET),--set $(SET))
+	@$(BIN)/python scripts/make_table.py $* --scale $(SCALE) --workers $(WORKERS) --launcher $(LAUNCHER) --set $(SET)
 
 figure-%: setup
-	@$(BIN)/python scripts/make_figure.py $* --scale $(SCALE) --workers $(WORKERS) --launcher $(LAUNCHER) $(if $(SET),--set $(SET))
+	@$(BIN)/python scripts/make_figure.py $* --scale $(SCALE) --workers $(WORKERS) --launcher $(LAUNCHER) --set $(SET)
 
 tables: setup
-	@$(BIN)/python scripts/make_table.py --scale $(SCALE) --render-only
+	@$(BIN)/python scripts/make_table.py --scale $(SCALE) --render-only --set $(SET)
 
 figures: setup
-	@$(BIN)/python scripts/make_figure.py --scale $(SCALE) --render-only
+	@$(BIN)/python scripts/make_figure.py --scale $(SCALE) --render-only --set $(SET)
 
 plan: setup
-	@$(BIN)/python scripts/plan.py --scale $(SCALE) $(ARGS)
+	@$(BIN)/python scripts/plan.py --scale $(SCALE) $(ARGS) --set $(RUN_SET)
 
 # What is missing of every table and figure, then all of the pages; goes on where something failed, and says so at the end.
 reproduce: setup
 	@code=0; for what in table figure; do \
-		$(BIN)/python scripts/make_$$what.py --scale $(SCALE) --workers $(WORKERS) --launcher $(LAUNCHER) $(if $(SET),--set $(SET)) || code=1; \
-	done; $(BIN)/python scripts/make_claims.py --scale $(SCALE) && $(BIN)/python scripts/make_report.py --scale $(SCALE) && exit $$code
+		$(BIN)/python scripts/make_$$what.py --scale $(SCALE) --workers $(WORKERS) --launcher $(LAUNCHER) --set $(SET) || code=1; \
+	done; $(BIN)/python scripts/make_claims.py --scale $(SCALE) --set $(RUN_SET) && $(BIN)/python scripts/make_report.py --scale $(SCALE) --set $(RUN_SET) && exit $$code
 
 claims: setup
-	@$(BIN)/python scripts/make_claims.py --scale $(SCALE)
+	@$(BIN)/python scripts/make_claims.py --scale $(SCALE) --set $(RUN_SET)
 
 report: setup
-	@$(BIN)/python scripts/make_report.py --scale $(SCALE)
+	@$(BIN)/python scripts/make_report.py --scale $(SCALE) --set $(RUN_SET)
 
 verify: setup
 	@$(BIN)/python scripts/verify.py $(ARGS)

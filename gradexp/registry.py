@@ -19,5 +19,5 @@ def locate(target: str) -> Callable[..., Any]:
     try:
         found: Callable[..., Any] = getattr(importlib.import_module(module), name)
         return found
-    except (ImportError, AttributeError, ValueError):
-        raise UserError(f"_target_={target}: there is no such class or function") from None
+    except (ImportError, AttributeError, ValueError) as error:  # or the module is there, and can't be imported
+        raise UserError(f"_target_={target}: there is no such class or function ({error})") from error

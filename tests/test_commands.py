@@ -15,7 +15,9 @@ import pytest
 from gradexp.commands.compose import check_overrides, compose_run, plan
 from gradexp.commands.many import run_all
 from gradexp.errors import UserError
+from gradexp.registry import locate
 from gradexp.runs import ROOT, Paths
+from gradexp.tasks import loggers
 
 RunPy = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -186,6 +188,25 @@ def test_run_all_trains_a_shared_teacher_once_and_reports_failures(
     told = capsys.readouterr().out
     assert told.count("finished") == 3
     assert re.findall(r"^\[(\d)/4\]", told, flags=re.MULTILINE) == list("1234")  # the teacher is counted too
+
+
+@pytest.mark.parametrize(("url", "there"), [(None, False), ("https://wandb.example.org:8080", True)])
+def test_w_and_b_knows_the_key_of_its_own_server(
+    url: str | None, there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / ".netrc").write_text("machine wandb.example.org login user password key\n")
+    (tmp_path / ".netrc").chmod(0o600)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    if url:
+        monkeypatch.setenv("WANDB_BASE_URL", url)
+    assert loggers.logged_in() is there
+
+
+def test_a_target_that_can_not_be_imported_says_why() -> None:
+    with pytest.raises(UserError, match=r"nn.Convolution: there is no such class .*has no attribute 'Convolution'"):
+        locate("torch.nn.Convolution")
 
 
 def test_w_and_b_offline(tmp_path: Path, run_py: RunPy, monkeypatch: pytest.MonkeyPatch) -> None:

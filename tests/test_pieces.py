@@ -13,6 +13,7 @@ from gradexp.commands.compose import compose_run
 from gradexp.runs import Paths, Run, ensure
 from gradexp.tasks import pieces
 from gradexp.tasks.pieces import Pieces
+from gradexp.tasks.progress import Progress
 
 TINY = ["scale=quick", "trainer.threads=1", "logger=none", "+upstream.model.optim.passes=1", "+upstream.model.scale.width=0.03"]
 
@@ -52,6 +53,17 @@ def test_a_damaged_piece_is_made_again(tmp_path: Path) -> None:
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
     assert squared(begun(tmp_path), [3, 4]) == ([9, 16], [4])
+
+
+def test_progress_counts_pieces_behind_a_damaged_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gradexp.tasks.progress.SAY_EVERY", 0.0)
+    said: list[int] = []
+    monkeypatch.setattr(Progress, "say", lambda self, done, say=Progress.say: (said.append(done), say(self, done)))
+    squared(begun(tmp_path), [3, 4, 5])
+    next(tmp_path.glob("*/squares_0.pt")).write_bytes(b"spoilt")
+    said.clear()
+    assert squared(begun(tmp_path), [3, 4, 5])[1] == [3]
+    assert said == [3]
 
 
 def test_a_record_has_the_seconds_and_the_code_of_earlier_attempts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

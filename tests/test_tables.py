@@ -169,6 +169,8 @@ def test_a_teacher_that_was_made_twice_is_said() -> None:
     place = {"precision": "32", "device": "here", "git": {"commit": "c" * 40, "dirty": False}, "seconds": {"wall": 3600}}
     records = [{"id": f"run{i}", "upstream": {"teacher": run}, **place} for i, run in enumerate((first, first, second))]
     assert provenance.origins(records[:2]) == "2 runs, 2.0 h; precision 32 on here; commit cccccccc."
+    unpacked = {**records[0], "git": {"commit": None, "dirty": False}}
+    assert provenance.origins([unpacked]).endswith("commit none.")
     second["remade"] = {"test/accuracy": 63.8612}
     assert provenance.origins(records).endswith(
         "Run aa (teacher) was made 2 times, its files are 01234567 (2 runs: run0, run1); "

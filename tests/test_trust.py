@@ -13,6 +13,7 @@ from gradexp.commands.compose import compose_run
 from gradexp.commands.verify import Finding, alike, verify
 from gradexp.errors import Stopped, UserError
 from gradexp.runs import HARDWARE, ROOT, Paths, Run, ensure, read_record, write_record
+from gradexp.tasks.build import build
 
 TINY = ["scale=quick", "scale.width=0.04", "optim.passes=2", "data.per_class=3", "trainer.threads=1", "logger=none"]
 DISTILL = ["experiment=jacobian_distill", *TINY, "+upstream.teacher.optim.passes=1", "+upstream.teacher.scale.width=0.03"]
@@ -35,6 +36,15 @@ def test_strict_repeats_are_identical_to_the_bit(places: list[str]) -> None:
     assert records[0]["metrics"] == records[1]["metrics"]
     assert records[0]["strict"] is True
     assert made[0].weights.read_bytes() == made[1].weights.read_bytes()
+
+
+def test_float32_is_float32_on_a_gpu_too() -> None:
+    """TF32 is torch's default for convolutions; its ten bits would not be what a record calls precision 32."""
+    places = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    for place in places:
+        place.allow_tf32 = True
+    build(compose_run(["experiment=teacher", "scale=quick"])["trainer"], where="trainer").apply()
+    assert [place.allow_tf32 for place in places] == [False, False]
 
 
 def test_settings_of_the_gpu_are_there_before_torch() -> None:
@@ -100,6 +110,10 @@ def test_verify_finds_what_is_wrong(places: list[str]) -> None:
     below = {"teacher": {**teacher, "task": {**teacher["task"], "version": 0}}}
     write_record(made.record_path, {**good, "config": {**good["config"], "upstream": below}})
     assert "version of teacher is 0" in " ".join(findings())
+    write_record(made.record_path, {name: value for name, value in good.items() if name != "upstream"})
+    assert findings() == ["it has no upstream"]
+    write_record(made.record_path, {**good, "config": {name: x for name, x in good["config"].items() if name != "task"}})
+    assert "no run's config any more" in findings()[0]
     made.record_path.write_bytes(made.record_path.read_bytes()[:100])
     assert "can't be read" in findings()[0]
 

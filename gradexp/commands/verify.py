@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -61,16 +62,18 @@ def examine(file: Path) -> Iterator[str]:
     except UserError as error:
         yield str(error)
         return
-    yield from schema.faults(record, complete=True)
+    if faults := schema.faults(record, complete=True):
+        yield from faults
+        return
     if record.get("id") != file.stem:
         yield f"its id is {record.get('id')}, its file's name another; rename it back, or delete it"
         return
     try:
-        named = run_id(record["config"])
+        named, outdated = run_id(record["config"]), list(_outdated(record["config"]))
     except (KeyError, TypeError, AttributeError) as error:
         yield f"its config is no run's config any more ({error}); delete it"
         return
-    yield from _outdated(record["config"])
+    yield from outdated
     if named != record["id"]:
         yield f"its config has the id {named}: the record was changed, or ids are made otherwise now; delete it and run again"
     for name, upstream in record["upstream"].items():
@@ -82,7 +85,7 @@ def examine(file: Path) -> Iterator[str]:
 def _outdated(config: Config) -> Iterator[str]:
     """What of a config the code of today does not know or does otherwise."""
     own = {key: value for key, value in config.items() if key != "upstream"}
-    for target in sorted(set(_targets(own))):
+    for target in sorted(set(re.findall(r'"_target_": "([^"]*)"', json.dumps(own)))):
         try:
             locate(target)
         except UserError as error:
@@ -97,13 +100,6 @@ def _outdated(config: Config) -> Iterator[str]:
         yield f"the task's version of {config['name']} is {was}, today's {now}: tables no longer count it; run it again"
     for upstream in config["upstream"].values():
         yield from _outdated(upstream)
-
-
-def _targets(node: Any) -> Iterator[str]:
-    if isinstance(node, dict):
-        yield from [node["_target_"]] if "_target_" in node else []
-        for value in node.values():
-            yield from _targets(value)
 
 
 def repeat(file: Path, paths: Paths, extra: Config) -> Iterator[str]:

@@ -100,7 +100,7 @@ def origins(records: Sequence[Config], below: Sequence[Config] = ()) -> str:
         return "No run has finished yet."
     work = [attempt for record in (*records, *below) for attempt in (record, *record.get("attempts", []))]
     devices = sorted({f"{one['precision']} on {one['device']}" for one in work if "precision" in one})
-    commits = sorted({(one["git"]["commit"] or "no commit")[:8] + (" (dirty)" if one["git"]["dirty"] else "") for one in work})
+    commits = sorted({(one["git"]["commit"] or "none")[:8] + (" (dirty)" if one["git"]["dirty"] else "") for one in work})
     known = {record["id"]: record for record in (*records, *below) if "id" in record}
     seconds = sum(own_seconds(record, known, "wall") for record in (*records, *below))
     time = f"{seconds / 3600:.1f} h" if seconds >= 180 else f"{max(1, round(seconds / 60))} min"

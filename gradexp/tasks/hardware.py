@@ -54,6 +54,13 @@ def _forbid_chance() -> None:
     """
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
+
+
+def _full_float32() -> None:
+    """float32 means float32: by default a GPU's convolutions take TF32, whose ten bits of mantissa are bfloat16's but three.
+
+    A trace estimate multiplies the difference of two logits by 2/σ² (Eq. 5.9), which TF32 would leave only rounding of.
+    """
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
 
@@ -117,6 +124,7 @@ class Hardware:
             torch.set_num_threads(self.threads_of_each())
         if self.strict:
             _forbid_chance()
+        _full_float32()
         _keep_memory()
         _wake_vector_math()
 

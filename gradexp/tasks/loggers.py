@@ -5,6 +5,7 @@ from __future__ import annotations
 import netrc
 import os
 from typing import Any
+from urllib.parse import urlsplit
 
 from gradexp.errors import UserError
 from gradexp.runs import Run
@@ -76,6 +77,7 @@ def logged_in() -> bool:
     if os.environ.get("WANDB_API_KEY"):
         return True
     try:
-        return netrc.netrc().authenticators("api.wandb.ai") is not None
+        server = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+        return netrc.netrc().authenticators(server) is not None
     except (OSError, netrc.NetrcParseError):
         return False

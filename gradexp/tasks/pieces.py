@@ -53,7 +53,7 @@ class Pieces:
                 pieces.append(self._kept(file))
                 continue
             pieces.append(self._made(file, partial(make, number, item)))
-            progress.say(number + 1)
+            progress.say(number + 1 + sum(kept[number + 1 :]))
         return pieces
 
     def _kept(self, file: Path) -> Any:
