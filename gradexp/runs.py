@@ -15,6 +15,7 @@ import math
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +114,23 @@ class Paths:
     @property
     def cache(self) -> Path:
         return self.outputs / "cache"
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A run before it runs: what to type, its resolved config, and the runs it stands on."""
+
+    overrides: tuple[str, ...]
+    config: Config
+    upstream: tuple[Planned, ...]
+
+    @cached_property
+    def id(self) -> str:
+        return run_id(self.config)
+
+    @property
+    def command(self) -> str:
+        return shlex.join(["python", "run.py", *self.overrides])
 
 
 # --- records ----------------------------------------------------------------------------------------------

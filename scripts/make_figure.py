@@ -11,7 +11,7 @@ from gradexp.report import figures
 
 def make(spec: dict[str, Any], job: Job) -> None:
     """Runs what is missing, then draws and writes the figure."""
-    wanted = [overrides for _, seeds in figures.overrides_of(spec, job.scale) for overrides in seeds]
+    wanted = [overrides for _, seeds in figures.runs_of(spec, job.scale) for overrides in seeds.values()]
     failures = job.fill(f"figure {spec['number']}", wanted)
     series = figures.gather(spec, job.scale, plan, job.paths)
     sentences = figures.caption(spec, job.scale, series, plan)

@@ -10,7 +10,7 @@ from gradexp.report import formats, tables
 
 def make(spec: dict[str, Any], job: Job) -> None:
     """Runs what is missing, then writes and prints the table."""
-    wanted = [overrides for *_, seeds in tables.cells_of(spec, job.scale) for overrides in seeds]
+    wanted = [overrides for *_, seeds in tables.runs_of(spec, job.scale) for overrides in seeds.values()]
     failures = job.fill(f"table {spec['number']}", wanted)
     table = tables.build(spec, job.scale, plan, job.paths)
     files = formats.write(table, job.paths.results)

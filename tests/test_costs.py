@@ -126,7 +126,7 @@ def test_processors_of_one_name_are_told_apart(monkeypatch: pytest.MonkeyPatch) 
 def test_rows_count_runs_once_and_say_what_is_not_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two tables share a run and the teacher; the teacher has a record, but no weights on this disk."""
     typed = [[*STUDENT, f"method={method}", "data.per_class=1"] for method in ("ce", "ce_a", "a_j")]
-    monkeypatch.setattr(costs, "items", lambda scale: [("table x", "X", typed[:2]), ("table y", "Y", typed[1:])])
+    monkeypatch.setattr(costs, "items", lambda scale: {"table x": typed[:2], "table y": typed[1:]})
     paths, runs = at(tmp_path), [plan(words) for words in typed]
     record(paths, runs[0].config, 10.0)
     record(paths, runs[1].config | {"seed": 7}, 20.0)

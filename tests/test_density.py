@@ -466,7 +466,7 @@ def test_red_is_where_the_saliency_is() -> None:
 @pytest.mark.parametrize("scale", ["paper", "cpu", "quick"])
 def test_figures_compose_at_every_scale(number: str, scale: str) -> None:
     spec = specs.load("figure", number)
-    configs = [plan(words).config for _, seeds in figures.overrides_of(spec, scale) for words in seeds]
+    configs = [plan(words).config for _, seeds in figures.runs_of(spec, scale) for words in seeds.values()]
     expected = "digits" if scale == "quick" else "cifar10" if number in ("5.6", "5.7") else "cifar100"
     assert {config["data"]["name"] for config in configs} == {expected}
 
@@ -545,9 +545,9 @@ def test_the_figure_of_shifts(tmp_path: Path) -> None:
 
 def test_table_5_2_is_the_sweep_around_table_5_1() -> None:
     """The thesis's own λ and μ are the score-matching row of Table 5.1; at scale=cpu seven cells run, for 3 passes each."""
-    short = [seeds[0] for *_, seeds in tables.cells_of(specs.load("table", "5.2"), "cpu") if seeds]
+    short = [seeds[0] for *_, seeds in tables.runs_of(specs.load("table", "5.2"), "cpu") if seeds]
     assert [plan(words).config["upstream"]["model"]["optim"]["passes"] for words in short] == [3] * 7
-    (first, second) = (tables.cells_of(specs.load("table", number), "paper") for number in ("5.1", "5.2"))
+    (first, second) = (tables.runs_of(specs.load("table", number), "paper") for number in ("5.1", "5.2"))
     sweep = {(row["label"], column["label"]): seeds for row, column, seeds in second if seeds}
     score = next(seeds for row, _, seeds in first if row["thesis"] == "Score-Matching")
     assert run_id(plan(sweep["λ = 1e-3", "μ = 1e-4"][0]).config) == run_id(plan(score[0]).config)

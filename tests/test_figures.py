@@ -99,6 +99,8 @@ def test_a_figure_says_how_its_runs_depart_and_where_they_come_from(tmp_path: Pa
     assert "`data.per_class` 5 (paper: 50)" in departed
     assert "`data.name` digits (paper: cifar100)" in departed
     assert origin == "1 run, 2 min; precision 32 on here; commit cccccccc."
+    own = {**spec, "seeds": {"quick": [3]}}  # a figure of the user's own need not have scale=paper
+    assert figures.caption(own, "quick", figures.gather(own, "quick", plan, paths), plan)[1] == departed
     files = figures.make(spec, "quick", [first], curves, tmp_path / "results", [note, departed])
     page = files[-1].read_text()
     assert page.startswith(
@@ -116,7 +118,15 @@ def test_the_same_records_give_the_same_bytes(tmp_path: Path) -> None:
     assert [file.read_bytes() for file in first] == [file.read_bytes() for file in second]
 
 
-@pytest.mark.parametrize("text", ["titel: x", "series: [{lable: a}]", "series: [{label: a}]\npoints: [{scale: cpu}]"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "titel: x",
+        "series: [{lable: a}]",
+        "series: [{label: a}]\npoints: [{scale: cpu}]",
+        "series: [{label: a, points: [{scale: cpu}]}]",
+    ],
+)
 def test_a_misspelt_key_of_a_figure_is_an_error(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(specs, "ROOT", tmp_path)
     (tmp_path / "conf" / "figure").mkdir(parents=True)

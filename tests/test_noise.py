@@ -29,7 +29,7 @@ def test_lambda_0_is_the_teacher_of_table_2_1(scale: str) -> None:
 
 def test_the_rows_are_seven_models_of_one_protocol() -> None:
     spec = specs.load("table", "2.2")
-    models = [plan(seeds[0]).config["upstream"]["model"] for row, column, seeds in tables.cells_of(spec, "cpu")]
+    models = [plan(seeds[0]).config["upstream"]["model"] for row, column, seeds in tables.runs_of(spec, "cpu")]
     assert len({run_id(model) for model in models}) == 7
     assert {(model["data"]["per_class"], model["optim"]["passes"]) for model in models} == {(100, 20)}
     weights = [model["method"]["terms"].get("gradient_norm", {}).get("weight", 0) for model in models[::5]]

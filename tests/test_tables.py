@@ -302,7 +302,7 @@ def test_every_cell_composes_and_has_its_number_in_the_thesis(path: Path) -> Non
     spec = report_specs.load("table", path.stem)
     thesis = tables.read_thesis()
     shown = []
-    for row, column, seeds in tables.cells_of(spec, "paper" if "paper" in spec["seeds"] else "cpu"):
+    for row, column, seeds in tables.runs_of(spec, "paper" if "paper" in spec["seeds"] else "cpu"):
         item = spec.get("thesis", spec["number"])
         name, heading = (place.get("thesis", place["label"]) for place in (row, column))
         if heading is None:  # a quantity that the thesis prints no numbers of
@@ -310,15 +310,16 @@ def test_every_cell_composes_and_has_its_number_in_the_thesis(path: Path) -> Non
         else:
             assert (item, name, heading) in thesis
         metric = next(place["metric"] for place in (row, column, spec) if "metric" in place)
-        shown += [(run_id(plan(overrides).config), str(metric)) for overrides in seeds[:1]]
+        shown += [(run_id(plan(overrides).config), str(metric)) for overrides in list(seeds.values())[:1]]
     assert len(set(shown)) == len(shown), "two cells show the same number"
 
 
 def test_a_column_may_have_seeds_of_its_own() -> None:
     first, *others = SPEC["columns"]
     spec = {**SPEC, "columns": [{**first, "seeds": {"cpu": [7]}}, *others], "seeds": {"cpu": [0, 1]}}
-    for _, column, runs in tables.cells_of(spec, "cpu"):
-        assert [words[-1] for words in runs] == (["seed=7"] if column["label"] == first["label"] else ["seed=0", "seed=1"])
+    for _, column, runs in tables.runs_of(spec, "cpu"):
+        assert list(runs) == ([7] if column["label"] == first["label"] else [0, 1])
+        assert [words[-1] for words in runs.values()] == [f"seed={seed}" for seed in runs]
     made = tables.build(spec, "cpu", fake_plan, Paths(Path("data"), GOLDEN, Path("outputs")))
     assert f"Seeds: 0, 1 (column {first['label']}: 7). The test set is read once, after the last step." in made.caption
 
@@ -335,7 +336,7 @@ def test_every_number_of_the_thesiss_table_has_its_cell(path: Path) -> None:
         pytest.skip("not one of the thesis's own tables")
     cells = {
         tuple(str(place.get("thesis", place["label"])) for place in (row, column))
-        for row, column, _ in tables.cells_of(spec, "paper")
+        for row, column, _ in tables.runs_of(spec, "paper")
     }
     beside = {tuple(line["thesis"]) for line in spec.get("upstream", [])}
     assert printed_in_the_thesis(spec["number"]) == cells | (beside & printed_in_the_thesis(spec["number"]))

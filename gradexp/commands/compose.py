@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache
 from typing import Any
 
 from hydra import compose, initialize_config_dir
@@ -18,7 +16,7 @@ from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
 from gradexp.commands import remembered
 from gradexp.errors import UserError, nearest
-from gradexp.runs import HARDWARE, ROOT, Config, run_id
+from gradexp.runs import HARDWARE, ROOT, Config, Planned
 
 CONF = ROOT / "conf"
 HYDRA_OPTIONS = (  # a word follows them
@@ -26,23 +24,6 @@ HYDRA_OPTIONS = (  # a word follows them
 )
 PIXELS = ("normalise", "mean", "std", "size", "channels")  # of data: what a network takes for granted
 METHOD = ("name", "module", "upstream", "terms", "dropout", "angle")  # the keys of conf/method/
-
-
-@dataclass(frozen=True)
-class Planned:
-    """A run before it runs: what to type, its resolved config, and the runs it stands on."""
-
-    overrides: tuple[str, ...]
-    config: Config
-    upstream: tuple[Planned, ...]
-
-    @cached_property
-    def id(self) -> str:
-        return run_id(self.config)
-
-    @property
-    def command(self) -> str:
-        return shlex.join(["python", "run.py", *self.overrides])
 
 
 def compose_run(overrides: Sequence[str]) -> Config:

@@ -9,12 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from gradexp.commands.compose import Planned
+from gradexp.commands.compose import compose_run
 from gradexp.commands.launchers import Local, Slurm, Work
-from gradexp.errors import UserError, nearest
-from gradexp.runs import ROOT, Paths
+from gradexp.runs import Paths, Planned
 from gradexp.tasks.build import build
 
 
@@ -51,16 +48,8 @@ def generations(runs: Sequence[Planned], paths: Paths) -> list[list[Planned]]:
 
 def make_launcher(name: str, words: Sequence[str] = ()) -> Any:
     """The launcher of conf/launcher/NAME.yaml. words: `launcher.KEY=VALUE`. Raises UserError for a name or key there is not."""
-    names = [file.stem for file in (ROOT / "conf" / "launcher").glob("*.yaml")]
-    if name not in names:
-        raise UserError(f"launcher={name}: there is none{nearest(name, names)} There is: {', '.join(sorted(names))}")
-    node = yaml.safe_load((ROOT / "conf" / "launcher" / f"{name}.yaml").read_text(encoding="utf-8"))
-    for word in words:
-        key, _, value = word.removeprefix("launcher.").partition("=")
-        if key not in node:
-            raise UserError(f"{word}: launcher={name} has no key {key}{nearest(key, node)}")
-        node[key] = yaml.safe_load(value)
-    return build(node, where="launcher")
+    config = compose_run(["experiment=teacher", f"+launcher={name}", *words])
+    return build(config["launcher"], where="launcher")
 
 
 def run_all(

@@ -17,8 +17,8 @@ from pathlib import Path
 from gradexp.errors import UserError
 from gradexp.report import figures, specs, tables
 from gradexp.report.provenance import own_seconds
-from gradexp.report.specs import Planned, Planner
-from gradexp.runs import Config, Paths, identity, read_record
+from gradexp.report.specs import Planner
+from gradexp.runs import Config, Paths, Planned, identity, read_record
 
 NEAREST = 5  # like records that an estimate is the median of
 PRODUCTS = {"saliency_maps": "maps.json"}  # what a run leaves for those that stand on it; weights.pt of all others
@@ -249,7 +249,6 @@ class Row:
     """
 
     name: str
-    title: str
     present: int
     missing: int
     shared: int
@@ -265,13 +264,12 @@ class Row:
         return self.seconds / 3600 / slots
 
 
-def items(scale: str) -> list[tuple[str, str, list[list[str]]]]:
-    """(table or figure, title, what to type for each of its runs) of all that the scale has."""
-    found = []
-    for kind in ("table", "figure"):
+def items(scale: str) -> dict[str, list[list[str]]]:
+    """{table or figure: what to type for each of its runs} of all that the scale has."""
+    found = {}
+    for kind, module in (("table", tables), ("figure", figures)):
         for number, spec in specs.at_scale(kind, scale).items():
-            cells = tables.cells_of(spec, scale) if kind == "table" else figures.overrides_of(spec, scale)
-            found.append((f"{kind} {number}", spec["title"], [words for *_, seeds in cells for words in seeds]))
+            found[f"{kind} {number}"] = [words for *_, seeds in module.runs_of(spec, scale) for words in seeds.values()]
     return found
 
 
@@ -279,11 +277,10 @@ def build(scale: str, plan: Planner, paths: Paths, history: History) -> list[Row
     """A row for each table and figure of the scale, and one for all of them, last."""
     if not (found := items(scale)):
         raise UserError(f"scale={scale}: no table or figure has it; there are paper, cpu and quick")
-    needs = {name: needed([plan(words) for words in typed], paths) for name, _, typed in found}
+    needs = {name: needed([plan(words) for words in typed], paths) for name, typed in found.items()}
     times = Counter(run for runs in needs.values() for run in runs)
-    rows = [_row(name, title, needs[name], {run for run in needs[name] if times[run] > 1}, history) for name, title, _ in found]
-    everything = {run: need for runs in needs.values() for run, need in runs.items()}
-    return [*rows, _row("all", "every run once", everything, {run for run in everything if times[run] > 1}, history)]
+    needs["all"] = {run: need for runs in needs.values() for run, need in runs.items()}  # every run once
+    return [_row(name, runs, times, history) for name, runs in needs.items()]
 
 
 @dataclass(frozen=True)
@@ -313,15 +310,15 @@ def needed(runs: Iterable[Planned], paths: Paths) -> dict[str, Need]:
     return found
 
 
-def _row(name: str, title: str, needs: Mapping[str, Need], shared: set[str], history: History) -> Row:
+def _row(name: str, needs: Mapping[str, Need], times: Mapping[str, int], history: History) -> Row:
+    """times: in how many tables and figures a run is."""
     costs = [(need, history.cost(need.run.config)) for need in needs.values() if need.to_do]
     known = [cost for _, cost in costs if cost]
     return Row(
         name=name,
-        title=title,
         present=sum(need.present for need in needs.values()),
         missing=sum(not need.present for need in needs.values()),
-        shared=len(shared),
+        shared=sum(times[run] > 1 for run in needs),
         rebuilt=sum(need.present and need.to_do for need in needs.values()),
         seconds=sum(cost.seconds for cost in known),
         memory_mib=max((cost.memory_mib for cost in known), default=0.0),

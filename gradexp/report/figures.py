@@ -7,7 +7,7 @@ draws them. A drawing function sees records only, never a model.
 from __future__ import annotations
 
 import io
-import json
+import itertools
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 
 from gradexp.errors import UserError
 from gradexp.report import provenance
-from gradexp.report.specs import Planner, Source, at_paper, seeds_of
+from gradexp.report.specs import Planner, Source, seeds_of
 from gradexp.report.writing import as_csv, write_beside
 from gradexp.runs import Config, Paths, metric_of, read_arrays, read_record
 
@@ -101,50 +101,49 @@ Row = dict[str, Any]
 Draw = Callable[[Config, Sequence[Series]], tuple[Figure, list[Row]]]
 
 
-def overrides_of(spec: Config, scale: str) -> Iterator[tuple[Config, list[list[str]]]]:
+def runs_of(spec: Config, scale: str) -> Iterator[tuple[Config, dict[int, list[str]]]]:
     """(series, what to type for each of its seeds).
 
     A spec (or a series) with `points` has a series of runs for each of them: the point's keys join those of the series.
-    The spec's `overrides_at` are for one scale each.
     """
+    for series, point in _places(spec, scale):
+        yield {**series, **point}, {seed: _words(spec, series, point, scale, seed) for seed in seeds_of(spec, scale)}
+
+
+def _places(spec: Config, scale: str) -> Iterator[tuple[Config, Config]]:
+    """(series, point of it) of all that the scale has; a point without keys where there are none."""
     for series in spec["series"]:
-        experiment = series.get("experiment", spec.get("experiment"))
-        for point in series.get("points", spec.get("points", [{}])):
-            if scale not in point.get("scales", [scale]):
-                continue
-            here = spec.get("overrides_at", {}).get(scale, [])
-            words = [*here, *series.get("overrides", []), *point.get("overrides", [])]
-            common = [f"experiment={experiment}", f"scale={scale}", *words]
-            yield {**series, **point}, [[*common, f"seed={seed}"] for seed in seeds_of(spec, scale)]
+        points = series.get("points", spec.get("points", [{}]))
+        yield from ((series, point) for point in points if scale in point.get("scales", [scale]))
+
+
+def _words(spec: Config, series: Config, point: Config, scale: str, seed: int) -> list[str]:
+    """The spec's `overrides_at` are for one scale each."""
+    words = [spec.get("overrides_at", {}).get(scale, []), series.get("overrides", []), point.get("overrides", [])]
+    experiment = series.get("experiment", spec.get("experiment"))
+    return [f"experiment={experiment}", f"scale={scale}", *itertools.chain(*words), f"seed={seed}"]
 
 
 def gather(spec: Config, scale: str, plan: Planner, paths: Paths) -> list[Series]:
     """The figure's series with whatever records there are."""
     return [
-        Series(series, tuple(Source.of(plan(words), paths) for words in seeds)) for series, seeds in overrides_of(spec, scale)
+        Series(series, tuple(Source.of(plan(words), paths) for words in seeds.values()))
+        for series, seeds in runs_of(spec, scale)
     ]
 
 
 def caption(spec: Config, scale: str, series: Sequence[Series], plan: Planner) -> tuple[str, ...]:
     """What is to be known of the figure's runs: where their protocol departs from the paper's, their seeds, their origin."""
-    paper = {_key(one): words for one, words in overrides_of(spec, "paper")}
-    pairs = []
-    for one, seeds in overrides_of(spec, scale):
-        there = paper.get(_key(one), [at_paper(words, scale) for words in seeds])
-        pairs.append((plan(seeds[0]).config, plan(there[0]).config))
-    files = dict.fromkeys(source.record for one in series for source in one.sources if source.finished)
+    first = seeds_of(spec, scale)[0]
+    twins = [[_words(spec, *place, where, first) for where in (scale, "paper")] for place in _places(spec, scale)]
+    departed = provenance.departed((plan(here).config, plan(paper).config) for here, paper in twins)
     return (
         *([spec["note"]] if "note" in spec else []),
         *([f"Its runs need {spec['needs'][scale]}."] if missing(series) and scale in spec.get("needs", {}) else []),
-        provenance.departure_sentence(scale, provenance.departed(pairs)),
+        provenance.departure_sentence(scale, departed),
         f"Seeds: {provenance.enumerated(seeds_of(spec, scale))}.",
-        provenance.origins(*provenance.read(files)),
+        provenance.origins(*provenance.read(source.record for one in series for source in one.sources if source.finished)),
     )
-
-
-def _key(series: Config) -> str:
-    """A series, or a point of it, at every scale: all that does not depend on the scale."""
-    return json.dumps({key: value for key, value in series.items() if key != "scales"}, sort_keys=True)
 
 
 def missing(series: Sequence[Series]) -> list[Source]:

@@ -62,15 +62,15 @@ class Grid:
         self.spec, self.plan, self.paths = specs.load(kind, number), plan, paths
         self.comparable: bool = scale in self.spec.get("comparable", [scale])  # with the thesis's numbers
         self._sources: dict[tuple[str, str], dict[int, Source]] = {}
-        self.words: dict[tuple[str, str], list[list[str]]] = {}  # what to type for each seed
+        self.words: dict[tuple[str, str], dict[int, list[str]]] = {}  # what to type for each seed
         if kind == "table":
             rows, columns = self.spec["rows"], self.spec["columns"]
-            self.words = {(r["label"], c["label"]): words for r, c, words in tables.cells_of(self.spec, scale)}
+            self.words = {(r["label"], c["label"]): words for r, c, words in tables.runs_of(self.spec, scale)}
         else:
             rows = [one for one in self.spec["series"] if one.get("panel") == panel]
             points = [point for one in rows for point in one.get("points", self.spec.get("points", []))]
             columns = [{"label": f"{point['x']:g}"} for point in points]
-            for one, words in figures.overrides_of(self.spec, scale):
+            for one, words in figures.runs_of(self.spec, scale):
                 if one.get("panel") == panel:
                     self.words[one["label"], f"{one['x']:g}" if points else ""] = words
         self.rows, self.columns = ({one["label"]: one for one in entries} for entries in (rows, columns))
@@ -87,8 +87,8 @@ class Grid:
         """The cell's runs by seed; none where the scale does not have the cell."""
         key = (place.row, place.column if self.columns else "")
         if key not in self._sources:
-            words = self.words.get(key, [])
-            self._sources[key] = {int(one[-1].removeprefix("seed=")): Source.of(self.plan(one), self.paths) for one in words}
+            seeds = self.words.get(key, {})
+            self._sources[key] = {seed: Source.of(self.plan(words), self.paths) for seed, words in seeds.items()}
         return self._sources[key]
 
     def values(self, place: Place) -> dict[int, Value]:

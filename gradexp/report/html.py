@@ -25,8 +25,8 @@ from markupsafe import Markup, escape
 from PIL import Image
 
 from gradexp.report import claims, figures, formats, provenance, tables
-from gradexp.report.specs import Planned, Planner, Source
-from gradexp.runs import ROOT, Config, Paths, read_record, write_atomically
+from gradexp.report.specs import Planner, Source
+from gradexp.runs import ROOT, Config, Paths, Planned, read_record, write_atomically
 
 PAGE = Path(__file__).with_name("page")
 
@@ -117,10 +117,6 @@ class Chapter:
     tables: list[View]
     figures: list[View]
     claims: list[claims.Judged]
-
-    @property
-    def filled(self) -> bool:
-        return bool(self.tables or self.figures or self.claims)
 
 
 class Panels:
@@ -323,7 +319,7 @@ def chapters(
         )
         for number, title in known
     ]
-    return [chapter for chapter in made if chapter.filled]
+    return [chapter for chapter in made if chapter.tables or chapter.figures or chapter.claims]
 
 
 def render(

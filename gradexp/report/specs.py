@@ -5,26 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import yaml
 
 from gradexp.errors import UserError, nearest
-from gradexp.runs import ROOT, Config, Paths
-
-
-class Planned(Protocol):
-    """A run before it runs, with those that it stands on (gradexp.commands.compose.Planned)."""
-
-    @property
-    def id(self) -> str: ...
-    @property
-    def config(self) -> Config: ...
-    @property
-    def command(self) -> str: ...
-    @property
-    def upstream(self) -> Sequence[Planned]: ...
-
+from gradexp.runs import ROOT, Config, Paths, Planned
 
 SHOWN = ("experiment", "metric", "spread", "thesis_metric")  # of a row, a column or the table
 TABLE_KEYS = (
@@ -47,6 +32,7 @@ PART_KEYS = {
 }
 SERIES_KEYS = ("label", "experiment", "overrides", "points", "panel", "overlay")
 POINT_KEYS = ("x", "overrides", "scales")
+FIGURE_PART_KEYS = {"series": SERIES_KEYS, "points": POINT_KEYS, "curves": ("metric", "ylabel", "yscale")}
 
 Planner = Callable[[Sequence[str]], Planned]
 
@@ -90,9 +76,11 @@ def load(kind: str, number: str) -> Config:
     except yaml.YAMLError as error:
         raise UserError(f"conf/{kind}/{number}.yaml is not YAML: {' '.join(str(error).split())}") from None
     check_keys(spec, TABLE_KEYS if kind == "table" else FIGURE_KEYS, f"{kind} {number}")
-    for part, known in (PART_KEYS if kind == "table" else {"series": SERIES_KEYS, "points": POINT_KEYS}).items():
+    for part, known in (PART_KEYS if kind == "table" else FIGURE_PART_KEYS).items():
         for node in spec.get(part, []):
             check_keys(node, known, f"{kind} {number}, {part}")
+            for point in node.get("points", []):
+                check_keys(point, POINT_KEYS, f"{kind} {number}, points of {node['label']}")
     if lacking := [key for key in REQUIRED[kind] if key not in spec]:
         raise UserError(f"{kind} {number}: conf/{kind}/{number}.yaml has no {', '.join(lacking)}")
     return {"number": number, **spec}
@@ -116,8 +104,3 @@ def seeds_of(spec: Config, scale: str) -> list[int]:
     if scale not in spec["seeds"]:
         raise UserError(f"scale={scale}: {spec['number']} has {', '.join(spec['seeds'])}")
     return list(spec["seeds"][scale])
-
-
-def at_paper(overrides: Sequence[str], scale: str) -> list[str]:
-    """The same overrides, at scale=paper."""
-    return ["scale=paper" if word == f"scale={scale}" else word for word in overrides]

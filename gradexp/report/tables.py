@@ -140,16 +140,16 @@ def mark_best(cells: Sequence[Cell], best: str | None, per: str = "column", apar
 # --- from a spec to a table -------------------------------------------------------------------------------
 
 
-def overrides_of(spec: Config, row: Config, column: Config, scale: str, seed: int) -> list[str]:
+def _words(spec: Config, row: Config, column: Config, scale: str, seed: int) -> list[str]:
     """What to type for one cell and one seed. A row or a column may name an experiment of its own."""
     experiment = [f"experiment={setting('experiment', row, column, spec)}", f"scale={scale}"]
     return [*experiment, *row.get("overrides", []), *column.get("overrides", []), f"seed={seed}"]
 
 
-def paper_of(spec: Config, row: Config, column: Config, overrides: Sequence[str]) -> list[str]:
+def _paper_words(spec: Config, row: Config, column: Config, seed: int) -> list[str]:
     """What a cell's run is set against at scale=paper: itself, or its row's first run there where that has no such column."""
     there = next((one for one in [column, *spec["columns"]] if "paper" in one.get("scales", ["paper"])), column)
-    return overrides_of(spec, row, there, "paper", int(overrides[-1].removeprefix("seed=")))
+    return _words(spec, row, there, "paper", seed)
 
 
 def setting(key: str, *places: Config) -> Any:
@@ -157,8 +157,8 @@ def setting(key: str, *places: Config) -> Any:
     return next((place[key] for place in places if key in place), None)
 
 
-def cells_of(spec: Config, scale: str) -> Iterator[tuple[Config, Config, list[list[str]]]]:
-    """(row, column, overrides of each seed) for all cells that the scale has.
+def runs_of(spec: Config, scale: str) -> Iterator[tuple[Config, Config, dict[int, list[str]]]]:
+    """(row, column, what to type for each seed) for all cells that the scale has.
 
     A scale listed under the spec's `only` runs nothing but the cells that it names there: the others stay empty.
     A column may have `seeds` of its own.
@@ -169,7 +169,7 @@ def cells_of(spec: Config, scale: str) -> Iterator[tuple[Config, Config, list[li
         for column in columns:
             wanted = only is None or [row["label"], column["label"]] in only
             seeds = _seeds(spec, column, scale) if wanted else []
-            yield row, column, [overrides_of(spec, row, column, scale, seed) for seed in seeds]
+            yield row, column, {seed: _words(spec, row, column, scale, seed) for seed in seeds}
 
 
 def _seeds(spec: Config, column: Config, scale: str) -> list[int]:
@@ -180,10 +180,11 @@ def build(spec: Config, scale: str, plan: Planner, paths: Paths) -> Table:
     """The table that `conf/table/NUMBER.yaml` describes, filled with whatever records there are."""
     cells = []
     pairs: list[tuple[Config, Config]] = []  # of each cell, here and at scale=paper
-    for row, column, seeds in cells_of(spec, scale):
-        sources = tuple(Source.of(plan(overrides), paths) for overrides in seeds)
+    for row, column, seeds in runs_of(spec, scale):
+        sources = tuple(Source.of(plan(words), paths) for words in seeds.values())
         cells.append(_cell(spec, row, column, sources, scale))
-        pairs += [(plan(one).config, plan(paper_of(spec, row, column, one)).config) for one in seeds[:1]]
+        for seed, words in list(seeds.items())[:1]:
+            pairs.append((plan(words).config, plan(_paper_words(spec, row, column, seed)).config))
     lines = [line for line in spec.get("upstream", []) if scale in line.get("scales", spec["seeds"])]
     upstream = [(line, Source.of(plan([*line["overrides"], f"scale={scale}"]), paths)) for line in lines]
     departed = provenance.departed(pairs)
