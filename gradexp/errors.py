@@ -16,3 +16,10 @@ def nearest(word: str, words: Iterable[str]) -> str:
     """The end of a sentence: ', did you mean X?' with the word most like `word`, or '.' when none is near."""
     matches = get_close_matches(word, list(words), n=1, cutoff=0.5)
     return f", did you mean {matches[0]}?" if matches else "."
+
+
+def choose(name: str, value: str, *allowed: str) -> str:
+    """`value`, if it is allowed; otherwise a UserError about the setting `name`."""
+    if value not in allowed:
+        raise UserError(f"{name}={value}: it is one of {', '.join(allowed)}{nearest(value, allowed).removesuffix('.')}")
+    return value

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from gradexp import layers, ranks
 from gradexp.errors import UserError, nearest
 
-TARGETS = ("label", "top", "logprob", "all")
+SCALARS = ("label", "top", "logprob")  # one number an image
+TARGETS = (*SCALARS, "all")
 INPUT = "input"  # the name of the images among layers
 
 
@@ -271,7 +272,7 @@ def effective_bias(module: nn.Module, before: nn.Module | None = None, features:
     if features is None:
         mean, variance = module.running_mean, module.running_var
     else:
-        variance, mean = ranks.moments(_wide(features))
+        variance, mean = ranks.moments(precise(features))
     if mean is None or variance is None:
         raise UserError("a batch normalisation without running statistics has no bias of its own; give it these")
     shift = mean if before is None or own is None else mean - own
@@ -427,7 +428,7 @@ def _size(call: _Call) -> torch.Size:
 
 def attention_map(features: Tensor) -> Tensor:
     """Sum of squares over channels (Eq. 2.7), at least in float32. (B, c, h, w) -> (B, h, w)."""
-    return _wide(features).square().sum(1)
+    return precise(features).square().sum(1)
 
 
 def channel_sum(values: Tensor) -> Tensor:
@@ -435,5 +436,6 @@ def channel_sum(values: Tensor) -> Tensor:
     return values.sum(1, dtype=values.dtype if values.dtype == torch.float64 else torch.float32)
 
 
-def _wide(values: Tensor) -> Tensor:
+def precise(values: Tensor) -> Tensor:
+    """At least float32: squares of bf16 numbers lose what a loss needs, float64 stays as it is."""
     return values if values.dtype == torch.float64 else values.float()

@@ -18,7 +18,6 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -460,4 +459,3 @@ def say(record: Config) -> None:
     words = [f"{name}={_short(value)}" for name, value in numbers.items()]
     shown = " ".join(words[:8] + (["..."] if len(words) > 8 else []))
     print(f"run {record['id']} {record['status']}: {shown}", flush=True)
-    sys.stdout.flush()

@@ -9,7 +9,7 @@ from typing import Any
 
 STATUS = ("finished", "diverged")
 
-# Every record has these; tasks add facts of their own (data, device, steps, ...).
+# Every record has these; tasks add facts of their own.
 REQUIRED: dict[str, type | tuple[type, ...]] = {
     "id": str,
     "experiment": str,
@@ -40,6 +40,12 @@ OPTIONAL: dict[str, type | tuple[type, ...]] = {
     "peak_gpu_memory_mib": int,
     "steps": int,
     "images_per_second": (int, float),
+    "targets": str,  # of a teacher: `stored` once, in bfloat16 but for the logits, or `live`, computed for every batch
+    "images": int,  # that a score is a mean over
+    "labels": list,  # of a gallery's images
+    "layers": list,
+    "sha256": dict,  # of saliency maps
+    "weights_file": dict,
 }
 
 

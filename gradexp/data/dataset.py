@@ -14,7 +14,7 @@ from gradexp.data import sources, subsets
 from gradexp.data.loader import Loader, TensorLoader
 from gradexp.data.removal import Removal
 from gradexp.data.sources import Layout
-from gradexp.errors import UserError
+from gradexp.errors import UserError, choose
 
 
 class ImageData:
@@ -48,8 +48,7 @@ class ImageData:
         removal: Removal | None = None,
         only_classes: Sequence[int] | None = None,
     ) -> None:
-        if normalise not in ("standard", "none"):
-            raise UserError(f"data.normalise={normalise}: it is standard or none")
+        choose("data.normalise", normalise, "standard", "none")
         if validation is not None and not 0 < validation < 1:
             raise UserError(f"data.validation={validation}: it is a fraction between 0 and 1, or null")
         if only_classes is not None and len(only_classes) != classes:

@@ -25,18 +25,17 @@ class Removal:
             raise UserError(f"data.removal.fraction={fraction}: it is above 0 and at most 1; data.removal=null removes nothing")
         self.fraction = fraction
         self._folder: Path | None = None
-        self._manifest: dict[str, Any] = {}
 
     def open(self, folder: Path, fingerprint: dict[str, Any]) -> None:
         """Reads the ranks that a `saliency_maps` run left in `folder`, of the images that `fingerprint` describes.
 
         Raises UserError where they are damaged, or are those of other images.
         """
-        self._folder, self._manifest = folder, json.loads((folder / MANIFEST).read_text())
-        for file, digest in self._manifest["sha256"].items():
+        self._folder, manifest = folder, json.loads((folder / MANIFEST).read_text())
+        for file, digest in manifest["sha256"].items():
             if not (folder / file).exists() or sha256(folder / file) != digest:
                 raise UserError(f"{folder / file} is missing or damaged; delete {folder}, and the maps are computed again")
-        if self._manifest["data"] != fingerprint:
+        if manifest["data"] != fingerprint:
             raise UserError(
                 f"the saliency maps in {folder} are of other images than this run's; give upstream.maps the same data, "
                 f"data.per_class and data.subset_seed"

@@ -7,8 +7,11 @@ from torch import Tensor, nn
 
 from gradexp import gradients
 from gradexp.data.loader import Batch
-from gradexp.errors import UserError
+from gradexp.errors import choose
 from gradexp.evaluate.masking import least_salient, ranks, remove
+from gradexp.saliency.method import over_channels
+
+SALIENCY = {"channel_std": "std", "magnitude": "abs"}  # by what is taken over channels
 
 
 def saliency(gradient: Tensor, kind: str) -> Tensor:
@@ -16,18 +19,12 @@ def saliency(gradient: Tensor, kind: str) -> Tensor:
 
     gradient (B, C, H, W) -> (B, H, W).
     """
-    if kind == "channel_std":
-        return gradient.std(1, correction=0)
-    if kind == "magnitude":
-        return gradient.abs().sum(1)
-    raise UserError(f"saliency={kind}: it is channel_std or magnitude")
+    return over_channels(gradient, SALIENCY[choose("saliency", kind, *SALIENCY)])[:, 0]
 
 
 def explained_class(logits: Tensor, labels: Tensor, target: str) -> Tensor:
     """Whose logit-gradient explains: the class that the perturbed model predicts (`top`), or the image's (`label`). -> (B,)."""
-    if target not in ("top", "label"):
-        raise UserError(f"target={target}: it is top or label")
-    return logits.argmax(1) if target == "top" else labels
+    return logits.argmax(1) if choose("target", target, "top", "label") == "top" else labels
 
 
 def check(*, fractions: Sequence[float], kind: str, target: str, replacement: str | float) -> None:

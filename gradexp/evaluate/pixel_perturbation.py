@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gradexp.data.loader import Batch
-from gradexp.errors import UserError
+from gradexp.errors import choose
 from gradexp.evaluate import masking
 from gradexp.gradients import evaluating
 from gradexp.saliency import Saliency
@@ -23,9 +23,7 @@ class PixelPerturbation:
     """
 
     def __init__(self, *, fractions: Sequence[float], order: str, fill: str | float) -> None:
-        if order not in MASKS:
-            raise UserError(f"evaluate.order={order}: it is one of {', '.join(MASKS)}")
-        self.fractions, self.mask, self.fill = list(fractions), MASKS[order], fill
+        self.fractions, self.mask, self.fill = list(fractions), MASKS[choose("evaluate.order", order, *MASKS)], fill
 
     def __call__(self, model: nn.Module, method: Saliency, batch: Batch, *, black: Tensor, seed: int) -> dict[str, Tensor]:
         """black: (C, 1, 1), seed: of ties -> {`output_change@removed=...`: (B,)}."""

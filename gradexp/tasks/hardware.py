@@ -13,7 +13,7 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 
-from gradexp.errors import UserError
+from gradexp.errors import UserError, choose
 
 ACCELERATORS = ("auto", "cpu", "gpu")
 LIGHTNING_PRECISION = {"32": "32-true", "bf16": "bf16-mixed"}
@@ -95,8 +95,7 @@ class Hardware:
         threads: int | None,
         strict: bool,
     ) -> None:
-        if accelerator not in ACCELERATORS:
-            raise UserError(f"trainer.accelerator={accelerator}: it is one of {', '.join(ACCELERATORS)}")
+        choose("trainer.accelerator", accelerator, *ACCELERATORS)
         if devices != "auto" and not (isinstance(devices, int) and devices > 0):
             raise UserError(f"trainer.devices={devices}: it is a number from 1 on, or auto for all GPUs")
         self.kind = ("gpu" if torch.cuda.is_available() else "cpu") if accelerator == "auto" else accelerator

@@ -37,16 +37,16 @@ def training(config: Config, paths: Paths) -> Config:
     made = prepare(run)
     ready = _clock()
     steps, watch = WARM + STEPS, _Watch()
-    with dropout_after(made.student, run.config["method"].get("dropout"), made.loader.example):
+    with dropout_after(made.module.student, run.config["method"].get("dropout"), made.loader.example):
         stream, progress = TrainingStream(made.loader, steps), ProgressLine("probe", steps)
         fit(made.module, stream, made.hardware, None, Checkpointer(run.checkpoint, every=1e9), progress, watch)
     trained = _clock()
-    accuracy_on_test(made.student, made.data, made.hardware)
+    accuracy_on_test(made.module.student, made.data, made.hardware)
     images = watch.images[-1] - watch.images[WARM - 1]
     spans = {"ready": (begun, ready, 1), "image": (watch.clocks[WARM - 1], watch.clocks[-1], images)}
     spans |= {"judge": (trained, _clock(), 1)}
     seconds = {name: {kind: (end[kind] - start[kind]) / n for kind in start} for name, (start, end, n) in spans.items()}
-    parameters = sum(parameter.numel() for parameter in made.student.parameters())
+    parameters = sum(parameter.numel() for parameter in made.module.student.parameters())
     hardware = made.hardware.facts(mixed=not made.module.full_precision)
     facts = {"parameters": parameters, "peak_memory_mib": clocks.peak_memory_mib(), **hardware}
     return {"seconds": seconds, "data": made.data.fingerprint(), **facts}

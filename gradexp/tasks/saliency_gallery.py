@@ -36,6 +36,7 @@ def saliency_layers(run: Run) -> Result:
     if not isinstance(method, FullGrad):
         raise UserError("maps of layers are those of full-gradients; take saliency=fullgrad or one of its variants")
     images, labels = recognised(look, model, run.config["evaluate"]["images"])
+    torch.manual_seed(run.config["seed"])
     layers = method.layers(model, images)
     errors = method.completeness_error(model, images)
     arrays = {"images": look.data.pixels(images).cpu().numpy(), "maps": shown(torch.stack(list(layers.values())).sum(0))}

@@ -18,8 +18,13 @@ from gradexp.tasks.look import Look
 
 
 def saliency_score(run: Run) -> Result:
-    """Mean and standard deviation over test images of what `evaluate` measures: `test/NAME` and `test/NAME/std`."""
+    """Mean and standard deviation over test images of what `evaluate` measures: `test/NAME` and `test/NAME/std`.
+
+    A model that diverged gives a run that diverged.
+    """
     look, model, method = parts(run)
+    if look.diverged:
+        return look.result({})
     evaluate = dict(run.config["evaluate"])
     limit, batch_size = evaluate.pop("images"), evaluate.pop("batch_size")
     score = build(evaluate, where="evaluate")

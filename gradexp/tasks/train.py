@@ -23,7 +23,7 @@ from gradexp import layers, ranks
 from gradexp.data.dataset import ImageData
 from gradexp.data.loader import Loader, TrainingStream
 from gradexp.data.removal import MANIFEST
-from gradexp.errors import Stopped, UserError
+from gradexp.errors import Stopped, UserError, choose
 from gradexp.evaluate.accuracy import accuracy
 from gradexp.files import write_sealed
 from gradexp.runs import Config, Paths, Result, Run, digests, git_state
@@ -50,7 +50,6 @@ class Training:
     hardware: Hardware
     data: ImageData
     loader: Loader
-    student: nn.Module
     module: Classifier
     checkpointer: Checkpointer
     progress: ProgressLine
@@ -59,23 +58,24 @@ class Training:
 def train(run: Run) -> Result:
     """The run's model after its last step; weights in `run.weights`. The checkpoint stays until there is a record."""
     training = prepare(run)
-    module, student, hardware, checkpointer = training.module, training.student, training.hardware, training.checkpointer
+    module, hardware, checkpointer = training.module, training.hardware, training.checkpointer
     together = hardware.together > 1
     # Of the processes the first has one of its own: a CSV file of this one would hold the final number alone.
     logger = None if together and run.config["logger"]["_target_"].endswith("csv") else make_logger(run)
     steps = train_elsewhere(training) if together else run_steps(training, logger)
     metrics: dict[str, Any] = module.curves | module.summary()
-    metrics["test/accuracy"] = float("nan") if module.diverged else accuracy_on_test(student, training.data, hardware)
+    metrics["test/accuracy"] = float("nan") if module.diverged else accuracy_on_test(module.student, training.data, hardware)
     if "train/angle" in module.curves:
         metrics["angle"] = module.curves["train/angle"][-1]
     finish(logger, {name: value for name, value in metrics.items() if not isinstance(value, list)})
-    save_weights(run, student)
+    save_weights(run, module.student)
     facts = {
         "data": training.data.fingerprint(),
-        "parameters": sum(parameter.numel() for parameter in student.parameters()),
+        "parameters": sum(parameter.numel() for parameter in module.student.parameters()),
         "steps": steps,
         "images_per_second": round(training.progress.images_per_second, 1),
         "earlier_seconds": checkpointer.earlier,
+        **({} if module.targets is None else {"targets": module.targets.kind}),
         **({"attempts": checkpointer.attempts} if checkpointer.attempts else {}),
         **hardware.facts(mixed=not module.full_precision),
     }
@@ -103,20 +103,18 @@ def prepare(run: Run) -> Training:
     origin = {"git": git_state(), "device": facts["device"], "precision": facts["precision"], "upstream": digests(run.used)}
     checkpointer = Checkpointer(run.checkpoint, every=hardware.checkpoint_every, origin=origin)
     progress = ProgressLine(f"{run.config['name']} {run.id}", module.total_steps)
-    return Training(run, hardware, data, loader, student, module, checkpointer, progress)
-
-
-def train_part(run: Run) -> None:
-    """What each of the processes of `train_together` does; the last checkpoint of the first holds the outcome."""
-    training = prepare(run)
-    run_steps(training, make_logger(run) if training.hardware.rank == 0 else None)
+    return Training(run, hardware, data, loader, module, checkpointer, progress)
 
 
 def work(text: str) -> None:
-    """`train_part` of the run whose config `text` is, in a process that others started; it ends with an honest exit code."""
+    """What each of the processes of `train_together` does with the run whose config `text` is.
+
+    The last checkpoint of the first holds the outcome. It ends with an honest exit code.
+    """
     config = json.loads(text)
     try:
-        train_part(Run(config, Paths.of(config)))
+        training = prepare(Run(config, Paths.of(config)))
+        run_steps(training, make_logger(training.run) if training.hardware.rank == 0 else None)
     except Stopped:
         pass  # the process that waits for this one says so
     except UserError as error:
@@ -170,9 +168,7 @@ def declare_data(config: Config, paths: Paths) -> ImageData:
 def fast_gradients(config: Config) -> bool:
     """Whether `gradients.backend` is fast; autograd is the reference to compare with."""
     backend = config["gradients"]["backend"]
-    if backend not in ("fast", "autograd"):
-        raise UserError(f"gradients.backend={backend}: it is fast or autograd")
-    return bool(backend == "fast")
+    return choose("gradients.backend", backend, "fast", "autograd") == "fast"
 
 
 def make_student(run: Run, terms: dict[str, Term], hardware: Hardware) -> nn.Module:
@@ -300,7 +296,7 @@ def run_steps(training: Training, logger: Any) -> int:
     hardware, module = training.hardware, training.module
     world = hardware.together if hardware.is_part else 1
     stream = TrainingStream(training.loader, module.total_steps, rank=hardware.rank, world=world)
-    with dropout_after(training.student, training.run.config["method"].get("dropout"), training.loader.example):
+    with dropout_after(training.module.student, training.run.config["method"].get("dropout"), training.loader.example):
         fit(module, stream, hardware, logger, training.checkpointer, training.progress)
     return int(module.global_step)
 

@@ -1,7 +1,9 @@
 from torch import Tensor
 
+from gradexp.errors import choose
+from gradexp.gradients import precise
 from gradexp.terms.step import Step
-from gradexp.terms.term import Term, choose, precise, reduce
+from gradexp.terms.term import Term, reduce
 
 
 class Activations(Term):

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gradexp.errors import UserError
-from gradexp.gradients import attention_map
+from gradexp.errors import UserError, choose
+from gradexp.gradients import attention_map, precise
 from gradexp.terms.maps import common_size
 from gradexp.terms.step import Step
-from gradexp.terms.term import Term, choose, precise
+from gradexp.terms.term import Term
 
 
 class AttentionJacobian(Term):

@@ -1,10 +1,11 @@
 from torch import Tensor, nn
 
-from gradexp.gradients import TARGETS
+from gradexp.errors import choose
+from gradexp.gradients import SCALARS, precise
 from gradexp.terms.layer_bias import LayerBias
 from gradexp.terms.maps import map_size
 from gradexp.terms.step import Step
-from gradexp.terms.term import choose, precise, reduce
+from gradexp.terms.term import reduce
 
 
 class BiasGradient(LayerBias):
@@ -21,7 +22,7 @@ class BiasGradient(LayerBias):
         super().__init__(weight=weight, layer=layer, bias=bias, student_bn=student_bn)
         self.reduction = choose("reduction", reduction, "sum", "mean")
         self.noise = choose("noise", noise, "position", "channel")
-        self.target = self.gradient_target = choose("target", target, *TARGETS[:3])
+        self.target = self.gradient_target = choose("target", target, *SCALARS)
 
     def place(self, student: nn.Module, teacher: nn.Module | None, images: Tensor) -> None:
         super().place(student, teacher, images)

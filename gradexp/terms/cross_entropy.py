@@ -1,8 +1,9 @@
 from torch import Tensor
 from torch.nn import functional
 
+from gradexp.gradients import precise
 from gradexp.terms.step import Step
-from gradexp.terms.term import Term, precise
+from gradexp.terms.term import Term
 
 
 class CrossEntropy(Term):

@@ -1,10 +1,10 @@
 import torch
 from torch import Tensor
 
-from gradexp.errors import UserError
-from gradexp.gradients import TARGETS
+from gradexp.errors import UserError, choose
+from gradexp.gradients import SCALARS, precise
 from gradexp.terms.step import Step
-from gradexp.terms.term import Term, choose, precise
+from gradexp.terms.term import Term
 
 
 def corner(side: int, images: Tensor) -> Tensor:
@@ -27,7 +27,7 @@ class Fooling(Term):
     def __init__(self, *, weight: float, mask: int, target: str, student_bn: str) -> None:
         super().__init__(weight=weight)
         self.mask = mask
-        self.target = self.gradient_target = choose("target", target, *TARGETS[:3])
+        self.target = self.gradient_target = choose("target", target, *SCALARS)
         self.student_bn = choose("student_bn", student_bn, "batch", "running")
 
     def forward(self, step: Step) -> Tensor:

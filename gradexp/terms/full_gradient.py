@@ -2,11 +2,11 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from gradexp.gradients import TARGETS, channel_sum, find_layer, layer_bias
+from gradexp.errors import choose
+from gradexp.gradients import SCALARS, channel_sum, find_layer, layer_bias
 from gradexp.terms.maps import MatchMaps
 from gradexp.terms.step import Step
 from gradexp.terms.targets import Map
-from gradexp.terms.term import choose
 
 
 class FullGradient(MatchMaps):
@@ -36,7 +36,7 @@ class FullGradient(MatchMaps):
         times_bias: bool,
     ) -> None:
         super().__init__(weight=weight, student_layers=student_layers, teacher_layers=teacher_layers, squared=squared)
-        self.target = self.gradient_target = choose("target", target, *TARGETS[:3])
+        self.target = self.gradient_target = choose("target", target, *SCALARS)
         self.student_bn = choose("student_bn", student_bn, "batch", "running")
         self.reads_bias = times_bias
 

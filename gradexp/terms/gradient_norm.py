@@ -1,8 +1,9 @@
 from torch import Tensor
 
-from gradexp.gradients import TARGETS
+from gradexp.errors import choose
+from gradexp.gradients import TARGETS, precise
 from gradexp.terms.step import Step
-from gradexp.terms.term import Term, choose, precise, reduce
+from gradexp.terms.term import Term, reduce
 
 
 class GradientNorm(Term):

@@ -1,8 +1,8 @@
 from torch import Tensor, nn
 
-from gradexp.errors import UserError
+from gradexp.errors import UserError, choose
 from gradexp.terms.step import Step
-from gradexp.terms.term import Term, choose
+from gradexp.terms.term import Term
 
 
 class LayerBias(Term):

@@ -2,10 +2,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gradexp.errors import UserError
-from gradexp.gradients import TARGETS
+from gradexp.errors import UserError, choose
+from gradexp.gradients import SCALARS
 from gradexp.terms.step import Step
-from gradexp.terms.term import Term, choose
+from gradexp.terms.term import Term
 
 FLAT = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.Hardtanh)
 
@@ -25,7 +25,7 @@ class HessianTrace(Term):
         if sigma <= 0:
             raise UserError(f"sigma={sigma}: the noise of a trace estimate has a positive standard deviation, such as 0.01")
         self.estimator, self.sigma = choose("estimator", estimator, "taylor", "hutchinson"), sigma
-        self.target = choose("target", target, *TARGETS[:3])
+        self.target = choose("target", target, *SCALARS)
         self.student_bn = choose("student_bn", student_bn, "batch", "running")
         self.gradient_target = target if estimator == "hutchinson" else None
 

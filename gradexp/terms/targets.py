@@ -27,6 +27,8 @@ class Targets:
     modules whose outputs, or the gradients there, will be asked for.
     """
 
+    kind = "live"  # what a record calls them
+
     def __init__(self, teacher: nn.Module, *, with_gradient: bool, layers: Sequence[str] = ()) -> None:
         self.teacher = teacher.eval().requires_grad_(False)
         self.with_gradient, self.layers = with_gradient, layers

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
-import torch
 from torch import Tensor, nn
 
-from gradexp.errors import UserError
 from gradexp.gradients import Layer, find_layer, layer_bias
 from gradexp.terms.step import Step
 from gradexp.terms.targets import Map
@@ -67,18 +65,6 @@ class Term(nn.Module, ABC):
     @abstractmethod
     def forward(self, step: Step) -> Tensor:
         """The term's value, a differentiable scalar."""
-
-
-def choose(name: str, value: str, *allowed: str) -> str:
-    """`value`, if it is allowed."""
-    if value not in allowed:
-        raise UserError(f"{name}={value}: it is one of {', '.join(allowed)}")
-    return value
-
-
-def precise(values: Tensor) -> Tensor:
-    """At least float32: squares of bf16 numbers lose what a loss needs, float64 stays as it is."""
-    return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
 
 
 def reduce(values: Tensor, reduction: str) -> Tensor:

@@ -33,6 +33,8 @@ class StoredTargets(Targets):
     Raises UserError when stored values are not the teacher's.
     """
 
+    kind = "stored"
+
     def __init__(
         self,
         live: Targets,
@@ -144,7 +146,5 @@ def _read_sums(file: Path) -> list[int | None]:
 
 def _mapped(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     count = math.prod(shape)
-    if not count:
-        return torch.empty(shape, dtype=dtype)
     reserve(path, count * dtype.itemsize)
     return torch.from_file(str(path), shared=True, size=count, dtype=dtype).view(shape)
