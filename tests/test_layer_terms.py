@@ -483,6 +483,7 @@ def test_stored_and_live_targets_train_the_same_student(places: list[str]) -> No
     live = ensure(run("fullgrad_distill", [f"{place}-live" if "paths" in place else place for place in places],
                       "method=fg_att", "trainer.store_gib=0"))  # fmt: skip
     assert live["id"] == kept["id"]
+    assert (kept["targets"], live["targets"]) == ("stored", "live")
     for name, curve in kept["metrics"].items():
         if isinstance(curve, list):  # their last passes differ by what Adam makes of bf16's rounding
             assert curve[:2] == pytest.approx(live["metrics"][name][:2], rel=2e-2), name

@@ -274,6 +274,14 @@ def test_a_score_is_a_mean_over_images_with_its_spread(tmp_path: Path) -> None:
     assert set(record["upstream"]) == {"model"}
 
 
+def test_a_score_of_a_model_that_diverged_is_diverged(tmp_path: Path) -> None:
+    """Its table would never be filled otherwise: no map of such a model is finite."""
+    huge = ["+upstream.model.optim.optimizer.lr=1e30", "+upstream.model.optim.passes=3"]
+    config = compose_run(["experiment=pixel_perturbation", *TINY, *huge, "evaluate.images=70", *paths(tmp_path)])
+    record = ensure(Run(config, Paths.of(config)))
+    assert (record["status"], record["metrics"]) == ("diverged", {})
+
+
 def test_the_images_of_a_record_are_those_that_were_scored(tmp_path: Path) -> None:
     """Only the 8s are flipped, though completeness is measured on all images: a mean's standard error needs the first."""
     words = ["experiment=digit_flip", *TINY, "+upstream.model.optim.passes=1", "evaluate.images=70", "saliency=fullgrad_abs"]

@@ -57,7 +57,7 @@ def _forbid_chance() -> None:
 
 
 def _full_float32() -> None:
-    """float32 means float32: by default a GPU's convolutions take TF32, whose ten bits of mantissa are bfloat16's but three.
+    """float32 means float32: a GPU's convolutions take TF32 by default, with 10 of its 23 bits of mantissa.
 
     A trace estimate multiplies the difference of two logits by 2/σ² (Eq. 5.9), which TF32 would leave only rounding of.
     """

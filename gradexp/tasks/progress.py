@@ -19,5 +19,5 @@ class Progress:
         if now - self._said < SAY_EVERY:
             return
         self._said = now
-        left = (now - self._begun) / max(1, done - self.first) * (self.total - done)
+        left = (now - self._begun) / (done - self.first) * (self.total - done)
         print(f"{self.title}: {done}/{self.total} {self.parts}, {left / 60:.1f} min left", flush=True)
