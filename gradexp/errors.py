@@ -21,5 +21,6 @@ def nearest(word: str, words: Iterable[str]) -> str:
 def choose(name: str, value: str, *allowed: str) -> str:
     """`value`, if it is allowed; otherwise a UserError about the setting `name`."""
     if value not in allowed:
-        raise UserError(f"{name}={value}: it is one of {', '.join(allowed)}{nearest(value, allowed).removesuffix('.')}")
+        *others, last = allowed
+        raise UserError(f"{name}={value}: it is {', '.join(others)} or {last}{nearest(str(value), allowed).removesuffix('.')}")
     return value
