@@ -374,13 +374,14 @@ def _compare(run: Run, record: Config, fresh: Config) -> None:
 
     Those that stand on what it left now note its numbers in their own records, or that its files are others.
     """
-    numbers = {name: value for name, value in fresh["metrics"].items() if not isinstance(value, list)}
-    changed = {name: value for name, value in numbers.items() if record["metrics"].get(name) != value}
+    differing = {name: value for name, value in fresh["metrics"].items() if record["metrics"].get(name) != value}
+    changed = {name: value for name, value in differing.items() if not isinstance(value, list)}
     listed = ", ".join(f"{name} {record['metrics'].get(name)} -> {value}" for name, value in changed.items())
-    others = any(fresh.get(what) != record.get(what) for what in ("sha256", "upstream"))
-    same = "same numbers as its record" + (", from other files" if others else "")
+    # Two trainings may end at one accuracy by chance: their curves, and the digests of what they made, tell them apart.
+    others = bool(differing) or any(fresh.get(what) != record.get(what) for what in ("sha256", "upstream"))
+    same = "same numbers as its record" + (", by another way" if others else "")
     print(f"rebuilt {run.config['name']} {run.id}: {listed or same}", flush=True)
-    if changed or others:
+    if others:
         write_atomically(run.folder / REMADE, _json({"remade": changed}))
     else:
         (run.folder / REMADE).unlink(missing_ok=True)

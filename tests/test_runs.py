@@ -275,7 +275,25 @@ def test_files_that_are_rebuilt_otherwise_are_noted_though_no_number_tells(
     upstream.weights.unlink()
     below = {key: value for key, value in upstream.config.items() if key != "paths"}
     student = runs.ensure(toy(tmp_path, upstream={"teacher": below}))
-    assert "same numbers as its record, from other files" in capsys.readouterr().out
+    assert "same numbers as its record, by another way" in capsys.readouterr().out
+    assert student["upstream"]["teacher"]["remade"] == {}
+
+
+@pytest.mark.usefixtures("_toy_task")
+def test_a_training_that_ends_at_the_same_number_by_another_curve_is_noted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = iter([2.25, 2.5, 2.25])  # of the teacher, of the teacher again, of the student
+
+    def other(run: runs.Run) -> runs.Result:
+        return runs.Result(work(run).metrics | {"train/loss": [4.0, next(losses)]})
+
+    monkeypatch.setattr("gradexp.tasks.toy", other)
+    teacher = toy(tmp_path, seed=7)
+    runs.ensure(teacher)
+    teacher.weights.unlink()
+    below = {key: value for key, value in teacher.config.items() if key != "paths"}
+    student = runs.ensure(toy(tmp_path, upstream={"teacher": below}))
     assert student["upstream"]["teacher"]["remade"] == {}
 
 
