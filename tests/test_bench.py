@@ -73,7 +73,7 @@ def test_our_maps_are_measured_with_our_layers_and_the_packages_with_torchs(monk
     hardware, explained = steps.make_hardware("32"), list[nn.Module]()
     monkeypatch.setattr(saliency, "fullgrad", lambda: lambda model, _: explained.append(model))
     stock = saliency.frozen("vgg4", hardware)
-    saliency.contestants(stock, torch.zeros(1, 3, 32, 32), hardware)["FullGrad"]()
+    saliency.ours(stock, torch.zeros(1, 3, 32, 32), hardware)["FullGrad"]()
     saliency.one_map("vgg4", 1, 32)
     assert len(explained) == 2
     for model in explained:

@@ -53,8 +53,8 @@ def fullgrad() -> FullGrad:
     return method
 
 
-def contestants(stock: nn.Module, images: Tensor, hardware: Hardware) -> dict[str, Callable[[], Any]]:
-    """What is measured: with our layers, as in every run; the package, only where it is installed, with torch's own."""
+def ours(stock: nn.Module, images: Tensor, hardware: Hardware) -> dict[str, Callable[[], Any]]:
+    """A forward and an input-gradient, and a map, with our layers, as in every run."""
     model = fast(copy.deepcopy(stock), {}, hardware)
 
     def forward_backward() -> None:
@@ -62,21 +62,31 @@ def contestants(stock: nn.Module, images: Tensor, hardware: Hardware) -> dict[st
         torch.autograd.grad(model(inputs).max(1).values.sum(), inputs)
 
     method = fullgrad()
-    found: dict[str, Callable[[], Any]] = {FORWARD_BACKWARD: forward_backward, "FullGrad": lambda: method(model, images)}
-    if importlib.util.find_spec("pytorch_grad_cam"):
-        from pytorch_grad_cam import FullGrad as Theirs
+    return {FORWARD_BACKWARD: forward_backward, "FullGrad": lambda: method(model, images)}
 
-        package = Theirs(stock, [])  # its hooks stay on its model
-        found[PACKAGE] = lambda: package(images, None)
-    return found
+
+def theirs(stock: nn.Module, images: Tensor) -> dict[str, Callable[[], Any]]:
+    """A map of the package, where it is installed, with torch's own layers. Its hooks stay on `stock`."""
+    if not importlib.util.find_spec("pytorch_grad_cam"):
+        return {}
+    from pytorch_grad_cam import FullGrad as Theirs
+
+    package = Theirs(stock, [])
+    return {PACKAGE: lambda: package(images, None)}
 
 
 def measure(name: str, hardware: Hardware, *, batch: int, size: int, rounds: int) -> list[Row]:
-    """Medians over `rounds` interleaved rounds after one that warms up."""
+    """Medians over `rounds` interleaved rounds after one that warms up; the package has rounds of its own.
+
+    It leaves the caches and the allocator in another state, which what came after it in a round would pay for.
+    """
     hardware.apply()
     model = frozen(name, hardware)
     images = torch.randn(batch, 3, size, size, device=hardware.device).contiguous(memory_format=torch.channels_last)
-    seconds, _ = medians(contestants(model, images, hardware), rounds=rounds, cuda=hardware.kind == "gpu")
+    seconds: dict[str, float] = {}
+    for group in (ours(model, images, hardware), theirs(model, images)):
+        if group:
+            seconds |= medians(group, rounds=rounds, cuda=hardware.kind == "gpu")[0]
     base = seconds[FORWARD_BACKWARD]
     return [Row(name, batch, what, batch / median, median / base, None) for what, median in seconds.items()]
 
