@@ -377,11 +377,11 @@ def _compare(run: Run, record: Config, fresh: Config) -> None:
     differing = {name: value for name, value in fresh["metrics"].items() if record["metrics"].get(name) != value}
     changed = {name: value for name, value in differing.items() if not isinstance(value, list)}
     listed = ", ".join(f"{name} {record['metrics'].get(name)} -> {value}" for name, value in changed.items())
-    # Two trainings may end at one accuracy by chance: their curves, and the digests of what they made, tell them apart.
-    others = bool(differing) or any(fresh.get(what) != record.get(what) for what in ("sha256", "upstream"))
-    same = "same numbers as its record" + (", by another way" if others else "")
-    print(f"rebuilt {run.config['name']} {run.id}: {listed or same}", flush=True)
-    if others:
+    # Two trainings may end at one accuracy by chance: their curves tell them apart. What has no curve has digests.
+    files = any(fresh.get(what) != record.get(what) for what in ("sha256", "upstream"))
+    way = ", by other curves" if differing else ", from other files" if files else ""
+    print(f"rebuilt {run.config['name']} {run.id}: {listed or f'same numbers as its record{way}'}", flush=True)
+    if way:
         write_atomically(run.folder / REMADE, _json({"remade": changed}))
     else:
         (run.folder / REMADE).unlink(missing_ok=True)

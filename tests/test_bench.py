@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,17 @@ def test_maps_are_measured_against_one_forward_and_one_backward() -> None:
     text = saliency.markdown([*rows[:2], saliency.Row("vgg16_bn", 16, "FullGrad", None, None, 4321)])
     assert "| vgg16_bn | 16 | FullGrad |  |  | 4321 |" in text
     assert "pip install -e '.[bench]'" in text
+
+
+def test_the_package_is_measured_after_ours_not_between(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It leaves the allocator in a state that the next in a round would pay for."""
+    called: list[str] = []
+    names = saliency.FORWARD_BACKWARD, "FullGrad"
+    monkeypatch.setattr(saliency, "ours", lambda *_: {name: partial(called.append, name) for name in names})
+    monkeypatch.setattr(saliency, "theirs", lambda *_: {saliency.PACKAGE: partial(called.append, saliency.PACKAGE)})
+    rows = saliency.measure("vgg4", steps.make_hardware("32"), batch=2, size=16, rounds=1)
+    assert [row.what for row in rows] == [*names, saliency.PACKAGE]
+    assert called == [*names, *names, saliency.PACKAGE, saliency.PACKAGE]
 
 
 def test_our_maps_are_measured_with_our_layers_and_the_packages_with_torchs(monkeypatch: pytest.MonkeyPatch) -> None:

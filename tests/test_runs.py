@@ -143,6 +143,13 @@ def work(run: runs.Run) -> runs.Result:
     return runs.Result({"test/accuracy": 50.0 + run.config["seed"]})
 
 
+def student_of_rebuilt(teacher: runs.Run, tmp_path: Path, seed: int = 0) -> runs.Config:
+    """The record of a run that stands on `teacher`, whose weights are lost and made again."""
+    teacher.weights.unlink()
+    below = {key: value for key, value in teacher.config.items() if key != "paths"}
+    return runs.ensure(toy(tmp_path, seed=seed, upstream={"teacher": below}))
+
+
 @pytest.fixture
 def _toy_task(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gradexp.tasks.toy", work, raising=False)
@@ -183,9 +190,7 @@ def test_upstream_runs_come_first_and_are_shared(tmp_path: Path) -> None:
 def test_deleted_weights_are_rebuilt_and_the_record_stays(tmp_path: Path) -> None:
     teacher = toy(tmp_path, seed=7)
     before = runs.ensure(teacher)
-    teacher.weights.unlink()
-    below = {key: value for key, value in teacher.config.items() if key != "paths"}
-    runs.ensure(toy(tmp_path, upstream={"teacher": below}))
+    student_of_rebuilt(teacher, tmp_path)
     assert times_done(teacher) == 2
     assert teacher.record() == before
 
@@ -227,9 +232,7 @@ def test_a_run_that_diverges_again_gives_the_same_numbers(
     teacher = toy(tmp_path, seed=7)
     runs.ensure(teacher)
     before = runs.read_arrays(teacher.record_path)["x"]
-    teacher.weights.unlink()
-    below = {key: value for key, value in teacher.config.items() if key != "paths"}
-    student = runs.ensure(toy(tmp_path, upstream={"teacher": below}))
+    student = student_of_rebuilt(teacher, tmp_path)
     assert "same numbers" in capsys.readouterr().out
     assert "remade" not in student["upstream"]["teacher"]
     np.testing.assert_array_equal(runs.read_arrays(teacher.record_path)["x"], before)
@@ -247,13 +250,10 @@ def test_a_teacher_that_is_rebuilt_to_other_numbers_is_noted_by_its_users(
 
     teacher = toy(tmp_path, seed=7)
     before = runs.ensure(teacher)
-    below = {key: value for key, value in teacher.config.items() if key != "paths"}
     noted = []
     for seed, task in enumerate((elsewhere, work)):
-        teacher.weights.unlink()
         monkeypatch.setattr("gradexp.tasks.toy", task)
-        student = runs.ensure(toy(tmp_path, seed=seed, upstream={"teacher": below}))
-        noted.append(student["upstream"]["teacher"].get("remade"))
+        noted.append(student_of_rebuilt(teacher, tmp_path, seed)["upstream"]["teacher"].get("remade"))
     assert noted == [{"test/accuracy": 57.25}, None]
     assert teacher.record() == before
 
@@ -272,18 +272,16 @@ def test_files_that_are_rebuilt_otherwise_are_noted_though_no_number_tells(
     monkeypatch.setattr("gradexp.tasks.toy", maps)
     upstream = toy(tmp_path, seed=7)
     runs.ensure(upstream)
-    upstream.weights.unlink()
-    below = {key: value for key, value in upstream.config.items() if key != "paths"}
-    student = runs.ensure(toy(tmp_path, upstream={"teacher": below}))
-    assert "same numbers as its record, by another way" in capsys.readouterr().out
+    student = student_of_rebuilt(upstream, tmp_path)
+    assert "same numbers as its record, from other files" in capsys.readouterr().out
     assert student["upstream"]["teacher"]["remade"] == {}
 
 
 @pytest.mark.usefixtures("_toy_task")
 def test_a_training_that_ends_at_the_same_number_by_another_curve_is_noted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    losses = iter([2.25, 2.5, 2.25])  # of the teacher, of the teacher again, of the student
+    losses = iter([2.25, 2.5, 2.25])  # of the teacher, of the teacher again, of its student
 
     def other(run: runs.Run) -> runs.Result:
         return runs.Result(work(run).metrics | {"train/loss": [4.0, next(losses)]})
@@ -291,9 +289,8 @@ def test_a_training_that_ends_at_the_same_number_by_another_curve_is_noted(
     monkeypatch.setattr("gradexp.tasks.toy", other)
     teacher = toy(tmp_path, seed=7)
     runs.ensure(teacher)
-    teacher.weights.unlink()
-    below = {key: value for key, value in teacher.config.items() if key != "paths"}
-    student = runs.ensure(toy(tmp_path, upstream={"teacher": below}))
+    student = student_of_rebuilt(teacher, tmp_path)
+    assert "same numbers as its record, by other curves" in capsys.readouterr().out
     assert student["upstream"]["teacher"]["remade"] == {}
 
 
