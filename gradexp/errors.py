@@ -3,6 +3,8 @@
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+STOPPED = 143  # exit code of a process that was asked to stop and did, as a shell reports one that SIGTERM ended
+
 
 class UserError(Exception):
     """A mistake that the user can mend. Its message names the mend; it is shown without a traceback."""

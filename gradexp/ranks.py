@@ -82,13 +82,13 @@ def sum_of(number: float) -> float:
     return float(sum(numbers))
 
 
-def agreed(decision: bool) -> bool:
-    """What the first process decided."""
+def any_of(decision: bool) -> bool:
+    """Whether any of the processes decided so. All must call it; none returns before all have."""
     if world() == 1:
         return decision
-    flag = [decision]
-    distributed.broadcast_object_list(flag, src=0, group=_control())
-    return flag[0]
+    flag = torch.tensor(int(decision))
+    distributed.all_reduce(flag, distributed.ReduceOp.MAX, group=_control())
+    return bool(flag)
 
 
 _group: Any = None

@@ -39,6 +39,7 @@ OPTIONAL: dict[str, type | tuple[type, ...]] = {
     "parameters": int,
     "peak_gpu_memory_mib": int,
     "steps": int,
+    "planned_steps": int,  # steps are fewer only where the training diverged; records before 2026-11-29 lack it
     "images_per_second": (int, float),
     "targets": str,  # of a teacher: `stored` once, in bfloat16 but for the logits, or `live`, computed for every batch
     "images": int,  # that a score is a mean over
@@ -62,6 +63,8 @@ def faults(record: Any, *, complete: bool) -> list[str]:
     found += [f"metric {name} is no number" for name, value in record["metrics"].items() if not _numbers(value)]
     if record.get("status", STATUS[0]) not in STATUS:
         found.append(f"status is {record['status']}")
+    if record.get("status") == "finished" and record.get("steps", 0) < record.get("planned_steps", 0):
+        found.append(f"its training ended after {record['steps']} of {record['planned_steps']} steps")
     if complete:
         found += _details(record)
     return found

@@ -1,7 +1,13 @@
 """Two processes compute what one does: gradients, samples, records."""
 
 import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +21,8 @@ from gradexp.commands.compose import compose_run
 from gradexp.data.loader import Batch, TensorLoader, TrainingStream
 from gradexp.data.sources import Split
 from gradexp.errors import Stopped, UserError
-from gradexp.runs import Paths, Run, ensure
+from gradexp.runs import ROOT, Paths, Run, ensure, read_record
+from gradexp.tasks import train
 from gradexp.tasks.build import build
 from gradexp.tasks.train import make_terms
 from gradexp.terms.targets import Targets
@@ -216,3 +223,64 @@ def test_many_runs_with_many_devices_each_are_refused(run_py: Callable[..., Any]
     assert done.returncode != 0
     assert "one run at a time" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def children(pid: int) -> list[int]:
+    """Its child processes, the oldest first."""
+    parents = {}
+    for status in Path("/proc").glob("[0-9]*/status"):
+        with suppress(OSError):
+            parents[int(status.parent.name)] = int(status.read_text().partition("PPid:")[2].split()[0])
+    return sorted(child for child, parent in parents.items() if parent == pid)
+
+
+def training_processes(pid: int) -> list[int]:
+    """The processes that a run by several processes has forked, in the order of their ranks."""
+    servers = [child for child in children(pid) if b"forkserver" in Path(f"/proc/{child}/cmdline").read_bytes()]
+    return [rank for server in servers for rank in children(server)]
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="finds processes through /proc")
+def test_a_signal_to_any_process_stops_all_with_a_checkpoint(places: list[str], tmp_path: Path) -> None:
+    """No record is written for what was trained by then; the third attempt, left alone, finishes all planned steps."""
+    words = ["experiment=teacher", "scale=quick", "scale.width=0.04", "optim.passes=12", "logger=none", "trainer=ddp"]
+    words += ["trainer.accelerator=cpu", "trainer.devices=2", "trainer.threads=1", "trainer.checkpoint_every=0", *places]
+
+    def attempt(signalled: int | None) -> tuple[int, str]:
+        command = [sys.executable, "run.py", *words]
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        if signalled is not None:
+            (checkpoint,) = wait_for(lambda: list(tmp_path.rglob("last.ckpt")))
+            before = checkpoint.stat().st_mtime_ns
+            wait_for(lambda: checkpoint.stat().st_mtime_ns != before)
+            os.kill(training_processes(process.pid)[signalled], signal.SIGTERM)
+        output, _ = process.communicate(timeout=120)
+        return process.returncode, output
+
+    for rank in (1, 0):
+        code, output = attempt(rank)
+        assert code == 143, output
+        assert "stopped by SIGTERM; the checkpoint is written" in output
+        assert not list((tmp_path / "results").rglob("*.json"))
+    code, output = attempt(None)
+    assert code == 0, output
+    (record,) = map(read_record, (tmp_path / "results").rglob("*.json"))
+    assert record["steps"] == record["planned_steps"]
+
+
+def wait_for(found: Callable[[], Any]) -> Any:
+    for _ in range(1200):
+        if value := found():
+            return value
+        time.sleep(0.1)
+    raise TimeoutError
+
+
+def test_a_training_that_ended_early_is_not_recorded(places: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["experiment=teacher", "scale=quick", "scale.width=0.04", "optim.passes=2", "logger=none", *places]
+    config = compose_run(words)
+    run_steps = train.run_steps
+    monkeypatch.setattr(train, "run_steps", lambda *given: run_steps(*given) - 1)
+    with pytest.raises(RuntimeError, match=r"ended after \d+ of \d+ steps"):
+        ensure(Run(config, Paths.of(config)))
+    assert not Paths.of(config).record(config).exists()

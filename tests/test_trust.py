@@ -83,6 +83,14 @@ def test_a_broken_record_is_not_valid(name: str, places: list[str]) -> None:
     assert schema.faults({key: value for key, value in good.items() if key != name}, complete=True)
 
 
+def test_a_finished_record_has_all_its_steps() -> None:
+    good = json.loads(next((ROOT / "results" / "runs" / "teacher").glob("*.json")).read_text())
+    short = {**good, "planned_steps": good["steps"] + 1}
+    assert schema.faults({**good, "planned_steps": good["steps"]}, complete=False) == []
+    assert "ended after" in schema.faults(short, complete=False)[0]
+    assert schema.faults({**short, "status": "diverged"}, complete=False) == []
+
+
 def test_verify_finds_what_is_wrong(places: list[str]) -> None:
     """Repeats a whole run; then finds a number, an upstream and a config that were changed by hand, and a spoilt file."""
     made = run(places, *DISTILL, "method=ce")

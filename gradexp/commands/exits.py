@@ -8,9 +8,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from gradexp.errors import Stopped, UserError
+from gradexp.errors import STOPPED, Stopped, UserError
 
-STOPPED = 143  # as a shell says of a process that SIGTERM ended
 MENDS = {
     errno.ENOSPC: "the disk is full; make room and type the command again, it goes on from the last checkpoint",
     errno.EDQUOT: "the disk quota is used up; make room and type the command again, it goes on from the last checkpoint",

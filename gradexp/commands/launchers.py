@@ -22,8 +22,8 @@ from typing import Any
 from joblib import cpu_count
 
 from gradexp.commands.compose import compose_run
-from gradexp.commands.exits import STOPPED, honest
-from gradexp.errors import UserError
+from gradexp.commands.exits import honest
+from gradexp.errors import STOPPED, UserError
 from gradexp.runs import LOADED, Paths, Run, ensure, git_state, say
 
 # Every run is forked from one server that has already imported what training needs: a process of its own,

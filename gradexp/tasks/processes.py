@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from gradexp.errors import UserError
+from gradexp.errors import STOPPED, UserError
 from gradexp.runs import Run
 from gradexp.training.callbacks import SIGNALS, hand_on
 
@@ -42,11 +42,14 @@ def train_together(run: Run, part: Part, *, devices: int, nodes: int) -> None:
                 signal.signal(number, handler)
         if caught is None:
             return
-        hand_on(caught, before[caught])
+        hand_on(caught, before[caught], run.checkpoint)
 
 
 def launch(part: Part, text: str, devices: int, nodes: int = 1, endpoint: str = "localhost:0") -> int | None:
-    """Starts this machine's processes and waits for them. -> the signal that ended them, None where they finished."""
+    """Starts this machine's processes and waits for them.
+
+    -> the signal that stopped them, whoever of them got it; None where they finished. Raises RuntimeError where one failed.
+    """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -74,6 +77,8 @@ def launch(part: Part, text: str, devices: int, nodes: int = 1, endpoint: str = 
             raise KeyboardInterrupt from None
         return int(caught.sigval)
     except ChildFailedError as error:
+        if all(failure.exitcode == STOPPED for failure in error.failures.values()):
+            return int(signal.SIGTERM)
         raise RuntimeError(f"process {min(error.failures)} of the training failed; its message is above") from None
     return None
 

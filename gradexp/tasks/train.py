@@ -23,7 +23,7 @@ from gradexp import layers, ranks
 from gradexp.data.dataset import ImageData
 from gradexp.data.loader import Loader, TrainingStream
 from gradexp.data.removal import MANIFEST
-from gradexp.errors import Stopped, UserError, choose
+from gradexp.errors import STOPPED, Stopped, UserError, choose
 from gradexp.evaluate.accuracy import accuracy
 from gradexp.files import write_sealed
 from gradexp.runs import Config, Paths, Result, Run, digests, git_state
@@ -63,6 +63,8 @@ def train(run: Run) -> Result:
     # Of the processes the first has one of its own: a CSV file of this one would hold the final number alone.
     logger = None if together and run.config["logger"]["_target_"].endswith("csv") else make_logger(run)
     steps = train_elsewhere(training) if together else run_steps(training, logger)
+    if steps < module.total_steps and not module.diverged:
+        raise RuntimeError(f"the training ended after {steps} of {module.total_steps} steps; nothing is recorded")
     metrics: dict[str, Any] = module.curves | module.summary()
     metrics["test/accuracy"] = float("nan") if module.diverged else accuracy_on_test(module.student, training.data, hardware)
     if "train/angle" in module.curves:
@@ -73,6 +75,7 @@ def train(run: Run) -> Result:
         "data": training.data.fingerprint(),
         "parameters": sum(parameter.numel() for parameter in module.student.parameters()),
         "steps": steps,
+        "planned_steps": module.total_steps,
         "images_per_second": round(training.progress.images_per_second, 1),
         "earlier_seconds": checkpointer.earlier,
         **({} if module.targets is None else {"targets": module.targets.kind}),
@@ -116,7 +119,7 @@ def work(text: str) -> None:
         training = prepare(Run(config, Paths.of(config)))
         run_steps(training, make_logger(training.run) if training.hardware.rank == 0 else None)
     except Stopped:
-        pass  # the process that waits for this one says so
+        sys.exit(STOPPED)  # the process that waits for this one says so
     except UserError as error:
         sys.exit(f"error: {error}")
     except Exception:

@@ -23,11 +23,15 @@ PLAIN_EVERY = 30.0  # seconds between lines where there is no terminal
 REFRESH_EVERY = 0.5  # seconds between updates of the bar
 
 
-def hand_on(number: int, handler: Any) -> None:
-    """After the checkpoint that a signal asked for: on to whoever handled it before. Raises Stopped where nobody did."""
-    if not callable(handler):
-        raise Stopped(f"stopped by {signal.Signals(number).name}; the checkpoint is written, the same command goes on from it")
-    handler(number, None)
+def hand_on(number: int, handler: Any, checkpoint: Path) -> None:
+    """Calls the handler that a signal had before the training. Raises Stopped where it had none."""
+    if callable(handler):
+        handler(number, None)
+        return
+    name = signal.Signals(number).name
+    if checkpoint.exists():
+        raise Stopped(f"stopped by {name}; the checkpoint is written, the same command goes on from it")
+    raise Stopped(f"stopped by {name} before there was a checkpoint; the same command starts the training again")
 
 
 class Checkpointer(lightning.Callback):
@@ -67,12 +71,12 @@ class Checkpointer(lightning.Callback):
 
     def on_train_batch_end(self, trainer: lightning.Trainer, *_: Any) -> None:
         late = time.monotonic() - self._saved >= self.every
-        if not ranks.agreed(late or self._signal is not None):
+        if not ranks.any_of(late or self._signal is not None):
             return
         self.save(trainer)
-        if ranks.agreed(self._signal is not None):
+        if ranks.any_of(self._signal is not None):
             number, self._signal = self._signal or signal.SIGTERM, None
-            hand_on(number, self._before.get(number))
+            hand_on(number, self._before.get(number), self.path)
 
     def on_train_end(self, trainer: lightning.Trainer, *_: Any) -> None:
         if trainer.world_size > 1:
