@@ -35,7 +35,7 @@ from gradexp.errors import UserError, nearest
 from gradexp.files import draft_of, intact, remove_sealed
 from gradexp.files import sha256 as sha256
 from gradexp.files import write_atomically as write_atomically
-from gradexp.registry import locate
+from gradexp.registry import check_targets, locate
 
 Config = dict[str, Any]
 DEFAULT_DATA = "data"  # as in conf/config.yaml; the only data root that need not exist
@@ -343,7 +343,8 @@ def _tidy(run: Run) -> None:
 def _perform(run: Run) -> Config:
     started, begun = datetime.now(UTC), clocks.read()
     git = git_state()
-    result: Result = locate(run.config["task"]["_target_"])(run)
+    check_targets(run.config)
+    result: Result = locate(run.config["task"]["_target_"], "task")(run)
     spent = {clock: seconds - run.upstream_seconds[clock] for clock, seconds in clocks.since(begun).items()}
     earlier = result.facts.pop("earlier_seconds", {"wall": 0.0, "cpu": 0.0})
     arrays = run.record_path.with_suffix(".npz")

@@ -15,7 +15,7 @@ def make(spec: dict[str, Any], job: Job) -> None:
     failures = job.fill(f"figure {spec['number']}", wanted)
     series = figures.gather(spec, job.scale, plan, job.paths)
     sentences = figures.caption(spec, job.scale, series, plan)
-    drawn = (spec, job.scale, series, locate(spec["draw"]), job.paths.results, sentences)
+    drawn = (spec, job.scale, series, locate(spec["draw"], "draw"), job.paths.results, sentences)
     report([] if failures else figures.make(*drawn), failures)
 
 

@@ -118,7 +118,7 @@ def test_a_tensor_that_is_gone_lends_its_place_to_no_other() -> None:
 def test_attention_of_chapter_4_is_of_normalised_convolutions() -> None:
     config = compose_run(["experiment=fullgrad_distill", "method=fg_att", "scale.width=0.05"])
     student, teacher = build(config["model"], where="model"), build(config["model"], where="model")
-    term = build(config["method"]["terms"]["attention"], where="attention")
+    term = build(config["method"]["terms"]["attention"], where="method.terms.attention")
     term.place(student, teacher, torch.zeros(1, 3, 32, 32))
     assert term.student_layers == ("features.norm1", "features.norm3", "features.norm5")
 
@@ -442,7 +442,7 @@ def test_a_layer_without_bias_is_an_error() -> None:
 
 def test_a_step_of_fg_att_takes_one_forward_and_one_gradient_of_each_network(monkeypatch: pytest.MonkeyPatch) -> None:
     config = compose_run(["experiment=fullgrad_distill", "method=fg_att"])["method"]["terms"]
-    terms: list[Term] = [build(node, where=name) for name, node in config.items()]
+    terms: list[Term] = [build(node, where=f"method.terms.{name}") for name, node in config.items()]
     student, teacher, data = net(0, (4, "M", 5, "M", 6)).train(), net(1, (4, "M", 5, "M", 6)), batch()
     for term in terms:
         term.place(student, teacher, data.images[:1])

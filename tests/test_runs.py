@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gradexp import clocks, runs
+from gradexp import clocks, registry, runs
 from gradexp.commands.compose import compose_run
 from gradexp.errors import UserError
 
@@ -153,6 +153,7 @@ def student_of_rebuilt(teacher: runs.Run, tmp_path: Path, seed: int = 0) -> runs
 @pytest.fixture
 def _toy_task(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gradexp.tasks.toy", work, raising=False)
+    monkeypatch.setitem(registry.KINDS, "task", registry.Kind("a task", ("gradexp.tasks.toy",)))
 
 
 def times_done(run: runs.Run) -> int:
@@ -308,6 +309,7 @@ def _compete(tmp_path: Path, barrier: Any, results: Any) -> None:
     results.put(runs.ensure(toy(tmp_path)))
 
 
+@pytest.mark.usefixtures("_toy_task")
 def test_of_two_workers_one_works_and_both_get_the_record(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
     barrier, results = context.Barrier(2), context.Queue()

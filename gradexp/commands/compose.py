@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
@@ -16,6 +18,7 @@ from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
 from gradexp.commands import remembered
 from gradexp.errors import UserError, nearest
+from gradexp.registry import check_targets
 from gradexp.runs import HARDWARE, ROOT, Config, Planned
 
 CONF = ROOT / "conf"
@@ -23,6 +26,8 @@ HYDRA_OPTIONS = (  # a word follows them
     *("--cfg", "-c", "--package", "-p", "--info", "-i", "--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp"),
 )
 PIXELS = ("normalise", "mean", "std", "size", "channels")  # of data: what a network takes for granted
+# A line, comments aside, that speaks to Hydra itself, or a header that puts a whole file there.
+TO_HYDRA = re.compile(r"^[^#\n]*\bhydra\b.*$|^#\s*@package\s+hydra\b.*$", re.MULTILINE)
 METHOD = ("name", "module", "upstream", "terms", "dropout", "angle")  # the keys of conf/method/
 
 
@@ -52,6 +57,7 @@ def plan(overrides: Sequence[str]) -> Planned:
     for name, run in upstream.items():
         if name != "maps":  # which are of the same images, one by one
             _check_pixels(config, run.config, name)
+    check_targets(config | {"upstream": {}})
     nested = {name: {key: value for key, value in run.config.items() if key not in HARDWARE} for name, run in upstream.items()}
     return Planned(tuple(overrides), config | {"upstream": nested}, tuple(upstream.values()))
 
@@ -99,6 +105,7 @@ def check_overrides(arguments: Sequence[str]) -> list[Config]:
 
     Raises UserError with the nearest right word for a misspelt key or choice.
     """
+    check_hydra(CONF)
     after = zip(["", *arguments], arguments, strict=False)
     words = [word for before, word in after if not word.startswith(("-", "hydra")) and before not in HYDRA_OPTIONS]
     try:
@@ -109,6 +116,20 @@ def check_overrides(arguments: Sequence[str]) -> list[Config]:
     first = [choices[0] for choices in values]
     others = [[*first[:i], other, *first[i + 1 :]] for i, choices in enumerate(values) for other in choices[1:]]
     return [compose_run(overrides) for overrides in [first, *others]]
+
+
+def check_hydra(conf: Path) -> None:
+    """Raises UserError for a file that configures Hydra itself, whose callbacks and handlers may call anything.
+
+    conf/config.yaml does, and so may whoever types the command; an experiment from somebody else may not.
+    """
+    for file in sorted(conf.rglob("*.yaml")):
+        found = TO_HYDRA.search(file.read_text(encoding="utf-8"))
+        if found and file != conf / "config.yaml":
+            raise UserError(
+                f"conf/{file.relative_to(conf)} configures Hydra ({found[0].strip()!r}), which only conf/config.yaml may; "
+                f"remove that line, and type it on the command line where it is meant"
+            )
 
 
 def refuse_many_devices(config: Config) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import re
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from typing import Any
 from gradexp import schema
 from gradexp.commands.compose import compose_run
 from gradexp.errors import UserError
-from gradexp.registry import locate
+from gradexp.registry import locate, targets
 from gradexp.runs import Config, Paths, Run, ensure, read_arrays, read_record, run_id
 from gradexp.tasks.hardware import native_bf16
 
@@ -84,10 +83,9 @@ def examine(file: Path) -> Iterator[str]:
 
 def _outdated(config: Config) -> Iterator[str]:
     """What of a config the code of today does not know or does otherwise."""
-    own = {key: value for key, value in config.items() if key != "upstream"}
-    for target in sorted(set(re.findall(r'"_target_": "([^"]*)"', json.dumps(own)))):
+    for where, target in targets({key: value for key, value in config.items() if key != "upstream"}):
         try:
-            locate(target)
+            locate(target, where)
         except UserError as error:
             yield f"its config no longer resolves: {error}"
     try:

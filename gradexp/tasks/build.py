@@ -16,12 +16,12 @@ SPECIAL = ("_target_", "_partial_")
 def build(node: dict[str, Any], *, where: str, **extra: Any) -> Any:
     """Calls the node's `_target_` with its other keys and `extra`; nested nodes are built first.
 
-    where: the node's place in the config, named in messages. A key that the target does not take is an error; null for
-    one that has a default leaves the default.
+    where: the node's place in the config: it is named in messages, and says what may be built (gradexp/registry.py). A key
+    that the target does not take is an error; null for one that has a default leaves the default.
     """
     if "_target_" not in node:
         raise UserError(f"{where} has no _target_: it does not say what to build")
-    function = locate(node["_target_"])
+    function = locate(node["_target_"], where)
     given = {key: value for key, value in node.items() if key not in SPECIAL}
     _check_keys(function, given, where)
     given = {key: value for key, value in given.items() if value is not None or not _has_default(function, key)}

@@ -282,7 +282,7 @@ def _maps(terms: Sequence[Term]) -> list[Map]:
 
 def load_model(run: Run, hardware: Hardware) -> nn.Module:
     """A trained run's model, in eval mode and frozen: whoever differentiates it pays for no gradient of its parameters."""
-    model: nn.Module = build(run.config["model"], where=f"the model of {run.id}")
+    model: nn.Module = build(run.config["model"], where="model")
     model.load_state_dict(torch.load(run.weights, weights_only=True, map_location="cpu"))
     model = hardware.place(model).eval().requires_grad_(False)
     return fast(model, {}, hardware) if fast_gradients(run.config) else model

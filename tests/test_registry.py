@@ -1,0 +1,116 @@
+"""What a config may name: only what was written to be built at that place."""
+
+import copy
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gradexp.commands.compose import CONF, check_hydra, compose_run
+from gradexp.commands.verify import Finding, verify
+from gradexp.errors import UserError
+from gradexp.registry import KINDS, check_targets, kind_of, locate, targets
+from gradexp.report import specs
+from gradexp.runs import ROOT, Paths, Run, ensure
+
+# Each of these has run code, or written a file, when it was named in a config; or would, at this place.
+HOSTILE = [
+    ("logger.group", "torch.utils.collect_env.run"),
+    ("logger", "torch.utils.collect_env.run"),
+    ("model", "torch.hub.load"),
+    ("model", "torch.load"),
+    ("model", "torch.utils.cpp_extension.load_inline"),
+    ("model", "torch.nn.Linear"),  # a class of another kind than the place's
+    ("data", "torchvision.datasets.utils.download_url"),
+    ("data", "gradexp.data.sources.load"),  # a function beside the data sets
+    ("optim.optimizer", "torch.save"),
+    ("optim.schedule", "os.system"),
+    ("task", "gradexp.files.write_atomically"),
+    ("task", "gradexp.tasks.train.save_weights"),  # a function beside the tasks
+    ("task", "gradexp.commands.explain.main"),
+    ("saliency", "gradexp.saliency.__main__.main"),
+    ("method.terms.cross_entropy", "builtins.eval"),
+    ("method.terms.cross_entropy", "gradexp.terms.step.Step"),  # a class beside the terms
+    ("evaluate", "subprocess.Popen"),
+    ("draw", "gradexp.report.writing.write_beside"),
+    ("paths", "gradexp.models.vgg.VGG"),  # a place where nothing is built
+]
+
+
+@pytest.mark.parametrize(("where", "target"), HOSTILE)
+def test_what_was_not_meant_for_a_place_is_refused(where: str, target: str) -> None:
+    with pytest.raises(UserError, match="is refused"):
+        locate(target, where)
+
+
+@pytest.mark.parametrize("where", ["logger.group", "method.terms.cross_entropy", "upstream.teacher.model", "task.x"])
+def test_no_place_of_a_config_is_overlooked(where: str) -> None:
+    """Names in places where nothing is built, in upstream runs and in lists are found before any work."""
+    config: dict[str, Any] = copy.deepcopy(compose_run(["experiment=jacobian_distill", "scale=quick"]))
+    check_targets(config)
+    *path, last = where.split(".")
+    node = config
+    for key in path:
+        node = node[key]
+    node[last] = [{"_target_": "os.system", "command": "true"}]
+    with pytest.raises(UserError, match=r"os\.system is refused"):
+        check_targets(config)
+
+
+def test_a_module_of_a_method_is_a_name_too() -> None:
+    config = copy.deepcopy(compose_run(["experiment=teacher", "scale=quick"]))
+    config["method"]["module"] = "gradexp.training.optim.Optim"
+    assert ("method.module", "gradexp.training.optim.Optim") in set(targets(config))
+    with pytest.raises(UserError, match="LightningModule"):
+        locate("gradexp.training.optim.Optim", "method.module")
+
+
+def test_everything_that_the_configs_and_committed_records_name_is_allowed() -> None:
+    found = set()
+    for file in (ROOT / "results" / "runs").glob("*/*.json"):
+        found |= set(targets(json.loads(file.read_text())["config"]))
+    for number in specs.numbers("figure"):
+        found.add(("draw", specs.load("figure", number)["draw"]))
+    for where, target in found:
+        locate(target, where)
+    # `launcher` is in no record; every other kind has been seen, so that none of them is allowed for nothing.
+    assert {kind_of(where) for where, _ in found} == KINDS.keys() - {"launcher"}
+
+
+def test_a_record_is_verified_without_running_what_it_names(places: list[str], tmp_path: Path) -> None:
+    words = ["experiment=teacher", "scale=quick", "scale.width=0.04", "optim.passes=1", "data.per_class=3", "logger=none"]
+    config = compose_run([*words, *places])
+    run = Run(config, Paths.of(config))
+    ensure(run)
+    record = json.loads(run.record_path.read_text())
+    written = tmp_path / "executed"
+    command = {"_target_": "torch.utils.collect_env.run", "command": f"touch {written}"}
+    for name, hostile in (("logger", {**record["config"]["logger"], "group": command}), ("model", command)):
+        run.record_path.write_text(json.dumps({**record, "config": {**record["config"], name: hostile}}))
+        extra = {key: config[key] for key in ("trainer", "logger", "gradients")}
+        found = [line.what for line in verify(run.paths, sample=1, seed=0, extra=extra) if isinstance(line, Finding)]
+        assert any("is refused" in what for what in found)
+        assert not written.exists()
+    with pytest.raises(UserError, match="is refused"):
+        ensure(Run({**config, "seed": 5, "logger": {**config["logger"], "group": command}}, run.paths))
+    assert not written.exists()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "hydra:\n  callbacks: {x: {_target_: os.system, command: true}}\n",
+        "defaults:\n  - override /hydra/launcher: joblib\n",
+        '"hydra": {job_logging: {formatters: {x: {"()": os.system}}}}\n',
+        "# @package hydra\ncallbacks: {}\n",
+    ],
+)
+def test_an_experiment_can_not_configure_hydra(text: str, tmp_path: Path) -> None:
+    conf = tmp_path / "conf"
+    shutil.copytree(CONF, conf)
+    check_hydra(conf)
+    (conf / "experiment" / "theirs.yaml").write_text(f"# @package _global_\n{text}" if "@package" not in text else text)
+    with pytest.raises(UserError, match=r"conf/experiment/theirs\.yaml configures Hydra"):
+        check_hydra(conf)
