@@ -242,6 +242,7 @@ class Run:
     paths: Paths
     used: dict[str, Any] = field(default_factory=dict)
     upstream_seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(clocks.CLOCKS, 0.0))
+    data: Config | None = None  # fingerprints of the images that it uses, once they are known
 
     @property
     def id(self) -> str:
@@ -273,19 +274,56 @@ class Run:
     def record(self) -> Config | None:
         return read_record(self.record_path) if self.record_path.exists() else None
 
+    def uses(self, data: Config) -> None:
+        """Notes the fingerprints of the images that the run is about to use.
+
+        Raises UserError where it has a record (its files are made again) that was made with other images.
+        """
+        self.data = data
+        if record := self.record():
+            _check_images(data, record)
+
     def upstream(self, name: str, product: str = "weights.pt") -> Run:
-        """The finished run that this config calls `name`, the file that it makes at hand; done first where missing."""
+        """The finished run that this config calls `name`, the file that it makes at hand; done first where missing.
+
+        Raises UserError where it used other images of the data set that this run uses.
+        """
         config = self.config["upstream"][name]
         shared = {key: self.config[key] for key in HARDWARE if key in self.config}
         run = Run(config | shared, self.paths)
         made = run.folder / product
         begun = clocks.read()
-        ensure(run, needs=lambda: intact(made))
+        record = ensure(run, needs=lambda: intact(made))
+        if self.data:
+            _check_images(self.data, record)
         self.upstream_seconds = {clock: spent + self.upstream_seconds[clock] for clock, spent in clocks.since(begun).items()}
         again = run.folder / REMADE
         facts = json.loads(again.read_text(encoding="utf-8")) if again.exists() else {}
         self.used[name] = {"id": run.id, "experiment": config["name"], f"{made.stem}_sha256": sha256(made)} | facts
         return run
+
+
+def _check_images(ours: Config, record: Config) -> None:
+    if split := differing_split(ours, record.get("data", {})):
+        raise UserError(
+            f"the {split} images of {ours['name']} are not those of {record['experiment']} {record['id']} (fingerprint "
+            f"{ours[split]}, there {record['data'][split]}): use the data root that it was made with (paths.data=FOLDER), or "
+            f"delete its record and its folder of outputs to make it again from these images"
+        )
+
+
+def differing_split(first: Config, second: Config) -> str | None:
+    """`train` or `test`, where two runs used different images of one data set; None where they did not.
+
+    first, second: `data` of records. Where images were held out of the training set, there is no test split to compare.
+    """
+    if first.get("name") != second.get("name"):
+        return None
+    held_out = any(data.get("test") == data.get("train") for data in (first, second))
+    for split in ("train",) if held_out else ("train", "test"):
+        if split in first and split in second and first[split] != second[split]:
+            return split
+    return None
 
 
 def digests(upstream: Config) -> dict[str, str]:

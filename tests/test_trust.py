@@ -11,8 +11,10 @@ import torch
 from gradexp import files, schema
 from gradexp.commands.compose import compose_run
 from gradexp.commands.verify import Finding, alike, verify
+from gradexp.data.digits import Digits
+from gradexp.data.sources import Split
 from gradexp.errors import Stopped, UserError
-from gradexp.runs import HARDWARE, ROOT, Paths, Run, ensure, read_record, write_record
+from gradexp.runs import HARDWARE, ROOT, Paths, Run, differing_split, ensure, read_record, write_record
 from gradexp.tasks.build import build
 
 TINY = ["scale=quick", "scale.width=0.04", "optim.passes=2", "data.per_class=3", "trainer.threads=1", "logger=none"]
@@ -146,6 +148,50 @@ def test_a_repeat_has_the_threads_of_its_record(places: list[str], monkeypatch: 
     }
     assert [line for line in verify(made.paths, sample=2, seed=0, extra=extra) if isinstance(line, Finding)] == []
     assert sorted(set(repeated)) == [("jacobian_distill", 1), ("teacher", 2)]
+
+
+def relabelled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Digits whose labels are shifted by one, as another folder might hold them under the same name."""
+    original = Digits.splits
+    monkeypatch.setattr(
+        Digits, "splits", lambda self: {name: Split(s.images, (s.labels + 1) % 10) for name, s in original(self).items()}
+    )
+
+
+@pytest.mark.parametrize("weights", ["there", "lost"])
+def test_a_student_of_other_images_than_its_teachers_is_refused(
+    weights: str, places: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both when the teacher is at hand and when its weights would have to be made again, from the wrong images."""
+    first = run(places, *DISTILL, "method=a")
+    ensure(first)
+    if weights == "lost":
+        first.upstream("teacher").weights.unlink()
+    relabelled(monkeypatch)
+    second = run(places, *DISTILL, "method=ce_a")
+    with pytest.raises(UserError, match=r"the train images of digits are not those of teacher \w{12} .*paths.data=FOLDER"):
+        ensure(second)
+    assert not second.record_path.exists()
+    ensure(run(places, "experiment=teacher", *TINY, "seed=3"))  # stands on nothing: other images are other records' matter
+
+
+def test_verify_compares_a_runs_images_with_its_upstreams(places: list[str]) -> None:
+    made = run(places, *DISTILL, "method=ce_a")
+    good = ensure(made)
+    write_record(made.record_path, {**good, "data": {**good["data"], "test": "0" * 16}})
+    (found,) = [line.what for line in verify(made.paths, sample=0, seed=0, extra={}) if isinstance(line, Finding)]
+    assert "used other test images" in found
+
+
+def test_images_are_compared_split_by_split() -> None:
+    first = {"name": "digits", "train": "a", "test": "b"}
+    assert differing_split(first, first) is None
+    assert differing_split(first, {**first, "train": "c"}) == "train"
+    assert differing_split(first, {**first, "test": "c"}) == "test"
+    assert differing_split(first, {**first, "name": "cifar10", "train": "c"}) is None
+    assert differing_split(first, {**first, "test": "a"}) is None  # held out of the training set
+    assert differing_split(first, {"name": "digits", "test": "b"}) is None  # a split that was never opened
+    assert differing_split(first, {}) is None
 
 
 def test_numbers_agree_as_well_as_machines_do() -> None:

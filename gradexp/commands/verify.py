@@ -6,6 +6,7 @@ import json
 import random
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from gradexp import schema
 from gradexp.commands.compose import compose_run
 from gradexp.errors import UserError
 from gradexp.registry import locate, targets
-from gradexp.runs import Config, Paths, Run, ensure, read_arrays, read_record, run_id
+from gradexp.runs import Config, Paths, Run, differing_split, ensure, read_arrays, read_record, run_id
 from gradexp.tasks.hardware import native_bf16
 
 # What two machines, which round otherwise, may differ by: points of accuracy; relative, of anything else.
@@ -79,6 +80,10 @@ def examine(file: Path) -> Iterator[str]:
         nested = record["config"]["upstream"].get(name)
         if nested is None or run_id(nested) != upstream["id"]:
             yield f"its upstream {name} is not the run that its config names; delete it and run again"
+        with suppress(UserError):  # of a record that is not there, or is found wrong by itself
+            other = read_record(file.parents[1] / upstream.get("experiment", "") / f"{upstream['id']}.json")
+            if split := differing_split(record.get("data", {}), other.get("data", {})):
+                yield f"its upstream {name}, {upstream['id']}, used other {split} images; delete the wrong one and run it again"
 
 
 def _outdated(config: Config) -> Iterator[str]:

@@ -27,6 +27,7 @@ class Look:
         self.hardware: Hardware = build(run.config["trainer"], where="trainer")
         self.hardware.apply()
         self.data: ImageData = make_data(run.config, run.paths)
+        run.uses(self.data.fingerprint())
         self.records: dict[str, Config] = {}  # of the models asked for
         self._pieces: Pieces | None = None
         self.diverged = False

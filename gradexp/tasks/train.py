@@ -92,6 +92,7 @@ def prepare(run: Run) -> Training:
     hardware: Hardware = build(run.config["trainer"], where="trainer")
     hardware.apply()
     data = make_data(run.config, run.paths)
+    run.uses(data.fingerprint())
     if data.removal is not None:
         data.removal.open(run.upstream("maps", MANIFEST).folder, data.fingerprint())
     optim: Optim = build(run.config["optim"], where="optim")
