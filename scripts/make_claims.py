@@ -13,8 +13,7 @@ def main() -> None:
     with honest():
         paths = Paths.of(shared(given.scale, given.set))
         judged = claims.read(CLAIMS, given.scale, plan, paths)
-        levels = {name: claims.load(CLAIMS)[name] for name in ("confidence", "power")}
-        files = claims.write(judged, given.scale, paths.results, **levels)
+        files = claims.write(judged, given.scale, paths.results, confidence=claims.load(CLAIMS)["confidence"])
     for claim in judged:
         print(f"{claims.verdict(claim):<40} {claim.id:<20} {claim.says}")
     print(claims.tally(judged))

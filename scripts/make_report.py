@@ -42,7 +42,7 @@ def page(scale: str, paths: Paths) -> str:
         panels,
         said,
         made_by=f"gradexp {__version__}, commit {(git['commit'] or 'none')[:8]}{' (dirty)' if git['dirty'] else ''}",
-        explanation=claims.explanation(*(claims.load(CLAIMS)[name] for name in ("confidence", "power"))),
+        explanation=claims.explanation(claims.load(CLAIMS)["confidence"]),
         bench=json.loads(bench.read_text()) if bench.exists() else None,
         costs=costs.to_table(costs.build(scale, plan, paths, costs.History.of(paths)), cpu_count()),
     )

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from gradexp.report.inference import BOOTSTRAP_FROM, estimate, estimate_over_images, holm, seeds_needed
+from gradexp.report.inference import BOOTSTRAP_FROM, estimate, estimate_over_images, holm
 
 
 def test_holm_by_hand() -> None:
@@ -57,20 +57,6 @@ def test_p_values_are_those_of_a_paired_t_test() -> None:
 def test_nothing_is_tested_without_a_spread(differences: list[float]) -> None:
     e = estimate(differences, confidence=0.95, resamples=99)
     assert (e.p_for, e.p_against, e.low, e.high) == (None, None, None, None)
-
-
-@pytest.mark.parametrize(("effect", "seeds"), [(0.5, 34), (0.8, 15), (1.0, 10)])
-def test_seeds_needed_as_in_power_tables(effect: float, seeds: int) -> None:
-    """One-sample t-test, two-sided, level .05, power .8 (Cohen, 1988; G*Power)."""
-    assert seeds_needed(-effect * 3, 3.0, level=0.05, power=0.8) == seeds
-    assert seeds_needed(1e-3, 1.0, level=0.05, power=0.8) is None
-
-
-def test_seeds_needed_gives_that_power() -> None:
-    n = seeds_needed(1.0, 1.2, level=0.01, power=0.8)
-    assert n is not None
-    draws = np.random.default_rng(2).normal(1.0, 1.2, (4000, n))
-    assert np.mean(stats.ttest_1samp(draws, 0, axis=1).pvalue < 0.01) == pytest.approx(0.8, abs=0.03)
 
 
 def test_over_images_is_a_z_test_of_the_means() -> None:

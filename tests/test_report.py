@@ -317,7 +317,7 @@ def test_make_report_writes_the_page_of_a_scale(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(make_report.specs, "numbers", lambda kind: ["4.1-size"] if kind == "table" else ["2.1"])
     claim = "{id: 4-size, section: §4.4.1, says: A claim., item: table 4.1-size, greater: [VGG-11, VGG-4]}"
-    (tmp_path / "claims.yaml").write_text(f"confidence: 0.95\npower: 0.8\nresamples: 99\nclaims:\n- {claim}\n")
+    (tmp_path / "claims.yaml").write_text(f"confidence: 0.95\nresamples: 99\nclaims:\n- {claim}\n")
     monkeypatch.setattr(make_report, "CLAIMS", tmp_path / "claims.yaml")
     monkeypatch.setattr(sys, "argv", ["make_report.py", "--scale", "quick", "--set", f"paths.results={tmp_path}"])
     make_report.main()

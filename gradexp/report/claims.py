@@ -20,17 +20,17 @@ import yaml
 
 from gradexp.errors import UserError
 from gradexp.report.grid import Grid, Place
-from gradexp.report.inference import BOOTSTRAP_FROM, MANY, Estimate, estimate, estimate_over_images, holm, seeds_needed
+from gradexp.report.inference import BOOTSTRAP_FROM, Estimate, estimate, estimate_over_images, holm
 from gradexp.report.specs import Planner, Source, check_keys
 from gradexp.report.writing import as_csv, write_beside
 from gradexp.runs import Config, Paths, digests, read_record
 
-VERDICTS = ("holds", "contradicted", "underpowered", "direction only", "not run")
-FILE_KEYS = ("confidence", "power", "resamples", "claims")
+VERDICTS = ("holds", "contradicted", "undecided", "direction only", "withheld", "not run")
+FILE_KEYS = ("confidence", "resamples", "claims")
 FORMS = ("greater", "less", "near")
 KEYS = (
     *("id", "section", "says", "item", "scales", "across", "panel", "metric", *FORMS, "within", "by", "at", "unit"),
-    *("except", "because"),
+    *("except", "because", "withheld", "fitted"),
 )
 CELL_KEYS = ("row", "column", "metric", "minus")
 UNITS = ("seeds", "images")
@@ -38,7 +38,11 @@ UNITS = ("seeds", "images")
 
 @dataclass(frozen=True)
 class Comparison:
-    """One comparison of a claim. thesis: the same difference of the thesis's own numbers, where it prints them."""
+    """One comparison of a claim.
+
+    in_scale: whether this scale has its cells. thesis: the same difference of the thesis's own numbers, where it prints
+    them. fitted: whether its cells took part in choosing a setting, so that it is shown and does not count.
+    """
 
     label: str
     in_scale: bool
@@ -46,6 +50,7 @@ class Comparison:
     noise: float | None  # standard error that the runs have in themselves, over draws or images
     thesis: float | None
     sources: tuple[Source, ...]
+    fitted: bool = False
 
     @property
     def agrees(self) -> bool | None:
@@ -54,7 +59,11 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Judged:
-    """A claim with its verdict. p: two-sided, the smaller of for and against; further: seeds still needed, where known."""
+    """A claim with its verdict.
+
+    p: two-sided, the smaller of for and against; p_holm: adjusted for the other claims of the chapter; None where nothing
+    was tested. withheld: why this scale's numbers are shown and not judged.
+    """
 
     id: str
     section: str
@@ -66,7 +75,7 @@ class Judged:
     verdict: str = "not run"
     p: float | None = None
     p_holm: float | None = None
-    further: int | None = None
+    withheld: str = ""
     elsewhere: bool = False  # whether this scale's numbers can't be set against the thesis's
 
     @property
@@ -75,12 +84,12 @@ class Judged:
 
     @property
     def planned(self) -> tuple[Comparison, ...]:
-        """The comparisons that this scale has."""
-        return tuple(one for one in self.comparisons if one.in_scale)
+        """The comparisons that this scale has, and that count."""
+        return tuple(one for one in self.comparisons if one.in_scale and not one.fitted)
 
     @property
     def run(self) -> tuple[Comparison, ...]:
-        return tuple(one for one in self.comparisons if one.estimate)
+        return tuple(one for one in self.planned if one.estimate)
 
     @property
     def agreeing(self) -> int:
@@ -95,15 +104,14 @@ class Judged:
 # --- verdicts ---------------------------------------------------------------------------------------------
 
 
-def judge(claims: Sequence[Judged], *, confidence: float, power: float) -> list[Judged]:
+def judge(claims: Sequence[Judged], *, confidence: float) -> list[Judged]:
     """The claims with their verdicts; Holm's correction is over those of a chapter that can be tested."""
-    found: dict[str, tuple[float, float]] = {}  # adjusted p, and the level that is left to the next claim that is decided
+    adjusted: dict[str, float] = {}
     for chapter in {claim.chapter for claim in claims}:
-        family = [claim for claim in claims if claim.chapter == chapter and _tested(claim)]
+        family = [claim for claim in claims if claim.chapter == chapter and _tested(claim) and not claim.withheld]
         values = holm([min(1.0, 2 * min(sides(claim))) for claim in family])
-        share = (1 - confidence) / max(1, sum(value >= 1 - confidence for value in values))
-        found |= {claim.id: (value, share) for claim, value in zip(family, values, strict=True)}
-    return [_judge(claim, found.get(claim.id), level=1 - confidence, power=power) for claim in claims]
+        adjusted |= {claim.id: value for claim, value in zip(family, values, strict=True)}
+    return [_judge(claim, adjusted.get(claim.id), level=1 - confidence) for claim in claims]
 
 
 def _tested(claim: Judged) -> list[Estimate]:
@@ -122,34 +130,17 @@ def sides(claim: Judged) -> tuple[float, float]:
     return (max(e.p_for or 0.0 for e in tested) if whole else 1.0), against
 
 
-def _judge(claim: Judged, tested: tuple[float, float] | None, *, level: float, power: float) -> Judged:
+def _judge(claim: Judged, p_holm: float | None, *, level: float) -> Judged:
     if not claim.run:
         return claim
-    if tested is None:
+    if claim.withheld:
+        return replace(claim, verdict="withheld")
+    decided = p_holm is not None and p_holm < level
+    if len(_tested(claim)) < len(claim.planned) and not decided:
         return replace(claim, verdict="direction only")
-    p_holm, share = tested
     supporting, opposing = sides(claim)
-    p = min(1.0, 2 * min(supporting, opposing))
-    claim = replace(claim, p=p, p_holm=p_holm)
-    if p_holm < level:
-        return replace(claim, verdict="holds" if supporting < opposing else "contradicted")
-    if len(_tested(claim)) < len(claim.planned):
-        return replace(claim, verdict="direction only")
-    return replace(claim, verdict="underpowered", further=_further(_tested(claim), share, power))
-
-
-def _further(tested: Sequence[Estimate], level: float, power: float) -> int | None:
-    """Seeds still needed if the differences are as they are now estimated; None where too many are.
-
-    A comparison that goes the other way decides against the claim by itself; without one, all must be found.
-    """
-    against = [e for e in tested if e.mean < 0]
-    each = level / len(tested) if against else level  # as in `sides`: what speaks against is the least of several p
-    needed = [(seeds_needed(e.mean, e.std, level=each, power=power), e.n) for e in against or tested if e.std]
-    more = [max(1, total - n) for total, n in needed if total is not None]
-    if against:
-        return min(more, default=None)
-    return max(more) if more and len(more) == len(needed) else None
+    verdict = ("holds" if supporting < opposing else "contradicted") if decided else "undecided"
+    return replace(claim, verdict=verdict, p=min(1.0, 2 * min(supporting, opposing)), p_holm=p_holm)
 
 
 # --- conf/claims.yaml -------------------------------------------------------------------------------------
@@ -179,6 +170,7 @@ class Pair:
     gap: Sum
     worst: float  # the number of a diverged run
     excepted: bool  # the thesis's own numbers do not bear it out
+    name: tuple[str, str, str] = ("", "", "")  # both sides, and the row or column where they are compared
 
 
 def load(file: Path) -> Config:
@@ -214,7 +206,8 @@ def pairs(spec: Config, grid: Grid) -> list[Pair]:
             out = key in excepted
             excepted = [triple for triple in excepted if triple != key]
             found += [
-                Pair(label + (f", {at}" if at else ""), gap, worst, out) for label, gap in _gaps(forms[0], left, right, spec)
+                Pair(label + (f", {at}" if at else ""), gap, worst, out, key)
+                for label, gap in _gaps(forms[0], left, right, spec)
             ]
     if excepted:
         raise UserError(f"except: there is no comparison {excepted[0]}")
@@ -261,7 +254,7 @@ def read(file: Path, scale: str, plan: Planner, paths: Paths) -> list[Judged]:
             claims.append(_claim(spec, grid, whole, here=scale in spec.get("scales", [scale])))
         except UserError as error:
             raise UserError(f"{file.name}, claim {spec['id']}: {error}") from None
-    return judge(claims, confidence=whole["confidence"], power=whole["power"])
+    return judge(claims, confidence=whole["confidence"])
 
 
 def _claim(spec: Config, grid: Grid, whole: Config, *, here: bool) -> Judged:
@@ -269,9 +262,34 @@ def _claim(spec: Config, grid: Grid, whole: Config, *, here: bool) -> Judged:
     unit = spec.get("unit", "seeds")
     if unit not in UNITS:
         raise UserError(f"unit {unit!r}: it is one of {', '.join(UNITS)}")
-    found = [_compare(pair, grid, unit, whole, here=here) for pair in pairs(spec, grid) if not pair.excepted]
-    says, note = (" ".join(str(spec.get(key, "")).split()) for key in ("says", "because"))
-    return Judged(str(spec["id"]), spec["section"], says, spec["item"], unit, note, tuple(found), elsewhere=not grid.comparable)
+    stated = [pair for pair in pairs(spec, grid) if not pair.excepted]
+    fitted = _fitted(spec, grid, stated)
+    found = [replace(_compare(pair, grid, unit, whole, here=here), fitted=pair in fitted) for pair in stated]
+    says, note, withheld = (
+        " ".join(str(text).split())
+        for text in (spec.get("says", ""), spec.get("because", ""), spec.get("withheld", {}).get(grid.scale, ""))
+    )
+    names = (str(spec["id"]), spec["section"], says, spec["item"])
+    return Judged(*names, unit, note, tuple(found), withheld=withheld, elsewhere=not grid.comparable)
+
+
+def _fitted(spec: Config, grid: Grid, stated: Sequence[Pair]) -> list[Pair]:
+    """The comparisons whose cells took part in choosing a setting of this scale.
+
+    The spec names them one by one, [a, b, at] as under `except`, or by a cell, [row, column], whatever it is compared with.
+    """
+    found: list[Pair] = []
+    for entry in spec.get("fitted", {}).get(grid.scale, []):
+        words = tuple(map(str, entry))
+        some = [
+            pair
+            for pair in stated
+            if pair.name == words or any((place.row, place.column) == words for _, place in pair.gap.cells)
+        ]
+        if not some:
+            raise UserError(f"fitted: there is no comparison, and no cell of one, {words}")
+        found += some
+    return found
 
 
 def _compare(pair: Pair, grid: Grid, unit: str, whole: Config, *, here: bool) -> Comparison:
@@ -302,15 +320,15 @@ def _compare(pair: Pair, grid: Grid, unit: str, whole: Config, *, here: bool) ->
 # --- pages ------------------------------------------------------------------------------------------------
 
 COUNTS = ("comparisons", "planned", "run", "agreeing", "seeds")
-COLUMNS = ("id", "section", "item", "says", "verdict", "unit", *COUNTS, "p", "p_holm", "further_seeds")
+COLUMNS = ("id", "section", "item", "says", "verdict", "unit", *COUNTS, "p", "p_holm")
 
 
 def to_csv(claims: Sequence[Judged]) -> str:
-    """One line a claim; comparisons: in the thesis, in this scale (`planned`), of finished runs, and those that agree."""
+    """One line a claim; comparisons: in the thesis, those of this scale that count (`planned`), run, and agreeing."""
     rows = []
     for c in claims:
         counts = (len(c.comparisons), len(c.planned), len(c.run), c.agreeing, c.n)
-        numbers = ["" if value is None else f"{value:.4g}" for value in (c.p, c.p_holm, c.further)]
+        numbers = ["" if value is None else f"{value:.4g}" for value in (c.p, c.p_holm)]
         words = (c.id, c.section, c.item, c.says, c.verdict, c.unit)
         rows.append(dict(zip(COLUMNS, (*words, *counts, *numbers), strict=True)))
     return as_csv(COLUMNS, rows)
@@ -322,16 +340,14 @@ def verdict(claim: Judged) -> str:
         return f"{claim.verdict}, for this model"
     if claim.verdict == "direction only":
         return f"direction only: {({len(claim.run): 'for', 0: 'against'}).get(claim.agreeing, 'mixed')}"
-    if claim.verdict != "underpowered" or claim.unit == "images":
-        return claim.verdict
-    if claim.further is None:
-        return f"underpowered: over {MANY} seeds needed"
-    return f"underpowered: {claim.further} more seed{'s' * (claim.further > 1)} needed"
+    if claim.verdict == "undecided" and claim.unit == "seeds":
+        return f"undecided (n = {claim.n})"
+    return claim.verdict
 
 
-def to_markdown(claims: Sequence[Judged], scale: str, *, confidence: float, power: float) -> str:
+def to_markdown(claims: Sequence[Judged], scale: str, *, confidence: float) -> str:
     """A table of verdicts a chapter, and every comparison behind them."""
-    lines = [f"**Claims of the thesis, scale={scale}.** {tally(claims)}", "", *explanation(confidence, power)]
+    lines = [f"**Claims of the thesis, scale={scale}.** {tally(claims)}", "", *explanation(confidence)]
     for chapter, group in itertools.groupby(claims, key=lambda claim: claim.chapter):
         some = list(group)
         lines += ["", f"### Chapter {chapter}", "", tally(some), ""]
@@ -349,16 +365,16 @@ def tally(claims: Sequence[Judged]) -> str:
     return f"{len(claims)} claims: {', '.join(f'{counts[name]} {name}' for name in VERDICTS if counts[name])}."
 
 
-def explanation(confidence: float, power: float) -> list[str]:
+def explanation(confidence: float) -> list[str]:
     return [
         f"- A claim **holds** when all its comparisons do, and is **contradicted** when one goes the other way, at a level "
         f"of {1 - confidence:g} that the claims of a chapter share (Holm). Differences are paired by seed (Student's test).",
         f"- Intervals ({confidence:.0%}) are bootstrapped over seeds from {BOOTSTRAP_FROM} seeds on, and Student's below.",
-        "- **Direction only**: a comparison has one seed, seeds without spread, or is not run yet, so nothing can be tested; "
-        "it says which way the numbers point. **Underpowered**: tested, and undecided; the further seeds are those with which "
-        f"a test would find the difference as it is now estimated, {power:.0%} of the time. From two or three seeds that is a "
-        "rough number. Adding "
-        "seeds until a test finds something is not allowed for: decide on their number, then look.",
+        "- **Undecided**: tested, and neither; n is the smallest number of seeds of a comparison. **Direction only**: a "
+        "comparison has one seed, seeds without spread, or is not run yet, so the claim can't be tested; the verdict says "
+        "which way the numbers point. The number of seeds is decided before a run, not by what a test finds.",
+        "- **Withheld**: the numbers are shown, but can't show what is claimed; the reason stands with the claim. Comparisons "
+        "whose cells took part in choosing a setting are shown and don't count.",
         "- *Over images*: saliency methods on one trained model are compared over its test images (normal theory, as if each "
         "method had images of its own). Such a verdict is about this model. In all other claims the spread inside a run, over "
         "draws of noise or samples, decides nothing; it is shown behind ± in brackets where there is one seed.",
@@ -377,10 +393,13 @@ def summary(claim: Judged) -> list[str]:
     where = f"{claim.section}, {claim.item}" + (", over images" if claim.unit == "images" else "")
     where += "; another setting" if claim.elsewhere else ""
     says = f"`{claim.id}` {claim.says}" + (f" ({claim.note})" if claim.note else "")
-    out = len(claim.comparisons) - len(claim.planned)
+    says += f" *Withheld: {claim.withheld}*" if claim.withheld else ""
+    fitted = sum(one.fitted and one.in_scale for one in claim.comparisons)
+    out = len(claim.comparisons) - len(claim.planned) - fitted
     count = f"{claim.agreeing} of {len(claim.run)} agree"
     absent = len(claim.planned) - len(claim.run)
     parts = [*([count] if claim.run else []), *([f"{absent} not run"] if absent else [])]
+    parts += [f"{fitted} took part in a choice"] if fitted else []
     parts += [f"{out} not part of this scale"] if out else []
     return [says, where, "; ".join(parts), str(claim.n or ""), _p(claim.p_holm), f"**{verdict(claim)}**"]
 
@@ -390,16 +409,17 @@ def detail(one: Comparison, unit: str) -> list[str]:
     e = one.estimate
     if e is None:
         return [one.label, "not run" if one.in_scale else "not part of this scale", "", thesis]
+    label = one.label + (" (took part in choosing a setting)" if one.fitted else "")
     width = f" [{e.low:+.4g}, {e.high:+.4g}]" if e.low is not None and e.high is not None else ""
     inside = f" (± {one.noise:.2g} inside the run)" if one.noise and e.n == 1 and unit == "seeds" else ""
-    return [one.label, f"{e.mean:+.4g}{width}{inside}", str(e.n), thesis]
+    return [label, f"{e.mean:+.4g}{width}{inside}", str(e.n), thesis]
 
 
 def _p(value: float | None) -> str:
     return "" if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
-def write(claims: Sequence[Judged], scale: str, results: Path, *, confidence: float, power: float) -> list[Path]:
+def write(claims: Sequence[Judged], scale: str, results: Path, *, confidence: float) -> list[Path]:
     """Writes results/claims/<scale>.md and .csv."""
-    contents = {"md": to_markdown(claims, scale, confidence=confidence, power=power), "csv": to_csv(claims)}
+    contents = {"md": to_markdown(claims, scale, confidence=confidence), "csv": to_csv(claims)}
     return write_beside(results / "claims" / scale, contents)

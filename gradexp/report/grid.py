@@ -59,7 +59,7 @@ class Grid:
         kind, _, number = item.partition(" ")
         if kind not in ("table", "figure"):
             raise UserError(f"item {item!r}: it is `table NUMBER` or `figure NUMBER`")
-        self.spec, self.plan, self.paths = specs.load(kind, number), plan, paths
+        self.spec, self.scale, self.plan, self.paths = specs.load(kind, number), scale, plan, paths
         self.comparable: bool = scale in self.spec.get("comparable", [scale])  # with the thesis's numbers
         self._sources: dict[tuple[str, str], dict[int, Source]] = {}
         self.words: dict[tuple[str, str], dict[int, list[str]]] = {}  # what to type for each seed

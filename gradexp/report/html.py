@@ -49,7 +49,7 @@ CLOSE, ABOVE, BELOW, DIVERGED, APART, EMPTY, ABSENT = MARKS = (
     Mark("not run", "○", "yet: the cell holds the command"),
     Mark("absent", "", "not part of this scale"),
 )
-CLAIM_SIGNS = {"holds": "✓", "contradicted": "✕", "underpowered": "?", "direction only": "→", "not run": "○"}
+CLAIM_SIGNS = {"holds": "✓", "contradicted": "✕", "undecided": "?", "direction only": "→", "withheld": "–", "not run": "○"}
 
 
 def mark(cell: tables.Cell, close: float) -> Mark:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +11,6 @@ import numpy as np
 from scipy import stats
 
 BOOTSTRAP_FROM = 6  # seeds: resampled means stay in [min, max], which 5 seeds cover with 93.75 % at best
-MANY = 1000  # seeds: nobody runs more
 
 
 @dataclass(frozen=True)
@@ -75,16 +73,3 @@ def holm(p: Sequence[float]) -> list[float]:
         worst = max(worst, min(1.0, (len(p) - rank) * p[i]))
         adjusted[i] = worst
     return adjusted
-
-
-def seeds_needed(mean: float, std: float, *, level: float, power: float) -> int | None:
-    """With how many seeds a paired t-test at `level`, two-sided, finds this mean at this deviation with this power.
-
-    None where MANY are not enough.
-    """
-
-    def reached(n: int) -> float:
-        return float(stats.nct.sf(stats.t.ppf(1 - level / 2, n - 1), n - 1, abs(mean) / std * math.sqrt(n)))
-
-    n = bisect.bisect_left(range(MANY + 1), power, lo=2, key=reached)  # power grows with n
-    return n if n <= MANY else None
