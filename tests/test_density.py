@@ -409,6 +409,60 @@ def test_a_bad_explainer_removes_what_matters() -> None:
     assert (good, bad) == ([[4, 4], [4, 4]], [[0, 0], [4, 4]])
 
 
+def test_the_explained_class_is_the_one_that_the_perturbed_model_predicts() -> None:
+    """`top` is not the explainer's own prediction, nor the label, where the three differ."""
+    images = torch.rand(2, 1, 4, 4) + 0.1
+    slopes = torch.zeros(3, 16)
+    slopes[0, 0], slopes[1, 5], slopes[2, 10] = 1.0, 1.0, 1.0  # the pixel on which each logit rests
+    perturbed, explainer, label = 1, 2, 0
+
+    class Rows(nn.Module):
+        """Logits that rest on one pixel each, and a constant that decides the prediction."""
+
+        def __init__(self, predicted: int) -> None:
+            super().__init__()
+            self.lead = 10 * torch.eye(3)[predicted]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x.flatten(1) @ slopes.T + self.lead
+
+    seen: list[Tensor] = []
+
+    class Watched(Rows):
+        """Notes the images that it is asked about."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(x.detach())
+            return super().forward(x)
+
+    data = Batch(images, *[torch.full((2,), label)] * 3)
+    for target, kept in (("top", 5), ("label", 0)):
+        seen.clear()
+        how = {"kind": "magnitude", "target": target, "replacement": 0.0, "seed": 0, "fractions": [15 / 16]}
+        still_right(Watched(perturbed), Rows(explainer), data, **how)  # type: ignore[arg-type]
+        left = seen[-1].flatten(1).nonzero()  # all pixels went but the one that the explained logit rests on
+        assert left[:, 1].tolist() == [kept, kept]
+
+
+def test_the_three_gradients_of_figure_5_5_against_equation_5_6() -> None:
+    """With T = 1000, p is nearly uniform: Σ_j ∇f_j / K - ∇f_y but for a factor, another gradient than at T = 1."""
+    from gradexp import gradients
+    from gradexp.tasks.fool import maps
+
+    model, data = net(), batch()
+    found = maps(model, data, 1000.0)
+    jacobian = gradients.input_gradient(model, data.images, data.labels, target="all")
+    correct = jacobian[torch.arange(3), data.labels]
+    torch.testing.assert_close(found["logit"], correct)
+    p = model(data.images).softmax(1).detach()
+    torch.testing.assert_close(found["loss"], torch.einsum("bk,bkchw->bchw", p, jacobian) - correct)
+    cool = (model(data.images) / 1000).softmax(1).detach()
+    expected = torch.einsum("bk,bkchw->bchw", cool, jacobian) - correct
+    torch.testing.assert_close(1000 * found["loss@T=1000"], expected)
+    assert (1000 * found["loss@T=1000"] - (jacobian.mean(1) - correct)).abs().max() < 0.01 * expected.abs().max()
+    assert not torch.allclose(1000 * found["loss@T=1000"], found["loss"], rtol=0.1)
+
+
 def test_saliency_is_the_spread_of_the_signed_gradient() -> None:
     gradient = torch.tensor([[1.0, -1.0], [2.0, 2.0]])[:, :, None, None]
     assert saliency(gradient, "channel_std").flatten().tolist() == [1, 0]
