@@ -1,5 +1,6 @@
 """Chapter 5 from training to figure: what the tasks measure, and the mistakes that they name."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from gradexp.commands.compose import compose_run, plan
 from gradexp.data.loader import Batch
 from gradexp.errors import UserError
 from gradexp.evaluate.discriminative_perturbation import accuracies, saliency, still_right
+from gradexp.evaluate.score_objective import objective, objective_parts
 from gradexp.evaluate.shift import Shifted, shift_effects, sine_effects
 from gradexp.report import figures, specs, tables
 from gradexp.report.draw.curves import panels
@@ -21,6 +23,7 @@ from gradexp.report.draw.images import red_over, samples, signed
 from gradexp.report.draw.shift import shift
 from gradexp.runs import Paths, Run, _write_arrays, ensure, read_arrays, run_id, write_record
 from gradexp.tasks.build import build
+from gradexp.tasks.look import Look
 from gradexp.tasks.train import accuracy_on_test, load_model, make_data
 from gradexp.training.classifier import Classifier
 
@@ -136,6 +139,7 @@ def test_gan_test_records_its_interval_and_leaves_no_samples(places: list[str]) 
     metrics = ensure(made)["metrics"]
     assert metrics["gan_test/low"] <= metrics["gan_test"] <= metrics["gan_test/high"]
     assert {"model/accuracy", "judge/accuracy"} <= metrics.keys()
+    assert 0 < metrics["samples/high_frequency"] < 100
     assert not made.pieces.exists()
 
 
@@ -220,6 +224,43 @@ def test_what_is_no_training_goes_on_after_an_interruption(
     assert "attempts" not in resumed  # by the same code, on the same machine
 
 
+def test_the_objective_is_recorded_with_its_error(places: list[str]) -> None:
+    """Of the run's own images and model, in batches; it is nothing for a model that diverged."""
+    made = run(places, "experiment=score_objective", *shrunk("model"), "task.images=200", "task.draws=2")
+    record = ensure(made)
+    metrics = record["metrics"]
+    assert record["images"] == 200
+    assert metrics["objective"] == pytest.approx(metrics["trace"] + metrics["half_gradient_norm"], rel=1e-4)
+    look = Look(made)
+    model, rows = look.model("model"), look.rows(200, 128)
+    parts = [objective_parts(model, look.batch(some), draws=2, sigma=0.01, seed=i) for i, some in enumerate(rows)]
+    expected = objective(torch.cat(parts))
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected, rel=1e-3)
+    assert 0 < metrics["gradient/high_frequency"] < 100
+    weight = "+upstream.model.method.terms.score_matching.weight=1e30"
+    diverging = ["upstream.model.method.choice=score_matching", weight, "upstream.model.optim.passes=4"]
+    lost, _ = done(places, "experiment=score_objective", *shrunk("model"), *diverging, "task.draws=2")
+    assert (lost["status"], lost["metrics"]["objective"]) == ("diverged", None)
+
+
+def test_statistics_estimated_again_are_those_of_clean_training_images(places: list[str]) -> None:
+    """What is looked at is the network as it is in train mode on these images, and its accuracy is measured anew."""
+    words = ["experiment=gan_test", *MODEL_AND_JUDGE]
+    made = run(places, *words, "task.statistics=20")
+    metrics = ensure(made)["metrics"]
+    look = Look(made)
+    model, images = look.model("model", clean=20), torch.cat(list(look._clean_images(20)))
+    torch.testing.assert_close(copy.deepcopy(model).train()(images), model(images), rtol=1e-3, atol=1e-3)
+    everything = look.data.train_loader(batch_size=1, device="cpu", augment=False)
+    known = {image.numpy().tobytes() for image in everything.batch(*[torch.arange(everything.count)] * 2).images}
+    assert {image.contiguous().numpy().tobytes() for image in images} <= known
+    assert len(images) == 20
+    assert metrics["model/accuracy"] == pytest.approx(accuracy_on_test(model, look.data, look.hardware), rel=1e-5)
+    assert run_id(run(places, *words, "task.statistics=null").config) == run_id(run(places, *words).config) != made.id
+    with pytest.raises(UserError, match="or null for those of training"):
+        ensure(run(places, *words, "task.statistics=1"))
+
+
 def test_a_judge_that_is_the_sampled_model_is_an_error(places: list[str]) -> None:
     words = ["experiment=gan_test", *MODEL_AND_JUDGE, "upstream.judge.model.choice=resnet18"]
     with pytest.raises(UserError, match="the sampled model itself"):
@@ -243,6 +284,7 @@ def test_implicit_samples(places: list[str], monkeypatch: pytest.MonkeyPatch) ->
     )
     metrics = record["metrics"]
     assert metrics["error/noisy"] == pytest.approx(0.07, abs=0.03)  # half of a dark image's noise is clipped
+    assert metrics["images/high_frequency"] < metrics["noisy/high_frequency"]
     pixels = {name: arrays[name].astype(float) / 255 for name in ("images", "noisy", "denoised")}
     assert np.sqrt(((pixels["noisy"] - pixels["images"]) ** 2).mean()) == pytest.approx(metrics["error/noisy"], rel=0.1)
     monkeypatch.setattr(density, "DENOISED", 7)
@@ -317,9 +359,10 @@ def test_a_fine_tuning_that_diverged_keeps_what_was_measured_before_it(places: l
     assert record["status"] == "diverged"
     found = {name: value for name, value in record["metrics"].items() if name.startswith(("energy/", "test/accuracy"))}
     assert {name for name, value in found.items() if value is None} == {
-        "test/accuracy", "energy/logit/after", "energy/loss/after", "energy/loss@T=1000/after"
+        "test/accuracy", "energy/logit/after", "energy/loss/after", "energy/loss@T=1000/after", "energy/common/after"
     }  # fmt: skip
-    assert len(found) == 9
+    assert len(found) == 11
+    assert record["metrics"]["common/after"] is None
 
 
 @pytest.mark.parametrize(
@@ -461,6 +504,11 @@ def test_the_three_gradients_of_figure_5_5_against_equation_5_6() -> None:
     torch.testing.assert_close(1000 * found["loss@T=1000"], expected)
     assert (1000 * found["loss@T=1000"] - (jacobian.mean(1) - correct)).abs().max() < 0.01 * expected.abs().max()
     assert not torch.allclose(1000 * found["loss@T=1000"], found["loss"], rtol=0.1)
+    torch.testing.assert_close(found["common"], jacobian.mean(1))
+    picture = torch.randn(2, 4, 4, dtype=torch.float64)
+    shifted = maps(Shifted(model, picture, amplitude=5.0), data, 1000.0)
+    torch.testing.assert_close(shifted["common"] - found["common"], (5 * picture).expand(3, -1, -1, -1))
+    torch.testing.assert_close(shifted["loss"], found["loss"])
 
 
 def test_saliency_is_the_spread_of_the_signed_gradient() -> None:
