@@ -608,9 +608,10 @@ def test_panels_show_every_curve_of_every_series(number: str, tmp_path: Path) ->
 
 def test_figure_5_5_has_the_three_energies_before_and_after(tmp_path: Path) -> None:
     spec = specs.load("figure", "5.5")
-    kinds = ("logit", "loss", "loss@T=1000")
+    kinds = ("logit", "loss", "loss@T=1000", "common")
     energies = {f"energy/{kind}/{when}": 10.0 * i for i, kind in enumerate(kinds) for when in ("before", "after")}
     metrics = energies | {"energy/uniform": 22.0, "test/accuracy": 60.0, "test/accuracy/before": 61.0}
+    metrics |= {"common/before": 0.1, "common/after": 0.7}
     maps = {f"{kind}_{when}": np.ones((2, 4, 4)) for kind in kinds for when in ("before", "after")}
     pictures = np.zeros((2, 3, 4, 4), dtype=np.uint8)
     figure, rows = fooling(spec, series_of(tmp_path, spec, metrics, images=pictures, mask=np.ones((4, 4)), **maps))
@@ -646,13 +647,41 @@ def test_the_figure_of_shifts(tmp_path: Path) -> None:
 
 
 def test_table_5_2_is_the_sweep_around_table_5_1() -> None:
-    """The thesis's own λ and μ are the score-matching row of Table 5.1; at scale=cpu seven cells run, for 3 passes each."""
-    short = [seeds[0] for *_, seeds in tables.runs_of(specs.load("table", "5.2"), "cpu") if seeds]
-    assert [plan(words).config["upstream"]["model"]["optim"]["passes"] for words in short] == [3] * 7
-    (first, second) = (tables.runs_of(specs.load("table", number), "paper") for number in ("5.1", "5.2"))
-    sweep = {(row["label"], column["label"]): seeds for row, column, seeds in second if seeds}
-    score = next(seeds for row, _, seeds in first if row["thesis"] == "Score-Matching")
-    assert run_id(plan(sweep["λ = 1e-3", "μ = 1e-4"][0]).config) == run_id(plan(score[0]).config)
+    """The thesis's own λ and μ are the score-matching run of Table 5.1; at scale=cpu two antidiagonals run, trained as long."""
+    for scale in ("paper", "cpu"):
+        (first, second) = (tables.runs_of(specs.load("table", number), scale) for number in ("5.1", "5.2"))
+        sweep = {(row["label"], column["label"]): plan(seeds[0]) for row, column, seeds in second if seeds}
+        score = next(seeds for row, _, seeds in first if row["thesis"] == "Score-Matching")
+        assert sweep["λ = 1e-3", "μ = 1e-4"].id == plan(score[0]).id
+    models = [run.config["upstream"]["model"] for run in sweep.values()]
+    terms = [model["method"]["terms"]["score_matching"] for model in models]
+    products = sorted(term["weight"] * term["stability"] for term in terms)
+    assert products == pytest.approx([1e-8] * 4 + [1e-7] * 4)
+    assert {model["optim"]["passes"] for model in models} == {10}
+    assert {("λ = 1e-5", "μ = 1e-3"), ("λ = 1e-2", "μ = 1e-5")} <= sweep.keys()  # the thesis's best and worst
+
+
+def test_the_runs_that_test_the_account_of_table_5_1_have_the_w_that_their_rows_say() -> None:
+    """w = λ(½ + 4μ/σ²) of score-matching, the weight of gradient-norm; judge, sampling and data are Table 5.1's."""
+    spec = specs.load("table", "5.1-penalty")
+    cells = tables.runs_of(spec, "cpu")
+    runs = {row["label"]: plan(seeds[0]).config for row, column, seeds in cells if "experiment" not in column}
+    ours = plan(next(tables.runs_of(specs.load("table", "5.1"), "cpu"))[2][0]).config
+    told = 0
+    for label, config in runs.items():
+        terms = config["upstream"]["model"]["method"]["terms"]
+        if "w = " in label:
+            told += 1
+            score = terms.get("score_matching")
+            gradient = score["weight"] * (0.5 + 4 * score["stability"] / score["sigma"] ** 2) if score else 0.0
+            w = gradient or terms["gradient_norm"]["weight"]
+            assert w == pytest.approx(float(label.partition("w = ")[2]), rel=0.02)
+    assert told == 6
+    assert {run_id(config["upstream"]["judge"]) for config in runs.values()} == {run_id(ours["upstream"]["judge"])}
+    passes = {label: config["upstream"]["model"]["optim"]["passes"] for label, config in runs.items()}
+    assert {label for label, count in passes.items() if count != 10} == {"the same, 20 passes, the rate in steps"}
+    shared = {run_id(plan(seeds[0]).config) for *_, seeds in tables.runs_of(specs.load("table", "5.2"), "cpu") if seeds}
+    assert len(shared & {run_id(config) for config in runs.values()}) == 4  # the score-matching rows with a μ above 0
 
 
 def test_a_gallery_names_the_model_that_diverged(tmp_path: Path) -> None:
