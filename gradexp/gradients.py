@@ -101,13 +101,13 @@ def taylor_trace(model: nn.Module, images: Tensor, logits: Tensor, labels: Tenso
     return 2 / sigma**2 * (scalar(noisy, labels, target) - scalar(logits, labels, target))
 
 
-def hutchinson_trace(gradient: Tensor, images: Tensor, *, differentiable: bool) -> Tensor:
+def hutchinson_trace(gradient: Tensor, images: Tensor, *, differentiable: bool, direction: Tensor | None = None) -> Tensor:
     """One-sample estimate of the trace of the Hessian with an exact product (Hutchinson, 1990): v' H v, v ~ N(0, I).
 
     gradient: the differentiable input-gradient at `images`. Where batch statistics couple the images, it is that of the
-    whole batch's sum, whose second derivatives are not those of an image's own output. -> (B,).
+    whole batch's sum, whose second derivatives are not those of an image's own output. direction: v, None to draw it. -> (B,).
     """
-    direction = ranks.normal_like(images)
+    direction = ranks.normal_like(images) if direction is None else direction
     return (_product(gradient, images, direction, differentiable) * direction).flatten(1).sum(1)
 
 

@@ -16,9 +16,9 @@ class Ascent:
 
         x <- clip(x + rate (∇f_y(x) - pull (x - ½)) + langevin √(2 rate) z, 0, 1),  z ~ N(0, I).
 
-    Without noise (langevin 0) it climbs to a mode. Pixels are in [0, 1]; the model is in eval mode.
-    start: mean and standard deviation of the Gaussian where samples begin; noise: standard deviation of what is added
-    to images that are to be denoised.
+    Without noise (langevin 0) it climbs to a mode. §1.5.1 prints - rate ∇p; Langevin dynamics climbs ∇log p, which is ∇f_y.
+    Pixels are in [0, 1]; the model is in eval mode. start: mean and standard deviation of the Gaussian where samples begin;
+    noise: standard deviation of what is added to images that are to be denoised.
     """
 
     def __init__(

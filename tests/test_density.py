@@ -1,5 +1,6 @@
 """Chapter 5 from training to figure: what the tasks measure, and the mistakes that they name."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from gradexp.commands.compose import compose_run, plan
 from gradexp.data.loader import Batch
 from gradexp.errors import UserError
 from gradexp.evaluate.discriminative_perturbation import accuracies, saliency, still_right
+from gradexp.evaluate.score_objective import objective, objective_parts
 from gradexp.evaluate.shift import Shifted, shift_effects, sine_effects
 from gradexp.report import figures, specs, tables
 from gradexp.report.draw.curves import panels
@@ -21,6 +23,7 @@ from gradexp.report.draw.images import red_over, samples, signed
 from gradexp.report.draw.shift import shift
 from gradexp.runs import Paths, Run, _write_arrays, ensure, read_arrays, run_id, write_record
 from gradexp.tasks.build import build
+from gradexp.tasks.look import Look
 from gradexp.tasks.train import accuracy_on_test, load_model, make_data
 from gradexp.training.classifier import Classifier
 
@@ -136,6 +139,7 @@ def test_gan_test_records_its_interval_and_leaves_no_samples(places: list[str]) 
     metrics = ensure(made)["metrics"]
     assert metrics["gan_test/low"] <= metrics["gan_test"] <= metrics["gan_test/high"]
     assert {"model/accuracy", "judge/accuracy"} <= metrics.keys()
+    assert 0 < metrics["samples/high_frequency"] < 100
     assert not made.pieces.exists()
 
 
@@ -220,6 +224,43 @@ def test_what_is_no_training_goes_on_after_an_interruption(
     assert "attempts" not in resumed  # by the same code, on the same machine
 
 
+def test_the_objective_is_recorded_with_its_error(places: list[str]) -> None:
+    """Of the run's own images and model, in batches; it is nothing for a model that diverged."""
+    made = run(places, "experiment=score_objective", *shrunk("model"), "task.images=200", "task.draws=2")
+    record = ensure(made)
+    metrics = record["metrics"]
+    assert record["images"] == 200
+    assert metrics["objective"] == pytest.approx(metrics["trace"] + metrics["half_gradient_norm"], rel=1e-4)
+    look = Look(made)
+    model, rows = look.model("model"), look.rows(200, 128)
+    parts = [objective_parts(model, look.batch(some), draws=2, sigma=0.01, seed=i) for i, some in enumerate(rows)]
+    expected = objective(torch.cat(parts))
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected, rel=1e-3)
+    assert 0 < metrics["gradient/high_frequency"] < 100
+    weight = "+upstream.model.method.terms.score_matching.weight=1e30"
+    diverging = ["upstream.model.method.choice=score_matching", weight, "upstream.model.optim.passes=4"]
+    lost, _ = done(places, "experiment=score_objective", *shrunk("model"), *diverging, "task.draws=2")
+    assert (lost["status"], lost["metrics"]["objective"]) == ("diverged", None)
+
+
+def test_statistics_estimated_again_are_those_of_clean_training_images(places: list[str]) -> None:
+    """What is looked at is the network as it is in train mode on these images, and its accuracy is measured anew."""
+    words = ["experiment=gan_test", *MODEL_AND_JUDGE]
+    made = run(places, *words, "task.statistics=20")
+    metrics = ensure(made)["metrics"]
+    look = Look(made)
+    model, images = look.model("model", clean=20), torch.cat(list(look._clean_images(20)))
+    torch.testing.assert_close(copy.deepcopy(model).train()(images), model(images), rtol=1e-3, atol=1e-3)
+    everything = look.data.train_loader(batch_size=1, device="cpu", augment=False)
+    known = {image.numpy().tobytes() for image in everything.batch(*[torch.arange(everything.count)] * 2).images}
+    assert {image.contiguous().numpy().tobytes() for image in images} <= known
+    assert len(images) == 20
+    assert metrics["model/accuracy"] == pytest.approx(accuracy_on_test(model, look.data, look.hardware), rel=1e-5)
+    assert run_id(run(places, *words, "task.statistics=null").config) == run_id(run(places, *words).config) != made.id
+    with pytest.raises(UserError, match="or null for those of training"):
+        ensure(run(places, *words, "task.statistics=1"))
+
+
 def test_a_judge_that_is_the_sampled_model_is_an_error(places: list[str]) -> None:
     words = ["experiment=gan_test", *MODEL_AND_JUDGE, "upstream.judge.model.choice=resnet18"]
     with pytest.raises(UserError, match="the sampled model itself"):
@@ -243,6 +284,7 @@ def test_implicit_samples(places: list[str], monkeypatch: pytest.MonkeyPatch) ->
     )
     metrics = record["metrics"]
     assert metrics["error/noisy"] == pytest.approx(0.07, abs=0.03)  # half of a dark image's noise is clipped
+    assert metrics["images/high_frequency"] < metrics["noisy/high_frequency"]
     pixels = {name: arrays[name].astype(float) / 255 for name in ("images", "noisy", "denoised")}
     assert np.sqrt(((pixels["noisy"] - pixels["images"]) ** 2).mean()) == pytest.approx(metrics["error/noisy"], rel=0.1)
     monkeypatch.setattr(density, "DENOISED", 7)
@@ -317,9 +359,10 @@ def test_a_fine_tuning_that_diverged_keeps_what_was_measured_before_it(places: l
     assert record["status"] == "diverged"
     found = {name: value for name, value in record["metrics"].items() if name.startswith(("energy/", "test/accuracy"))}
     assert {name for name, value in found.items() if value is None} == {
-        "test/accuracy", "energy/logit/after", "energy/loss/after", "energy/loss@T=1000/after"
+        "test/accuracy", "energy/logit/after", "energy/loss/after", "energy/loss@T=1000/after", "energy/common/after"
     }  # fmt: skip
-    assert len(found) == 9
+    assert len(found) == 11
+    assert record["metrics"]["common/after"] is None
 
 
 @pytest.mark.parametrize(
@@ -407,6 +450,65 @@ def test_a_bad_explainer_removes_what_matters() -> None:
     how = {"kind": "magnitude", "target": "label", "replacement": 0.0, "seed": 0, "fractions": [0.25]}
     good, bad = (still_right(Corners(), by, data, **how).tolist() for by in (Corners(), Wrong()))  # type: ignore[arg-type]
     assert (good, bad) == ([[4, 4], [4, 4]], [[0, 0], [4, 4]])
+
+
+def test_the_explained_class_is_the_one_that_the_perturbed_model_predicts() -> None:
+    """`top` is not the explainer's own prediction, nor the label, where the three differ."""
+    images = torch.rand(2, 1, 4, 4) + 0.1
+    slopes = torch.zeros(3, 16)
+    slopes[0, 0], slopes[1, 5], slopes[2, 10] = 1.0, 1.0, 1.0  # the pixel on which each logit rests
+    perturbed, explainer, label = 1, 2, 0
+
+    class Rows(nn.Module):
+        """Logits that rest on one pixel each, and a constant that decides the prediction."""
+
+        def __init__(self, predicted: int) -> None:
+            super().__init__()
+            self.lead = 10 * torch.eye(3)[predicted]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x.flatten(1) @ slopes.T + self.lead
+
+    seen: list[Tensor] = []
+
+    class Watched(Rows):
+        """Notes the images that it is asked about."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(x.detach())
+            return super().forward(x)
+
+    data = Batch(images, *[torch.full((2,), label)] * 3)
+    for target, kept in (("top", 5), ("label", 0)):
+        seen.clear()
+        how = {"kind": "magnitude", "target": target, "replacement": 0.0, "seed": 0, "fractions": [15 / 16]}
+        still_right(Watched(perturbed), Rows(explainer), data, **how)  # type: ignore[arg-type]
+        left = seen[-1].flatten(1).nonzero()  # all pixels went but the one that the explained logit rests on
+        assert left[:, 1].tolist() == [kept, kept]
+
+
+def test_the_three_gradients_of_figure_5_5_against_equation_5_6() -> None:
+    """With T = 1000, p is nearly uniform: Σ_j ∇f_j / K - ∇f_y but for a factor, another gradient than at T = 1."""
+    from gradexp import gradients
+    from gradexp.tasks.fool import maps
+
+    model, data = net(), batch()
+    found = maps(model, data, 1000.0)
+    jacobian = gradients.input_gradient(model, data.images, data.labels, target="all")
+    correct = jacobian[torch.arange(3), data.labels]
+    torch.testing.assert_close(found["logit"], correct)
+    p = model(data.images).softmax(1).detach()
+    torch.testing.assert_close(found["loss"], torch.einsum("bk,bkchw->bchw", p, jacobian) - correct)
+    cool = (model(data.images) / 1000).softmax(1).detach()
+    expected = torch.einsum("bk,bkchw->bchw", cool, jacobian) - correct
+    torch.testing.assert_close(1000 * found["loss@T=1000"], expected)
+    assert (1000 * found["loss@T=1000"] - (jacobian.mean(1) - correct)).abs().max() < 0.01 * expected.abs().max()
+    assert not torch.allclose(1000 * found["loss@T=1000"], found["loss"], rtol=0.1)
+    torch.testing.assert_close(found["common"], jacobian.mean(1))
+    picture = torch.randn(2, 4, 4, dtype=torch.float64)
+    shifted = maps(Shifted(model, picture, amplitude=5.0), data, 1000.0)
+    torch.testing.assert_close(shifted["common"] - found["common"], (5 * picture).expand(3, -1, -1, -1))
+    torch.testing.assert_close(shifted["loss"], found["loss"])
 
 
 def test_saliency_is_the_spread_of_the_signed_gradient() -> None:
@@ -506,9 +608,10 @@ def test_panels_show_every_curve_of_every_series(number: str, tmp_path: Path) ->
 
 def test_figure_5_5_has_the_three_energies_before_and_after(tmp_path: Path) -> None:
     spec = specs.load("figure", "5.5")
-    kinds = ("logit", "loss", "loss@T=1000")
+    kinds = ("logit", "loss", "loss@T=1000", "common")
     energies = {f"energy/{kind}/{when}": 10.0 * i for i, kind in enumerate(kinds) for when in ("before", "after")}
     metrics = energies | {"energy/uniform": 22.0, "test/accuracy": 60.0, "test/accuracy/before": 61.0}
+    metrics |= {"common/before": 0.1, "common/after": 0.7}
     maps = {f"{kind}_{when}": np.ones((2, 4, 4)) for kind in kinds for when in ("before", "after")}
     pictures = np.zeros((2, 3, 4, 4), dtype=np.uint8)
     figure, rows = fooling(spec, series_of(tmp_path, spec, metrics, images=pictures, mask=np.ones((4, 4)), **maps))
@@ -544,13 +647,41 @@ def test_the_figure_of_shifts(tmp_path: Path) -> None:
 
 
 def test_table_5_2_is_the_sweep_around_table_5_1() -> None:
-    """The thesis's own λ and μ are the score-matching row of Table 5.1; at scale=cpu seven cells run, for 3 passes each."""
-    short = [seeds[0] for *_, seeds in tables.runs_of(specs.load("table", "5.2"), "cpu") if seeds]
-    assert [plan(words).config["upstream"]["model"]["optim"]["passes"] for words in short] == [3] * 7
-    (first, second) = (tables.runs_of(specs.load("table", number), "paper") for number in ("5.1", "5.2"))
-    sweep = {(row["label"], column["label"]): seeds for row, column, seeds in second if seeds}
-    score = next(seeds for row, _, seeds in first if row["thesis"] == "Score-Matching")
-    assert run_id(plan(sweep["λ = 1e-3", "μ = 1e-4"][0]).config) == run_id(plan(score[0]).config)
+    """The thesis's own λ and μ are the score-matching run of Table 5.1; at scale=cpu two antidiagonals run, trained as long."""
+    for scale in ("paper", "cpu"):
+        (first, second) = (tables.runs_of(specs.load("table", number), scale) for number in ("5.1", "5.2"))
+        sweep = {(row["label"], column["label"]): plan(seeds[0]) for row, column, seeds in second if seeds}
+        score = next(seeds for row, _, seeds in first if row["thesis"] == "Score-Matching")
+        assert sweep["λ = 1e-3", "μ = 1e-4"].id == plan(score[0]).id
+    models = [run.config["upstream"]["model"] for run in sweep.values()]
+    terms = [model["method"]["terms"]["score_matching"] for model in models]
+    products = sorted(term["weight"] * term["stability"] for term in terms)
+    assert products == pytest.approx([1e-8] * 4 + [1e-7] * 4)
+    assert {model["optim"]["passes"] for model in models} == {10}
+    assert {("λ = 1e-5", "μ = 1e-3"), ("λ = 1e-2", "μ = 1e-5")} <= sweep.keys()  # the thesis's best and worst
+
+
+def test_the_runs_that_test_the_account_of_table_5_1_have_the_w_that_their_rows_say() -> None:
+    """w = λ(½ + 4μ/σ²) of score-matching, the weight of gradient-norm; judge, sampling and data are Table 5.1's."""
+    spec = specs.load("table", "5.1-penalty")
+    cells = tables.runs_of(spec, "cpu")
+    runs = {row["label"]: plan(seeds[0]).config for row, column, seeds in cells if "experiment" not in column}
+    ours = plan(next(tables.runs_of(specs.load("table", "5.1"), "cpu"))[2][0]).config
+    told = 0
+    for label, config in runs.items():
+        terms = config["upstream"]["model"]["method"]["terms"]
+        if "w = " in label:
+            told += 1
+            score = terms.get("score_matching")
+            gradient = score["weight"] * (0.5 + 4 * score["stability"] / score["sigma"] ** 2) if score else 0.0
+            w = gradient or terms["gradient_norm"]["weight"]
+            assert w == pytest.approx(float(label.partition("w = ")[2]), rel=0.02)
+    assert told == 6
+    assert {run_id(config["upstream"]["judge"]) for config in runs.values()} == {run_id(ours["upstream"]["judge"])}
+    passes = {label: config["upstream"]["model"]["optim"]["passes"] for label, config in runs.items()}
+    assert {label for label, count in passes.items() if count != 10} == {"the same, 20 passes, the rate in steps"}
+    shared = {run_id(plan(seeds[0]).config) for *_, seeds in tables.runs_of(specs.load("table", "5.2"), "cpu") if seeds}
+    assert len(shared & {run_id(config) for config in runs.values()}) == 4  # the score-matching rows with a μ above 0
 
 
 def test_a_gallery_names_the_model_that_diverged(tmp_path: Path) -> None:

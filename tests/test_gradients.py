@@ -278,14 +278,19 @@ def test_taylor_trace_is_unbiased_on_quadratics_within_the_bound_on_its_variance
     assert values.var().item() == pytest.approx(variance.item(), rel=0.05)
 
 
-def test_score_matching_is_its_equation() -> None:
-    model, data = net(0), batch()
-    one = step(model, data=data)
+@pytest.mark.parametrize("training", [True, False])
+def test_score_matching_is_its_equation(training: bool) -> None:
+    """Eq. 5.4 with Eq. 5.9; in train mode both passes have batch statistics of their own."""
+    model, data, sigma = net(0).train(training), batch(), 0.01
+    everyone = torch.arange(len(data.labels))
     torch.manual_seed(4)
-    trace = gradients.taylor_trace(model, data.images, model(data.images), data.labels, sigma=0.01, target="label")
-    norm = gradients.input_gradient(model, data.images, data.labels).square().flatten(1).sum(1)
+    noise = torch.randn_like(data.images)
+    images = data.images.clone().requires_grad_()
+    logit, noisy = (model(x)[everyone, data.labels] for x in (images, data.images + sigma * noise))
+    trace = 2 / sigma**2 * (noisy - logit)
+    norm = torch.autograd.grad(logit.sum(), images)[0].square().sum((1, 2, 3))
     torch.manual_seed(4)
-    value = ScoreMatching(weight=1, stability=1e-4, estimator="taylor", sigma=0.01, target="label")(one)
+    value = ScoreMatching(weight=1, stability=1e-4, estimator="taylor", sigma=sigma, target="label")(step(model, data=data))
     torch.testing.assert_close(value, (trace + norm / 2 + 1e-4 * trace**2).mean())
 
 

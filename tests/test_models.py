@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from tiny import randomised
 
+from gradexp import gradients
 from gradexp.commands.compose import compose_run
 from gradexp.errors import UserError
 from gradexp.models.vgg import VGG
@@ -43,6 +45,45 @@ def test_vgg4_by_hand() -> None:
 def tiny(**changes: object) -> VGG:
     options = {"name": "t", "layers": [4, "M", 8], "width": 1, "channels": 3, "classes": 5, "dropout": None}
     return VGG(**{**options, **changes})  # type: ignore[arg-type]
+
+
+def test_the_authors_vgg11_has_the_parameters_of_his_code() -> None:
+    """Four pools and a linear layer on 2x2 pixels of 512 channels: 9,615,780 parameters on CIFAR-100."""
+    config = compose_run(["experiment=score_matching", "model=vgg11_softplus", "method=ce", "scale=paper"])
+    model = build(config["model"], where="model")
+    convolutions = expected(THESIS["vgg11"], 3, 100) - (512 * 100 + 100)
+    assert sum(parameter.numel() for parameter in model.parameters()) == convolutions + 512 * 4 * 100 + 100 == 9_615_780
+    assert sum(isinstance(module, torch.nn.MaxPool2d) for module in model.modules()) == 4
+    assert sum(isinstance(module, torch.nn.Softplus) for module in model.modules()) == 10
+    small = compose_run(["experiment=score_matching", "model=vgg11_softplus", "method=ce", "scale=quick", "model.width=0.125"])
+    assert build(small["model"], where="model").eval()(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+
+
+def test_a_flattened_map_tells_its_pixels_apart_and_an_averaged_one_does_not() -> None:
+    """The linear layer is the flattened map's own, pixel by pixel; one whose weights repeat is the average's."""
+    torch.manual_seed(0)
+    pooled, flat = tiny().double().eval(), tiny(head="flatten", size=8).double().eval()
+    images = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    assert flat.linear.in_features == 8 * 4 * 4
+    flat.features.load_state_dict(pooled.features.state_dict())
+    flat.linear.weight.data, flat.linear.bias.data = pooled.linear.weight.repeat_interleave(16, dim=1) / 16, pooled.linear.bias
+    torch.testing.assert_close(flat(images), pooled(images))
+    torch.nn.init.normal_(flat.linear.weight)
+    by_hand = torch.einsum("bchw,kchw->bk", flat.features(images), flat.linear.weight.view(5, 8, 4, 4)) + flat.linear.bias
+    torch.testing.assert_close(flat(images), by_hand)
+    whole = gradients.full_gradient(randomised(flat), images, torch.tensor([0, 1]))
+    assert whole.error().max() < 1e-12  # complete (Eq. 3.1)
+
+
+def test_a_flattened_map_needs_the_size_of_the_images() -> None:
+    with pytest.raises(UserError, match=r"set model\.size"):
+        tiny(head="flatten")
+    with pytest.raises(UserError, match="at least 4 pixels"):
+        tiny(layers=[4, "M", "M"], head="flatten", size=3)
+    with pytest.raises(UserError, match="made for images of 8 pixels, not 6"):
+        tiny(head="flatten", size=8)(torch.zeros(2, 3, 6, 6))
+    with pytest.raises(UserError, match="average or flatten"):
+        tiny(head="pool")
 
 
 def test_width_scales_channels() -> None:

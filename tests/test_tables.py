@@ -234,6 +234,14 @@ def test_bold_is_per_column_or_per_row(best: str | None, per: str, expected: set
     assert {cell.ours for cell in tables.mark_best(cells, best, per) if cell.best} == expected
 
 
+def test_a_column_may_have_a_best_of_its_own() -> None:
+    grid = {("a", "x"): 1.0, ("a", "y"): 3.0, ("b", "x"): 2.0, ("b", "y"): 0.0, ("a", "z"): 5.0, ("b", "z"): 6.0}
+    cells = [tables.Cell(row, column, (), None, False, "m", (value,)) for (row, column), value in grid.items()]
+    assert {cell.ours for cell in tables.mark_best(cells, "max", columns={"y": "min", "z": None}) if cell.best} == {2.0, 0.0}
+    columns = [{**SPEC["columns"][0], "best": "min"}, *SPEC["columns"][1:]]
+    assert table_with(columns=columns).best_per == "column"
+
+
 def test_a_row_apart_does_not_compete() -> None:
     cells = [tables.Cell(row, "x", (), None, False, "m", (value,)) for row, value in (("a", 1.0), ("b", 2.0), ("oracle", 9.0))]
     assert [cell.best for cell in tables.mark_best(cells, "max", "column", ["oracle"])] == [False, True, False]

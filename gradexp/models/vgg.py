@@ -1,4 +1,4 @@
-"""VGG networks of the thesis (§2.12.1): 3x3 convolution, batch normalisation, ReLU; one linear layer at the end."""
+"""VGG networks: 3x3 convolution, batch normalisation, ReLU; one linear layer at the end (thesis §2.12.1)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gradexp.errors import UserError
+from gradexp.errors import UserError, choose
 
 
 class VGG(nn.Module):
@@ -16,6 +16,8 @@ class VGG(nn.Module):
 
     layers: output channels of each convolution, and "M" for a 2x2 max-pool; width scales the channels.
     dropout: probability in front of the linear layer. activation: makes one, such as a softplus; None for ReLU.
+    head: what the linear layer sees of the last map: its `average` over pixels, or all of it (`flatten`), for which `size`
+    gives the images' height and width. Raises UserError where they are missing, or the image is halved to nothing.
     """
 
     def __init__(
@@ -28,9 +30,12 @@ class VGG(nn.Module):
         classes: int,
         dropout: float | None,
         activation: Callable[[], nn.Module] | None = None,
+        head: str = "average",
+        size: int | None = None,
     ) -> None:
         super().__init__()
         self.name, self.pools = name, list(layers).count("M")
+        self.head, self.size = choose("model.head", head, "average", "flatten"), size
         blocks: OrderedDict[str, nn.Module] = OrderedDict()
         for layer in layers:
             if layer == "M":
@@ -44,19 +49,34 @@ class VGG(nn.Module):
             channels = out
         self.features = nn.Sequential(blocks)
         self.dropout = nn.Dropout(dropout or 0.0)
-        self.linear = nn.Linear(channels, classes)
+        self.linear = nn.Linear(channels * self._pixels(), classes)
+
+    def _pixels(self) -> int:
+        """How many pixels of the last map the linear layer tells apart."""
+        if self.head == "average":
+            return 1
+        if self.size is None:
+            raise UserError(f"{self.name}: model.head=flatten needs the size of the images; set model.size")
+        self._check(self.size)
+        return (self.size // 2**self.pools) ** 2
+
+    def _check(self, side: int) -> None:
+        if side < 2**self.pools:
+            raise UserError(
+                f"{self.name} halves the image {self.pools} times, which leaves nothing of {side} pixels; "
+                f"take a smaller model, or images of at least {2**self.pools} pixels"
+            )
 
     def forward(self, images: Tensor) -> Tensor:
         return self.linear(self.hidden(images))
 
     def hidden(self, images: Tensor) -> Tensor:
         """What the linear layer sees: images (B, channels, H, W) -> (B, c)."""
-        if min(images.shape[-2:]) < 2**self.pools:
-            raise UserError(
-                f"{self.name} halves the image {self.pools} times, which leaves nothing of {images.shape[-1]} pixels; "
-                f"take a smaller model, or images of at least {2**self.pools} pixels"
-            )
-        return self.dropout(self.features(images).mean(dim=(2, 3)))  # global average pooling
+        self._check(min(images.shape[-2:]))
+        if self.head == "flatten" and images.shape[-2:] != (self.size, self.size):
+            raise UserError(f"{self.name} was made for images of {self.size} pixels, not {images.shape[-1]}: set model.size")
+        features = self.features(images)
+        return self.dropout(features.flatten(1) if self.head == "flatten" else features.mean(dim=(2, 3)))
 
 
 class TwoHeadedVGG(VGG):

@@ -47,7 +47,7 @@ def amount(config: Config, sizes: Mapping[str, tuple[int, int]]) -> float | None
     if kind in ("gan_test", "implicit_samples"):
         denoised = task["images"] * task["denoising"]["steps"] if "denoising" in task else 0
         return float(task["samples"] * task["sampling"]["steps"] + denoised)
-    if kind in ("saliency_score", "density_ratio", "discriminative_perturbation"):
+    if kind in ("saliency_score", "density_ratio", "discriminative_perturbation", "score_objective"):
         wanted = (config["evaluate"] if kind == "saliency_score" else task)["images"] or test
         return None if wanted is None else float(min(wanted, test or wanted))
     return 1.0  # galleries and the like: always the same
@@ -69,7 +69,7 @@ def shrunk(config: Config, n: int) -> Config | None:
         return config | {"task": task | cut | few}
     if kind == "saliency_score":
         return config | {"evaluate": config["evaluate"] | {"images": 8 * n}}
-    if kind in ("density_ratio", "discriminative_perturbation"):
+    if kind in ("density_ratio", "discriminative_perturbation", "score_objective"):
         return config | {"task": task | {"images": 8 * n}}
     return None
 

@@ -27,7 +27,7 @@ REQUIRED = {
 }
 PART_KEYS = {
     "rows": ("label", "thesis", "overrides", "apart", *SHOWN),
-    "columns": ("label", "thesis", "overrides", "scales", "seeds", *SHOWN),
+    "columns": ("label", "thesis", "overrides", "scales", "seeds", "best", *SHOWN),
     "upstream": ("label", "thesis", "overrides", "scales", "metric"),
 }
 SERIES_KEYS = ("label", "experiment", "overrides", "points", "panel", "overlay")

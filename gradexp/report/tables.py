@@ -9,10 +9,11 @@ from __future__ import annotations
 import csv
 import math
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import zip_longest
+from types import MappingProxyType
 from typing import Any
 
 from gradexp.report import provenance
@@ -115,24 +116,29 @@ def read_thesis() -> dict[tuple[str, ...], Thesis]:
     return found
 
 
-def mark_best(cells: Sequence[Cell], best: str | None, per: str = "column", apart: Sequence[str] = ()) -> tuple[Cell, ...]:
+def mark_best(
+    cells: Sequence[Cell],
+    best: str | None,
+    per: str = "column",
+    apart: Sequence[str] = (),
+    columns: Mapping[str, str | None] = MappingProxyType({}),
+) -> tuple[Cell, ...]:
     """Bold as in the thesis: the best of each column (`row`, or whole `table`), where at least two of its cells are filled.
 
-    best: `max`, `min`, or None for a table without bold numbers. apart: rows that do not compete, such as an oracle.
+    best: `max`, `min`, or None for a table without bold numbers; columns: what `best` is of columns with one of their own.
+    apart: rows that do not compete, such as an oracle.
     """
-    if best is None:
-        return tuple(cells)
-    pick = max if best == "max" else min
-    groups: dict[str, list[float]] = {}
+    groups: dict[tuple[str, str | None], list[float]] = {}
     for cell in cells:
         value = cell.parts[-1].ours
         if value is not None and value == value and cell.row not in apart:
-            groups.setdefault(getattr(cell, per, ""), []).append(value)
-    winners = {group: pick(numbers) for group, numbers in groups.items() if len(numbers) > 1}
+            groups.setdefault((getattr(cell, per, ""), columns.get(cell.column, best)), []).append(value)
+    pick = {"max": max, "min": min}
+    winners = {group: pick[group[1]](numbers) for group, numbers in groups.items() if len(numbers) > 1 and group[1]}
 
     def wins(cell: Cell) -> bool:
-        value = cell.parts[-1].ours
-        return value is not None and cell.row not in apart and value == winners.get(getattr(cell, per, ""))
+        value, group = cell.parts[-1].ours, (getattr(cell, per, ""), columns.get(cell.column, best))
+        return value is not None and cell.row not in apart and value == winners.get(group)
 
     return tuple(replace(cell, best=wins(cell)) for cell in cells)
 
@@ -189,6 +195,7 @@ def build(spec: Config, scale: str, plan: Planner, paths: Paths) -> Table:
     upstream = [(line, Source.of(plan([*line["overrides"], f"scale={scale}"]), paths)) for line in lines]
     departed = provenance.departed(pairs)
     data = sorted({config["data"]["name"] for config, _ in pairs})
+    own_best = {column["label"]: column["best"] for column in spec["columns"] if "best" in column}
     return Table(
         number=spec["number"],
         title=spec["title"].format(data=", ".join(data), where=spec.get("where", {}).get(scale)),
@@ -203,7 +210,7 @@ def build(spec: Config, scale: str, plan: Planner, paths: Paths) -> Table:
         ),
         rows=tuple(row["label"] for row in spec["rows"]),
         columns=tuple(dict.fromkeys(cell.column for cell in cells)),
-        cells=mark_best(cells, spec["best"], spec.get("best_per", "column"), _apart(spec)),
+        cells=mark_best(cells, spec["best"], spec.get("best_per", "column"), _apart(spec), own_best),
         best_per=spec.get("best_per", "column") if spec["best"] else None,
         departures=tuple((key, *values) for key, values in departed.items()),
     )

@@ -23,7 +23,8 @@ BATCH = 256
 def fool(run: Run) -> Result:
     """Trains from `start` with the fooling term, then measures the energy inside the mask before and after (percent).
 
-    `energy/logit`, `energy/loss`, and `energy/loss@T=1000`: means over test images whose gradient is not zero.
+    `energy/logit`, `energy/loss`, `energy/loss@T=1000` and `energy/common`: means over test images whose gradient is not zero.
+    `common`: how large the gradient that all logits share is, relative to the correct logit's; a mean over the same images.
     """
     look, task = Look(run), run.config["task"]
     mask = corner(task["mask"], torch.zeros(1, 1, look.data.size, look.data.size))
@@ -40,24 +41,39 @@ def fool(run: Run) -> Result:
     start = look.model("start")
     metrics["test/accuracy/before"] = accuracy_on_test(start, look.data, look.hardware)  # as `train` measured the one after
     for name, model in (("before", start), ("after", load_model(run, look.hardware))):
-        energies: dict[str, list[Tensor]] = {}
+        measured: dict[str, list[Tensor]] = {}
         for batch in look.batches(task["images"], BATCH):
-            for kind, gradient in maps(model, batch, task["temperature"]).items():
-                energies.setdefault(kind, []).append(energy_inside(gradient, mask.to(gradient)))
-        metrics |= {f"energy/{kind}/{name}": float(torch.cat(parts).nanmean()) for kind, parts in energies.items()}
+            found = maps(model, batch, task["temperature"])
+            for kind, gradient in found.items():
+                measured.setdefault(f"energy/{kind}", []).append(energy_inside(gradient, mask.to(gradient)))
+            measured.setdefault("common", []).append(_size(found["common"]) / _size(found["logit"]))
+        metrics |= {f"{what}/{name}": float(torch.cat(parts).nanmean()) for what, parts in measured.items()}
         arrays |= {f"{kind}_{name}": unsigned(gradient) for kind, gradient in maps(model, shown, task["temperature"]).items()}
     # The network that it started from is sound even where the fine-tuning diverged.
-    measured = look.result(metrics, arrays, keep=[name for name in metrics if not name.endswith("/after")])
-    return Result(training.metrics | measured.metrics, training.status, training.facts, measured.arrays)
+    seen = look.result(metrics, arrays, keep=[name for name in metrics if not name.endswith("/after")])
+    return Result(training.metrics | seen.metrics, training.status, training.facts, seen.arrays)
 
 
 def maps(model: nn.Module, batch: Batch, temperature: float) -> dict[str, Tensor]:
-    """The three gradients of Figure 5.5: of the correct logit, of the loss, of the loss at a high temperature."""
+    """The three gradients of Figure 5.5: of the correct logit, of the loss, of the loss at a high temperature.
+
+    And `common`, of the mean of all logits: the function g of §5.2, where fooling adds one to each. At a high temperature T the
+    loss-gradient is the common gradient minus the logit's, over T: without a common one it is the logit's.
+    """
+    with torch.enable_grad():
+        images = batch.images.detach().requires_grad_()
+        common = gradients.gradient_of_values(model(images).mean(1), images, differentiable=False).detach()
     return {
         "logit": gradients.input_gradient(model, batch.images, batch.labels),
         "loss": gradients.loss_gradient(model, batch.images, batch.labels, temperature=1.0),
         f"loss@T={temperature:g}": gradients.loss_gradient(model, batch.images, batch.labels, temperature=temperature),
+        "common": common,
     }
+
+
+def _size(gradient: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B,)."""
+    return gradient.abs().flatten(1).sum(1)
 
 
 def unsigned(gradient: Tensor) -> np.ndarray:

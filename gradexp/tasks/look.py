@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from gradexp.data.dataset import ImageData
 from gradexp.data.loader import Batch, Loader, mix
 from gradexp.errors import UserError
+from gradexp.evaluate.statistics import reestimate
 from gradexp.runs import Config, Result, Run, read_record
 from gradexp.tasks.build import build
 from gradexp.tasks.hardware import Hardware
@@ -32,12 +33,29 @@ class Look:
         self._pieces: Pieces | None = None
         self.diverged = False
 
-    def model(self, name: str) -> nn.Module:
-        """The model of an upstream run, frozen and in eval mode, trained first where missing; notes whether it diverged."""
+    def model(self, name: str, *, clean: int | None = None) -> nn.Module:
+        """The model of an upstream run, frozen and in eval mode, trained first where missing; notes whether it diverged.
+
+        clean: how many training images its statistics of batch normalisation are estimated from again, without augmentation
+        and in an order that the run's seed draws; None leaves the statistics as training left them.
+        """
+        if clean is not None and clean < 2:
+            raise UserError(
+                f"task.statistics={clean}: statistics need images; give their number, or null for those of training"
+            )
         upstream = self.run.upstream(name)
         self.records[name] = read_record(upstream.record_path)
         self.diverged |= self.records[name]["status"] == "diverged"
-        return load_model(upstream, self.hardware)
+        model = load_model(upstream, self.hardware)
+        if clean is not None and self.records[name]["status"] != "diverged":
+            reestimate(model, partial(self._clean_images, clean))
+        return model
+
+    def _clean_images(self, count: int) -> Iterator[Tensor]:
+        loader = self.data.train_loader(batch_size=EVALUATION_BATCH, device=self.hardware.device, augment=False)
+        order = torch.randperm(loader.count, generator=torch.Generator().manual_seed(mix(self.run.config["seed"], 1)))
+        for rows in torch.split(order[:count], EVALUATION_BATCH):
+            yield loader.batch(rows, torch.zeros_like(rows)).images
 
     @property
     def pieces(self) -> Pieces:

@@ -1,0 +1,47 @@
+"""The objective of score-matching (Eq. 5.2), of a trained network as it is looked at: in eval mode."""
+
+import torch
+from torch import Tensor, nn
+
+from gradexp import gradients
+from gradexp.data.loader import Batch
+
+
+def objective_parts(model: nn.Module, batch: Batch, *, draws: int, sigma: float, seed: int) -> Tensor:
+    """What Eq. 5.2 is made of, image by image, for the logit f of the label: (B, 3) in float64.
+
+    Columns: the trace of the Hessian by exact products (Hutchinson, 1990), which is unbiased; the same by Eq. 5.9 with noise of
+    standard deviation `sigma`, along the same directions; ½‖∇f‖². Traces are means over `draws` directions, drawn on the CPU
+    from `seed`. `model` is in eval mode.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    images = batch.images.detach().requires_grad_()
+    with torch.enable_grad():
+        logits = model(images)
+        gradient = gradients.gradient_of(logits, images, batch.labels, target="label", differentiable=True)
+    logit = gradients.scalar(logits, batch.labels, "label").detach()
+    traces = []
+    for _ in range(draws):
+        direction = torch.randn(images.shape, generator=generator).to(images)
+        exact = gradients.hutchinson_trace(gradient, images, differentiable=False, direction=direction)
+        with torch.no_grad():
+            noisy = gradients.scalar(model(images + sigma * direction), batch.labels, "label")
+        traces.append(torch.stack([exact.detach(), 2 / sigma**2 * (noisy - logit)]))
+    half = gradient.detach().square().flatten(1).sum(1) / 2
+    return torch.stack([*torch.stack(traces).mean(0), half], dim=1).double().cpu()
+
+
+def objective(parts: Tensor) -> dict[str, float]:
+    """Means over images of `objective_parts` (N, 3), and what they sum to.
+
+    `objective` = `trace` + `half_gradient_norm`; `taylor/objective` and `taylor/trace` are by Eq. 5.9. `NAME/std`: standard
+    deviation over images; `NAME/error`: standard error of the mean, which holds the noise of images and of directions.
+    """
+    exact, taylor, half = parts.unbind(1)
+    each = {"objective": exact + half, "trace": exact, "half_gradient_norm": half}
+    each |= {"taylor/objective": taylor + half, "taylor/trace": taylor}
+    found: dict[str, float] = {}
+    for name, values in each.items():
+        std = float(values.std())
+        found |= {name: float(values.mean()), f"{name}/std": std, f"{name}/error": std / len(values) ** 0.5}
+    return found
