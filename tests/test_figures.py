@@ -80,6 +80,26 @@ def test_the_thesiss_numbers_are_drawn_only_where_they_can_be_compared(tmp_path:
     assert seen == [None, "fig 9"]
 
 
+def test_a_line_of_the_thesis_is_drawn_where_it_can_be_compared(tmp_path: Path) -> None:
+    drawn = [series(tmp_path, "a", [4.0, 2.0])]
+    spec = SPEC | {"lines": [{"y": 3, "label": "the thesis"}], "comparable": ["paper"]}
+    figure, rows = curves(spec, drawn)
+    axes = figure.axes[0]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["a", "the thesis"]
+    assert list(axes.lines[1].get_ydata()) == [3, 3]
+    assert [row["series"] for row in rows] == ["a", "a"]  # it is no result of ours
+    for scale, there in (("paper", True), ("quick", False)):
+        spec["seeds"] = {scale: [0]}
+        files = figures.make(spec, scale, drawn, curves, tmp_path / "results")
+        assert ("<!-- the thesis -->" in files[2].read_text()) == there
+
+
+def test_the_note_below_a_narrow_picture_is_as_wide_as_it() -> None:
+    spec = SPEC | {"note": "word " * 60}
+    narrow, wide = (figures._below(spec, "quick", width) for width in (75, 150))
+    assert max(map(len, narrow)) <= 75 < max(map(len, wide)) <= 150
+
+
 def test_a_figure_says_how_its_runs_depart_and_where_they_come_from(tmp_path: Path) -> None:
     spec = SPEC | {
         "title": "Losses.",
@@ -124,6 +144,7 @@ def test_the_same_records_give_the_same_bytes(tmp_path: Path) -> None:
         "titel: x",
         "series: [{lable: a}]",
         "series: [{label: a}]\npoints: [{scale: cpu}]",
+        "lines: [{y: 1, lable: a}]",
         "series: [{label: a, points: [{scale: cpu}]}]",
     ],
 )
