@@ -369,8 +369,8 @@ def find_layer(model: nn.Module, rule: str, images: Tensor) -> Layer:
     """The layer that a rule names.
 
     `block N`: the first convolution of the N-th block, after its normalisation and before its activation; a block is
-    what lies between two changes of the spatial size. `end of block N`: the last convolution of that block. `last
-    block`: the first of the last block. `last`: the last convolution. With ` activation` behind it: the activation that
+    what lies between two changes of the spatial size. `end of block N`: its last convolution. `last block`: the
+    first convolution of the last block. `last`: the last convolution. With ` activation` behind it: the activation that
     follows this layer. Anything else is the name of a module. images (B, C, H, W): any, of the right size. Raises
     UserError when nothing matches.
     """

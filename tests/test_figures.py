@@ -1,6 +1,7 @@
 """Figures are drawn from records alone."""
 
 import csv
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from gradexp import runs
 from gradexp.commands.compose import plan
@@ -94,10 +96,16 @@ def test_a_line_of_the_thesis_is_drawn_where_it_can_be_compared(tmp_path: Path) 
         assert ("<!-- the thesis -->" in files[2].read_text()) == there
 
 
-def test_the_note_below_a_narrow_picture_is_as_wide_as_it() -> None:
-    spec = SPEC | {"note": "word " * 60}
-    narrow, wide = (figures._below(spec, "quick", width) for width in (75, 150))
-    assert max(map(len, narrow)) <= 75 < max(map(len, wide)) <= 150
+def test_the_note_below_a_picture_is_as_wide_as_it(tmp_path: Path) -> None:
+    def draw(columns: int) -> figures.Draw:
+        return lambda spec, series: (Figure(figsize=(columns * figures.COLUMN_WIDTH, 2)), [{"x": 1}])
+
+    lines = []
+    for columns in (1, 2):
+        files = figures.make(SPEC | {"note": "word " * 60}, "quick", [], draw(columns), tmp_path)
+        lines.append(re.findall(r"<!-- (word .*?) -->", files[2].read_text()))
+    assert [len(found) for found in lines] == [4, 2]
+    assert [max(map(len, found)) for found in lines] == [74, 149]
 
 
 def test_a_figure_says_how_its_runs_depart_and_where_they_come_from(tmp_path: Path) -> None:
