@@ -86,9 +86,8 @@ def test_a_line_of_the_thesis_is_drawn_where_it_can_be_compared(tmp_path: Path) 
     drawn = [series(tmp_path, "a", [4.0, 2.0])]
     spec = SPEC | {"lines": [{"y": 3, "label": "the thesis"}], "comparable": ["paper"]}
     figure, rows = curves(spec, drawn)
-    axes = figure.axes[0]
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["a", "the thesis"]
-    assert list(axes.lines[1].get_ydata()) == [3, 3]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "the thesis"]
+    assert list(figure.axes[0].lines[1].get_ydata()) == [3, 3]
     assert [row["series"] for row in rows] == ["a", "a"]  # it is no result of ours
     for scale, there in (("paper", True), ("quick", False)):
         spec["seeds"] = {scale: [0]}

@@ -29,7 +29,7 @@ def curves(spec: Config, series: Sequence[Series]) -> tuple[Figure, list[Row]]:
     for line in spec.get("lines", []):
         axes.axhline(line["y"], color=THESIS, linestyle="--", linewidth=0.9, label=line["label"])
     axes.set(xlabel=spec["xlabel"], ylabel=spec["ylabel"])
-    axes.legend()
+    figure.legend(loc="outside upper center", ncols=3)  # inside it hides curves
     return figure, rows
 
 
