@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -353,7 +354,7 @@ def _merged(calls: Sequence[_Call]) -> list[_Call]:
 
 # --- layers by their place --------------------------------------------------------------------------------
 
-RULES = "`block 2`, `last block`, `last`, one of these and ` activation`, or the name of a module"
+RULES = "`block 2`, `end of block 2`, `last block`, `last`, one of these and ` activation`, or the name of a module"
 ACTIVATION = " activation"
 
 
@@ -368,16 +369,19 @@ def find_layer(model: nn.Module, rule: str, images: Tensor) -> Layer:
     """The layer that a rule names.
 
     `block N`: the first convolution of the N-th block, after its normalisation and before its activation; a block is
-    what lies between two changes of the spatial size. `last block`: that of the last block. `last`: the last
-    convolution. With ` activation` behind it: the activation that follows this layer. Anything else is the name of a
-    module. images (B, C, H, W): any, of the right size. Raises UserError when nothing matches.
+    what lies between two changes of the spatial size. `end of block N`: its last convolution. `last block`: the
+    first convolution of the last block. `last`: the last convolution. With ` activation` behind it: the activation that
+    follows this layer. Anything else is the name of a module. images (B, C, H, W): any, of the right size. Raises
+    UserError when nothing matches.
     """
     merged, takers = _forward_path(model, images)
     convolutions = [call for call in merged if isinstance((call.before or call).module, nn.Conv2d)]
-    starts = [call for i, call in enumerate(convolutions) if i == 0 or _size(call) != _size(convolutions[i - 1])]
-    named = {f"block {i + 1}": call for i, call in enumerate(starts)} | {call.name: call for call in merged}
+    blocks = [list(block) for _, block in groupby(convolutions, key=_size)]
+    named = {call.name: call for call in merged}
+    named |= {f"block {i}": block[0] for i, block in enumerate(blocks, start=1)}
+    named |= {f"end of block {i}": block[-1] for i, block in enumerate(blocks, start=1)}
     if convolutions:
-        named |= {"last block": starts[-1], "last": convolutions[-1]}
+        named |= {"last block": blocks[-1][0], "last": convolutions[-1]}
     if rule in named:
         call = named[rule]
         return Layer(call.name, call.before.name if call.before else None)
@@ -388,7 +392,8 @@ def find_layer(model: nn.Module, rule: str, images: Tensor) -> Layer:
         return Layer(takers[id(followed.output)].name, None)
     modules = dict(model.named_modules())
     if rule not in modules:
-        kind = f"it has {len(starts)} blocks" if re.fullmatch(rf"block \d+({ACTIVATION})?", rule) else f"it is {RULES}"
+        of_block = re.fullmatch(rf"(end of )?block \d+({ACTIVATION})?", rule)
+        kind = f"it has {len(blocks)} blocks" if of_block else f"it is {RULES}"
         raise UserError(f"{type(model).__name__} has no layer {rule!r}: {kind}{nearest(rule, [*named, *modules])}")
     return Layer(rule, None)
 
@@ -426,9 +431,13 @@ def _size(call: _Call) -> torch.Size:
     return call.output.shape[2:]
 
 
-def attention_map(features: Tensor) -> Tensor:
-    """Sum of squares over channels (Eq. 2.7), at least in float32. (B, c, h, w) -> (B, h, w)."""
-    return precise(features).square().sum(1)
+def attention_map(features: Tensor, power: int = 2) -> Tensor:
+    """Sum over channels of squares (Eq. 2.7) or, with power=1, of absolute values (§4.4.1), at least in float32.
+
+    (B, c, h, w) -> (B, h, w).
+    """
+    values = precise(features)
+    return (values.abs() if power == 1 else values.square()).sum(1)
 
 
 def channel_sum(values: Tensor) -> Tensor:

@@ -145,7 +145,8 @@ def test_every_table_and_measured_figure_has_claims() -> None:
     said = {spec["item"] for spec in claims.load(FILE)["claims"]}
     there = {f"{kind} {number}" for kind in ("table", "figure") for number in specs.numbers(kind)}
     looked_at = {f"figure {number}" for number in ("3.1", "3.3", "3.4", "5.2", "5.4")}  # by eye
-    ours = {"table 2.1-length", "table 4.1-readings", "table 5.1-readings", "table 5.5-readings", "figure shift"}  # no claim
+    ours = {f"table {number}-readings" for number in ("4.1", "5.1", "5.5")}  # no claim of the thesis
+    ours |= {"table 2.1-length", "table 4.1-readings-attention", "figure shift"}
     assert there - said == looked_at | ours
 
 

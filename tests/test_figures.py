@@ -1,6 +1,7 @@
 """Figures are drawn from records alone."""
 
 import csv
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from gradexp import runs
 from gradexp.commands.compose import plan
@@ -80,6 +82,31 @@ def test_the_thesiss_numbers_are_drawn_only_where_they_can_be_compared(tmp_path:
     assert seen == [None, "fig 9"]
 
 
+def test_a_line_of_the_thesis_is_drawn_where_it_can_be_compared(tmp_path: Path) -> None:
+    drawn = [series(tmp_path, "a", [4.0, 2.0])]
+    spec = SPEC | {"lines": [{"y": 3, "label": "the thesis"}], "comparable": ["paper"]}
+    figure, rows = curves(spec, drawn)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "the thesis"]
+    assert list(figure.axes[0].lines[1].get_ydata()) == [3, 3]
+    assert [row["series"] for row in rows] == ["a", "a"]  # it is no result of ours
+    for scale, there in (("paper", True), ("quick", False)):
+        spec["seeds"] = {scale: [0]}
+        files = figures.make(spec, scale, drawn, curves, tmp_path / "results")
+        assert ("<!-- the thesis -->" in files[2].read_text()) == there
+
+
+def test_the_note_below_a_picture_is_as_wide_as_it(tmp_path: Path) -> None:
+    def draw(columns: int) -> figures.Draw:
+        return lambda spec, series: (Figure(figsize=(columns * figures.COLUMN_WIDTH, 2)), [{"x": 1}])
+
+    lines = []
+    for columns in (1, 2):
+        files = figures.make(SPEC | {"note": "word " * 60}, "quick", [], draw(columns), tmp_path)
+        lines.append(re.findall(r"<!-- (word .*?) -->", files[2].read_text()))
+    assert [len(found) for found in lines] == [4, 2]
+    assert [max(map(len, found)) for found in lines] == [74, 149]
+
+
 def test_a_figure_says_how_its_runs_depart_and_where_they_come_from(tmp_path: Path) -> None:
     spec = SPEC | {
         "title": "Losses.",
@@ -124,6 +151,7 @@ def test_the_same_records_give_the_same_bytes(tmp_path: Path) -> None:
         "titel: x",
         "series: [{lable: a}]",
         "series: [{label: a}]\npoints: [{scale: cpu}]",
+        "lines: [{y: 1, lable: a}]",
         "series: [{label: a, points: [{scale: cpu}]}]",
     ],
 )

@@ -313,7 +313,7 @@ def test_anti_score_matching_saturates_image_by_image() -> None:
 
 
 LAYER = "features.norm1"
-MAPS = [Map("attention", LAYER), Map("gradient", LAYER, "label")]
+MAPS = [Map("attention", LAYER), Map("absolute", LAYER), Map("gradient", LAYER, "label")]
 
 
 def stored(folder: Path, teacher: nn.Module, maps: list[Map] = MAPS) -> tuple[TensorLoader, Targets, StoredTargets]:
@@ -357,7 +357,8 @@ def test_filling_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Mo
         sums = folder / f"{name}.crc"
         sums.write_text(json.dumps(json.loads(sums.read_text())[:3]))
     again = stored(folder, net(1))[2]
-    assert list(whole.kept) == ["logits", "gradient-label", f"attention-{LAYER}", f"gradient-{LAYER}-label"]
+    maps = [f"attention-{LAYER}", f"absolute-{LAYER}", f"gradient-{LAYER}-label"]
+    assert list(whole.kept) == ["logits", "gradient-label", *maps]
     for name, values in whole.kept.items():
         assert torch.equal(again.kept[name], values), name
 

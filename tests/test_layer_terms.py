@@ -1,9 +1,9 @@
 """Chapter 4's terms: full-gradient matching, attention, bias-gradients and dropout at one layer."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import tiny
@@ -19,7 +19,7 @@ from gradexp.errors import UserError
 from gradexp.models.vgg import VGG
 from gradexp.runs import Paths, Run, ensure
 from gradexp.tasks.build import build
-from gradexp.terms import Attention, BiasDecay, BiasGradient, FullGradient, Step, Term
+from gradexp.terms import Attention, BiasDecay, BiasGradient, CrossEntropy, FullGradient, Jacobian, Step, Term
 from gradexp.terms.maps import resized
 from gradexp.terms.targets import Targets
 from gradexp.training.dropout import dropout_after
@@ -65,6 +65,8 @@ def attention(**changes: Any) -> Attention:
     [
         ("vgg9", {"block 1": "norm1", "block 2": "norm2", "block 3": "norm3", "last block": "norm7", "last": "norm8"}),
         ("vgg11", {"block 1": "norm1", "block 2": "norm3", "block 3": "norm5", "last block": "norm9", "last": "norm10"}),
+        ("vgg9", {"end of block 1": "norm1", "end of block 2": "norm2", "end of block 3": "norm4"}),
+        ("vgg11", {"end of block 1": "norm2", "end of block 2": "norm4", "end of block 3": "norm6"}),
     ],
 )
 def test_blocks_of_the_thesis_networks(model: str, places: dict[str, str]) -> None:
@@ -74,7 +76,7 @@ def test_blocks_of_the_thesis_networks(model: str, places: dict[str, str]) -> No
     found = {place: gradients.find_layer(network, place, image) for place in places}
     assert {place: layer.name for place, layer in found.items()} == {p: f"features.{n}" for p, n in places.items()}
     assert all(layer.before == layer.name.replace("norm", "conv") for layer in found.values())
-    channels = [network.get_submodule(found[place].name).num_features for place in ("block 1", "block 2", "block 3")]
+    channels = [network.get_submodule(layer.name).num_features for layer in list(found.values())[:3]]
     assert channels == [64, 128, 256]
     assert network.training
 
@@ -92,10 +94,8 @@ def test_activations_are_found_behind_their_layer() -> None:
     vgg = build(compose_run(["experiment=teacher", "model=vgg11", "scale.width=0.05"])["model"], where="model")
     resnet = build(compose_run(["experiment=teacher", "model=resnet18", "scale.width=0.05"])["model"], where="model")
     places = ["block 1 activation", "block 3 activation", "last activation"]
-    assert [gradients.find_layer(vgg, place, image).name for place in places] == [
-        "features.relu1",
-        "features.relu5",
-        "features.relu10",
+    assert [gradients.find_layer(vgg, place, image).name for place in [*places, "end of block 3 activation"]] == [
+        *("features.relu1", "features.relu5", "features.relu10", "features.relu6")
     ]
     assert [gradients.find_layer(resnet, place, image).name for place in places[:2]] == ["act", "stages.2.0.act1"]
     assert gradients.find_layer(vgg, "features.norm3 activation", image) == ("features.relu3", None)
@@ -115,12 +115,15 @@ def test_a_tensor_that_is_gone_lends_its_place_to_no_other() -> None:
         assert gradients.find_layer(model, f"block {block} activation", image) == (str(3 * block - 2), None)
 
 
-def test_attention_of_chapter_4_is_of_normalised_convolutions() -> None:
+def test_attention_of_chapter_4_is_of_absolute_values_of_normalised_convolutions() -> None:
     config = compose_run(["experiment=fullgrad_distill", "method=fg_att", "scale.width=0.05"])
     student, teacher = build(config["model"], where="model"), build(config["model"], where="model")
     term = build(config["method"]["terms"]["attention"], where="method.terms.attention")
     term.place(student, teacher, torch.zeros(1, 3, 32, 32))
     assert term.student_layers == ("features.norm1", "features.norm3", "features.norm5")
+    assert [wanted.kind for wanted in term.teacher_maps] == ["absolute"] * 3
+    squares = build({**config["method"]["terms"]["attention"], "power": None}, where="attention")
+    assert [wanted.kind for wanted in squares.teacher_maps] == ["attention"] * 3
 
 
 def test_a_rule_that_matches_nothing_is_an_error() -> None:
@@ -129,8 +132,9 @@ def test_a_rule_that_matches_nothing_is_an_error() -> None:
     assert gradients.find_layer(model, "features.norm3", image) == ("features.norm3", "features.conv3")
     with pytest.raises(UserError, match="no layer 'block 3 activation': it has 2 blocks"):
         gradients.find_layer(model, "block 3 activation", image)
-    with pytest.raises(UserError, match="no layer 'block 3': it has 2 blocks"):
-        gradients.find_layer(model, "block 3", image)
+    for rule in ("block 3", "end of block 3"):
+        with pytest.raises(UserError, match=f"no layer '{rule}': it has 2 blocks"):
+            gradients.find_layer(model, rule, image)
     with pytest.raises(UserError, match=r"`last block`.*did you mean features.norm3"):
         gradients.find_layer(model, "features.norm33", image)
 
@@ -168,38 +172,114 @@ def test_the_attention_term_does_not_see_the_size_of_features() -> None:
     torch.testing.assert_close(value(attention(), *pair), expected)
 
 
-def by_hand(student: nn.Module, teacher: nn.Module, kind: str, squared: bool, times_bias: bool = False) -> float:
-    """Eqs. 2.8 and 4.3 image by image, from definitions alone."""
-    data, total = batch(), 0.0
-    for i in range(4):
-        for names in (("features.norm1", "features.norm1"), ("features.norm2", "features.norm2")):
-            maps = []
-            for model, name in zip((student, teacher), names, strict=True):
-                kept: list[Tensor] = []
-                hook = model.get_submodule(name).register_forward_hook(lambda *call, kept=kept: kept.append(call[2]))
-                logits = model(data.images[i : i + 1])
-                hook.remove()
-                if kind == "attention":
-                    each = kept[0].abs() ** 2
-                else:
-                    (each,) = torch.autograd.grad(logits[0, data.labels[i]], kept)
-                if times_bias:
-                    each = gradients.full_gradient(model, data.images[i : i + 1], data.labels[i : i + 1]).biases[name]
-                maps.append(each[0].sum(0))
-            distance = torch.linalg.vector_norm(maps[0] / maps[0].norm() - maps[1] / maps[1].norm())
-            total += distance.item() ** (2 if squared else 1) / 4
+# Values from definitions alone: neither the project's code nor torch's modules compute them.
+
+
+class Noise(NamedTuple):
+    """What multiplies a bias of one layer: `explicit`, beta, or `effective`; values (B, c, 1, 1) or (B, c, h, w)."""
+
+    layer: str
+    bias: str
+    values: Tensor
+
+
+class Plain(NamedTuple):
+    """Logits, and what each normalised convolution gives: its output, its own bias beta, and all that it adds, (c, 1, 1)."""
+
+    logits: Tensor
+    outputs: dict[str, Tensor]
+    explicit: dict[str, Tensor]
+    effective: dict[str, Tensor]
+
+
+def plainly(model: Any, images: Tensor, noise: Noise | None = None) -> Plain:
+    """A tiny VGG from its parameters; in train mode with the statistics of these images, which are differentiated."""
+    values, outputs, explicit, effective = images, {}, {}, {}
+    for kind, module in model.features.named_children():
+        if isinstance(module, nn.Conv2d):
+            conv, values = module, functional.conv2d(values, module.weight, padding=1)
+        elif isinstance(module, nn.BatchNorm2d):
+            name, mean, variance = f"features.{kind}", module.running_mean - conv.bias, module.running_var
+            if module.training:
+                mean = values.mean((0, 2, 3))
+                variance = (values - mean.view(-1, 1, 1)).square().mean((0, 2, 3))
+            scale = module.weight / (variance + module.eps).sqrt()
+            explicit[name] = module.bias.view(-1, 1, 1)
+            effective[name] = added = explicit[name] - (scale * mean).view(-1, 1, 1)
+            if noise and noise.layer == name:
+                noisy = {"explicit": explicit, "effective": effective}[noise.bias][name]
+                added = added - noisy + noisy * noise.values
+            outputs[name] = values = scale.view(-1, 1, 1) * values + added
+        else:
+            values = functional.max_pool2d(values, 2) if kind.startswith("pool") else values.clamp(min=0)
+    return Plain(values.mean((2, 3)) @ model.linear.weight.T + model.linear.bias, outputs, explicit, effective)
+
+
+def slopes(plain: Plain, labels: Tensor, wanted: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Gradients of the labels' logits; where statistics are the batch's, those of their sum."""
+    own = [logits[label] for logits, label in zip(plain.logits, labels, strict=True)]
+    return torch.autograd.grad(torch.stack(own).sum(), wanted)
+
+
+def by_hand(student: nn.Module, teacher: nn.Module, kind: str, squared: bool, power: int = 0) -> float:
+    """Eqs. 2.8 and 4.3. kind: attention | gradient | times_bias."""
+    data, total, maps = batch(), 0.0, []
+    for model in (student, teacher):
+        plain = plainly(model, data.images)
+        if kind == "attention":
+            each = list(plain.outputs.values())[:2]
+            maps.append([sum(abs(channel) ** power for channel in values.unbind(1)) for values in each])
+            continue
+        each = list(slopes(plain, data.labels, list(plain.outputs.values())[:2]))
+        if kind == "times_bias":
+            each = [bias * slope for bias, slope in zip(plain.effective.values(), each, strict=False)]
+        maps.append([sum(values.unbind(1)) for values in each])
+    for mine, theirs in zip(*maps, strict=True):
+        for one, other in zip(mine, theirs, strict=True):
+            distance = torch.linalg.vector_norm(one / one.norm() - other / other.norm())
+            total += distance.item() ** (2 if squared else 1) / len(data.images)
     return total
 
 
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("squared", [True, False])
-def test_terms_against_their_equations(squared: bool) -> None:
-    student, teacher = net(0), net(1, (7, "M", 3))
-    found = value(full_gradient(squared=squared), student, teacher)
-    assert found.item() == pytest.approx(by_hand(student, teacher, "gradient", squared), rel=1e-10)
-    found = value(attention(squared=squared), student, teacher)
-    assert found.item() == pytest.approx(by_hand(student, teacher, "attention", squared), rel=1e-10)
-    found = value(full_gradient(squared=squared, times_bias=True), student, teacher)
-    assert found.item() == pytest.approx(by_hand(student, teacher, "gradient", squared, times_bias=True), rel=1e-10)
+def test_matched_maps_against_their_equations(squared: bool, training: bool) -> None:
+    student, teacher = net(0).train(training), net(1, (7, "M", 3))
+    terms: dict[tuple[str, int], Term] = {
+        ("gradient", 0): full_gradient(squared=squared),
+        ("times_bias", 0): full_gradient(squared=squared, times_bias=True),
+        ("attention", 1): attention(squared=squared, power=1),
+        ("attention", 2): attention(squared=squared, power=2),
+    }
+    found = {kind: value(term, copy.deepcopy(student), teacher).item() for kind, term in terms.items()}
+    expected = {(kind, power): by_hand(student, teacher, kind, squared, power) for kind, power in terms}
+    assert found == pytest.approx(expected, rel=1e-10)
+    assert len({round(number, 6) for number in found.values()}) == len(found)  # no two of them are one thing
+    assert value(attention(squared=squared), copy.deepcopy(student), teacher).item() == found["attention", 2]
+
+
+def test_running_statistics_give_a_student_in_train_mode_its_values_at_test_time() -> None:
+    student, teacher = net(0), net(1)
+    for kind, times_bias in (("gradient", False), ("times_bias", True)):
+        expected = by_hand(student.eval(), teacher, kind, True)
+        found = value(full_gradient(student_bn="running", times_bias=times_bias), student.train(), teacher)
+        assert found.item() == pytest.approx(expected, rel=1e-10)
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_input_gradients_of_a_student_in_train_mode(training: bool) -> None:
+    """Those of the batch's sum, through its statistics, as in the author's code."""
+    student, teacher, data = net(0).train(training), net(1), batch()
+    images = data.images.clone().requires_grad_()
+    mine, theirs = (slopes(plainly(model, images), data.labels, [images])[0] for model in (student, teacher))
+    step = Step(data, student, Targets(teacher, with_gradient=True), differentiable_input=True)
+    found = Jacobian(weight=1, reduction="sum", target="label", student_bn="batch")(step)
+    assert found.item() == pytest.approx(sum((mine[i] - theirs[i]).square().sum().item() for i in range(4)) / 4, rel=1e-10)
+
+
+def test_a_power_that_no_attention_map_has_is_an_error() -> None:
+    with pytest.raises(UserError, match=r"power=3: it is 1 \(absolute values\) or 2 \(squares\)"):
+        attention(power=3)
 
 
 def test_resizing_leaves_equal_sizes_untouched() -> None:
@@ -296,25 +376,56 @@ def noisy_outputs(model: nn.Module, data: Batch, layer: str, change: Callable[[T
     return gradients.scalar(logits, data.labels.repeat(count), "label").view(count, -1)
 
 
+@pytest.mark.parametrize("bias", ["explicit", "effective"])
 @pytest.mark.parametrize("noise", ["position", "channel"])
-def test_proposition_10(noise: str) -> None:
+def test_proposition_10(noise: str, bias: str) -> None:
     """E (y - f(b xi))^2 = (y - f)^2 + sigma^2 ||b df/db||^2, xi ~ N(1, sigma^2); exact for piecewise-linear nets."""
     model, data, sigma, count = net(0), batch(2), 1e-4, 2000
-    penalty = value(bias_gradient(noise=noise), model, data=data).item()
-    bias = gradients.layer_bias(model, gradients.Layer("features.norm2", "features.conv2")).detach()
+    penalty = value(bias_gradient(noise=noise, bias=bias), model, data=data).item()
     truth = torch.randn(2, dtype=torch.float64)
-    clean = (truth - gradients.scalar(model(data.images), data.labels, "label").detach()).square().mean().item()
+    size = (2 * count, 5, 4, 4) if noise == "position" else (2 * count, 5, 1, 1)
+    draws = sigma * torch.randn(size, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
 
-    def outputs(sign: int) -> Tensor:
-        torch.manual_seed(3)
-        size = (2 * count, 5, 4, 4) if noise == "position" else (2 * count, 5, 1, 1)
-        shift = sign * sigma * torch.randn(size, dtype=torch.float64) * bias.view(-1, 1, 1)
-        return noisy_outputs(model, data, "features.norm2", lambda output: output + shift, count)
+    @torch.no_grad()
+    def losses(xi: Tensor) -> Tensor:
+        images, labels = data.images.repeat(len(xi) // 2, 1, 1, 1), data.labels.repeat(len(xi) // 2)
+        logits = plainly(model, images, Noise("features.norm2", bias, xi)).logits
+        return (truth - gradients.scalar(logits, labels, "label").view(-1, 2)).square().mean(1)
 
-    losses = torch.stack([(truth - outputs(sign)).square() for sign in (1, -1)]).mean(0).mean(1)
-    error = losses.std().item() / count**0.5
+    clean = losses(torch.ones(2, 1, 1, 1)).item()
+    noisy = (losses(1 + draws) + losses(1 - draws)) / 2
+    error = noisy.std().item() / count**0.5
     assert error < 0.05 * sigma**2 * penalty  # the interval is narrow enough to refute a wrong constant
-    assert abs(losses.mean().item() - clean - sigma**2 * penalty) < 4 * error
+    assert abs(noisy.mean().item() - clean - sigma**2 * penalty) < 4 * error
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("bias", ["explicit", "effective"])
+@pytest.mark.parametrize("noise", ["position", "channel"])
+def test_the_penalty_on_bias_gradients_against_its_definition(noise: str, bias: str, training: bool) -> None:
+    model, data = net(0).train(training), batch()
+    plain = plainly(model, data.images)
+    (slope,) = slopes(plain, data.labels, [plain.outputs["features.norm2"]])
+    if noise == "channel":
+        slope = slope.sum((2, 3), keepdim=True)
+    expected = (getattr(plain, bias)["features.norm2"] * slope).square().sum().item() / 4
+    found = value(bias_gradient(noise=noise, bias=bias, student_bn="batch"), model, data=data)
+    assert found.item() == pytest.approx(expected, rel=1e-10)
+
+
+def test_the_penalty_of_table_4_3_is_a_weight_decay_of_beta() -> None:
+    """Of strength 100 g^2, with g = df/dbeta: which makes 100 comparable with the decay of .1 beside it."""
+    node = compose_run(["experiment=bias_gradient"])["method"]["terms"]["bias_gradient"]
+    model, data = net(0, (4, "M", 5)), batch()
+    term = build({**node, "student_bn": "running"}, where="bias_gradient")
+    beta = model.get_parameter("features.norm2.bias")
+    (pull,) = torch.autograd.grad(term.weight * value(term, model, data=data), beta)
+    plain = plainly(model, data.images)
+    (slope,) = slopes(plain, data.labels, [plain.outputs["features.norm2"]])
+    strength = 100 * slope.sum((2, 3)).square().mean(0)
+    decay = BiasDecay(weight=1, layer="last block", bias="explicit", student_bn="running")
+    (expected,) = torch.autograd.grad(value(decay, model, data=data), beta)
+    torch.testing.assert_close(pull, strength * expected)
 
 
 @pytest.mark.parametrize(("noise", "entries"), [("position", 5 * 4 * 4), ("channel", 5)])
@@ -324,8 +435,8 @@ def test_a_mean_over_the_layer_is_its_sum_over_the_number_of_entries(noise: str,
     assert mean == pytest.approx(total / entries, rel=1e-12)
 
 
-def test_the_penalty_on_an_explicit_bias_of_zero_has_no_gradient() -> None:
-    """Why Table 4.3 takes the effective bias: beta begins at zero."""
+def test_a_bias_of_zero_is_moved_by_cross_entropy_and_not_by_its_penalty() -> None:
+    """As beta is at first; the effective bias is not 0 there."""
     model = net(0)
     with torch.no_grad():
         model.features.norm2.bias.zero_()  # type: ignore[operator, union-attr]
@@ -333,6 +444,8 @@ def test_the_penalty_on_an_explicit_bias_of_zero_has_no_gradient() -> None:
     for kind, flat in (("explicit", True), ("effective", False)):
         found = torch.autograd.grad(value(bias_gradient(bias=kind), model), parameters, allow_unused=True)
         assert all(g is None or not g.any() for g in found) == flat
+    (moved,) = torch.autograd.grad(value(CrossEntropy(weight=1), model), model.get_parameter("features.norm2.bias"))
+    assert moved.abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("kind", ["explicit", "effective"])
@@ -478,7 +591,7 @@ def test_stored_and_live_targets_train_the_same_student(places: list[str]) -> No
     (folder,) = (found for found in (outputs / "cache" / "targets").iterdir() if found.is_dir())
     names = {file.name for file in folder.iterdir() if not file.name.endswith(".crc")}
     assert {"logits", "gradient-label"} < names
-    assert {f"attention-features.norm{i}" for i in (1, 2, 3)} < names
+    assert {f"absolute-features.norm{i}" for i in (1, 2, 3)} < names
     assert {f"gradient-features.norm{i}-label" for i in (1, 2, 3)} < names
     live = ensure(run("fullgrad_distill", [f"{place}-live" if "paths" in place else place for place in places],
                       "method=fg_att", "trainer.store_gib=0"))  # fmt: skip

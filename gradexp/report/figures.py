@@ -163,11 +163,12 @@ def make(
         commands = "\n".join(f"  {source.command}" for source in absent)
         needs = f", which need {spec['needs'][scale]}" if scale in spec.get("needs", {}) else ""
         raise UserError(f"figure {spec['number']}, scale={scale}: runs are missing{needs}; make them with\n{commands}")
-    shown = {key: value for key, value in spec.items() if key != "thesis" or scale in spec.get("comparable", [scale])}
+    comparable = scale in spec.get("comparable", [scale])
+    shown = {key: value for key, value in spec.items() if comparable or key not in ("thesis", "lines")}
     with mpl.rc_context(STYLE):
         figure, rows = draw(shown, series)
         small = {"fontsize": 6.5, "color": "#555555", "x": 0.01, "ha": "left", "ma": "left"}
-        below = _below(spec, scale)
+        below = _below(spec, scale, int(NOTE_WIDTH * min(1, figure.get_figwidth() / (2 * COLUMN_WIDTH))))
         figure.set_size_inches(figure.get_figwidth(), figure.get_figheight() + NOTE_HEIGHT * len(below))
         figure.supxlabel("\n".join(below), **small)
         stem = results / "figures" / scale / f"figure_{spec['number'].replace('.', '_')}"
@@ -176,11 +177,11 @@ def make(
     return write_beside(stem, {**pictures, "csv": table, "md": to_markdown(spec, scale, series, sentences)})
 
 
-def _below(spec: Config, scale: str) -> list[str]:
+def _below(spec: Config, scale: str, width: int) -> list[str]:
     """The lines below a picture: its note, and what a copy of the picture alone must still say."""
     seeds = seeds_of(spec, scale)
     origin = f"scale={scale}, seed{'s' * (len(seeds) > 1)} {provenance.enumerated(seeds)}"
-    return [*textwrap.wrap(spec.get("note", ""), NOTE_WIDTH), origin]
+    return [*textwrap.wrap(spec.get("note", ""), width), origin]
 
 
 def to_markdown(spec: Config, scale: str, series: Sequence[Series], sentences: Sequence[str]) -> str:

@@ -18,7 +18,7 @@ TABLE_KEYS = (
 )
 FIGURE_KEYS = (
     *("thesis", "title", "note", "needs", "draw", "experiment", "seeds", "points", "overrides_at", "series", "also"),
-    *("x", "xlabel", "xscale", "ylabel", "metric", "metrics", "curves", "panels", "array", "above", "signed"),
+    *("x", "xlabel", "xscale", "ylabel", "lines", "metric", "metrics", "curves", "panels", "array", "above", "signed"),
     *("columns", "rows", "first", "beside", "comparable"),
 )
 REQUIRED = {
@@ -32,7 +32,8 @@ PART_KEYS = {
 }
 SERIES_KEYS = ("label", "experiment", "overrides", "points", "panel", "overlay")
 POINT_KEYS = ("x", "overrides", "scales")
-FIGURE_PART_KEYS = {"series": SERIES_KEYS, "points": POINT_KEYS, "curves": ("metric", "ylabel", "yscale")}
+CURVE_KEYS = ("metric", "ylabel", "yscale")
+FIGURE_PART_KEYS = {"series": SERIES_KEYS, "points": POINT_KEYS, "curves": CURVE_KEYS, "lines": ("y", "label")}
 
 Planner = Callable[[Sequence[str]], Planned]
 

@@ -205,7 +205,12 @@ def build(spec: Config, scale: str, plan: Planner, paths: Paths) -> Table:
             *_what_it_is(spec, scale, missing=any(cell.missing for cell in cells)),
             provenance.departure_sentence(scale, departed, tuple(spec.get("told", ()))),
             *(_upstream_sentence(line, run, spec, scale) for line, run in upstream),
-            *_how_to_read_it(spec, scale, any(part.thesis for cell in cells for part in cell.parts)),
+            *_how_to_read_it(
+                spec,
+                scale,
+                printed=any(part.thesis for cell in cells for part in cell.parts),
+                held_out=any(config.get("data", {}).get("validation") for config, _ in pairs),
+            ),
             provenance.origins(*provenance.read(source.record for cell in cells for source in cell.sources if source.finished)),
         ),
         rows=tuple(row["label"] for row in spec["rows"]),
@@ -262,7 +267,7 @@ def _what_it_is(spec: Config, scale: str, missing: bool) -> Iterator[str]:
         yield f"Its empty cells need {spec['needs'][scale]}."
 
 
-def _how_to_read_it(spec: Config, scale: str, printed: bool) -> Iterator[str]:
+def _how_to_read_it(spec: Config, scale: str, *, printed: bool, held_out: bool) -> Iterator[str]:
     if printed and scale not in spec["comparable"]:
         yield "The thesis's numbers mark their places; at this scale they can't be compared."
     for row in _apart(spec):
@@ -270,7 +275,8 @@ def _how_to_read_it(spec: Config, scale: str, printed: bool) -> Iterator[str]:
     own = [column for column in spec["columns"] if scale in column.get("seeds", {})]
     listed = [f"column {column['label']}: {provenance.enumerated(_seeds(spec, column, scale))}" for column in own]
     exceptions = f" ({'; '.join(listed)})" if listed else ""
-    yield f"Seeds: {provenance.enumerated(seeds_of(spec, scale))}{exceptions}. The test set is read once, after the last step."
+    read = "Training images that are held out take the test set's place" if held_out else "The test set is read once"
+    yield f"Seeds: {provenance.enumerated(seeds_of(spec, scale))}{exceptions}. {read}, after the last step."
 
 
 def _upstream_sentence(line: Config, source: Source, spec: Config, scale: str) -> str:

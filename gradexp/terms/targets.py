@@ -11,9 +11,15 @@ from torch import Tensor, nn
 from gradexp import gradients
 from gradexp.data.loader import Batch
 
+POWERS = {"absolute": 1, "attention": 2}  # {kind of an attention map: the power of what it sums}
+
 
 class Map(NamedTuple):
-    """A layer's map, summed over channels: `attention` (Eq. 2.7), or the `gradient` of a target there (Eq. 4.3)."""
+    """A layer's map, summed over channels.
+
+    kind: `attention`, of squares (Eq. 2.7); `absolute`, of absolute values (§4.4.1); `gradient`, of a target's gradient
+    there (Eq. 4.3).
+    """
 
     kind: str
     layer: str
@@ -57,8 +63,8 @@ class Targets:
 
     def map(self, batch: Batch, wanted: Map) -> Tensor:
         """(B, h, w), of one of `layers`."""
-        if wanted.kind == "attention":
-            return gradients.attention_map(self.features(batch, wanted.layer))
+        if wanted.kind in POWERS:
+            return gradients.attention_map(self.features(batch, wanted.layer), POWERS[wanted.kind])
         return gradients.channel_sum(self.layer_gradient(batch, wanted.layer, str(wanted.target)))
 
     def feature_gradient(self, batch: Batch, layer: str, pick: Callable[[Tensor], Tensor]) -> Tensor:

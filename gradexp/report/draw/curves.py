@@ -12,19 +12,24 @@ from matplotlib.figure import Figure
 from gradexp.report.figures import COLUMN_WIDTH, PALETTE, Row, Series
 from gradexp.runs import Config
 
+THESIS = "#555555"  # the colour of the thesis's own numbers
+
 
 def curves(spec: Config, series: Sequence[Series]) -> tuple[Figure, list[Row]]:
     """One recorded curve a series.
 
-    spec: `metric` (a recorded list), `xlabel`, `ylabel`; x counts the entries of the list from 1.
+    spec: `metric` (a recorded list), `xlabel`, `ylabel`; `lines`: [{y, label}], numbers of the thesis, drawn across;
+    x counts the entries of the list from 1.
     """
     figure = Figure(figsize=(COLUMN_WIDTH, 0.72 * COLUMN_WIDTH))
     axes = figure.subplots()
     rows: list[Row] = []
     for one, colour in zip(series, itertools.cycle(PALETTE)):
         rows += [{"series": one.label, **point} for point in _line(axes, one, None, spec["metric"], colour)]
+    for line in spec.get("lines", []):
+        axes.axhline(line["y"], color=THESIS, linestyle="--", linewidth=0.9, label=line["label"])
     axes.set(xlabel=spec["xlabel"], ylabel=spec["ylabel"])
-    axes.legend()
+    figure.legend(loc="outside upper center", ncols=3)  # inside it hides curves
     return figure, rows
 
 
