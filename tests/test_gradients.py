@@ -17,7 +17,7 @@ from gradexp.data.loader import Batch, TensorLoader, TrainingStream
 from gradexp.data.sources import Split
 from gradexp.errors import UserError
 from gradexp.models.vgg import VGG
-from gradexp.terms import Activations, AntiScoreMatching, CrossEntropy, GradientNorm, Jacobian, ScoreMatching, Step
+from gradexp.terms import Activations, AntiScoreMatching, CrossEntropy, GradientNorm, Jacobian, ScoreMatching, SoftTargets, Step
 from gradexp.terms.targets import Map, Targets
 from gradexp.training.targets import StoredTargets
 
@@ -131,6 +131,32 @@ def test_cross_entropy_against_its_definition() -> None:
     assert CrossEntropy(weight=1)(step(net(0))).item() == pytest.approx(-probability.log().mean().item(), rel=1e-6)
 
 
+@pytest.mark.parametrize("temperature", [1, 4])
+def test_soft_targets_against_their_definition(temperature: float) -> None:
+    student, teacher, data = net(0), net(1), batch()
+    softened = [(model(data.images) / temperature).exp() for model in (teacher, student)]
+    p, q = (odds / odds.sum(1, keepdim=True) for odds in softened)
+    by_hand = -sum((p[i, k] * q[i, k].log()).item() for i in range(4) for k in range(CLASSES)) * temperature**2 / 4
+    assert SoftTargets(weight=1, temperature=temperature)(step(student, teacher)).item() == pytest.approx(by_hand, rel=1e-6)
+
+
+def test_soft_targets_at_a_high_temperature_match_centred_logits() -> None:
+    """Hinton et al. (2015, §2.1): the gradient tends to that of squared logits of mean 0, over 2K; so the factor is T²."""
+    student, teacher, data = net(0), net(1), batch()
+    logits = [model(data.images).detach() for model in (student, teacher)]
+    logits[0].requires_grad_()
+    centred = [one - one.mean(1, keepdim=True) for one in logits]
+    matched = (centred[0] - centred[1]).square().sum(1).mean() / (2 * CLASSES)
+    one = step(student, teacher)
+    one.__dict__["_batch_forward"] = (logits[0], {})
+    found, expected = (
+        torch.autograd.grad(loss, logits[0])[0] for loss in (SoftTargets(weight=1, temperature=1e5)(one), matched)
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-9)
+    with pytest.raises(UserError, match="temperature=0: it divides logits"):
+        SoftTargets(weight=1, temperature=0)
+
+
 def test_jacobian_term_against_two_gradients() -> None:
     student, teacher, data = net(0), net(1), batch()
     pair = [gradients.input_gradient(model, data.images, data.labels) for model in (student, teacher)]
@@ -227,6 +253,40 @@ def test_proposition_1() -> None:
     assert abs(mean - clean - sigma**2 * matched) < 4 * error
 
 
+def smooth_net(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Flatten(), nn.Linear(72, 8), nn.Tanh(), nn.Linear(8, CLASSES)).double()
+
+
+def laplacians(function: Callable[[Tensor], Tensor], image: Tensor) -> Tensor:
+    """The trace of the Hessian of each output of `function` at one image (1, C, H, W), (K,)."""
+    hessian: Callable[[Tensor], Tensor] = torch.func.hessian(lambda x: function(x.view_as(image))[0])
+    return hessian(image.flatten()).diagonal(dim1=1, dim2=2).sum(1).detach()
+
+
+def test_proposition_1_drops_a_term_that_piecewise_linear_nets_do_not_have() -> None:
+    """For smooth nets the remainder is no O(sigma^4): sigma^2 * sum (T - S) (trace of its Hessian) is missing."""
+    student, teacher, data, sigma = smooth_net(0), smooth_net(1), batch(1), 1e-4
+    one = step(student, teacher, data)
+    clean = Activations(weight=1, reduction="sum")(one).item()
+    matched = jacobian(target="all", student_bn="batch")(one).item()
+
+    def difference(images: Tensor) -> Tensor:
+        return teacher(images) - student(images)
+
+    dropped = (difference(data.images)[0] * laplacians(difference, data.images)).sum().item()
+
+    def loss(images: Tensor) -> Tensor:
+        return (many(teacher, images) - many(student, images)).square().sum(2).mean(1)
+
+    mean, error = noisy_mean(loss, data.images, sigma, pairs=20_000)
+    assert error < 0.02 * sigma**2 * abs(dropped)
+    assert abs(mean - clean - sigma**2 * (matched + dropped)) < 4 * error
+    assert abs(mean - clean - sigma**2 * matched) > 20 * error  # as printed
+    piecewise = laplacians(net(0), data.images)
+    assert piecewise.abs().max() == 0
+
+
 def test_proposition_2() -> None:
     """Squared error to fixed targets under input noise = squared error + sigma^2 * squared norm of the Jacobian."""
     student, data, sigma = net(0), batch(2), 1e-4
@@ -260,6 +320,55 @@ def test_equation_2_3() -> None:
     mean, error = noisy_mean(loss, image, sigma, pairs=4000)
     assert error < 0.05 * sigma**2 * penalty  # narrow enough to refute the constant that is printed
     assert abs(mean - loss(image[None]).item() - sigma**2 * penalty) < 4 * error
+
+
+@pytest.mark.parametrize("make", [net, smooth_net])
+def test_equation_2_2_drops_terms_of_its_own_order(make: Callable[[int], nn.Module]) -> None:
+    """Soft targets under input noise = soft targets - sigma^2 * (sum ∇T·∇log S + dropped).
+
+    dropped: half of sum T tr ∇² log S + log S tr ∇² T. The term that is printed is the smaller part, also for nets whose
+    logits are piecewise linear.
+    """
+    student, teacher, data, sigma = make(0), make(1), batch(1), 1e-4
+    clean = SoftTargets(weight=1, temperature=1)(step(student, teacher, data)).item()
+
+    def log_student(images: Tensor) -> Tensor:
+        return student(images).log_softmax(1)
+
+    def soft_teacher(images: Tensor) -> Tensor:
+        return teacher(images).softmax(1)
+
+    slopes = [torch.autograd.functional.jacobian(f, data.images).view(CLASSES, -1) for f in (soft_teacher, log_student)]
+    printed = (slopes[0] * slopes[1]).sum().item()
+    values = [f(data.images)[0].detach() for f in (soft_teacher, log_student)]
+    traces = [laplacians(f, data.images) for f in (soft_teacher, log_student)]
+    dropped = (values[0] * traces[1] + values[1] * traces[0]).sum().item() / 2
+
+    def loss(images: Tensor) -> Tensor:
+        return -(many(teacher, images).softmax(2) * many(student, images).log_softmax(2)).sum(2).mean(1)
+
+    mean, error = noisy_mean(loss, data.images, sigma, pairs=20_000)
+    assert abs(printed) < abs(dropped)
+    assert error < 0.05 * sigma**2 * abs(printed + dropped)
+    assert abs(mean - clean + sigma**2 * (printed + dropped)) < 4 * error
+    assert abs(mean - clean + sigma**2 * printed) > 20 * error  # as printed
+
+
+def test_the_gradient_is_the_output_of_a_network_without_biases() -> None:
+    """§2.3.2: f(x) = ∇f(x)·x where no layer has a bias; with batch normalisation in the limit of large inputs."""
+    model, images = net(0), batch().images
+
+    def product(images: Tensor) -> Tensor:
+        slopes = gradients.input_gradient(model, images, batch().labels, target="all")
+        return (slopes * images[:, None]).flatten(2).sum(2)
+
+    assert not torch.allclose(model(images), product(images), rtol=0.1)
+    torch.testing.assert_close(model(1e9 * images), product(1e9 * images), rtol=1e-6, atol=0)
+    for module in model.modules():
+        for name in ("bias", "running_mean"):
+            if getattr(module, name, None) is not None:
+                getattr(module, name).data.zero_()
+    torch.testing.assert_close(model(images), product(images), rtol=1e-9, atol=1e-12)
 
 
 # --- the trace of the Hessian -----------------------------------------------------------------------------

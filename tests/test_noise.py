@@ -31,7 +31,8 @@ def test_the_rows_are_seven_models_of_one_protocol() -> None:
     spec = specs.load("table", "2.2")
     models = [plan(seeds[0]).config["upstream"]["model"] for row, column, seeds in tables.runs_of(spec, "cpu")]
     assert len({run_id(model) for model in models}) == 7
-    assert {(model["data"]["per_class"], model["optim"]["passes"]) for model in models} == {(100, 20)}
+    protocol = {(model["data"]["per_class"], model["optim"]["passes"], model["model"]["width"]) for model in models}
+    assert protocol == {(100, 80, 0.5)}
     weights = [model["method"]["terms"].get("gradient_norm", {}).get("weight", 0) for model in models[::5]]
     assert weights == [0, 0.01, 0.1, 1, 10, 0, 0]
     assert models[25]["optim"]["optimizer"]["weight_decay"] == 0.001

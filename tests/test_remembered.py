@@ -46,7 +46,7 @@ def test_an_override_that_reads_the_environment_is_remembered_for_its_value(
     assert remembered.recall(conf, words) is None
 
 
-@pytest.mark.parametrize("change", ["file", "new file", "environment"])
+@pytest.mark.parametrize("change", ["file", "new file", "environment", "resolver"])
 def test_a_change_of_what_configs_come_from_is_noticed(conf: Path, change: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SOMEWHERE", raising=False)
     forget()
@@ -54,6 +54,9 @@ def test_a_change_of_what_configs_come_from_is_noticed(conf: Path, change: str, 
     assert remembered.recall(conf, WORDS) == {"seed": 3}
     if change == "environment":
         monkeypatch.setenv("SOMEWHERE", "else")
+    elif change == "resolver":
+        (conf.parent / "resolvers.py").write_text("# others\n")
+        monkeypatch.setattr(remembered.resolvers, "__file__", str(conf.parent / "resolvers.py"))
     else:
         (conf / ("config.yaml" if change == "file" else "other.yaml")).write_text("data: x\n")
     forget()

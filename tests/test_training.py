@@ -58,6 +58,30 @@ def test_length_is_stated_once() -> None:
             optim(**wrong).total_steps(3)
 
 
+@pytest.mark.parametrize(
+    ("words", "length"),
+    [
+        (["data.per_class=1"], (None, 4000)),
+        (["data.per_class=5"], (None, 4000)),
+        (["data.per_class=10"], (None, 4000)),  # 8 batches a pass: as long
+        (["data.per_class=50"], (500, None)),  # 20,000 steps
+        (["data.per_class=500"], (500, None)),
+        (["data.per_class=null"], (500, None)),
+        (["data=cifar10", "data.per_class=100"], (None, 4000)),  # the same 1,000 images
+        (["data=cifar10", "data.per_class=103"], (500, None)),  # the last batch counts: 9 a pass
+        (["data.per_class=10", "optim.batch_size=100"], (500, None)),  # 5,000 steps
+        (["data.per_class=50", "scale=paper"], (500, None)),
+        (["data.per_class=1", "scale=paper"], (500, None)),
+    ],
+)
+def test_students_train_for_500_passes_or_4000_steps_whichever_is_longer(
+    words: list[str], length: tuple[int | None, int | None]
+) -> None:
+    """Table 2.1 at scale=cpu; the thesis's 500 passes (§2.12.3) at scale=paper."""
+    optim = compose_run(["experiment=jacobian_distill", *words])["optim"]
+    assert (optim["passes"], optim["steps"]) == length
+
+
 def test_curves_have_a_point_a_pass_even_when_the_last_is_cut(places: list[str]) -> None:
     record = ensure(run(places, "optim.batch_size=16", "optim.passes=null", "optim.steps=7"))  # 3 steps a pass
     assert record["steps"] == 7

@@ -5,6 +5,7 @@ import json
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
+from scipy.spatial.distance import directed_hausdorff
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -19,12 +21,13 @@ from gradexp import gradients, layers
 from gradexp.commands.compose import compose_run
 from gradexp.data.loader import Batch
 from gradexp.errors import UserError
-from gradexp.models.vgg import VGG
+from gradexp.models.vgg import VGG, TwoHeadedVGG
 from gradexp.runs import Paths, Run, ensure
 from gradexp.tasks.build import build
-from gradexp.terms import Activations, AttentionJacobian, Step
+from gradexp.terms import Activations, AttentionJacobian, Jacobian, Step
 from gradexp.terms.attention_jacobian import pooled, window_size
 from gradexp.terms.targets import Targets
+from gradexp.training.transfer import Transfer
 
 LAYERS = ["features.relu1", "features.relu3"]
 OPTIONS: dict[str, Any] = {"student_layers": LAYERS, "teacher_layers": LAYERS, "student_bn": "batch"}
@@ -133,6 +136,31 @@ def test_equation_2_9_is_squared_error_under_noise() -> None:
     assert abs(apart.mean() - term(one)) < 4 * error
 
 
+@pytest.mark.parametrize("student_bn", ["batch", "running"])
+def test_the_output_jacobian_is_that_of_the_teachers_largest_logit_at_the_students_second_head(student_bn: str) -> None:
+    """LwF (§2.5.1): the student's classes are others; its favourite among the teacher's, and a label, name other logits."""
+    torch.manual_seed(4)
+    student = TwoHeadedVGG(source_classes=5, name="tiny", layers=[4, "M", 5], width=1, channels=2, classes=3, dropout=None)
+    teacher = VGG(name="tiny", layers=[6, "M", 4], width=1, channels=2, classes=5, dropout=None).double().eval()
+    teacher.linear.bias.data[1] += 5
+    student.double().train()
+    data = batch()
+    term = Jacobian(weight=1, reduction="sum", target="top", student_bn=student_bn, head="source")
+    term.place(student, teacher, data.images)
+    live = Targets(copy.deepcopy(teacher), with_gradient=True)
+    value = term(Step(data, student, live, differentiable_input=True, student_layers=term.student_layers)).item()
+
+    images = data.images.clone().requires_grad_()
+    mine = copy.deepcopy(student).train(student_bn == "batch")
+    hidden = mine.hidden(images)
+    slope, theirs = (torch.autograd.grad(out[:, 1].sum(), images)[0] for out in (mine.source(hidden), teacher(images)))
+    assert teacher(images).argmax(1).tolist() == [1, 1, 1]
+    assert 1 not in mine.source(hidden).argmax(1)
+    assert value == pytest.approx((slope - theirs).square().sum().item() / 3, rel=1e-9)
+    with pytest.raises(UserError, match="target=label: head=source has the teacher's classes, and labels are of others"):
+        Jacobian(weight=1, reduction="sum", target="label", student_bn=student_bn, head="source")
+
+
 def test_the_attention_map_against_a_loop() -> None:
     features = torch.randn(2, 3, 4, 5, dtype=torch.float64)
     by_hand = torch.zeros(2, 4, 5, dtype=torch.float64)
@@ -204,9 +232,9 @@ def _convolutions_in_front(network: nn.Module, layers: list[str], images: Tensor
 # --- Proposition 3: LwF bounds distillation on the source --------------------------------------------------
 
 
-def hausdorff(source: Tensor, target: Tensor) -> Tensor:
+def hausdorff(source: Tensor, target: Tensor) -> float:
     """Eq. 2.5: the largest distance of a point of the source to its nearest one of the target."""
-    return torch.stack([min(((s - t).norm() for t in target), key=float) for s in source]).max()
+    return float(directed_hausdorff(source.numpy(), target.numpy())[0])
 
 
 class Linear(nn.Module):
@@ -227,36 +255,78 @@ def matched(points: Tensor, student: nn.Module, teacher: nn.Module) -> Tensor:
     return Activations(weight=1, reduction="sum")(one)
 
 
+def worst(points: Tensor, student: nn.Module, teacher: nn.Module) -> float:
+    """The largest loss on one of the points."""
+    return max(matched(point[None], student, teacher).item() for point in points)
+
+
+def pair(generator: torch.Generator) -> tuple[Linear, Linear, float]:
+    """Student, teacher, and the Lipschitz constant of rho = (d'x)^2 on the unit disc: 2 |d|^2, d the difference of slopes."""
+    slopes = torch.randn(2, 2, dtype=torch.float64, generator=generator)
+    return Linear(slopes[0]), Linear(slopes[1]), 2 * (slopes[0] - slopes[1]).square().sum().item()
+
+
 def test_proposition_3_bounds_the_loss_on_the_source() -> None:
-    """On the unit disc, rho = (d' x)^2 has the Lipschitz constant 2 |d|^2, with d the difference of the slopes."""
     generator = torch.Generator().manual_seed(5)
-    slack = []
     for _ in range(40):
-        slopes = torch.randn(2, 2, dtype=torch.float64, generator=generator)
-        student, teacher = Linear(slopes[0]), Linear(slopes[1])
+        student, teacher, lipschitz = pair(generator)
         points = torch.randn(12, 2, dtype=torch.float64, generator=generator)
         source, target = torch.split(points / points.norm(dim=1, keepdim=True).clamp(min=1), [8, 4])
-        worst = torch.stack([matched(point[None], student, teacher) for point in target]).max()
-        lipschitz = 2 * (slopes[0] - slopes[1]).square().sum()
-        slack.append((worst + lipschitz * hausdorff(source, target) - matched(source, student, teacher)).item())
-        bigger = torch.cat([target, target + 0.1 * torch.randn(4, 2, dtype=torch.float64, generator=generator)])
-        assert hausdorff(source, bigger) <= hausdorff(source, target)  # the corollary: noise on the target tightens the bound
-    assert min(slack) >= 0
+        bound = worst(target, student, teacher) + lipschitz * hausdorff(source, target)
+        assert matched(source, student, teacher).item() <= bound
 
 
-def test_proposition_3_needs_the_distance_and_hausdorff_is_not_symmetric() -> None:
-    slope = torch.tensor([1.0, 0.0], dtype=torch.float64)
-    near, far = torch.tensor([[0.0, 0.0]], dtype=torch.float64), torch.tensor([[0.0, 0.0], [1.0, 0.0]], dtype=torch.float64)
-    student, teacher = Linear(slope), Linear(0 * slope)
-    assert matched(far, student, teacher) > matched(near, student, teacher) == 0  # a target that misses half of the source
-    assert (hausdorff(far, near), hausdorff(near, far)) == (1, 0)
+def test_proposition_3_is_tight_and_needs_each_of_its_parts() -> None:
+    """Where the loss grows fastest, the bound is missed by the square of the distance alone, and without any part exceeded."""
+    generator = torch.Generator().manual_seed(6)
+    for _ in range(10):
+        student, teacher, lipschitz = pair(generator)
+        edge = functional.normalize(student.slope - teacher.slope, dim=0)[None]
+        distance = 0.01
+        near = (1 - distance) * edge
+        loss, bound = matched(edge, student, teacher).item(), worst(near, student, teacher) + lipschitz * distance
+        assert hausdorff(edge, near) == pytest.approx(distance, rel=1e-9)
+        assert bound - loss == pytest.approx(distance**2 * lipschitz / 2, rel=1e-6)
+        target = torch.cat([near, 0 * edge])
+        assert worst(target, student, teacher) == worst(near, student, teacher)
+        assert loss > matched(target, student, teacher).item() + lipschitz * distance  # the mean in the place of the maximum
+        assert loss > worst(target, student, teacher) + 0.9 * lipschitz * hausdorff(edge, target)  # a smaller constant
+        source = torch.cat([edge, 0 * edge])
+        assert hausdorff(0 * edge, source) == 0  # the distance of the target from the source, which is Eq. 2.5 turned round
+        assert matched(source, student, teacher).item() > worst(0 * edge, student, teacher) == 0
+
+
+def test_noise_on_the_target_brings_it_nearer_to_the_source_but_need_not_tighten_the_bound() -> None:
+    """The corollary is of the distance; the other summand, the largest loss on the target, can only grow with more points.
+
+    Of the symmetric distance of two sets it is not true: a new point that is far from the source adds to it.
+    """
+    generator = torch.Generator().manual_seed(7)
+    nearer, looser = 0, 0
+    for _ in range(40):
+        student, teacher, lipschitz = pair(generator)
+        source, target, noise = 0.3 * torch.randn(3, 6, 2, dtype=torch.float64, generator=generator)
+        before, after = (hausdorff(source, points) for points in (target, torch.cat([target, target + noise / 3])))
+        assert after <= before
+        nearer += after < before
+        bounds = [
+            worst(points, student, teacher) + lipschitz * hausdorff(source, points)
+            for points in (target, torch.cat([target, target + noise / 3]))
+        ]
+        looser += bounds[1] > bounds[0]
+        far = torch.cat([target, target[:1] + 9])
+        assert hausdorff(source, far) <= before
+        assert hausdorff(far, source) > hausdorff(target, source)
+    assert nearer >= 20
+    assert looser > 0
 
 
 # --- runs -------------------------------------------------------------------------------------------------
 
 
 def test_a_transfer_run(run_py: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path) -> None:
-    short = ["optim.passes=2", "+upstream.teacher.optim.passes=1", "logger=none"]
+    """All terms at once; the reduction is the attention map's."""
+    short = ["optim.passes=2", "+upstream.teacher.optim.passes=1", "method.terms.output_jacobian.weight=10", "logger=none"]
     done = run_py("experiment=jacobian_transfer", "scale=quick", "method=lwf_att_j", *short)
     assert done.returncode == 0, done.stderr
     assert "finished: test/accuracy=" in done.stdout
@@ -264,6 +334,14 @@ def test_a_transfer_run(run_py: Callable[..., subprocess.CompletedProcess[str]],
     metrics = json.loads(file.read_text())["metrics"]
     first, last = metrics["train/loss/jacobian"]
     assert metrics["train/gradient_loss_reduction"] == pytest.approx(100 * (first - last) / first, abs=1e-3)
+    assert len(metrics["train/loss/output_jacobian"]) == 2
+
+
+def test_where_only_output_gradients_are_matched_it_is_their_loss_whose_fall_is_recorded() -> None:
+    module: Any = SimpleNamespace(curves={"train/loss": [9.0, 1.0], "train/loss/output_jacobian": [2.0, 3.0, 1.5]})
+    assert Transfer.summary(module) == {"train/gradient_loss_reduction": 25.0}
+    module.curves.pop("train/loss/output_jacobian")
+    assert Transfer.summary(module) == {}
 
 
 def test_maps_that_can_not_be_matched_are_said_before_the_teacher_is_trained(tmp_path: Path, places: list[str]) -> None:

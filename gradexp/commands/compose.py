@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
 from gradexp.commands import remembered
+from gradexp.commands import resolvers as resolvers  # conf/ uses them
 from gradexp.errors import UserError, nearest
 from gradexp.registry import check_targets
 from gradexp.runs import HARDWARE, ROOT, Config, Planned

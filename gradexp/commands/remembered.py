@@ -12,6 +12,7 @@ from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
+from gradexp.commands import resolvers
 from gradexp.runs import ROOT, Config
 
 VARIABLE = re.compile(r"oc\.env:(\w+)")
@@ -57,6 +58,7 @@ def _key(conf: Path, overrides: tuple[str, ...]) -> str:
 def _tree(conf: Path) -> str:
     """Names everything that a config is made from but the overrides."""
     digest = hashlib.sha256("".join(map(version, ("hydra-core", "omegaconf"))).encode())
+    digest.update(Path(resolvers.__file__).read_bytes())
     variables: set[str] = set()
     for file in sorted(conf.rglob("*.yaml")):
         content = file.read_bytes()

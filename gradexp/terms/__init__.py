@@ -11,6 +11,7 @@ from gradexp.terms.full_gradient import FullGradient
 from gradexp.terms.gradient_norm import GradientNorm
 from gradexp.terms.jacobian import Jacobian
 from gradexp.terms.score_matching import AntiScoreMatching, ScoreMatching
+from gradexp.terms.soft_targets import SoftTargets
 from gradexp.terms.step import Step
 from gradexp.terms.term import Term
 
@@ -27,6 +28,7 @@ __all__ = [
     "GradientNorm",
     "Jacobian",
     "ScoreMatching",
+    "SoftTargets",
     "Step",
     "Term",
 ]
