@@ -86,6 +86,7 @@ def point(*values: float) -> Tensor:
 @pytest.mark.parametrize("target", [None, 2, torch.tensor([0, 3, 1])], ids=["predicted", "one", "each"])
 def test_a_map_has_the_images_size_and_the_model_stays_as_it_was(name: str, target: Tensor | int | None) -> None:
     model = net().train()
+    nn.init.uniform_(model.linear.weight, 0.1, 1)  # the positive part that Grad-CAM takes must not be empty
     model.features.norm1.eval()  # a module in another mode than the model
     before = {key: value.clone() for key, value in model.state_dict().items()}
     with torch.no_grad():  # whatever the caller has switched off
