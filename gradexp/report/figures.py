@@ -40,7 +40,7 @@ STYLE: Any = {
     "pdf.fonttype": 42,
     "svg.hashsalt": "gradexp",
 }
-NOTE_WIDTH = 150  # characters of a line below a figure of two columns
+NOTE_WIDTH = 20  # characters of a line below a figure, for each inch of its width
 NOTE_HEIGHT = 0.11  # inches a line
 COLUMN_WIDTH = 3.4  # inches: one column of a two-column page
 PAGE_WIDTH = 7.0  # inches: both
@@ -176,8 +176,7 @@ def _below(spec: Config, scale: str, width: float) -> list[str]:
     """The lines below a picture: its notes, and what a copy of the picture alone must still say."""
     seeds = seeds_of(spec, scale)
     origin = f"scale={scale}, seed{'s' * (len(seeds) > 1)} {provenance.enumerated(seeds)}"
-    characters = int(NOTE_WIDTH * min(1, width / (2 * COLUMN_WIDTH)))
-    return [*itertools.chain(*(textwrap.wrap(note, characters) for note in _notes(spec, scale))), origin]
+    return [*itertools.chain(*(textwrap.wrap(note, int(NOTE_WIDTH * width)) for note in _notes(spec, scale))), origin]
 
 
 def to_markdown(spec: Config, scale: str, series: Sequence[Series], sentences: Sequence[str]) -> str:
