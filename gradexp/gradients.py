@@ -214,6 +214,7 @@ NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 CURVED = (nn.Softplus, nn.GELU, nn.SiLU, nn.ELU, nn.Sigmoid, nn.Tanh)  # elementwise
 # f(kx) = k f(x) for k > 0: no bias, neither explicit nor implicit. Dropout in eval mode.
 HOMOGENEOUS = (nn.ReLU, nn.LeakyReLU, nn.Identity, nn.Sequential, nn.Flatten, nn.Dropout, nn.Dropout2d)
+ACTIVATIONS = (nn.ReLU, nn.LeakyReLU, nn.ReLU6, nn.Hardswish, *CURVED)
 POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 
 
@@ -222,7 +223,8 @@ class FullGradient:
     """The full-gradient of Proposition 6, image by image.
 
     images (B, C, H, W), output (B,), input: input-gradient (B, C, H, W), biases: {layer: bias-gradient f^b, that is
-    bias times gradient, (B, c, h, w) or (B, c)}, gradients: {layer: the gradient alone}.
+    bias times gradient, (B, c, h, w) or (B, c)}, gradients: {layer: the gradient alone}. curved: the layers that are
+    activations with an implicit bias.
     """
 
     images: Tensor
@@ -230,6 +232,7 @@ class FullGradient:
     input: Tensor
     biases: dict[str, Tensor]
     gradients: dict[str, Tensor]
+    curved: tuple[str, ...] = ()
 
     def total(self) -> Tensor:
         """Input term plus all bias terms: the output (Eq. 3.1). (B,)."""
@@ -281,6 +284,18 @@ def effective_bias(module: nn.Module, before: nn.Module | None = None, features:
     return beta - gamma * shift * torch.rsqrt(variance + module.eps)
 
 
+def biases_of(model: nn.Module) -> dict[str, Tensor]:
+    """{`explicit`: all bias parameters, `implicit`: -gamma mean / sqrt(var + eps) of batch normalisations} (§3.4). (N,)."""
+    explicit, implicit = [], []
+    for module in model.modules():
+        if isinstance(module, (*AFFINE, *NORMS)) and module.bias is not None:
+            explicit.append(module.bias.detach())
+        if isinstance(module, NORMS) and module.running_mean is not None and module.running_var is not None:
+            gamma = module.weight.detach() if module.affine else 1
+            implicit.append(-gamma * module.running_mean * torch.rsqrt(module.running_var + module.eps))
+    return {name: torch.cat(values or [torch.empty(0)]) for name, values in (("explicit", explicit), ("implicit", implicit))}
+
+
 def full_gradient(
     model: nn.Module,
     images: Tensor,
@@ -312,10 +327,11 @@ def full_gradient(
         maps = {name: found[name] * bias for name, bias in biases.items() if bias is not None}
         output = scalar(logits, labels, target)
     at_input = found.pop(INPUT)
+    curved = tuple(call.name for call in calls if isinstance(call.module, CURVED))
     if differentiable:
-        return FullGradient(images, output, at_input, maps, found)
+        return FullGradient(images, output, at_input, maps, found, curved)
     maps = {name: map.detach() for name, map in maps.items()}
-    return FullGradient(images.detach(), output.detach(), at_input, maps, found)
+    return FullGradient(images.detach(), output.detach(), at_input, maps, found, curved)
 
 
 def _called(model: nn.Module, images: Tensor) -> tuple[Tensor, list[_Call]]:
@@ -396,6 +412,37 @@ def find_layer(model: nn.Module, rule: str, images: Tensor) -> Layer:
         kind = f"it has {len(blocks)} blocks" if of_block else f"it is {RULES}"
         raise UserError(f"{type(model).__name__} has no layer {rule!r}: {kind}{nearest(rule, [*named, *modules])}")
     return Layer(rule, None)
+
+
+def last_features(model: nn.Module, images: Tensor, smallest: int) -> str:
+    """The module whose output is the map of the last convolution, behind its normalisation and its activation.
+
+    smallest: only convolutions whose map has at least so many rows and columns. The activation is the first one behind the
+    convolution whose output has the same shape: in a ResNet it follows the sum with the shortcut. Where there is none, the
+    normalisation's output is the map, or the convolution's. images (B, C, H, W): any, of the right size. Raises UserError
+    where no convolution has such a map.
+    """
+    calls: list[_Call] = []
+    wanted = (nn.Conv2d, *NORMS, *ACTIVATIONS)
+
+    def keep(name: str, module: nn.Module, given: Tensor, output: Tensor) -> None:
+        calls.append(_Call(name, module, given, output))
+
+    hooks: dict[str, Hook] = {name: partial(keep, name) for name, module in model.named_modules() if isinstance(module, wanted)}
+    with evaluating(model), torch.no_grad(), _hooked(model, hooks):
+        model(images)
+    sizes = [tuple(call.output.shape[-2:]) if isinstance(call.module, nn.Conv2d) else (0, 0) for call in calls]
+    large = [i for i, size in enumerate(sizes) if min(size) >= max(1, smallest)]
+    if not large:
+        rows, columns = max(sizes, default=(0, 0))
+        raise UserError(
+            f"{type(model).__name__} has no convolution whose map has {max(1, smallest)} rows and columns or more; "
+            + (f"its largest map is {rows}x{columns}" if rows else "it has no spatial features")
+        )
+    convolution, after = calls[large[-1]], calls[large[-1] + 1 :]
+    norm = next((call for call in after[:1] if call.given is convolution.output and isinstance(call.module, NORMS)), None)
+    same = [call for call in after if isinstance(call.module, ACTIVATIONS) and call.output.shape == convolution.output.shape]
+    return (same or [norm or convolution])[0].name
 
 
 class _Taker(NamedTuple):

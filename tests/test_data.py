@@ -11,9 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
+from gradexp.commands.compose import plan
 from gradexp.data import sources, subsets
 from gradexp.data.cifar10 import CIFAR10
+from gradexp.data.cifar100 import CIFAR100
 from gradexp.data.digits import Digits
+from gradexp.data.imagenet import ImageNet
 from gradexp.data.loader import TensorLoader, TrainingStream
 from gradexp.data.sources import Layout, Split
 from gradexp.errors import UserError
@@ -282,3 +285,33 @@ def test_wrong_choices_are_errors(tmp_path: Path, changes: dict[str, Any]) -> No
 
 def test_cifar10_has_the_columns_of_the_hub() -> None:
     assert (CIFAR10.layout.image_column, CIFAR10.layout.label_column) == ("img", "label")
+
+
+# --- what classes are called ------------------------------------------------------------------------------
+
+
+def test_names_follow_the_labels_that_are_kept(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"name": "x", "channels": 3, "size": 32, "flip": False, "crop": 0, "normalise": "none", "seed": 0}
+    options |= {"per_class": None, "validation": None, "root": tmp_path, "cache": tmp_path}
+    assert CIFAR10(classes=10, **options).class_names([9, 0]) == ["truck", "airplane"]
+    assert CIFAR10(classes=2, only_classes=[5, 3], **options).class_names([0, 1]) == ["dog", "cat"]
+    assert Digits(classes=10, **options).class_names([7]) == ["7"]
+
+
+def test_the_classes_of_cifar100_are_those_of_its_superclasses(tmp_path: Path) -> None:
+    """The target of Table 2.3 at scale=cpu is four superclasses, named in the data set's paper."""
+    words = ["experiment=jacobian_transfer", "scale=cpu"]
+    data = plan(words).config["data"]
+    target = CIFAR100(**{key: value for key, value in data.items() if key != "_target_"}, root=tmp_path, cache=tmp_path, seed=0)
+    outdoor = {"bridge", "castle", "house", "road", "skyscraper", "cloud", "forest", "mountain", "plain", "sea"}
+    household = {"bed", "chair", "couch", "table", "wardrobe", "clock", "keyboard", "lamp", "telephone", "television"}
+    assert set(target.class_names(range(20))) == outdoor | household
+    assert len(set(target.names())) == 100
+
+
+def test_imagenets_names_are_given_only_where_its_classes_are_all_there(tmp_path: Path) -> None:
+    data = plan(["experiment=pixel_perturbation", "scale=paper"]).config["data"]
+    options = {key: value for key, value in data.items() if key != "_target_"}
+    place: dict[str, Any] = {"root": tmp_path, "cache": tmp_path, "seed": 0}
+    assert ImageNet(**options, **place).class_names([0, 999]) == ["tench", "toilet tissue"]
+    assert ImageNet(**{**options, "classes": 2}, **place).class_names([1]) == ["1"]

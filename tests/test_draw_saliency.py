@@ -13,13 +13,16 @@ from PIL import Image
 
 from gradexp import runs
 from gradexp.commands import explain
+from gradexp.commands.compose import plan
 from gradexp.errors import UserError
 from gradexp.report import figures, specs
-from gradexp.report.draw import gallery, removal
+from gradexp.report.draw import gallery, methods, randomisation, removal
 from gradexp.report.specs import Source
 from gradexp.runs import ROOT
 
 SPEC: dict[str, Any] = {"number": "9.9", "xlabel": "x", "ylabel": "y", "thesis": "fig 3.2b", "first": 1, "rows": 2}
+
+SCALES = ("paper", "cpu", "quick")
 
 
 def one(folder: Path, spec: dict[str, Any], *records: dict[str, Any]) -> figures.Series:
@@ -51,11 +54,53 @@ def test_retrained_accuracies_are_means_over_seeds_beside_the_thesis(tmp_path: P
     assert list(curve.get_xdata()) == [0, 10, 50]  # every curve begins where nothing is removed
 
 
-def test_output_changes_are_in_order_of_the_fraction(tmp_path: Path) -> None:
+def test_output_changes_are_in_order_of_the_fraction_with_standard_errors(tmp_path: Path) -> None:
     metrics = {"test/output_change@removed=0.1": 0.4, "test/output_change@removed=0.025": 0.2, "test/completeness_error": 0.0}
-    metrics |= {f"{name}/std": 0.1 for name in list(metrics)[:2]}
-    _, rows = removal.output_change(SPEC, [one(tmp_path, {"label": "Random"}, {"metrics": metrics})])
-    assert [(row["x"], row["mean"], row["std"]) for row in rows] == [("2.5", "0.2", "0.1"), ("10", "0.4", "0.1")]
+    metrics |= {
+        "test/mean/output_change@removed=0.1": 0.3,
+        "test/output_change_area": 0.25,
+        "test/mean/output_change_area": 0.2,
+    }
+    metrics |= {f"{name}/std": 0.1 for name in metrics if "change" in name}
+    series = [one(tmp_path, {"label": "Random"}, {"metrics": metrics, "images": 400})]
+    figure, rows = removal.output_change(SPEC, series)
+    assert [(row["x"], row["mean"], row["std"], row["error"], row["n"]) for row in rows] == [
+        ("2.5", "0.2", "0.1", "0.005", 400),
+        ("10", "0.4", "0.1", "0.005", 400),
+        ("area", "0.25", "0.1", "0.005", 400),
+    ]
+    assert figure.axes[0].get_legend_handles_labels()[1] == ["Random: 0.250 ± 0.010"]  # 1.96 standard errors
+    (band,) = figure.axes[0].collections
+    assert band.get_paths()[0].vertices[:, 1].max() == pytest.approx(0.405)  # type: ignore[index,call-overload]
+    assert figure.axes[0].get_ylim()[1] > 0.405  # nothing is cut off
+    _, rows = removal.output_change({**SPEC, "reading": "mean"}, series)
+    assert [(row["x"], row["mean"]) for row in rows] == [("10", "0.3"), ("area", "0.2")]
+
+
+def test_every_method_has_a_look_of_its_own() -> None:
+    """Also in grey: no two methods of a figure have marker and dashes in common, and a variant has its method's colour."""
+    for number in ("3.2a", "3.2a-mean", "3.2a-imputed", "3.2a-most", "3.2b", "3-randomisation"):
+        labels = [series["label"] for series in specs.load("figure", number)["series"] if series["label"] != removal.BASELINE]
+        looks = [methods.style(label) for label in labels]
+        assert len({look["marker"] for look in looks}) == len(labels)
+    for label in methods.METHODS:
+        assert methods.style(label)["color"] == methods.style(label.partition(",")[0])["color"]
+    assert methods.style("Random")["zorder"] < methods.style("SmoothGrad")["zorder"] < methods.style("FullGrad")["zorder"]
+    with pytest.raises(UserError, match="did you mean FullGrad"):
+        methods.style("Fullgrad")
+
+
+def test_randomisation_is_drawn_over_the_number_of_random_layers(tmp_path: Path) -> None:
+    metrics = {"randomised": [0, 1, 2], "correlation": [1.0, 0.5, 0.1], "correlation/std": [0.0, 0.2, 0.4]}
+    record = {"metrics": metrics, "images": 100, "layers": ["untouched", "linear", "conv and norm"]}
+    figure, rows = randomisation.randomisation(SPEC, [one(tmp_path, {"label": "FullGrad"}, record)])
+    assert [(row["x"], row["layer"], row["mean"]) for row in rows] == [
+        ("0", "untouched", "1"),
+        ("1", "linear", "0.5"),
+        ("2", "conv and norm", "0.1"),
+    ]
+    band = figure.axes[0].collections[0].get_paths()[0].vertices
+    assert band[:, 1].min() == pytest.approx(0.1 - 0.04)  # type: ignore[index,call-overload]
 
 
 def pictures(seed: int = 0) -> dict[str, np.ndarray]:
@@ -65,11 +110,18 @@ def pictures(seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def test_a_gallery_shows_the_images_that_its_spec_chooses(tmp_path: Path) -> None:
-    record: dict[str, Any] = {"metrics": {}, "labels": [5, 6, 7, 8], "layers": ["input", "a", "b"]}
+    record: dict[str, Any] = {
+        "metrics": {},
+        "labels": [5, 6, 7, 8],
+        "names": ["a", "b", "sea, seaside", "d"],
+        "layers": ["input", "a", "b"],
+    }
     series = [one(tmp_path, {"label": name, "overlay": name == "b"}, {**record, "arrays": pictures()}) for name in ("a", "b")]
     figure, rows = gallery.gallery(SPEC, series)
     assert [(row["image"], row["column"], row["label"]) for row in rows] == [(1, "a", 6), (1, "b", 6), (2, "a", 7), (2, "b", 7)]
     assert len(figure.axes) == 6
+    assert [row["name"] for row in rows] == ["b", "b", "sea, seaside", "sea, seaside"]
+    assert [axes.texts[0].get_text() for axes in figure.axes if axes.texts] == ["b", "sea"]  # beside the images
     other = one(tmp_path, {"label": "c"}, {**record, "arrays": pictures(1)})
     with pytest.raises(UserError, match="different images"):
         gallery.gallery(SPEC, [series[0], other])
@@ -88,11 +140,26 @@ def test_an_overlay_is_the_image_in_grey_where_the_map_is_zero() -> None:
 def test_points_are_runs_of_every_series_and_only_at_their_scales() -> None:
     spec = specs.load("figure", "3.2b")
     found = list(figures.runs_of(spec, "cpu"))
-    assert len(found) == 1 + 6 * 3
-    assert len(list(figures.runs_of(spec, "paper"))) == 1 + 6 * 5
+    assert len(found) == 1 + 8 * 3
+    assert len(list(figures.runs_of(spec, "paper"))) == 1 + 8 * 5
     assert found[0][1][0] == ["experiment=roar", "scale=cpu", "data.removal=null", "seed=0"]
     assert specs.parts("figure", "3.2") == ["3.2a", "3.2b"]
     assert specs.parts("figure", "3.1") == ["3.1"]
+
+
+def test_a_series_may_be_of_some_scales_only() -> None:
+    """At paper the last map is larger than 4x4, and the two series of Grad-CAM would be one."""
+    shown = {scale: [series["label"] for series, _ in figures.runs_of(specs.load("figure", "3.2a"), scale)] for scale in SCALES}
+    assert [name for name in shown["cpu"] if name not in shown["paper"]] == ["Grad-CAM, 4x4"]
+    assert shown["cpu"] == shown["quick"]
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_the_galleries_have_as_many_images_as_figure_3_4_shows(scale: str) -> None:
+    spec = specs.load("figure", "3.4")
+    for _, seeds in figures.runs_of(spec, scale):
+        (words,) = seeds.values()
+        assert plan(words).config["evaluate"]["images"] >= spec["first"] + spec["rows"]
 
 
 # --- python -m gradexp.saliency ---------------------------------------------------------------------------

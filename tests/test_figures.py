@@ -103,8 +103,8 @@ def test_the_note_below_a_picture_is_as_wide_as_it(tmp_path: Path) -> None:
     for columns in (1, 2):
         files = figures.make(SPEC | {"note": "word " * 60}, "quick", [], draw(columns), tmp_path)
         lines.append(re.findall(r"<!-- (word .*?) -->", files[2].read_text()))
-    assert [len(found) for found in lines] == [4, 2]
-    assert [max(map(len, found)) for found in lines] == [74, 149]
+    assert [len(found) for found in lines] == [5, 3]
+    assert [max(map(len, found)) for found in lines] == [64, 134]
 
 
 def test_a_figure_says_how_its_runs_depart_and_where_they_come_from(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gradexp.errors import UserError
-from gradexp.evaluate.masking import least_salient, ranks, remove
+from gradexp.evaluate.masking import impute, least_salient, ranks, remove
 
 
 def test_ranks_order_pixels_by_saliency() -> None:
@@ -38,8 +38,41 @@ def test_the_mean_colour_is_each_images_own() -> None:
     torch.testing.assert_close(gone, images.mean((2, 3), keepdim=True).expand_as(images))
 
 
+def test_imputed_pixels_solve_their_linear_system() -> None:
+    """Each is the mean of its neighbours, weights 2 at its sides and 1 at its corners: a dense solution, pixel by pixel."""
+    size = 7
+    images = torch.randn(2, 3, size, size, dtype=torch.float64)
+    mask = torch.rand(2, 1, size, size) < 0.6
+    mask[1, 0, :4, :4] = True  # a hole, at a corner of the image
+    found = impute(images, mask, noise=0, tolerance=1e-10)
+    for image, gone, result in zip(images, mask[:, 0], found, strict=True):
+        matrix = torch.eye(size * size, dtype=torch.float64)
+        for i, j in gone.nonzero().tolist():
+            weights = {
+                (i + a) * size + j + b: 3 - abs(a) - abs(b)
+                for a in (-1, 0, 1)
+                for b in (-1, 0, 1)
+                if (a or b) and 0 <= i + a < size and 0 <= j + b < size
+            }
+            for place, weight in weights.items():
+                matrix[i * size + j, place] = -weight / sum(weights.values())
+        known = torch.where(gone, 0, image).flatten(1)
+        torch.testing.assert_close(result.flatten(1), torch.linalg.solve(matrix, known.T).T)
+        assert torch.equal(result[:, ~gone], image[:, ~gone])
+
+
+def test_imputed_pixels_have_a_little_noise_and_a_mask_of_everything_ends() -> None:
+    image, everything = torch.full((1, 1, 40, 40), 0.3), torch.ones(1, 1, 40, 40, dtype=torch.bool)
+    half = torch.arange(1600).view(1, 1, 40, 40) % 2 == 0
+    filled = remove(image, half, "imputed")
+    assert torch.equal(filled[~half], image[~half])
+    assert float(filled[half].mean()) == pytest.approx(0.3, abs=0.002)
+    assert float(filled[half].std()) == pytest.approx(0.01, rel=0.1)
+    assert impute(image, everything).isfinite().all()
+
+
 def test_mistakes() -> None:
     with pytest.raises(UserError, match="between 0 and 1"):
         least_salient(torch.zeros(1, 2, 2, dtype=torch.long), 1.5)
-    with pytest.raises(UserError, match="image_mean or a number"):
+    with pytest.raises(UserError, match="image_mean, imputed or a number"):
         remove(torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 2, 2, dtype=torch.bool), "grey")

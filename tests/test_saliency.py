@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gradexp import layers
+from gradexp import gradients, layers
+from gradexp.commands.compose import compose_run
 from gradexp.errors import UserError
 from gradexp.layers import convolution
+from gradexp.models.resnet import ResNet
 from gradexp.models.vgg import VGG
 from gradexp.saliency import (
     FullGrad,
@@ -19,13 +21,19 @@ from gradexp.saliency import (
     InputGradient,
     IntegratedGradients,
     Random,
+    ReferenceFullGrad,
+    ReferenceGradCAM,
+    ReferenceSimpleFullGrad,
+    ReferenceSmoothFullGrad,
     Saliency,
     SimpleFullGrad,
     SmoothFullGrad,
     SmoothGrad,
     SmoothGradSquared,
 )
+from gradexp.saliency.method import value_range
 from gradexp.saliency.psi import psi
+from gradexp.tasks.build import build
 from gradexp.tasks.saliency_score import completeness
 
 PSI = ["abs", "rescale", "upsample"]
@@ -36,14 +44,19 @@ METHODS: dict[str, Saliency] = {
     "integrated_gradients": IntegratedGradients(steps=5, channels="abs"),
     "smoothgrad": SmoothGrad(samples=3, sigma=0.15, channels="abs"),
     "smoothgrad_squared": SmoothGradSquared(samples=3, sigma=0.15, channels="sum"),
-    "gradcam": GradCAM(layer=None),
+    "gradcam": GradCAM(),
+    "gradcam_reference": ReferenceGradCAM(),
     "fullgrad": FullGrad(psi=PSI, separate=False),
+    "fullgrad_eq32": FullGrad(psi=["abs", "rescale_channels", "upsample"], separate=False),
+    "fullgrad_reference": ReferenceFullGrad(),
+    "simple_fullgrad_reference": ReferenceSimpleFullGrad(),
+    "smooth_fullgrad_reference": ReferenceSmoothFullGrad(samples=2),
     "fullgrad_separate": FullGrad(psi=["abs", "rescale_channels", "upsample"], separate=True),
     "fullgrad_signed": FullGrad(psi=["upsample"], separate=False),
     "simple_fullgrad": SimpleFullGrad(psi=PSI, separate=False),
     "smooth_fullgrad": SmoothFullGrad(psi=PSI, separate=False, samples=2, sigma=0.15),
 }
-DETERMINISTIC = [name for name in METHODS if name not in ("random", "smoothgrad", "smoothgrad_squared", "smooth_fullgrad")]
+DETERMINISTIC = [name for name in METHODS if name != "random" and "smooth" not in name]
 
 
 def net(**changes: Any) -> VGG:
@@ -86,6 +99,7 @@ def point(*values: float) -> Tensor:
 @pytest.mark.parametrize("target", [None, 2, torch.tensor([0, 3, 1])], ids=["predicted", "one", "each"])
 def test_a_map_has_the_images_size_and_the_model_stays_as_it_was(name: str, target: Tensor | int | None) -> None:
     model = net().train()
+    nn.init.uniform_(model.linear.weight, 0.1, 1)  # the positive part that Grad-CAM takes must not be empty
     model.features.norm1.eval()  # a module in another mode than the model
     before = {key: value.clone() for key, value in model.state_dict().items()}
     with torch.no_grad():  # whatever the caller has switched off
@@ -145,9 +159,11 @@ MISTAKES = {
     "no batch": (lambda: METHODS["gradcam"](net(), pictures()[0]), r"takes \(B, C, H, W\)"),
     "too small": (lambda: METHODS["smoothgrad"](net(), pictures(size=1)), "at least 4 pixels"),
     "no features": (
-        lambda: GradCAM(layer=None)(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), torch.rand(1, 1, 2, 2)),
+        lambda: GradCAM()(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), torch.rand(1, 1, 2, 2)),
         "spatial",
     ),
+    "no map so large": (lambda: GradCAM(smallest=9)(net(), pictures()), "9 rows and columns or more; its largest map is 8x8"),
+    "units": (lambda: SmoothGrad(samples=1, sigma=0.1, channels="abs", units="pixels")(net(), pictures()), "normalised, raw"),
     "layer": (lambda: GradCAM(layer="features.conv9")(net(), pictures()), "features.conv3"),
     "nan": (lambda: METHODS["fullgrad"](net(), pictures() * torch.nan), "not finite"),
     "psi": (lambda: FullGrad(psi=["rescale", "abs", "upsample"], separate=False), r"\[abs, rescale, upsample\]"),
@@ -204,35 +220,92 @@ def test_smoothgrads_noise_is_a_part_of_each_images_range() -> None:
     torch.testing.assert_close(squared, firsts**4 + 6 * firsts**2 * sigmas**2 + 3 * sigmas**4, rtol=0.2, atol=0)
 
 
+@pytest.mark.parametrize("units", ["normalised", "raw"])
+def test_the_range_is_of_the_normalised_image_or_of_its_pixels(units: str) -> None:
+    """A cube of the first channel: the mean gradient is x² + σ², σ half of what the range is in the units of that channel."""
+    mean, std = (torch.tensor(values, dtype=torch.float64).view(2, 1, 1) for values in ((0.5, 0.1), (0.25, 0.5)))
+    pixels = torch.rand(3, 2, 2, 2, dtype=torch.float64) * torch.tensor([1.0, 0.3, 0.6]).view(3, 1, 1, 1)
+    images = (pixels - mean) / std
+    values, unit = (images, 1.0) if units == "normalised" else (pixels, 0.25)
+    expected = torch.stack([(one.max() - one.min()) / unit for one in values])
+    method = SmoothGrad(samples=4000, sigma=0.5, channels="sum", units=units, black=-mean / std, std=std)
+    torch.testing.assert_close(value_range(images, units, method)[:, 0, 0, 0], expected)
+
+    class Cube(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            return images[:, 0, 0, 0, None] ** 3 / 3
+
+    found = method(Cube(), images)[:, 0, 0, 0]
+    torch.testing.assert_close(found, images[:, 0, 0, 0] ** 2 + (expected / 2) ** 2, rtol=0.12, atol=0)
+    one = SmoothGrad(samples=1, sigma=0, channels="sum")
+    torch.testing.assert_close(value_range(pixels, "raw", one), value_range(pixels, "normalised", one).expand(3, 2, 1, 1))
+
+
+def cam(features: Tensor, head: Callable[[Tensor], Tensor], label: int) -> Tensor:
+    """Grad-CAM of feature maps with the rest of the network, not upsampled."""
+    features = features.detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(head(features)[:, label].sum(), features)
+    return (gradient.mean((2, 3), keepdim=True) * features.detach()).sum(1, keepdim=True).relu()
+
+
 def test_gradcam_by_hand() -> None:
+    """Behind the last convolution's normalisation and activation; where that map is too small, at an earlier convolution."""
     model, images = net(), pictures()
-    with torch.enable_grad():
-        features = model.features[:8](images).detach().requires_grad_()  # as far as the last convolution
-        assert isinstance(model.features[7], nn.Conv2d)
-        logits = model.linear(model.features[8:](features).mean((2, 3)))
-        (gradient,) = torch.autograd.grad(logits[:, 2].sum(), features)
-    small = (gradient.mean((2, 3), keepdim=True) * features.detach()).sum(1, keepdim=True).relu()
-    expected = functional.interpolate(small, size=(8, 8), mode="bilinear")
-    torch.testing.assert_close(GradCAM(layer=None)(model, images, 2), expected)
+    nn.init.normal_(model.linear.weight)
+    places = list(model.features._modules)
+    assert places[7:10] == ["conv3", "norm3", "relu3"]
+    for method, end in (
+        (GradCAM(), 10),
+        (GradCAM(smallest=4), 10),
+        (GradCAM(smallest=5), 3),
+        (GradCAM(layer="features.conv3"), 8),
+    ):
+        small = cam(model.features[:end](images), lambda z, end=end: model.linear(model.features[end:](z).mean((2, 3))), 2)
+        assert small.any()
+        expected = functional.interpolate(small, size=(8, 8), mode="bilinear")
+        torch.testing.assert_close(method(model, images, 2), expected)
+
+
+def test_the_last_map_of_any_network() -> None:
+    model = ResNet(name="t", blocks=[1, 1], width=0.1, channels=3, classes=4, activation=nn.ReLU).double().eval()
+    assert gradients.last_features(model, pictures(), 1) == "stages.1.0.act2"  # behind the sum with the shortcut
+    assert gradients.last_features(model, pictures(), 5) == "stages.0.0.act2"
+    bare = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3), nn.BatchNorm2d(5), nn.Flatten()).double().eval()
+    assert gradients.last_features(bare, pictures(), 1) == "3"
+    assert gradients.last_features(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()).double(), pictures(), 1) == "0"
+
+
+@pytest.mark.parametrize("scale", ["cpu", "quick"])
+def test_the_maps_of_gradcam_are_as_large_as_the_captions_of_chapter_3_say(scale: str) -> None:
+    config = compose_run(["experiment=pixel_perturbation", f"scale={scale}"])["upstream"]["model"]
+    model = build({**config["model"], "width": 0.1}, where="model").eval()
+    images = torch.rand(2, 3, config["data"]["size"], config["data"]["size"])
+    for smallest, size in ((1, 2), (4, 4)):
+        name = gradients.last_features(model, images, smallest)
+        with gradients.captured(model, [name]) as outputs, torch.no_grad():
+            model(images)
+        assert isinstance(model.get_submodule(name), nn.ReLU)
+        assert outputs[name].shape[2:] == (size, size)
 
 
 # --- FullGrad ---------------------------------------------------------------------------------------------
 
 
 def rescaled(maps: Tensor) -> Tensor:
-    """Each image's (C, h, w) to [0, 1]."""
-    return torch.stack([(one - one.min()) / (one.max() - one.min()) for one in maps])
+    """Each image's (C, h, w) to [0, 1]; a constant one to 0."""
+    return torch.stack([(one - one.min()) / max(float(one.max() - one.min()), 1e-300) for one in maps])
 
 
-def slow_fullgrad(model: VGG, images: Tensor, target: int) -> Tensor:
+def slow_fullgrad(model: VGG, images: Tensor, target: int, *, by_channel: bool) -> Tensor:
     """Eq. 3.2 layer by layer and channel by channel, from the definition: f^b = bias times slope, by autograd of the bias.
 
-    A block's bias is what conv and batch normalisation add at input 0 far from the border.
+    A block's bias is what conv and batch normalisation add at input 0 far from the border. ψ rescales each channel, as
+    Eq. 3.2 has it, or first the layer at once, as the author's code does.
     """
     total = torch.zeros_like(images[:, :1])
     inputs = images.clone().requires_grad_()
     model(inputs)[:, target].sum().backward()
-    terms = [rescaled((inputs.grad * images).abs())]  # type: ignore[operator]
+    terms = [inputs.grad * images]  # type: ignore[operator]
     for number in (1, 2, 3):
         conv, norm = (getattr(model.features, f"{kind}{number}") for kind in ("conv", "norm"))
         zeros = torch.zeros(1, conv.in_channels, 3, 3, dtype=torch.float64)
@@ -247,16 +320,27 @@ def slow_fullgrad(model: VGG, images: Tensor, target: int) -> Tensor:
         value = model(images)[:, target].sum()
         handle.remove()
         (slope,) = torch.autograd.grad(value, added[0])
-        terms.append(rescaled((slope * bias.view(1, -1, 1, 1)).abs()))
+        terms.append(slope * bias.view(1, -1, 1, 1))
     for term in terms:
-        for channel in term.unbind(1):
-            total += functional.interpolate(channel[:, None], size=images.shape[-2:], mode="bilinear")
+        whole = term.abs() if by_channel else rescaled(term.abs())
+        for channel in whole.split(1, dim=1):
+            one = rescaled(channel) if by_channel else channel
+            total += functional.interpolate(one, size=images.shape[-2:], mode="bilinear")
     return total
 
 
-def test_fullgrad_against_a_slow_loop_over_layers_and_channels() -> None:
+@pytest.mark.parametrize(("name", "by_channel"), [("fullgrad", False), ("fullgrad_eq32", True)])
+def test_fullgrad_against_a_slow_loop_over_layers_and_channels(name: str, by_channel: bool) -> None:
     model, images = net(), pictures()
-    torch.testing.assert_close(METHODS["fullgrad"](model, images, 1), slow_fullgrad(model, images, 1).detach())
+    expected = slow_fullgrad(model, images, 1, by_channel=by_channel)
+    torch.testing.assert_close(METHODS[name](model, images, 1), expected.detach())
+
+
+@pytest.mark.parametrize("name", ["fullgrad", "fullgrad_eq32", "fullgrad_signed"])
+def test_the_configs_are_these_methods(name: str) -> None:
+    config = compose_run(["experiment=saliency_gallery", f"saliency={name}"])["saliency"]
+    model, images = net(), pictures()
+    torch.testing.assert_close(build(config, where="saliency")(model, images, 1), METHODS[name](model, images, 1))
 
 
 def test_fullgrad_is_the_sum_of_its_layers() -> None:
@@ -304,17 +388,202 @@ def test_saturation_is_attributed_to_the_biases() -> None:
     assert {name: float(value) for name, value in full.items()} == {"input": 0, "0": 0, "2": 1}
 
 
-def test_example_2_input_gradients_ignore_the_last_bias_and_full_gradients_do_not() -> None:
-    first, second = nn.Conv2d(1, 1, 1), nn.Conv2d(1, 1, 1)
+def test_example_2_input_gradients_ignore_both_biases_and_full_gradients_neither() -> None:
+    """f = w₁ relu(w₀ x + b₀) + b₁: ∇f = w₁ w₀ for all b₁, and for all b₀ that keep the unit on; the bias-gradients move."""
+    first, second = nn.Conv2d(1, 1, 1).double(), nn.Conv2d(1, 1, 1).double()
     model = nn.Sequential(first, nn.ReLU(), second, nn.Flatten())
-    image = torch.full((1, 1, 1, 1), 0.7)
-    nn.init.ones_(first.weight)
-    before = [method(model, image, 0) for method in (InputGradient(channels="sum"), METHODS["fullgrad_signed"])]
+    w0, w1, x = 2.0, -3.0, 0.7
+
+    def maps(b0: float, b1: float) -> list[float]:
+        with torch.no_grad():
+            for layer, weight, bias in ((first, w0, b0), (second, w1, b1)):
+                layer.weight.fill_(weight)
+                layer.bias.fill_(bias)  # type: ignore[union-attr]
+        image = torch.full((1, 1, 1, 1), x, dtype=torch.float64)
+        gradient = InputGradient(channels="sum")(model, image, 0)
+        full = FullGrad(psi=["upsample"], separate=False).layers(model, image, 0)
+        return [float(value) for value in (gradient, full["0"], full["2"])]
+
+    for b0, b1 in ((0.5, 1.0), (0.6, 1.0), (0.5, 1000.0)):
+        assert maps(b0, b1) == pytest.approx([w1 * w0, w1 * b0, b1])
+    assert maps(-2.0, 1.0) == [0, 0, 1]  # a change of b₀ that is not small switches the unit off
+
+
+def hinge(offset: float) -> nn.Module:
+    """f = 2 x₁ + x₂ + 3 relu(x₁ + x₂ - offset) for positive x: two linear pieces, the same ∇f on each for every offset."""
+    first, second = nn.Linear(2, 2), nn.Linear(2, 1)
     with torch.no_grad():
-        second.bias += 5  # type: ignore[operator]
-    after = [method(model, image, 0) for method in (InputGradient(channels="sum"), METHODS["fullgrad_signed"])]
-    assert torch.equal(before[0], after[0])
-    torch.testing.assert_close(after[1] - before[1], torch.full((1, 1, 1, 1), 5.0))
+        first.weight.copy_(torch.tensor([[1.0, 1.0], [2.0, 1.0]]))
+        first.bias.copy_(torch.tensor([-offset, 0.0]))
+        second.weight.copy_(torch.tensor([[3.0, 1.0]]))
+        second.bias.zero_()
+    return nn.Sequential(nn.Flatten(), first, nn.ReLU(), second).double().eval().requires_grad_(False)
+
+
+def full_gradients(model: nn.Module, image: Tensor) -> Tensor:
+    full = gradients.full_gradient(model, image, torch.tensor([0]))
+    return torch.cat([full.input.flatten(), *(values.flatten() for values in full.biases.values())])
+
+
+WEAK_OR_COMPLETE: dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], bool, bool]] = {
+    "input-gradient": (InputGradient(channels="sum"), True, False),
+    "integrated gradients": (IntegratedGradients(steps=100, channels="sum"), False, True),
+    "FullGrad": (METHODS["fullgrad_signed"], False, False),
+    "full-gradients": (full_gradients, True, True),
+}
+
+
+@pytest.mark.parametrize("name", WEAK_OR_COMPLETE)
+def test_proposition_4_no_saliency_map_is_both_weakly_dependent_and_complete(name: str) -> None:
+    """Weak: constant on a linear piece. Complete from 0: never the same for two functions whose f(x) - f(0) differ.
+
+    The proof's two functions have the slopes in common and differ in the offset, for which a map of D numbers has no room;
+    full-gradients are no map: they have D + F numbers, and are both.
+    """
+    method, weak, complete = WEAK_OR_COMPLETE[name]
+    here, there, origin = point(1.0, 0.5), point(0.8, 1.6), point(0.0, 0.0)
+    model, other = hinge(1.0), hinge(1.2)
+    rises = [float(one(here) - one(origin)) for one in (model, other)]
+    assert rises[0] != pytest.approx(rises[1], abs=0.1)
+    assert torch.allclose(method(model, here), method(model, there), atol=0.05) == weak
+    assert (not torch.allclose(method(model, here), method(other, here), atol=0.05)) == complete
+
+
+def test_full_gradients_feel_a_parameter_if_and_only_if_the_function_does() -> None:
+    """§3.4.1: ∂G/∂θ = 0 iff ∂f/∂θ = 0, since f is a sum of G's entries, those of the input weighted by x (Eq. 3.1)."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 1)).double()
+    image = torch.randn(1, 1, 2, 2, dtype=torch.float64)
+    full = gradients.full_gradient(model.eval(), image, torch.tensor([0]), differentiable=True)
+    terms = torch.cat([(full.input * full.images).flatten(), *(values.flatten() for values in full.biases.values())])
+    entries = torch.cat([full.input.flatten(), *(values.flatten() for values in full.biases.values())])
+
+    def slopes(value: Tensor) -> Tensor:
+        found = torch.autograd.grad(value, list(model.parameters()), retain_graph=True, allow_unused=True)
+        pairs = zip(found, model.parameters(), strict=True)
+        return torch.cat([(torch.zeros_like(p) if slope is None else slope).flatten() for slope, p in pairs])
+
+    of_function = slopes(model(image).sum())
+    torch.testing.assert_close(slopes(terms.sum()), of_function)
+    felt = torch.stack([slopes(entry).abs() for entry in entries]).sum(0)
+    assert 10 < int((of_function == 0).sum()) < len(of_function) - 10  # units that are off, and units that are on
+    assert torch.equal(felt > 1e-12, of_function.abs() > 1e-12)
+
+
+def test_explicit_and_implicit_biases_by_hand() -> None:
+    norm = nn.BatchNorm2d(2)
+    model = nn.Sequential(nn.Conv2d(1, 2, 1), norm, nn.Conv2d(2, 1, 1, bias=False))
+    with torch.no_grad():
+        model[0].bias.copy_(torch.tensor([1.0, -2.0]))  # type: ignore[union-attr]
+        norm.weight.copy_(torch.tensor([2.0, 1.0]))
+        norm.bias.copy_(torch.tensor([0.5, 0.0]))
+        norm.running_mean.copy_(torch.tensor([3.0, -1.0]))  # type: ignore[union-attr]
+        norm.running_var.copy_(torch.tensor([4.0, 0.25]) - norm.eps)  # type: ignore[union-attr]
+    found = gradients.biases_of(model)
+    torch.testing.assert_close(found["explicit"], torch.tensor([1.0, -2.0, 0.5, 0.0]))
+    torch.testing.assert_close(found["implicit"], torch.tensor([-3.0, 2.0]))
+    assert not len(gradients.biases_of(nn.Conv2d(1, 1, 1))["implicit"])
+
+
+# --- the author's last release ----------------------------------------------------------------------------
+
+
+class Mixed(nn.Module):
+    """A convolution without a bias and one with, a normalisation, a curved activation, a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bare, self.norm = nn.Conv2d(3, 5, 3, padding=1, bias=False), nn.BatchNorm2d(5)
+        self.biased, self.linear = nn.Conv2d(5, 4, 3, stride=2, padding=1), nn.Linear(4, 3)
+        self.curved = nn.Softplus()
+        nn.init.normal_(self.norm.running_mean)  # type: ignore[arg-type]
+        nn.init.uniform_(self.norm.running_var, 0.5, 2)  # type: ignore[arg-type]
+        nn.init.uniform_(self.norm.weight, 0.5, 2)
+        nn.init.normal_(self.norm.bias)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.after_norm(self.norm(self.bare(images)))
+
+    def after_norm(self, features: Tensor) -> Tensor:
+        return self.after_biased(self.biased(self.curved(features)))
+
+    def after_biased(self, features: Tensor) -> Tensor:
+        return self.linear(functional.relu(features).mean((2, 3)))
+
+
+def slopes_by_hand(model: Mixed, images: Tensor, labels: Tensor) -> list[Tensor]:
+    """Gradients of the labels' logits at the images, behind the normalisation, and behind the convolution with a bias."""
+    normed = model.norm(model.bare(images)).detach()
+    late = model.biased(model.curved(normed)).detach()
+    found = []
+    for values, head in ((images, model), (normed, model.after_norm), (late, model.after_biased)):
+        values = values.clone().requires_grad_()
+        logits = head(values).gather(1, labels[:, None])
+        found.append(torch.autograd.grad(logits.sum(), values)[0])
+    return found
+
+
+def reference_psi(maps: Tensor, size: int) -> Tensor:
+    """Image by image: minus the smallest, divided by the largest + 1e-6; every channel upsampled corner to corner."""
+    total = []
+    for one in maps.abs():
+        one = one - one.min()
+        one = (one / (one.max() + 1e-6))[None]
+        large = functional.interpolate(one, size=(size, size), mode="bilinear", align_corners=True)
+        total.append(large.sum(1, keepdim=True))
+    return torch.cat(total)
+
+
+def reference_biases(model: Mixed) -> list[Tensor]:
+    norm = model.norm
+    inverse = norm.weight / torch.sqrt(norm.running_var + norm.eps)  # type: ignore[operator]
+    biases = [norm.bias - norm.running_mean * inverse, model.biased.bias]  # type: ignore[operator]
+    return [bias.detach().view(1, -1, 1, 1) for bias in biases]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("target", [None, 1])
+@pytest.mark.parametrize("name", ["fullgrad", "simple_fullgrad", "smooth_fullgrad"])
+def test_reference_variants_from_their_formulas(name: str, target: int | None) -> None:
+    """The bias-free convolution, the softplus and the linear layer have no map."""
+    torch.manual_seed(5)
+    model, images = Mixed().double().eval(), pictures() - 0.5
+    biases = reference_biases(model)
+
+    def labels(images: Tensor) -> Tensor:
+        return model(images).argmax(1) if target is None else torch.full((3,), target)
+
+    if name == "smooth_fullgrad":
+        torch.manual_seed(3)
+        sums: list[Tensor] = []
+        for _ in range(4):
+            noisy = images + 0.3 * (images.max() - images.min()) * torch.randn_like(images)
+            slope, *rest = slopes_by_hand(model, noisy, labels(noisy))
+            terms = [(slope * noisy).sum(1, keepdim=True), *(z * b for z, b in zip(rest, biases, strict=True))]
+            sums = [a + b for a, b in zip(sums, terms, strict=True)] if sums else terms
+        method: Saliency = ReferenceSmoothFullGrad(samples=4, sigma=0.3)
+    else:
+        slope, *rest = slopes_by_hand(model, images, labels(images))
+        factors = biases if name == "fullgrad" else [torch.ones(1)] * 2
+        sums = [slope * images, *(z * b for z, b in zip(rest, factors, strict=True))]
+        method = METHODS[f"{name}_reference"]
+    expected = torch.stack([reference_psi(term, 8) for term in sums]).sum(0)
+    torch.manual_seed(3)
+    torch.testing.assert_close(method(model, images, target), expected.detach(), rtol=1e-9, atol=1e-12)
+
+
+def test_reference_gradcam_by_hand() -> None:
+    """The positive part of the convolution's own output, before its normalisation."""
+    model, images = net(), pictures()
+    nn.init.normal_(model.linear.weight)
+    features = model.features[:8](images).detach().requires_grad_()
+    logits = model.linear(model.features[8:](features).mean((2, 3)))
+    (slope,) = torch.autograd.grad(logits[:, 2].sum(), features)
+    small = (slope.mean((2, 3), keepdim=True) * features.detach().clamp(min=0)).sum(1, keepdim=True).clamp(min=0)
+    assert small.any()
+    expected = functional.interpolate(small, size=(8, 8), mode="bilinear", align_corners=True)
+    torch.testing.assert_close(ReferenceGradCAM()(model, images, 2), expected)
+
+
+# --- properties -------------------------------------------------------------------------------------------
 
 
 def test_full_gradients_depend_weakly_on_the_input() -> None:
@@ -394,3 +663,13 @@ def test_variants_of_fullgrad() -> None:
     for conv in (plain[0], plain[2]):
         conv.bias = None
     torch.testing.assert_close(METHODS["simple_fullgrad"](plain, images, 0), zero)
+
+
+def test_simple_fullgrad_has_no_map_behind_an_activation() -> None:
+    """A softplus has an implicit bias, so that full-gradients look behind it; simple FullGrad looks before activations only."""
+    model, images = Mixed().double().eval(), pictures()
+    found = SimpleFullGrad(psi=["upsample"], separate=False).layers(model, images, 0)
+    assert list(found) == ["input", "norm", "biased"]
+    assert "curved" in FullGrad(psi=["upsample"], separate=False).layers(model, images, 0)
+    slope = slopes_by_hand(model, images, torch.zeros(3, dtype=torch.long))[1].sum(1, keepdim=True)
+    torch.testing.assert_close(found["norm"], slope)

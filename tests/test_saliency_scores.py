@@ -80,6 +80,50 @@ def test_pixel_perturbation_by_hand() -> None:
     assert changes("least", salience, fractions=[0.5], fill="image_mean") == [[0, 0]]
 
 
+def test_the_mean_colour_is_fill_0_of_normalised_images() -> None:
+    """What a mask of zeros and ones, multiplied by normalised images, does."""
+    assert changes("least", [0.1, 0.2, 0.3, 0.4], fractions=[0.25, 0.5], fill=0) == [[0.1, 0.1], [0.3, 0.3]]
+
+
+def scored(**options: Any) -> dict[str, Tensor]:
+    test = PixelPerturbation(**{"fractions": [0.25, 0.5, 1.0], "order": "least", "fill": "black", **options})
+    method = Given(maps={None: [0.1, 0.2, 0.3, 0.4]})
+    torch.manual_seed(0)
+    return test(Weights(1, 2, 3, 4), method, batch([1.0] * 4, [3.0, -1.0, 2.0, 0.5]), black=torch.full((1, 1, 1), -0.5), seed=0)
+
+
+def test_one_number_a_curve_by_hand() -> None:
+    """Trapezoids of (0.25, a), (0.5, b), (1, c): over fractions of width 1/4 and 1/2, over logarithms of the same width."""
+    plain = scored()
+    assert not any("area" in name for name in plain)
+    a, b, c = plain.values()
+    linear, log = (scored(area=kind)["output_change_area"] for kind in ("linear", "log"))
+    torch.testing.assert_close(linear, (((a + b) / 2 * 0.25 + (b + c) / 2 * 0.5) / 0.75).double())
+    torch.testing.assert_close(log, ((a + 2 * b + c) / 4).double())
+    assert linear.shape == (2,)
+    with pytest.raises(UserError, match=r"evaluate\.area=linear"):
+        scored(area="log", fractions=[0, 0.5])
+
+
+def test_readings_of_the_same_maps_are_what_runs_of_their_own_would_give() -> None:
+    changed: dict[str, dict[str, Any]] = {
+        "mean": {"fill": 0},
+        "most": {"order": "most"},
+        "both": {"order": "most", "fill": 2.0},
+    }
+    found = scored(area="log", readings=changed)
+    alone = {"": scored(area="log")} | {f"{name}/": scored(area="log", **options) for name, options in changed.items()}
+    assert len(found) == 16
+    for prefix, expected in alone.items():
+        for name, values in expected.items():
+            torch.testing.assert_close(found[prefix + name], values)
+    assert not torch.equal(found["mean/output_change_area"], found["output_change_area"])
+    with pytest.raises(UserError, match=r"evaluate\.readings\.mean\.filling"):
+        scored(readings={"mean": {"filling": 0}})
+    with pytest.raises(UserError, match=r"evaluate\.order"):
+        scored(readings={"mean": {"order": "last"}})
+
+
 def test_ties_are_drawn_and_not_taken_in_order() -> None:
     """Four equal pixels, one goes: a tenth, two, three or four tenths, by the seed; signs count, sizes do not."""
     test = PixelPerturbation(fractions=[0.25], order="least", fill="black")
@@ -266,9 +310,11 @@ def test_roar_from_end_to_end(tmp_path: Path, run_py: Callable[..., "subprocess.
 def test_a_score_is_a_mean_over_images_with_its_spread(tmp_path: Path) -> None:
     """The record of a FullGrad run says how complete the full-gradients were; the number of images is as asked."""
     words = ["experiment=pixel_perturbation", *TINY, "+upstream.model.optim.passes=1", "evaluate.images=70", *paths(tmp_path)]
-    config = compose_run(words)
+    config = compose_run([*words, "evaluate.fractions=[0.01,0.1]"])
     record = ensure(Run(config, Paths.of(config)))
     assert record["images"] == 70
+    for prefix in ("", "mean/", "imputed/", "most/"):
+        assert record["metrics"][f"test/{prefix}output_change_area/std"] > 0
     assert record["metrics"]["test/completeness_error"] < 1e-4
     assert record["metrics"]["test/output_change@removed=0.1/std"] > 0
     assert set(record["upstream"]) == {"model"}
@@ -300,7 +346,15 @@ def test_vgg16_on_imagenet_from_end_to_end(tmp_path: Path) -> None:
     weights = tmp_path / "weights" / "mine.pth"
     weights.parent.mkdir()
     torch.save(torchvision.models.vgg16_bn(weights=None, num_classes=2).state_dict(), weights)
-    words = ["experiment=pixel_perturbation", "scale=paper", "data.classes=2", f"paths.data={tmp_path}", *paths(tmp_path)]
+    words = [
+        "experiment=pixel_perturbation",
+        "scale=paper",
+        "data.classes=2",
+        "evaluate.readings=null",
+        f"paths.data={tmp_path}",
+        *paths(tmp_path),
+    ]
+    words += ["evaluate.fractions=[0.01,0.1]"]
     config = compose_run([*words, "+upstream.model.data.classes=2", "+upstream.model.task.file=mine.pth"])
     record = ensure(Run(config, Paths.of(config)))
     assert record["images"] == 4

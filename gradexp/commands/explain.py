@@ -22,7 +22,7 @@ from gradexp.runs import Paths, Run, ensure, write_atomically
 from gradexp.saliency import Saliency
 from gradexp.tasks.build import build
 from gradexp.tasks.hardware import Hardware
-from gradexp.tasks.saliency_score import completeness
+from gradexp.tasks.saliency_score import completeness, units
 from gradexp.tasks.train import declare_data, load_model
 
 SMALLEST = 8  # pixels on a side; below that there is nothing to see
@@ -56,7 +56,7 @@ def explain(path: Path, model_name: str, method_name: str, target: int | None, o
     ensure(upstream, needs=upstream.weights.exists)
     # The data set says how pixels are normalised; only where that is by its own statistics are its images read.
     data, model = declare_data(run, upstream.paths), load_model(upstream, hardware)
-    method: Saliency = build(saliency["saliency"], where="saliency", black=data.black.to(hardware.device))
+    method: Saliency = build(saliency["saliency"], where="saliency", **units(data, hardware.device))
 
     pixels = fitted(image, data)
     images = normalised(pixels, data).to(hardware.device)

@@ -1,5 +1,7 @@
 """CIFAR-10: 50,000 + 10,000 colour images of 10 classes (Krizhevsky, 2009)."""
 
+from collections.abc import Sequence
+
 from gradexp.data.dataset import ImageData
 from gradexp.data.sources import Layout
 
@@ -15,3 +17,6 @@ class CIFAR10(ImageData):
         label_column="label",
         torchvision="CIFAR10",
     )
+
+    def names(self) -> Sequence[str]:
+        return ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")

@@ -103,6 +103,16 @@ class ImageData:
             return torch.zeros(self.channels), torch.ones(self.channels)
         return self.colours
 
+    def names(self) -> Sequence[str]:
+        """What all classes are called, in the order of their labels; nothing where the data set has no names."""
+        return ()
+
+    def class_names(self, labels: Sequence[int]) -> list[str]:
+        """What the classes of these labels are called; their numbers where they have no names."""
+        original = [self.only_classes[label] if self.only_classes is not None else label for label in labels]
+        names = self.names()
+        return [names[label] if names else str(label) for label in original]
+
     @property
     def black(self) -> torch.Tensor:
         """What a black pixel is after normalisation; (C, 1, 1)."""

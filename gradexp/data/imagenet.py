@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from gradexp.data.folder import FolderData
@@ -32,3 +33,11 @@ class ImageNet(FolderData):
             raise UserError(f"{folder / empty[0]} holds no image ({', '.join(SUFFIXES)}); complete it")
         pairs = [(f"{name}/{file}", label) for label, name in enumerate(classes) for file in names[name]]
         return folder, [name for name, _ in pairs], [label for _, label in pairs]
+
+    def names(self) -> Sequence[str]:
+        """Those that torchvision's published weights have, in the order of the folders; none where classes are left out."""
+        import torchvision
+
+        weights = next(iter(torchvision.models.get_model_weights("vgg16_bn")))
+        names: list[str] = weights.meta["categories"]
+        return names if len(names) == self.classes or self.only_classes is not None else ()

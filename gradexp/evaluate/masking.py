@@ -1,7 +1,7 @@
 """Which pixels a saliency map removes, and what takes their place."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradexp.errors import UserError
 
@@ -31,10 +31,45 @@ def most_salient(ranks: Tensor, fraction: float) -> Tensor:
 
 
 def remove(images: Tensor, mask: Tensor, replacement: str | float | Tensor) -> Tensor:
-    """`images` (B, C, H, W) with the masked pixels replaced: by each image's mean colour (`image_mean`), by a number,
-    or by a colour (C, 1, 1)."""
+    """`images` (B, C, H, W) with the masked pixels (B, 1, H, W) replaced: by each image's mean colour (`image_mean`), by
+    what surrounds them (`imputed`), by a number, or by a colour (C, 1, 1)."""
     if replacement == "image_mean":
         return torch.where(mask, images.mean((2, 3), keepdim=True), images)
+    if replacement == "imputed":
+        return impute(images, mask)
     if isinstance(replacement, str):
-        raise UserError(f"replacement={replacement}: it is image_mean or a number")
+        raise UserError(f"replacement={replacement}: it is image_mean, imputed or a number")
     return torch.where(mask, torch.as_tensor(replacement, dtype=images.dtype, device=images.device), images)
+
+
+def impute(images: Tensor, mask: Tensor, *, noise: float = 0.01, tolerance: float = 1e-4, steps: int = 2000) -> Tensor:
+    """Noisy linear imputation (Rong et al., 2022, ROAD): each masked pixel is the weighted mean of its neighbours.
+
+    Masked neighbours too, so that a linear system is solved, by conjugate gradients. A pixel at one's side counts twice as
+    much as one at a corner; at the border those that there are share the weight. noise: standard deviation of what is
+    added to masked pixels, in the units of `images`, from torch's generator. tolerance: of the residual, relative to the
+    right-hand side; steps: at most. images (B, C, H, W), mask (B, 1, H, W) -> as images.
+    """
+    kernel = images.new_tensor([[1, 2, 1], [2, 0, 2], [1, 2, 1]]) / 12
+
+    def around(values: Tensor) -> Tensor:
+        """The weighted sum of each pixel's neighbours."""
+        flat = values.flatten(0, 1)[:, None]
+        return nn.functional.conv2d(flat, kernel[None, None], padding=1).view(values.shape)
+
+    def dot(first: Tensor, second: Tensor) -> Tensor:
+        return (first * second).sum((2, 3), keepdim=True)
+
+    weight = around(torch.ones_like(images))
+    residual = mask * around(images.where(~mask, 0))
+    values, direction = torch.zeros_like(images), residual
+    size = largest = dot(residual, residual)
+    for _ in range(steps):
+        if not (size > tolerance**2 * largest).any():
+            break
+        product = mask * (weight * direction - around(direction))
+        step = torch.nan_to_num(size / dot(direction, product))  # 0 / 0 where nothing is left to do
+        values, residual = values + step * direction, residual - step * product
+        size, before = dot(residual, residual), size
+        direction = residual + torch.nan_to_num(size / before) * direction
+    return torch.where(mask, values + noise * torch.randn_like(images), images)

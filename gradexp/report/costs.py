@@ -47,8 +47,8 @@ def amount(config: Config, sizes: Mapping[str, tuple[int, int]]) -> float | None
     if kind in ("gan_test", "implicit_samples"):
         denoised = task["images"] * task["denoising"]["steps"] if "denoising" in task else 0
         return float(task["samples"] * task["sampling"]["steps"] + denoised)
-    if kind in ("saliency_score", "density_ratio", "discriminative_perturbation", "score_objective"):
-        wanted = (config["evaluate"] if kind == "saliency_score" else task)["images"] or test
+    if kind in ("saliency_score", "model_randomisation", "density_ratio", "discriminative_perturbation", "score_objective"):
+        wanted = config["evaluate" if "evaluate" in config else "task"]["images"] or test
         return None if wanted is None else float(min(wanted, test or wanted))
     return 1.0  # galleries and the like: always the same
 
@@ -67,7 +67,7 @@ def shrunk(config: Config, n: int) -> Config | None:
         cut = {name: task[name] | {"steps": n} for name in ("sampling", "denoising") if name in task}
         few = {name: min(task[name], 64) for name in ("samples", "images") if name in task}
         return config | {"task": task | cut | few}
-    if kind == "saliency_score":
+    if kind in ("saliency_score", "model_randomisation"):
         return config | {"evaluate": config["evaluate"] | {"images": 8 * n}}
     if kind in ("density_ratio", "discriminative_perturbation", "score_objective"):
         return config | {"task": task | {"images": 8 * n}}
@@ -100,7 +100,7 @@ def signature(config: Config) -> str:
         "images": [data.get("channels"), data.get("size"), data.get("crop"), data.get("flip")],
         "batch": config.get("optim", {}).get("batch_size"),
         "saliency": config.get("saliency"),
-        "evaluate": evaluate if task.endswith("saliency_score") else None,
+        "evaluate": evaluate if task.endswith(("saliency_score", "model_randomisation")) else None,
     }
     return json.dumps(what, sort_keys=True)
 

@@ -40,21 +40,12 @@ STYLE: Any = {
     "pdf.fonttype": 42,
     "svg.hashsalt": "gradexp",
 }
-NOTE_WIDTH = 150  # characters of a line below a figure of two columns
+NOTE_WIDTH = 20  # characters of a line below a figure, for each inch of its width
 NOTE_HEIGHT = 0.11  # inches a line
 COLUMN_WIDTH = 3.4  # inches: one column of a two-column page
 PAGE_WIDTH = 7.0  # inches: both
-# Okabe and Ito's colour-blind safe palette. One colour a method, the same in every figure.
+# Okabe and Ito's colour-blind safe palette.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
-METHODS = {
-    "Input-gradient": "#0072B2",
-    "FullGrad": "#D55E00",
-    "Grad-CAM": "#009E73",
-    "Integrated gradients": "#CC79A7",
-    "SmoothGrad": "#E69F00",
-    "SmoothGrad-squared": "#E69F00",
-    "Random": "#999999",
-}
 
 
 @dataclass(frozen=True)
@@ -112,7 +103,7 @@ def runs_of(spec: Config, scale: str) -> Iterator[tuple[Config, dict[int, list[s
 
 def _places(spec: Config, scale: str) -> Iterator[tuple[Config, Config]]:
     """(series, point of it) of all that the scale has; a point without keys where there are none."""
-    for series in spec["series"]:
+    for series in (one for one in spec["series"] if scale in one.get("scales", [scale])):
         points = series.get("points", spec.get("points", [{}]))
         yield from ((series, point) for point in points if scale in point.get("scales", [scale]))
 
@@ -138,12 +129,17 @@ def caption(spec: Config, scale: str, series: Sequence[Series], plan: Planner) -
     twins = [[_words(spec, *place, where, first) for where in (scale, "paper")] for place in _places(spec, scale)]
     departed = provenance.departed((plan(here).config, plan(paper).config) for here, paper in twins)
     return (
-        *([spec["note"]] if "note" in spec else []),
+        *_notes(spec, scale),
         *([f"Its runs need {spec['needs'][scale]}."] if missing(series) and scale in spec.get("needs", {}) else []),
         provenance.departure_sentence(scale, departed),
         f"Seeds: {provenance.enumerated(seeds_of(spec, scale))}.",
         provenance.origins(*provenance.read(source.record for one in series for source in one.sources if source.finished)),
     )
+
+
+def _notes(spec: Config, scale: str) -> list[str]:
+    """What the spec says of the figure, and of the figure at this scale."""
+    return [text for text in (spec.get("note"), spec.get("notes", {}).get(scale)) if text]
 
 
 def missing(series: Sequence[Series]) -> list[Source]:
@@ -168,7 +164,7 @@ def make(
     with mpl.rc_context(STYLE):
         figure, rows = draw(shown, series)
         small = {"fontsize": 6.5, "color": "#555555", "x": 0.01, "ha": "left", "ma": "left"}
-        below = _below(spec, scale, int(NOTE_WIDTH * min(1, figure.get_figwidth() / (2 * COLUMN_WIDTH))))
+        below = _below(spec, scale, figure.get_figwidth())
         figure.set_size_inches(figure.get_figwidth(), figure.get_figheight() + NOTE_HEIGHT * len(below))
         figure.supxlabel("\n".join(below), **small)
         stem = results / "figures" / scale / f"figure_{spec['number'].replace('.', '_')}"
@@ -177,11 +173,11 @@ def make(
     return write_beside(stem, {**pictures, "csv": table, "md": to_markdown(spec, scale, series, sentences)})
 
 
-def _below(spec: Config, scale: str, width: int) -> list[str]:
-    """The lines below a picture: its note, and what a copy of the picture alone must still say."""
+def _below(spec: Config, scale: str, width: float) -> list[str]:
+    """The lines below a picture: its notes, and what a copy of the picture alone must still say."""
     seeds = seeds_of(spec, scale)
     origin = f"scale={scale}, seed{'s' * (len(seeds) > 1)} {provenance.enumerated(seeds)}"
-    return [*textwrap.wrap(spec.get("note", ""), width), origin]
+    return [*itertools.chain(*(textwrap.wrap(note, int(NOTE_WIDTH * width)) for note in _notes(spec, scale))), origin]
 
 
 def to_markdown(spec: Config, scale: str, series: Sequence[Series], sentences: Sequence[str]) -> str:

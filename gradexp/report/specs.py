@@ -17,8 +17,22 @@ TABLE_KEYS = (
     *("seeds", "comparable", "only", "rows", "columns", "upstream", *SHOWN),
 )
 FIGURE_KEYS = (
-    *("thesis", "title", "note", "needs", "draw", "experiment", "seeds", "points", "overrides_at", "series", "also"),
-    *("x", "xlabel", "xscale", "ylabel", "lines", "metric", "metrics", "curves", "panels", "array", "above", "signed"),
+    *("thesis", "title", "note", "notes", "needs", "draw", "experiment", "seeds", "points", "overrides_at", "series", "also"),
+    *(
+        "x",
+        "xlabel",
+        "xscale",
+        "ylabel",
+        "lines",
+        "metric",
+        "metrics",
+        "curves",
+        "panels",
+        "array",
+        "above",
+        "signed",
+        "reading",
+    ),
     *("columns", "rows", "first", "beside", "comparable"),
 )
 REQUIRED = {
@@ -30,7 +44,7 @@ PART_KEYS = {
     "columns": ("label", "thesis", "overrides", "scales", "seeds", "best", *SHOWN),
     "upstream": ("label", "thesis", "overrides", "scales", "metric"),
 }
-SERIES_KEYS = ("label", "experiment", "overrides", "points", "panel", "overlay")
+SERIES_KEYS = ("label", "experiment", "overrides", "points", "panel", "overlay", "scales")
 POINT_KEYS = ("x", "overrides", "scales")
 CURVE_KEYS = ("metric", "ylabel", "yscale")
 FIGURE_PART_KEYS = {"series": SERIES_KEYS, "points": POINT_KEYS, "curves": CURVE_KEYS, "lines": ("y", "label")}

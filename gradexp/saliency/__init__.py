@@ -11,6 +11,12 @@ from gradexp.saliency.baselines import (
 from gradexp.saliency.fullgrad import FullGrad, SimpleFullGrad, SmoothFullGrad
 from gradexp.saliency.method import Saliency
 from gradexp.saliency.random import Random
+from gradexp.saliency.reference import (
+    ReferenceFullGrad,
+    ReferenceGradCAM,
+    ReferenceSimpleFullGrad,
+    ReferenceSmoothFullGrad,
+)
 
 __all__ = [
     "FullGrad",
@@ -19,6 +25,10 @@ __all__ = [
     "InputGradient",
     "IntegratedGradients",
     "Random",
+    "ReferenceFullGrad",
+    "ReferenceGradCAM",
+    "ReferenceSimpleFullGrad",
+    "ReferenceSmoothFullGrad",
     "Saliency",
     "SimpleFullGrad",
     "SmoothFullGrad",

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gradexp import gradients
 from gradexp.errors import UserError
-from gradexp.saliency.method import Saliency, over_channels, predicted, upsample
+from gradexp.saliency.method import Saliency, over_channels, predicted, upsample, value_range
 
 # Pixels computed at a time by methods that look at many versions of an image: 256 images of 32x32.
 CHUNK = 256 * 32 * 32
@@ -62,21 +62,22 @@ class IntegratedGradients(Saliency):
 class SmoothGrad(Saliency):
     """The mean of the input-gradients of noisy copies (Smilkov et al., 2017).
 
-    samples: noisy copies. sigma: the noise's standard deviation as a part of each image's own range of values.
-    channels as for InputGradient. The class is the one predicted without noise.
+    samples: noisy copies. sigma: the noise's standard deviation as a part of each image's own range of values; units: the
+    range of what, `normalised` or `raw` (see value_range). channels as for InputGradient. The class is the one predicted
+    without noise.
     """
 
     samples: int
     sigma: float
     channels: str
+    units: str = "normalised"
     mean_of = "smoothgrad"
     power = 1
 
     def map(self, model: nn.Module, images: Tensor, labels: Tensor | None) -> Tensor:
         # Captum's noise has one standard deviation for the whole batch: so the noise is added in units of each
         # image's range, and the model is given the images in their own units again.
-        lows, highs = (getattr(images.flatten(1), bound)(1).view(-1, 1, 1, 1) for bound in ("amin", "amax"))
-        span = torch.where(highs > lows, highs - lows, torch.ones_like(highs))
+        span = value_range(images, self.units, self)
         tunnel = attr.NoiseTunnel(attr.Saliency(lambda units, span: model(units * span)))
         values = tunnel.attribute(
             images / span,
@@ -103,28 +104,27 @@ class SmoothGradSquared(SmoothGrad):
 class GradCAM(Saliency):
     """Feature maps weighted by their mean gradients, positive part, upsampled (Selvaraju et al., 2017).
 
-    layer: the module whose output is used, None for the last convolution.
+    layer: the module whose output is used; None for the last convolution's map behind its normalisation and activation.
+    smallest: of the convolutions whose map has at least so many rows and columns (gradients.last_features).
     """
 
-    layer: str | None
+    layer: str | None = None
+    smallest: int = 1
 
     def map(self, model: nn.Module, images: Tensor, labels: Tensor | None) -> Tensor:
         target = predicted(model, images, labels)
-        maps = attr.LayerGradCam(model, self._module(model)).attribute(images, target=target, relu_attributions=True)
+        maps = attr.LayerGradCam(model, self.module(model, images)).attribute(images, target=target, relu_attributions=True)
         if maps.ndim != 4:
             raise UserError(f"saliency.layer={self.layer}: its output is no map; choose a layer with rows and columns")
         return upsample(maps, images.shape[-2:])
 
-    def _module(self, model: nn.Module) -> nn.Module:
+    def module(self, model: nn.Module, images: Tensor) -> nn.Module:
+        """The module whose output is used."""
         modules = dict(model.named_modules())
-        if self.layer is not None:
-            if self.layer not in modules:
-                raise UserError(f"saliency.layer={self.layer}: the model has no such module; it has {', '.join(modules)}")
-            return modules[self.layer]
-        convolutions = [module for module in modules.values() if isinstance(module, nn.Conv2d)]
-        if not convolutions:
-            raise UserError("Grad-CAM needs a model with spatial features: this one has no convolution")
-        return convolutions[-1]
+        name = gradients.last_features(model, images[:1], self.smallest) if self.layer is None else self.layer
+        if name not in modules:
+            raise UserError(f"saliency.layer={name}: the model has no such module; it has {', '.join(modules)}")
+        return modules[name]
 
 
 def _input_gradient(model: nn.Module, images: Tensor, labels: Tensor | None) -> Tensor:

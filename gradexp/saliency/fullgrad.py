@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gradexp import gradients
 from gradexp.gradients import FullGradient, evaluating
-from gradexp.saliency.method import Saliency, checked, predicted
+from gradexp.saliency.method import Saliency, checked, predicted, value_range
 from gradexp.saliency.psi import check, psi
 
 
@@ -18,8 +18,9 @@ from gradexp.saliency.psi import check, psi
 class FullGrad(Saliency):
     """S = ψ(∇ₓf ⊙ x) + Σ_layers Σ_channels ψ(f^b), over the layers whose biases lie in a plane (Eq. 3.2).
 
-    psi: the steps of ψ (gradexp/saliency/psi.py). separate: a map a module, as in the author's code; otherwise a
-    convolution and its batch normalisation share one.
+    psi: the steps of ψ (gradexp/saliency/psi.py). separate: a map a module; otherwise a convolution and its batch
+    normalisation share one. With [abs, rescale, upsample] and without `separate` it is the author's code of December 2019;
+    what he released last is ReferenceFullGrad.
     """
 
     psi: Sequence[str]
@@ -61,26 +62,30 @@ class FullGrad(Saliency):
 
 @dataclass(frozen=True, kw_only=True)
 class SimpleFullGrad(FullGrad):
-    """Gradients before each activation in place of bias-gradients, as in the author's release: no bias is needed."""
+    """Gradients before each activation in place of bias-gradients: no bias is needed.
+
+    That is, at the output of each convolution, or of the normalisation behind it. The author's release, whose idea it is,
+    is ReferenceSimpleFullGrad.
+    """
 
     def of_biases(self, full: FullGradient) -> dict[str, Tensor]:
-        return full.gradients
+        return {name: maps for name, maps in full.gradients.items() if name not in full.curved}
 
 
 @dataclass(frozen=True, kw_only=True)
 class SmoothFullGrad(FullGrad):
-    """ψ of full-gradients that are averaged over noisy copies, as in the author's release.
+    """ψ of full-gradients that are averaged over noisy copies.
 
-    samples, sigma: as for SmoothGrad.
+    samples, sigma, units: as for SmoothGrad. The author's release, whose idea it is, is ReferenceSmoothFullGrad.
     """
 
     samples: int
     sigma: float
+    units: str = "normalised"
 
     def terms(self, model: nn.Module, images: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
         labels = predicted(model, images, labels)
-        flat = images.flatten(1)
-        noise = (self.sigma * (flat.amax(1) - flat.amin(1))).view(-1, 1, 1, 1)
+        noise = self.sigma * value_range(images, self.units, self)
         sums: dict[str, Tensor] = {}
         for _ in range(self.samples):
             copies = images + noise * torch.randn_like(images)

@@ -12,15 +12,19 @@ from torch import Tensor, nn
 from gradexp.errors import UserError
 from gradexp.gradients import evaluating
 
+UNITS = ("normalised", "raw")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Saliency(ABC):
     """One number a pixel: how much it matters to an output of the model.
 
-    black: what a black pixel is after the data's normalisation, a number or (C, 1, 1).
+    black: what a black pixel is after the data's normalisation, a number or (C, 1, 1). std: what pixels in [0, 1] were
+    divided by, likewise.
     """
 
     black: Tensor | float = 0.0
+    std: Tensor | float = 1.0
 
     def __call__(self, model: nn.Module, images: Tensor, target: Tensor | int | None = None) -> Tensor:
         """images (B, C, H, W), target: the class to explain, one for all or (B,); None for the predicted one.
@@ -73,6 +77,22 @@ def predicted(model: nn.Module, images: Tensor, labels: Tensor | None) -> Tensor
         return model(images).argmax(1)
 
 
+def value_range(images: Tensor, units: str, method: Saliency) -> Tensor:
+    """The range of values of each image, which the noise of SmoothGrad is a part of; 1 for a constant image.
+
+    units: `normalised`: largest minus smallest value of the normalised image, over all channels: (B, 1, 1, 1). `raw`: the
+    range of its pixels in [0, 1], in the units of each normalised channel: (B, C, 1, 1). The two differ because channels
+    are shifted and divided by numbers of their own; without normalisation they are the same.
+    """
+    if units not in UNITS:
+        raise UserError(f"saliency.units={units}: it is one of {', '.join(UNITS)}")
+    std = torch.as_tensor(method.std, dtype=images.dtype, device=images.device)
+    values = images if units == "normalised" else (images - method.black) * std
+    span = (values.flatten(1).amax(1) - values.flatten(1).amin(1)).view(-1, 1, 1, 1)
+    span = torch.where(span > 0, span, torch.ones_like(span))
+    return span if units == "normalised" else span / std.expand(images.shape[1], 1, 1)
+
+
 def over_channels(values: Tensor, how: str) -> Tensor:
     """(B, C, H, W) -> (B, 1, H, W). how: `abs` (sum of absolute values), `sum` (signed), `square`, `std`."""
     if how == "abs":
@@ -86,8 +106,8 @@ def over_channels(values: Tensor, how: str) -> Tensor:
     raise UserError(f"channels={how}: it is one of abs, sum, square, std")
 
 
-def upsample(maps: Tensor, size: Sequence[int]) -> Tensor:
+def upsample(maps: Tensor, size: Sequence[int], *, align_corners: bool = False) -> Tensor:
     """Bilinear, to the images' size. (B, C, h, w) -> (B, C, H, W)."""
     if maps.shape[-2:] == tuple(size):
         return maps
-    return nn.functional.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False)
+    return nn.functional.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=align_corners)

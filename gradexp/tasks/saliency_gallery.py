@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gradexp import gradients
 from gradexp.errors import UserError
 from gradexp.runs import Result, Run
 from gradexp.saliency import FullGrad
@@ -26,12 +29,15 @@ def saliency_gallery(run: Run) -> Result:
     maps = torch.cat([method(model, one) for one in torch.split(images, BATCH)])
     errors = {f"test/{name}": float(values.max()) for name, values in completeness(method, model, images).items()}
     arrays = {"images": look.data.pixels(images).cpu().numpy(), "maps": shown(maps)}
-    facts = {"labels": labels.tolist(), **look.facts()}
+    facts = {**named(look, labels), **look.facts()}
     return Result({"gallery/images": len(images), **errors}, facts=facts, arrays=arrays)
 
 
 def saliency_layers(run: Run) -> Result:
-    """The same images, and the terms of FullGrad's sum over layers (fig. 3.1): arrays `images`, `maps`, `layer/NAME`."""
+    """The same images, and the terms of FullGrad's sum over layers (fig. 3.1): arrays `images`, `maps`, `layer/NAME`.
+
+    Metrics say how large the model's biases are (bias_sizes).
+    """
     look, model, method = parts(run)
     if not isinstance(method, FullGrad):
         raise UserError("maps of layers are those of full-gradients; take saliency=fullgrad or one of its variants")
@@ -41,8 +47,25 @@ def saliency_layers(run: Run) -> Result:
     errors = method.completeness_error(model, images)
     arrays = {"images": look.data.pixels(images).cpu().numpy(), "maps": shown(torch.stack(list(layers.values())).sum(0))}
     arrays |= {f"layer/{name}": shown(maps) for name, maps in layers.items()}
-    facts = {"labels": labels.tolist(), "layers": list(layers), **look.facts()}
-    return Result({"gallery/images": len(images), "test/completeness_error": float(errors.max())}, facts=facts, arrays=arrays)
+    metrics: dict[str, Any] = {
+        "gallery/images": len(images),
+        "test/completeness_error": float(errors.max()),
+        **bias_sizes(model),
+    }
+    return Result(metrics, facts={**named(look, labels), "layers": list(layers), **look.facts()}, arrays=arrays)
+
+
+def named(look: Look, labels: Tensor) -> dict[str, Any]:
+    """What a record says of the classes of its images."""
+    return {"labels": labels.tolist(), "names": look.data.class_names(labels.tolist())}
+
+
+def bias_sizes(model: nn.Module) -> dict[str, float]:
+    """`bias/explicit`: mean absolute value of all bias parameters; `bias/implicit`: of what the running means of batch
+    normalisations subtract, γ mean / sqrt(var + ε); over the channels of all layers (§3.4). What there is none of is left out.
+    """
+    found = gradients.biases_of(model)
+    return {f"bias/{kind}": float(values.abs().mean()) for kind, values in found.items() if len(values)}
 
 
 @torch.no_grad()

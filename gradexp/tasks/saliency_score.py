@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradexp.data.dataset import ImageData
 from gradexp.data.loader import Batch, mix
 from gradexp.errors import UserError
 from gradexp.runs import Result, Run
@@ -53,9 +54,13 @@ def saliency_score(run: Run) -> Result:
 def parts(run: Run) -> tuple[Look, nn.Module, Saliency]:
     """Data and hardware, the upstream model, the saliency method."""
     look = Look(run)
-    black = look.data.black.to(look.hardware.device)
-    method: Saliency = build(run.config["saliency"], where="saliency", black=black)
+    method: Saliency = build(run.config["saliency"], where="saliency", **units(look.data, look.hardware.device))
     return look, look.model("model"), method
+
+
+def units(data: ImageData, device: torch.device | str) -> dict[str, Tensor]:
+    """What a saliency method has to know of the data's normalisation; (C, 1, 1) each."""
+    return {"black": data.black.to(device), "std": data.statistics[1].view(-1, 1, 1).to(device)}
 
 
 def first_images(look: Look, limit: int | None, batch_size: int) -> tuple[Iterator[Batch], int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,6 +35,7 @@ def gallery(spec: Config, series: Sequence[Series]) -> tuple[Figure, list[Row]]:
     rows: list[Row] = []
     for axes, i in zip(grid, lines, strict=True):
         picture(axes[0], images[i])
+        _name(axes[0], series[0], i)
         for place, one, found in zip(axes[1:], series, arrays, strict=True):
             draw_map(place, found["maps"][i], images[i] if one.spec.get("overlay") else None)
             rows.append({"image": i, "column": one.label, **_facts(one, i), **_spread(found["maps"][i])})
@@ -51,6 +53,7 @@ def layers(spec: Config, series: Sequence[Series]) -> tuple[Figure, list[Row]]:
     rows: list[Row] = []
     for i, axes in enumerate(grid):
         picture(axes[0], found["images"][i])
+        _name(axes[0], one, i)
         maps = {names[0]: found[f"layer/{names[0]}"], **{name: found[f"layer/{name}"] for name in chosen}, "sum": found["maps"]}
         for place, (name, values) in zip(axes[1:], maps.items(), strict=True):
             draw_map(place, values[i], None)
@@ -101,7 +104,13 @@ def _grid(lines: int, columns: int, titles: Sequence[str]) -> tuple[Figure, Any]
 
 def _facts(one: Series, i: int) -> Row:
     record = one.records[0]
-    return {"label": record["labels"][i], "run": record["id"]}
+    return {"label": record["labels"][i], "name": record["names"][i], "run": record["id"]}
+
+
+def _name(axes: Axes, one: Series, i: int) -> None:
+    """The class of an image, along its left side."""
+    words = textwrap.fill(one.records[0]["names"][i].partition(",")[0], 14)
+    axes.text(-0.04, 0.5, words, rotation=90, ha="right", va="center", fontsize=6.5, transform=axes.transAxes)
 
 
 def _spread(values: np.ndarray) -> Row:

@@ -2,52 +2,62 @@
 
 from __future__ import annotations
 
-import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
-from gradexp.report.figures import COLUMN_WIDTH, METHODS, PALETTE, Row, Series
+from gradexp.report.draw.methods import style
+from gradexp.report.figures import COLUMN_WIDTH, Row, Series
 from gradexp.report.tables import read_thesis
 from gradexp.runs import Config
 
-CHANGE = "test/output_change@removed="
+CHANGE = "output_change@removed="
+AREA = "output_change_area"
 BASELINE = "untouched"
+NORMAL = 1.96  # standard errors on either side of a 95 % interval
 
 
 @dataclass(frozen=True)
 class Point:
     x: float  # per cent of the pixels
     mean: float
-    std: float
-    n: int  # runs
+    std: float  # over images, or over runs
+    error: float  # what the band shows: over images the mean's standard error, over runs their standard deviation
+    n: int  # images, or runs
 
 
 Lines = dict[str, list[Point]]
 
 
 def output_change(spec: Config, series: Sequence[Series]) -> tuple[Figure, list[Row]]:
-    """`test/output_change@removed=...` of one run a series, its standard deviation over images as a band; log scale."""
+    """`output_change@removed=...` of one run a series, its standard error over images as a band; log scale.
+
+    The legend has each curve's `output_change_area` with its interval (95 %), where it is recorded. spec: `reading` is the
+    name of the recorded reading (evaluate.readings), none for the run's own way to remove pixels.
+    """
+    prefix = f"test/{spec['reading']}/" if "reading" in spec else "test/"
     lines: Lines = {}
+    areas: dict[str, Point] = {}
     for one in series:
-        names = [name for name in one.records[0]["metrics"] if name.startswith(CHANGE) and not name.endswith("/std")]
+        record = one.records[0]
+        names = [name for name in record["metrics"] if name.startswith(prefix + CHANGE) and not name.endswith("/std")]
         for name in sorted(names, key=_fraction):
-            values, spreads = one.metric(name), one.metric(f"{name}/std")
-            point = Point(100 * _fraction(name), values.mean(), float(np.sqrt((spreads**2).mean())), len(values))
-            lines.setdefault(one.label, []).append(point)
+            lines.setdefault(one.label, []).append(_over_images(record, name, 100 * _fraction(name)))
+        if f"{prefix}{AREA}" in record["metrics"]:
+            areas[one.label] = _over_images(record, f"{prefix}{AREA}", math.nan)
     figure, axes = _axes(spec)
     axes.set_xscale("log")
     ticks = [point.x for point in next(iter(lines.values()))]
     axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
     axes.xaxis.set_minor_locator(NullLocator())
-    _draw(axes, lines, spec)
-    axes.set_ylim(0, 1.25 * max(point.mean for line in lines.values() for point in line))
-    return figure, _rows(lines, spec)
+    _draw(axes, lines, spec, {label: f"{area.mean:.3f} ± {NORMAL * area.error:.3f}" for label, area in areas.items()})
+    axes.set_ylim(0, 1.05 * max(point.mean + point.error for line in lines.values() for point in line))
+    return figure, _rows(lines, spec) + [_row(label, "area", area, "") for label, area in areas.items()]
 
 
 def retrained_accuracy(spec: Config, series: Sequence[Series]) -> tuple[Figure, list[Row]]:
@@ -55,8 +65,8 @@ def retrained_accuracy(spec: Config, series: Sequence[Series]) -> tuple[Figure, 
     lines: Lines = {}
     for one in series:
         values = one.metric("test/accuracy")
-        point = Point(one.spec["x"], values.mean(), values.std(ddof=1) if len(values) > 1 else 0.0, len(values))
-        lines.setdefault(one.label, []).append(point)
+        std = float(values.std(ddof=1)) if len(values) > 1 else 0.0
+        lines.setdefault(one.label, []).append(Point(one.spec["x"], values.mean(), std, std, len(values)))
     start = lines.pop(BASELINE)
     figure, axes = _axes(spec)
     _draw(axes, {label: start + line for label, line in lines.items()}, spec)
@@ -66,27 +76,33 @@ def retrained_accuracy(spec: Config, series: Sequence[Series]) -> tuple[Figure, 
     return figure, _rows({BASELINE: start, **lines}, spec)
 
 
+def _over_images(record: Config, name: str, x: float) -> Point:
+    mean, std, images = record["metrics"][name], record["metrics"][f"{name}/std"], record["images"]
+    return Point(x, mean, std, std / math.sqrt(images), images)
+
+
 def _fraction(name: str) -> float:
-    return float(name.removeprefix(CHANGE))
+    return float(name.rpartition("=")[2])
 
 
 def _axes(spec: Config) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(COLUMN_WIDTH, 0.85 * COLUMN_WIDTH))
+    figure = Figure(figsize=(1.5 * COLUMN_WIDTH, 0.9 * COLUMN_WIDTH))
     axes = figure.subplots()
     axes.set(xlabel=spec["xlabel"], ylabel=spec["ylabel"])
     return figure, axes
 
 
-def _draw(axes: Axes, lines: Lines, spec: Config) -> None:
-    thesis = _thesis(spec)
-    others = itertools.cycle(colour for colour in PALETTE if colour not in METHODS.values())
+def _draw(axes: Axes, lines: Lines, spec: Config, beside: dict[str, str] | None = None) -> None:
+    """beside: what the legend says behind a line's label."""
+    thesis, said = _thesis(spec), beside or {}
     for label, line in lines.items():
-        colour = METHODS.get(label) or next(others)
-        x, mean, std = (np.array([getattr(point, name) for point in line]) for name in ("x", "mean", "std"))
-        front = 3 if label == "FullGrad" else 2  # what the figure is about lies above the rest
-        axes.plot(x, mean, color=colour, marker="o", markersize=2.5, label=label, zorder=front)
-        if std.any():
-            axes.fill_between(x, mean - std, mean + std, color=colour, alpha=0.08, linewidth=0)
+        look = style(label)
+        name = f"{label}: {said[label]}" if label in said else label
+        colour = look["color"]
+        axes.plot([point.x for point in line], [point.mean for point in line], label=name, **look)
+        low, high = ([point.mean + sign * point.error for point in line] for sign in (-1, 1))
+        if low != high:
+            axes.fill_between([point.x for point in line], low, high, color=colour, alpha=0.15, linewidth=0)
         printed = [(point.x, thesis[label, point.x]) for point in line if (label, point.x) in thesis]
         if printed:
             axes.plot(*zip(*printed, strict=True), "o", color=colour, markerfacecolor="none", alpha=0.45, markersize=5)
@@ -94,7 +110,7 @@ def _draw(axes: Axes, lines: Lines, spec: Config) -> None:
     if thesis:
         faint = Line2D([], [], color="black", marker="o", linestyle="none", markerfacecolor="none", alpha=0.45, markersize=5)
         handles, labels = [*handles, faint], [*labels, "thesis (its poster)"]
-    axes.legend(handles, labels, fontsize=6.5)
+    axes.legend(handles, labels, fontsize=6.5, loc="upper left", bbox_to_anchor=(1.0, 1.0), handlelength=3)
 
 
 def _thesis(spec: Config) -> dict[tuple[str, float], float]:
@@ -106,14 +122,10 @@ def _thesis(spec: Config) -> dict[tuple[str, float], float]:
 def _rows(lines: Lines, spec: Config) -> list[Row]:
     thesis = _thesis(spec)
     return [
-        {
-            "series": label,
-            "x": f"{point.x:g}",
-            "mean": f"{point.mean:.5g}",
-            "std": f"{point.std:.3g}",
-            "n": point.n,
-            "thesis": thesis.get((label, point.x), ""),
-        }
-        for label, line in lines.items()
-        for point in line
+        _row(label, f"{point.x:g}", point, thesis.get((label, point.x), "")) for label, line in lines.items() for point in line
     ]
+
+
+def _row(label: str, x: str, point: Point, thesis: float | str) -> Row:
+    numbers = {"mean": f"{point.mean:.5g}", "std": f"{point.std:.3g}", "error": f"{point.error:.3g}", "n": point.n}
+    return {"series": label, "x": x, **numbers, "thesis": thesis}

@@ -1,0 +1,30 @@
+"""One look a saliency method, the same in every figure of Chapter 3: also without colour, and where lines lie on another."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gradexp.errors import UserError, nearest
+
+# colour (Okabe and Ito's), marker, dashes. Variants of a method share its colour.
+METHODS = {
+    "Random": ("#999999", "x", "-"),
+    "Input-gradient": ("#0072B2", "s", "-"),
+    "Integrated gradients": ("#CC79A7", "^", "-"),
+    "SmoothGrad": ("#E69F00", "v", (0, (4, 2))),
+    "SmoothGrad-squared": ("#E69F00", "v", (0, (4, 2))),
+    "Grad-CAM": ("#009E73", "D", "-"),
+    "Grad-CAM, 4x4": ("#009E73", "d", (0, (2, 1.5))),
+    "FullGrad": ("#D55E00", "o", "-"),
+    "FullGrad, Eq. 3.2": ("#D55E00", "P", (0, (4, 2))),
+    "FullGrad, no abs": ("#D55E00", "*", (0, (1, 1.5))),
+}
+
+
+def style(label: str) -> dict[str, Any]:
+    """How a method's line is drawn. Random is broad and lies below the rest: a line on it does not hide it."""
+    if label not in METHODS:
+        raise UserError(f"series {label!r} has no look in gradexp/report/draw/methods.py{nearest(label, METHODS)}")
+    colour, marker, dashes = METHODS[label]
+    below = {"linewidth": 3.0, "alpha": 0.6, "zorder": 1} if label == "Random" else {"zorder": 3 if "FullGrad" in label else 2}
+    return {"color": colour, "marker": marker, "linestyle": dashes, "markersize": 3.5, "linewidth": 1.2, **below}
