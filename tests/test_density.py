@@ -373,7 +373,7 @@ def test_a_fine_tuning_that_diverged_keeps_what_was_measured_before_it(places: l
         ("density_ratio", "task.sigmas=[0,-0.1]", "not negative"),
         ("discriminative_pixel_perturbation", "task.saliency=std", "channel_std or magnitude"),
         ("discriminative_pixel_perturbation", "task.target=second", "top or label"),
-        ("discriminative_pixel_perturbation", "task.replacement=mean", "image_mean or a number"),
+        ("discriminative_pixel_perturbation", "task.replacement=mean", "image_mean, imputed or a number"),
         ("discriminative_pixel_perturbation", "task.fractions.to=2", "between 0 and 1"),
     ],
 )

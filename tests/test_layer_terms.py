@@ -122,7 +122,7 @@ def test_attention_of_chapter_4_is_of_absolute_values_of_normalised_convolutions
     term.place(student, teacher, torch.zeros(1, 3, 32, 32))
     assert term.student_layers == ("features.norm1", "features.norm3", "features.norm5")
     assert [wanted.kind for wanted in term.teacher_maps] == ["absolute"] * 3
-    squares = build({**config["method"]["terms"]["attention"], "power": None}, where="attention")
+    squares = build({**config["method"]["terms"]["attention"], "power": None}, where="method.terms.attention")
     assert [wanted.kind for wanted in squares.teacher_maps] == ["attention"] * 3
 
 
@@ -417,7 +417,7 @@ def test_the_penalty_of_table_4_3_is_a_weight_decay_of_beta() -> None:
     """Of strength 100 g^2, with g = df/dbeta: which makes 100 comparable with the decay of .1 beside it."""
     node = compose_run(["experiment=bias_gradient"])["method"]["terms"]["bias_gradient"]
     model, data = net(0, (4, "M", 5)), batch()
-    term = build({**node, "student_bn": "running"}, where="bias_gradient")
+    term = build({**node, "student_bn": "running"}, where="method.terms.bias_gradient")
     beta = model.get_parameter("features.norm2.bias")
     (pull,) = torch.autograd.grad(term.weight * value(term, model, data=data), beta)
     plain = plainly(model, data.images)

@@ -94,7 +94,7 @@ def to_markdown(table: Table) -> str:
 LATEX = str.maketrans(
     {"β": r"$\beta$", "λ": r"$\lambda$", "μ": r"$\mu$", "σ": r"$\sigma$", "Δ": r"$\Delta$", "ℓ": r"$\ell$", "×": r"$\times$"}
     | {"→": r"$\rightarrow$", "↓": r"$\downarrow$", "−": "$-$", "±": r"$\pm$", "–": "--", "τ": r"$\tau$", "½": r"$\frac{1}{2}$"}
-    | {"∇": r"$\nabla$", "‖": r"$\|$", "²": "$^2$", "§": r"\S "}
+    | {"∇": r"$\nabla$", "‖": r"$\|$", "²": "$^2$", "§": r"\S ", "ψ": r"$\psi$"}
 )
 
 
