@@ -77,7 +77,7 @@ verify: setup
 	@$(BIN)/python scripts/verify.py $(ARGS)
 
 bench: setup
-	@$(BIN)/python scripts/bench.py $(ARGS)
+	@$(BIN)/python scripts/make_bench.py $(ARGS)
 
 clean:
 	@rm -rf outputs

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from bench import loops, page, photographs, runs, saliency, steps
+from bench.timing import peak_memory
 from PIL import Image
 from torch import nn
 
 from gradexp import layers
-from gradexp.bench import loops, page, photographs, runs, saliency, steps
-from gradexp.bench.timing import peak_memory
 from gradexp.clocks import peak_memory_mib
 from gradexp.errors import UserError
 from gradexp.tasks import train

@@ -47,7 +47,6 @@ MAY_IMPORT = {
     },
     "report": {"errors", "runs"},
     "commands": {"errors", "schema", "registry", "runs", "saliency", "data", "tasks", "report"},
-    "bench": {"clocks", "errors", "runs", "gradients", "terms", "saliency", "training", "data", "tasks", "commands"},
 }
 ONLY_IN = {"lightning": {"training", "tasks"}, "hydra": {"commands"}}
 

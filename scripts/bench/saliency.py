@@ -12,8 +12,8 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from gradexp.bench.steps import make_hardware
-from gradexp.bench.timing import medians, peak_memory
+from bench.steps import make_hardware
+from bench.timing import medians, peak_memory
 from gradexp.commands.compose import compose_run
 from gradexp.saliency import FullGrad
 from gradexp.tasks.build import build

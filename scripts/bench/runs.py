@@ -10,7 +10,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from gradexp.bench.timing import medians
+from bench.timing import medians
 from gradexp.commands.compose import compose_run, plan
 from gradexp.commands.many import run_all
 from gradexp.runs import ROOT, Paths

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from gradexp.bench import loops, photographs, runs, saliency, steps
+from bench import loops, photographs, runs, saliency, steps
 from gradexp.errors import UserError
 from gradexp.runs import git_state, versions, write_atomically
 from gradexp.tasks.hardware import native_bf16

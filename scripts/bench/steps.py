@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from bench.timing import medians, peak_memory
 from gradexp import gradients
-from gradexp.bench.timing import medians, peak_memory
 from gradexp.commands.compose import compose_run
 from gradexp.data.loader import TensorLoader
 from gradexp.data.sources import Split

@@ -11,7 +11,7 @@ import torch
 from joblib import cpu_count
 from PIL import Image
 
-from gradexp.bench.timing import medians
+from bench.timing import medians
 from gradexp.commands.compose import compose_run
 from gradexp.data.folder import FileLoader, Files
 from gradexp.tasks.hardware import Hardware

@@ -5,7 +5,8 @@
 
 import argparse
 
-from gradexp.bench import page
+from bench import page
+
 from gradexp.commands.exits import honest
 from gradexp.runs import ROOT
 

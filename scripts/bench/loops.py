@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch.nn import functional
 
-from gradexp.bench.steps import images, network
+from bench.steps import images, network
 from gradexp.commands.compose import compose_run
 from gradexp.data.loader import TensorLoader, TrainingStream
 from gradexp.tasks.build import build
