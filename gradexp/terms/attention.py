@@ -1,4 +1,4 @@
-from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -6,7 +6,7 @@ from gradexp.errors import UserError
 from gradexp.gradients import attention_map
 from gradexp.terms.maps import MatchMaps
 from gradexp.terms.step import Step
-from gradexp.terms.targets import POWERS, Map
+from gradexp.terms.targets import Map
 
 
 class Attention(MatchMaps):
@@ -17,21 +17,12 @@ class Attention(MatchMaps):
     spatial sizes; mean over the batch.
     """
 
-    def __init__(
-        self,
-        *,
-        weight: float,
-        student_layers: Sequence[str],
-        teacher_layers: Sequence[str],
-        squared: bool,
-        power: int | None = None,
-    ) -> None:
-        super().__init__(weight=weight, student_layers=student_layers, teacher_layers=teacher_layers, squared=squared)
-        kinds = {number: kind for kind, number in POWERS.items()}
-        self.power = 2 if power is None else power
-        if self.power not in kinds:
+    def __init__(self, *, power: int | None = None, **options: Any) -> None:
+        super().__init__(**options)
+        if power not in (None, 1, 2):
             raise UserError(f"power={power}: it is 1 (absolute values) or 2 (squares)")
-        self.kind = kinds[self.power]
+        self.power = power or 2
+        self.kind = "absolute" if self.power == 1 else "attention"
 
     @property
     def teacher_maps(self) -> tuple[Map, ...]:

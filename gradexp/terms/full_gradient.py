@@ -1,4 +1,4 @@
-from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -24,18 +24,8 @@ class FullGradient(MatchMaps):
     def needs_input_gradient(self) -> bool:
         return False
 
-    def __init__(
-        self,
-        *,
-        weight: float,
-        student_layers: Sequence[str],
-        teacher_layers: Sequence[str],
-        squared: bool,
-        target: str,
-        student_bn: str,
-        times_bias: bool,
-    ) -> None:
-        super().__init__(weight=weight, student_layers=student_layers, teacher_layers=teacher_layers, squared=squared)
+    def __init__(self, *, target: str, student_bn: str, times_bias: bool, **options: Any) -> None:
+        super().__init__(**options)
         self.target = self.gradient_target = choose("target", target, *SCALARS)
         self.student_bn = choose("student_bn", student_bn, "batch", "running")
         self.reads_bias = times_bias
