@@ -28,7 +28,7 @@ def test_the_objective_is_unbiased_for_the_exact_one(prepared: object) -> None:
     exact = gradients.exact_trace(gradient, images)
     half = gradient.detach().square().flatten(1).sum(1) / 2
     copies = Batch(*(values.repeat_interleave(400, dim=0) for values in data[:4]))
-    many = objective_parts(model, copies, draws=1, sigma=1e-4, seed=0).view(2, 400, 3)
+    many = objective_parts(model, copies, draws=1, sigma=1e-4, seed=0).view(2, 400, 4)
     torch.testing.assert_close(many[:, 0, 2], half)
     mean, error = many[..., 0].mean(1), many[..., 0].std(1) / 20
     assert (error < 0.2 * exact.abs()).all()
@@ -40,7 +40,7 @@ def test_the_objective_is_unbiased_for_the_exact_one(prepared: object) -> None:
 def test_by_taylor_it_is_equation_5_9_along_the_same_directions() -> None:
     """On a quadratic the two differ by the slope's noise alone: 2 <∇f, v> / σ."""
     model, data, sigma = Quadratic(8), batch(3, size=2), 0.1
-    exact, taylor, _ = objective_parts(model, data, draws=1, sigma=sigma, seed=3).unbind(1)
+    exact, taylor, *_ = objective_parts(model, data, draws=1, sigma=sigma, seed=3).unbind(1)
     direction = torch.randn(data.images.shape, generator=torch.Generator().manual_seed(3)).double()
     slope = gradients.input_gradient(model, data.images, data.labels)
     torch.testing.assert_close(taylor - exact, 2 / sigma * (slope * direction).flatten(1).sum(1))

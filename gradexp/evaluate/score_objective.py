@@ -5,14 +5,15 @@ from torch import Tensor, nn
 
 from gradexp import gradients
 from gradexp.data.loader import Batch
+from gradexp.evaluate.spectrum import high_frequency
 
 
 def objective_parts(model: nn.Module, batch: Batch, *, draws: int, sigma: float, seed: int) -> Tensor:
-    """What Eq. 5.2 is made of, image by image, for the logit f of the label: (B, 3) in float64.
+    """What Eq. 5.2 is made of, image by image, for the logit f of the label: (B, 4) in float64.
 
     Columns: the trace of the Hessian by exact products (Hutchinson, 1990), which is unbiased; the same by Eq. 5.9 with noise of
-    standard deviation `sigma`, along the same directions; ½‖∇f‖². Traces are means over `draws` directions, drawn on the CPU
-    from `seed`. `model` is in eval mode.
+    standard deviation `sigma`, along the same directions; ½‖∇f‖²; how noisy ∇f is (spectrum.high_frequency). Traces are means
+    over `draws` directions, drawn on the CPU from `seed`. `model` is in eval mode.
     """
     generator = torch.Generator().manual_seed(seed)
     images = batch.images.detach().requires_grad_()
@@ -27,20 +28,22 @@ def objective_parts(model: nn.Module, batch: Batch, *, draws: int, sigma: float,
         with torch.no_grad():
             noisy = gradients.scalar(model(images + sigma * direction), batch.labels, "label")
         traces.append(torch.stack([exact.detach(), 2 / sigma**2 * (noisy - logit)]))
-    half = gradient.detach().square().flatten(1).sum(1) / 2
-    return torch.stack([*torch.stack(traces).mean(0), half], dim=1).double().cpu()
+    gradient = gradient.detach()
+    half = gradient.square().flatten(1).sum(1) / 2
+    return torch.stack([*torch.stack(traces).mean(0), half, high_frequency(gradient)], dim=1).double().cpu()
 
 
 def objective(parts: Tensor) -> dict[str, float]:
-    """Means over images of `objective_parts` (N, 3), and what they sum to.
+    """Means over images of `objective_parts` (N, 4), and what they sum to.
 
     `objective` = `trace` + `half_gradient_norm`; `taylor/objective` and `taylor/trace` are by Eq. 5.9. `NAME/std`: standard
     deviation over images; `NAME/error`: standard error of the mean, which holds the noise of images and of directions.
+    `gradient/high_frequency`: percent.
     """
-    exact, taylor, half = parts.unbind(1)
+    exact, taylor, half, noisy = parts.unbind(1)
     each = {"objective": exact + half, "trace": exact, "half_gradient_norm": half}
     each |= {"taylor/objective": taylor + half, "taylor/trace": taylor}
-    found: dict[str, float] = {}
+    found = {"gradient/high_frequency": float(noisy.nanmean())}
     for name, values in each.items():
         std = float(values.std())
         found |= {name: float(values.mean()), f"{name}/std": std, f"{name}/error": std / len(values) ** 0.5}

@@ -79,10 +79,7 @@ def density_ratio(run: Run) -> Result:
 
 
 def score_objective(run: Run) -> Result:
-    """The thesis's own objective (Eq. 5.2) of a model in eval mode, on test images; see evaluate.score_objective.objective.
-
-    `gradient/high_frequency`: how noisy the gradients of the label's logit are (evaluate.spectrum), a mean over the images.
-    """
+    """The thesis's own objective (Eq. 5.2) of a model in eval mode, on test images; see evaluate.score_objective.objective."""
     look, task = Look(run), run.config["task"]
     if task["draws"] < 1 or task["sigma"] <= 0:
         raise UserError(f"task.draws={task['draws']}, task.sigma={task['sigma']}: take at least one draw, of a positive sigma")
@@ -94,13 +91,13 @@ def score_objective(run: Run) -> Result:
         return objective_parts(model, batch, seed=mix(run.config["seed"], number), **how)
 
     parts = torch.cat(look.pieces.each("objective", rows, measured, count=len(rows)))
-    found = look.result(objective(parts) | {"gradient/high_frequency": roughness(look, model, rows)})
+    found = look.result(objective(parts))
     return replace(found, facts=found.facts | {"images": len(parts)})
 
 
 def roughness(look: Look, model: nn.Module, rows: Sequence[Tensor]) -> float:
     """Percentage of the energy of the label's gradient at high spatial frequencies, a mean over these test images."""
-    batches = [look.batch(some) for some in rows]
+    batches = map(look.batch, rows)
     shares = [high_frequency(gradients.input_gradient(model, batch.images, batch.labels)).cpu() for batch in batches]
     return float(torch.cat(shares).nanmean())
 
