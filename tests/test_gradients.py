@@ -238,9 +238,9 @@ def many(model: nn.Module, images: Tensor) -> Tensor:
         return model(images.flatten(0, 1)).unflatten(0, images.shape[:2])
 
 
-def test_proposition_1() -> None:
-    """Squared error under input noise = activations + sigma^2 * (full) Jacobian term; exact for piecewise-linear nets."""
-    student, teacher, data, sigma = net(0), net(1), batch(2), 1e-4
+def proposition_1(student: nn.Module, teacher: nn.Module, data: Batch, *, pairs: int) -> tuple[float, float, float]:
+    """What input noise adds to the squared error, over sigma^2, with its standard error; the (full) Jacobian term."""
+    sigma = 1e-4
     one = step(student, teacher, data)
     clean = Activations(weight=1, reduction="sum")(one).item()
     matched = jacobian(target="all", student_bn="batch")(one).item()
@@ -248,9 +248,15 @@ def test_proposition_1() -> None:
     def loss(images: Tensor) -> Tensor:
         return (many(teacher, images) - many(student, images)).square().sum(2).mean(1)
 
-    mean, error = noisy_mean(loss, data.images, sigma, pairs=4000)
-    assert error < 0.05 * sigma**2 * matched  # the interval is narrow enough to refute a wrong constant
-    assert abs(mean - clean - sigma**2 * matched) < 4 * error
+    mean, error = noisy_mean(loss, data.images, sigma, pairs=pairs)
+    return (mean - clean) / sigma**2, error / sigma**2, matched
+
+
+def test_proposition_1() -> None:
+    """Squared error under input noise = activations + sigma^2 * (full) Jacobian term; exact for piecewise-linear nets."""
+    added, error, matched = proposition_1(net(0), net(1), batch(2), pairs=4000)
+    assert error < 0.05 * matched  # the interval is narrow enough to refute a wrong constant
+    assert abs(added - matched) < 4 * error
 
 
 def smooth_net(seed: int) -> nn.Module:
@@ -266,23 +272,16 @@ def laplacians(function: Callable[[Tensor], Tensor], image: Tensor) -> Tensor:
 
 def test_proposition_1_drops_a_term_that_piecewise_linear_nets_do_not_have() -> None:
     """For smooth nets the remainder is no O(sigma^4): sigma^2 * sum (T - S) (trace of its Hessian) is missing."""
-    student, teacher, data, sigma = smooth_net(0), smooth_net(1), batch(1), 1e-4
-    one = step(student, teacher, data)
-    clean = Activations(weight=1, reduction="sum")(one).item()
-    matched = jacobian(target="all", student_bn="batch")(one).item()
+    student, teacher, data = smooth_net(0), smooth_net(1), batch(1)
 
     def difference(images: Tensor) -> Tensor:
         return teacher(images) - student(images)
 
     dropped = (difference(data.images)[0] * laplacians(difference, data.images)).sum().item()
-
-    def loss(images: Tensor) -> Tensor:
-        return (many(teacher, images) - many(student, images)).square().sum(2).mean(1)
-
-    mean, error = noisy_mean(loss, data.images, sigma, pairs=20_000)
-    assert error < 0.02 * sigma**2 * abs(dropped)
-    assert abs(mean - clean - sigma**2 * (matched + dropped)) < 4 * error
-    assert abs(mean - clean - sigma**2 * matched) > 20 * error  # as printed
+    added, error, matched = proposition_1(student, teacher, data, pairs=20_000)
+    assert error < 0.02 * abs(dropped)
+    assert abs(added - matched - dropped) < 4 * error
+    assert abs(added - matched) > 20 * error  # as printed
     piecewise = laplacians(net(0), data.images)
     assert piecewise.abs().max() == 0
 
