@@ -6,9 +6,9 @@ from contextlib import nullcontext
 import hydra
 from omegaconf import DictConfig
 
-from gradexp.commands.compose import check_overrides, compose_run, refuse_many_devices
-from gradexp.commands.exits import honest
-from gradexp.runs import Paths, Run, ensure, objective, say
+from gradexp.engine.compose import check_overrides, compose_run, refuse_many_devices
+from gradexp.engine.exits import honest
+from gradexp.engine.runs import Paths, Run, ensure, objective, say
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")

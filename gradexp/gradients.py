@@ -13,8 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gradexp import layers, ranks
-from gradexp.errors import UserError, nearest
+from gradexp import layers
+from gradexp.base.errors import UserError, nearest
+from gradexp.layers import ranks
 
 SCALARS = ("label", "top", "logprob")  # one number an image
 TARGETS = (*SCALARS, "all")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gradexp import gradients
-from gradexp.errors import UserError
+from gradexp.base.errors import UserError
 
 
 class Ascent:

@@ -10,12 +10,12 @@ from typing import Any
 
 from joblib import cpu_count
 
-from gradexp.commands.compose import compose_run, plan, refuse_many_devices
-from gradexp.commands.exits import honest
-from gradexp.commands.many import Failure, generations, make_launcher, missing, run_all
-from gradexp.errors import UserError
+from gradexp.base.errors import UserError
+from gradexp.engine.compose import compose_run, plan, refuse_many_devices
+from gradexp.engine.exits import honest
+from gradexp.engine.many import Failure, generations, make_launcher, missing, run_all
+from gradexp.engine.runs import ROOT, Config, Paths
 from gradexp.report import specs
-from gradexp.runs import ROOT, Config, Paths
 
 ON_WHAT = ("trainer", "logger", "gradients", "paths")  # what of a config may be set for all runs
 CLAIMS = ROOT / "conf" / "claims.yaml"

@@ -11,10 +11,10 @@ import tarfile
 import urllib.request
 from pathlib import Path, PurePosixPath
 
-from gradexp.commands.compose import compose_run
-from gradexp.commands.exits import MENDS, honest
-from gradexp.errors import UserError, nearest
-from gradexp.runs import Paths
+from gradexp.base.errors import UserError, nearest
+from gradexp.engine.compose import compose_run
+from gradexp.engine.exits import MENDS, honest
+from gradexp.engine.runs import Paths
 from gradexp.tasks.train import declare_data
 
 # MIT publishes no checksums; these MD5 sums are those that a public reader of the data set records.

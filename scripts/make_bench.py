@@ -7,8 +7,8 @@ import argparse
 
 from bench import page
 
-from gradexp.commands.exits import honest
-from gradexp.runs import ROOT
+from gradexp.engine.exits import honest
+from gradexp.engine.runs import ROOT
 
 
 def main() -> None:

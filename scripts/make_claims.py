@@ -2,10 +2,10 @@
 
 from common import CLAIMS, arguments, shared, shown
 
-from gradexp.commands.compose import plan
-from gradexp.commands.exits import honest
+from gradexp.engine.compose import plan
+from gradexp.engine.exits import honest
+from gradexp.engine.runs import Paths
 from gradexp.report import claims
-from gradexp.runs import Paths
 
 
 def main() -> None:

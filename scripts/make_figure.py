@@ -4,8 +4,8 @@ from typing import Any
 
 from common import Job, make_all, report
 
-from gradexp.commands.compose import plan
-from gradexp.registry import locate
+from gradexp.engine.compose import plan
+from gradexp.engine.registry import locate
 from gradexp.report import figures
 
 

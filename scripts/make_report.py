@@ -6,10 +6,10 @@ from common import CLAIMS, arguments, shared, shown
 from joblib import cpu_count
 
 from gradexp import __version__
-from gradexp.commands.compose import plan
-from gradexp.commands.exits import honest
+from gradexp.engine.compose import plan
+from gradexp.engine.exits import honest
+from gradexp.engine.runs import Paths, git_state
 from gradexp.report import claims, costs, figures, html, specs, tables
-from gradexp.runs import Paths, git_state
 
 
 def main() -> None:

@@ -4,7 +4,7 @@ from typing import Any
 
 from common import Job, make_all, report
 
-from gradexp.commands.compose import plan
+from gradexp.engine.compose import plan
 from gradexp.report import formats, tables
 
 

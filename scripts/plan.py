@@ -10,14 +10,14 @@ import torch
 from common import arguments, shared
 from joblib import cpu_count
 
-from gradexp.commands.compose import plan
-from gradexp.commands.exits import honest
-from gradexp.errors import UserError
+from gradexp.base.errors import UserError
+from gradexp.engine.build import build
+from gradexp.engine.compose import plan
+from gradexp.engine.exits import honest
+from gradexp.engine.hardware import Hardware
+from gradexp.engine.runs import Config, Paths, write_atomically
 from gradexp.report import costs
-from gradexp.runs import Config, Paths, write_atomically
 from gradexp.tasks import probe
-from gradexp.tasks.build import build
-from gradexp.tasks.hardware import Hardware
 
 
 def main() -> None:

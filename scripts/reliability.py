@@ -20,9 +20,9 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
-from gradexp.commands.launchers import Work, ended, started
-from gradexp.files import sha256, write_atomically
-from gradexp.runs import ROOT, git_state, read_record
+from gradexp.base.files import sha256, write_atomically
+from gradexp.engine.launchers import Work, ended, started
+from gradexp.engine.runs import ROOT, git_state, read_record
 
 TINY = ("scale=quick", "scale.width=0.04", "data.per_class=8", "trainer.threads=1", "trainer.strict=true", "logger=none")
 BELOW = ("optim.passes=30", "trainer.checkpoint_every=0")

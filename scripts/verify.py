@@ -3,10 +3,10 @@
 import argparse
 import sys
 
-from gradexp.commands.compose import compose_run
-from gradexp.commands.exits import honest
-from gradexp.commands.verify import Finding, verify
-from gradexp.runs import Paths
+from gradexp.engine.compose import compose_run
+from gradexp.engine.exits import honest
+from gradexp.engine.runs import Paths
+from gradexp.engine.verify import Finding, verify
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gradexp.runs import ROOT
+from gradexp.engine.runs import ROOT
 
 
 @pytest.fixture(autouse=True)

@@ -15,8 +15,8 @@ from PIL import Image
 from torch import nn
 
 from gradexp import layers
-from gradexp.clocks import peak_memory_mib
-from gradexp.errors import UserError
+from gradexp.base.errors import UserError
+from gradexp.engine.clocks import peak_memory_mib
 from gradexp.tasks import train
 
 VGG4 = (27 * 64 * 32**2, 9 * 64 * 128 * 16**2, 9 * 128 * 512 * 8**2)

@@ -9,12 +9,12 @@ import pytest
 import yaml
 from test_tables import fake_plan
 
-from gradexp.errors import UserError
+from gradexp.base.errors import UserError
+from gradexp.engine.runs import ROOT, Paths, run_id, write_record
 from gradexp.report import claims, specs
 from gradexp.report.claims import Comparison, Judged
 from gradexp.report.grid import Grid
 from gradexp.report.inference import estimate
-from gradexp.runs import ROOT, Paths, run_id, write_record
 
 FILE = ROOT / "conf" / "claims.yaml"
 RNG = np.random.default_rng(0)

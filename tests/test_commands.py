@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from gradexp.commands.compose import check_overrides, compose_run, plan
-from gradexp.commands.many import run_all
-from gradexp.errors import UserError
-from gradexp.registry import locate
-from gradexp.runs import ROOT, Paths
+from gradexp.base.errors import UserError
+from gradexp.engine.compose import check_overrides, compose_run, plan
+from gradexp.engine.many import run_all
+from gradexp.engine.registry import locate
+from gradexp.engine.runs import ROOT, Paths
 from gradexp.tasks import loggers
 
 RunPy = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -67,7 +67,7 @@ def test_a_multirun_does_only_what_is_missing(tmp_path: Path, run_py: RunPy) -> 
 
 # run.py, killed as by kill -9 in the middle of its 70th checkpoint: the moment does not depend on how busy the machine is.
 KILLED = """
-import os, runpy, sys, gradexp.files
+import os, runpy, sys, gradexp.base.files
 from gradexp.training import callbacks
 count = 0
 def write_sealed(path, write):
@@ -77,7 +77,7 @@ def write_sealed(path, write):
         write(draft)
         if count == 70:
             os.kill(os.getpid(), 9)
-    gradexp.files.write_sealed(path, dying)
+    gradexp.base.files.write_sealed(path, dying)
 callbacks.write_sealed = write_sealed
 sys.argv = ["run.py", *sys.argv[1:]]
 runpy.run_path("run.py", run_name="__main__")

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from gradexp.commands.compose import Planned, plan
+from gradexp.engine.build import build
+from gradexp.engine.compose import Planned, plan
+from gradexp.engine.runs import Config, Paths, Run, ensure, run_id, write_record
 from gradexp.report import costs
 from gradexp.report.costs import History, Row, Sample
-from gradexp.runs import Config, Paths, Run, ensure, run_id, write_record
 from gradexp.tasks import probe
-from gradexp.tasks.build import build
 
 SIZES = {"digits": (1437, 360)}
 WHOLE = {"name": "digits", "train_images": 1437, "test_images": 360}
@@ -112,7 +112,7 @@ def test_processors_of_one_name_are_told_apart(monkeypatch: pytest.MonkeyPatch) 
     for instructions in ("AVX2", "AVX512"):
         for has_bf16 in (False, True):
             monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda instructions=instructions: instructions)
-            monkeypatch.setattr("gradexp.tasks.hardware.native_bf16", lambda kind, has_bf16=has_bf16: has_bf16)
+            monkeypatch.setattr("gradexp.engine.hardware.native_bf16", lambda kind, has_bf16=has_bf16: has_bf16)
             names.add(hardware.facts()["device"])
     assert len(names) == 4
     run = config(*STUDENT, "method=ce", "data.per_class=10")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from gradexp.commands.compose import plan
+from gradexp.base.errors import UserError
 from gradexp.data import sources, subsets
 from gradexp.data.cifar10 import CIFAR10
 from gradexp.data.cifar100 import CIFAR100
@@ -19,7 +19,7 @@ from gradexp.data.digits import Digits
 from gradexp.data.imagenet import ImageNet
 from gradexp.data.loader import TensorLoader, TrainingStream
 from gradexp.data.sources import Layout, Split
-from gradexp.errors import UserError
+from gradexp.engine.compose import plan
 
 LAYOUT = Layout("toy", "Toy", classes=2, channels=3, size=8, image_column="img", label_column="label", torchvision="CIFAR10")
 

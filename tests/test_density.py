@@ -10,9 +10,11 @@ import torch
 from test_score_matching import batch, net
 from torch import Tensor, nn
 
-from gradexp.commands.compose import compose_run, plan
+from gradexp.base.errors import UserError
 from gradexp.data.loader import Batch
-from gradexp.errors import UserError
+from gradexp.engine.build import build
+from gradexp.engine.compose import compose_run, plan
+from gradexp.engine.runs import Paths, Run, _write_arrays, ensure, read_arrays, run_id, write_record
 from gradexp.evaluate.discriminative_perturbation import accuracies, saliency, still_right
 from gradexp.evaluate.score_objective import objective, objective_parts
 from gradexp.evaluate.shift import Shifted, shift_effects, sine_effects
@@ -21,8 +23,6 @@ from gradexp.report.draw.curves import panels
 from gradexp.report.draw.fooling import fooling
 from gradexp.report.draw.images import red_over, samples, signed
 from gradexp.report.draw.shift import shift
-from gradexp.runs import Paths, Run, _write_arrays, ensure, read_arrays, run_id, write_record
-from gradexp.tasks.build import build
 from gradexp.tasks.look import Look
 from gradexp.tasks.train import accuracy_on_test, load_model, make_data
 from gradexp.training.classifier import Classifier

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from gradexp.commands.compose import compose_run
 from gradexp.data.loader import TensorLoader
 from gradexp.data.sources import Split
+from gradexp.engine.build import build
+from gradexp.engine.compose import compose_run
 from gradexp.sampling import Ascent
-from gradexp.tasks.build import build
 from gradexp.tasks.train import fast, make_terms
 from gradexp.terms.targets import Targets
 from gradexp.training.classifier import Classifier

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from gradexp.runs import ROOT
+from gradexp.engine.runs import ROOT
 
 TINY = ["scale.width=0.04", "optim.passes=1", "trainer.threads=1", "logger=none"]
 TEACHER = ["+upstream.teacher.optim.passes=1", "+upstream.teacher.scale.width=0.03"]
@@ -71,7 +71,7 @@ def test_readme_names_only_make_targets_that_exist() -> None:
 
 
 def test_readme_commands_compose() -> None:
-    from gradexp.commands.compose import check_overrides
+    from gradexp.engine.compose import check_overrides
 
     typed = [line for line in commands("README.md") if line.startswith("python run.py")]
     assert len(typed) >= 4

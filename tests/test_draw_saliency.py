@@ -11,14 +11,14 @@ import torch
 import torchvision
 from PIL import Image
 
-from gradexp import runs
-from gradexp.commands import explain
-from gradexp.commands.compose import plan
-from gradexp.errors import UserError
+from gradexp.base.errors import UserError
+from gradexp.engine import runs
+from gradexp.engine.compose import plan
+from gradexp.engine.runs import ROOT
 from gradexp.report import figures, specs
 from gradexp.report.draw import gallery, methods, randomisation, removal
 from gradexp.report.specs import Source
-from gradexp.runs import ROOT
+from gradexp.saliency import __main__ as explain
 
 SPEC: dict[str, Any] = {"number": "9.9", "xlabel": "x", "ylabel": "y", "thesis": "fig 3.2b", "first": 1, "rows": 2}
 

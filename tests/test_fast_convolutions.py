@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gradexp import layers
+from gradexp.engine.runs import ROOT
 from gradexp.layers import convolution, dense, tiles, winograd
-from gradexp.runs import ROOT
 
 NAMES = ("convolve", "input_gradient", "weight_gradient")
 SIDES = pytest.mark.parametrize(("module", "side"), [(winograd, 8), (dense, 2)], ids=["winograd", "dense"])

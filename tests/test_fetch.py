@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from gradexp.errors import UserError
-from gradexp.runs import ROOT, Paths
+from gradexp.base.errors import UserError
+from gradexp.engine.runs import ROOT, Paths
 
 
 @pytest.fixture

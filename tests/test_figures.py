@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from gradexp import runs
-from gradexp.commands.compose import plan
-from gradexp.errors import UserError
+from gradexp.base.errors import UserError
+from gradexp.engine import runs
+from gradexp.engine.compose import plan
 from gradexp.report import figures, specs
 from gradexp.report.draw.curves import curves
 from gradexp.report.draw.illustration import illustration

@@ -8,12 +8,12 @@ import pytest
 import torch
 from PIL import Image
 
+from gradexp.base.errors import UserError
 from gradexp.data import folder
 from gradexp.data.folder import window
 from gradexp.data.imagenet import ImageNet
 from gradexp.data.mit_scenes import MITScenes
-from gradexp.errors import UserError
-from gradexp.tasks.build import build
+from gradexp.engine.build import build
 
 PHOTOGRAPHS = {
     "channels": 3,

@@ -10,8 +10,8 @@ from tiny import randomised
 from torch import Tensor, nn
 
 from gradexp import gradients, layers
+from gradexp.base.errors import UserError
 from gradexp.data.loader import Batch
-from gradexp.errors import UserError
 from gradexp.models.resnet import ResNet
 from gradexp.models.vgg import VGG
 from gradexp.terms import Step

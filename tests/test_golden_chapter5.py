@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from gradexp import layers
-from gradexp.commands.compose import compose_run
 from gradexp.data.loader import Batch
+from gradexp.engine.build import build
+from gradexp.engine.compose import compose_run
+from gradexp.engine.runs import ROOT
 from gradexp.evaluate.density_ratio import density_ratio
 from gradexp.models.resnet import ResNet
-from gradexp.runs import ROOT
 from gradexp.sampling import Draws
-from gradexp.tasks.build import build
 from gradexp.tasks.train import make_terms
 from gradexp.terms import Step
 
@@ -57,7 +57,7 @@ def assert_same(found: Any, expected: Any) -> None:
 
 
 def noise_is_given(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("gradexp.ranks.normal_like", lambda images: given("noise").to(images))
+    patch.setattr("gradexp.layers.ranks.normal_like", lambda images: given("noise").to(images))
 
 
 @pytest.mark.parametrize("prepared", [layers.accelerate, lambda model: model], ids=["fast", "autograd"])

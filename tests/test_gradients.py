@@ -13,9 +13,9 @@ from tiny import CLASSES, Quadratic, randomised
 from torch import Tensor, nn
 
 from gradexp import gradients
+from gradexp.base.errors import UserError
 from gradexp.data.loader import Batch, TensorLoader, TrainingStream
 from gradexp.data.sources import Split
-from gradexp.errors import UserError
 from gradexp.models.vgg import VGG
 from gradexp.terms import Activations, AntiScoreMatching, CrossEntropy, GradientNorm, Jacobian, ScoreMatching, SoftTargets, Step
 from gradexp.terms.targets import Map, Targets

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from gradexp.commands.compose import plan
-from gradexp.runs import ROOT, run_id
+from gradexp.engine.compose import plan
+from gradexp.engine.runs import ROOT, run_id
 
 LINES = (Path(__file__).parent / "golden" / "ids.txt").read_text(encoding="utf-8").splitlines()
 

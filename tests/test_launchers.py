@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
-from gradexp.commands.compose import compose_run, plan
-from gradexp.commands.launchers import Local, ended, started, visible_gpus
-from gradexp.commands.many import generations, make_launcher, run_all
-from gradexp.errors import Stopped, UserError
-from gradexp.runs import Paths, Run, ensure, objective, run_id
-from gradexp.training.callbacks import Checkpointer
+from gradexp.base.errors import Stopped, UserError
+from gradexp.engine.callbacks import Checkpointer
+from gradexp.engine.compose import compose_run, plan
+from gradexp.engine.launchers import Local, ended, started, visible_gpus
+from gradexp.engine.many import generations, make_launcher, run_all
+from gradexp.engine.runs import Paths, Run, ensure, objective, run_id
 
 TINY = ["scale=quick", "scale.width=0.04", "optim.passes=2", "data.per_class=3", "trainer.threads=1", "logger=none"]
 

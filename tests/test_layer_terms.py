@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gradexp import gradients, layers
-from gradexp.commands.compose import compose_run
+from gradexp.base.errors import UserError
 from gradexp.data.loader import Batch
-from gradexp.errors import UserError
+from gradexp.engine.build import build
+from gradexp.engine.compose import compose_run
+from gradexp.engine.runs import Paths, Run, ensure
 from gradexp.models.vgg import VGG
-from gradexp.runs import Paths, Run, ensure
-from gradexp.tasks.build import build
 from gradexp.terms import Attention, BiasDecay, BiasGradient, CrossEntropy, FullGradient, Jacobian, Step, Term
 from gradexp.terms.maps import resized
 from gradexp.terms.targets import Targets

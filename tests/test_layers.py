@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torchvision.models import vgg as tv_vgg
 
 from gradexp import layers
-from gradexp.commands.compose import compose_run
+from gradexp.engine.build import build
+from gradexp.engine.compose import compose_run
+from gradexp.engine.hardware import native_bf16
 from gradexp.layers import batch_norm, convolution
 from gradexp.models.resnet import ResNet
 from gradexp.models.vgg import VGG
-from gradexp.tasks.build import build
-from gradexp.tasks.hardware import native_bf16
 
 DOUBLE = torch.float64
 

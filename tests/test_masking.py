@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gradexp.errors import UserError
+from gradexp.base.errors import UserError
 from gradexp.evaluate.masking import impute, least_salient, ranks, remove
 
 

@@ -7,11 +7,11 @@ import torch
 from scipy import stats
 from torch import nn
 
-from gradexp.commands.compose import compose_run
-from gradexp.errors import UserError
+from gradexp.base.errors import UserError
+from gradexp.engine.compose import compose_run
+from gradexp.engine.runs import Paths, Run, ensure, read_record
 from gradexp.evaluate.model_randomisation import layers_from_output, randomise, rank_correlation
 from gradexp.models.vgg import VGG
-from gradexp.runs import Paths, Run, ensure, read_record
 
 
 def trained() -> nn.Module:

@@ -5,10 +5,10 @@ import torch
 from tiny import randomised
 
 from gradexp import gradients
-from gradexp.commands.compose import compose_run
-from gradexp.errors import UserError
+from gradexp.base.errors import UserError
+from gradexp.engine.build import build
+from gradexp.engine.compose import compose_run
 from gradexp.models.vgg import VGG
-from gradexp.tasks.build import build
 
 
 def expected(layers: list[int | str], channels: int, classes: int) -> int:

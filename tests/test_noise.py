@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from gradexp.commands.compose import compose_run, plan
+from gradexp.base.errors import UserError
 from gradexp.data.loader import Batch
-from gradexp.errors import UserError
+from gradexp.engine.compose import compose_run, plan
+from gradexp.engine.runs import Paths, Run, ensure, run_id
 from gradexp.evaluate.accuracy import accuracy
 from gradexp.evaluate.noise import noise_accuracies
 from gradexp.report import specs, tables
-from gradexp.runs import Paths, Run, ensure, run_id
 
 TINY = ["scale=quick", "trainer.threads=1", "logger=none", "task.draws=3"]
 SMALL = ["+upstream.model.scale.width=0.04", "upstream.model.optim.passes=1", "upstream.model.data.per_class=5"]
@@ -97,7 +97,7 @@ def test_draws_are_a_function_of_the_seed() -> None:
 
 
 def test_null_leaves_a_default_and_choice_takes_a_group() -> None:
-    from gradexp.tasks.build import build
+    from gradexp.engine.build import build
 
     node = {"_target_": "torch.optim.Adam", "_partial_": True, "lr": 0.1, "weight_decay": None}
     assert build(node, where="optim.optimizer").keywords == {"lr": 0.1}

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from gradexp.commands.compose import compose_run
-from gradexp.runs import Paths, Run, ensure
+from gradexp.engine.compose import compose_run
+from gradexp.engine.pieces import Pieces
+from gradexp.engine.progress import Progress
+from gradexp.engine.runs import Paths, Run, ensure
 from gradexp.tasks import pieces
-from gradexp.tasks.pieces import Pieces
-from gradexp.tasks.progress import Progress
 
 TINY = ["scale=quick", "trainer.threads=1", "logger=none", "+upstream.model.optim.passes=1", "+upstream.model.scale.width=0.03"]
 
@@ -56,7 +56,7 @@ def test_a_damaged_piece_is_made_again(tmp_path: Path) -> None:
 
 
 def test_progress_counts_pieces_behind_a_damaged_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gradexp.tasks.progress.SAY_EVERY", 0.0)
+    monkeypatch.setattr("gradexp.engine.progress.SAY_EVERY", 0.0)
     said: list[int] = []
     monkeypatch.setattr(Progress, "say", lambda self, done, say=Progress.say: (said.append(done), say(self, done)))
     squared(begun(tmp_path), [3, 4, 5])

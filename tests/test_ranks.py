@@ -16,17 +16,18 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from gradexp import layers, ranks
-from gradexp.commands.compose import compose_run
+from gradexp import layers
+from gradexp.base.errors import Stopped, UserError
 from gradexp.data.loader import Batch, TensorLoader, TrainingStream
 from gradexp.data.sources import Split
-from gradexp.errors import Stopped, UserError
-from gradexp.runs import ROOT, Paths, Run, ensure, read_record
+from gradexp.engine.build import build
+from gradexp.engine.callbacks import Checkpointer
+from gradexp.engine.compose import compose_run
+from gradexp.engine.runs import ROOT, Paths, Run, ensure, read_record
+from gradexp.layers import ranks
 from gradexp.tasks import train
-from gradexp.tasks.build import build
 from gradexp.tasks.train import make_terms
 from gradexp.terms.targets import Targets
-from gradexp.training.callbacks import Checkpointer
 from gradexp.training.classifier import Classifier
 from gradexp.training.dropout import dropout_after
 
@@ -151,7 +152,7 @@ def test_seconds_of_all_processes_are_counted(tmp_path: Path) -> None:
     def work(rank: int) -> tuple[float, float]:
         with pytest.MonkeyPatch.context() as patch:
             spent = iter([{"wall": 0.0, "cpu": 0.0}, {"wall": 10.0, "cpu": 3.0 + rank}])
-            patch.setattr("gradexp.clocks.read", lambda: next(spent))
+            patch.setattr("gradexp.engine.clocks.read", lambda: next(spent))
             checkpointer = Checkpointer(tmp_path / "last.ckpt", every=60)
             checkpointer.earlier = {"wall": 100.0, "cpu": 20.0}
             state = checkpointer.state_dict()
@@ -204,7 +205,7 @@ def test_one_process_begins_and_two_finish(places: list[str], monkeypatch: pytes
         patch.setattr(Checkpointer, "on_train_batch_end", lambda self, trainer, *_: next(steps) and stop(self, trainer))
         with pytest.raises(Stopped):
             ensure(run("shared"))
-    monkeypatch.setattr("gradexp.tasks.hardware.cpu_count", lambda: 6)
+    monkeypatch.setattr("gradexp.engine.hardware.cpu_count", lambda: 6)
     shared = ensure(run("shared", "trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.threads=null"))
     assert (shared["id"], shared["steps"], shared["devices"]) == (whole["id"], 5, 2)
     assert shared["threads"] == 3  # of each

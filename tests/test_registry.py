@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from gradexp.commands.compose import CONF, check_hydra, compose_run
-from gradexp.commands.verify import Finding, verify
-from gradexp.errors import UserError
-from gradexp.registry import KINDS, check_targets, kind_of, locate, targets
+from gradexp.base.errors import UserError
+from gradexp.engine.compose import CONF, check_hydra, compose_run
+from gradexp.engine.registry import KINDS, check_targets, kind_of, locate, targets
+from gradexp.engine.runs import ROOT, Paths, Run, ensure
+from gradexp.engine.verify import Finding, verify
 from gradexp.report import specs
-from gradexp.runs import ROOT, Paths, Run, ensure
 
 # Each of these has run code, or written a file, when it was named in a config; or would, at this place.
 HOSTILE = [
@@ -27,9 +27,9 @@ HOSTILE = [
     ("data", "gradexp.data.sources.load"),  # a function beside the data sets
     ("optim.optimizer", "torch.save"),
     ("optim.schedule", "os.system"),
-    ("task", "gradexp.files.write_atomically"),
+    ("task", "gradexp.base.files.write_atomically"),
     ("task", "gradexp.tasks.train.save_weights"),  # a function beside the tasks
-    ("task", "gradexp.commands.explain.main"),
+    ("task", "gradexp.saliency.__main__.main"),
     ("saliency", "gradexp.saliency.__main__.main"),
     ("method.terms.cross_entropy", "builtins.eval"),
     ("method.terms.cross_entropy", "gradexp.terms.step.Step"),  # a class beside the terms

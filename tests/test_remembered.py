@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from gradexp.commands import compose, remembered
+from gradexp.engine import compose, remembered
 
 WORDS = ("experiment=jacobian_distill", "scale=quick", "seed=3")
 

@@ -17,9 +17,9 @@ import pytest
 from PIL import Image
 from test_tables import GOLDEN, SPEC, fake_plan
 
+from gradexp.engine.runs import ROOT, Paths, run_id, write_record
 from gradexp.report import claims, figures, html, tables
 from gradexp.report.specs import Source
-from gradexp.runs import ROOT, Paths, run_id, write_record
 
 HOSTILE = '</script><script>window.hacked = 1</script><img src=x onerror="window.hacked = 1">'
 SAID = html.settings()

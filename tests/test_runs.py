@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gradexp import clocks, registry, runs
-from gradexp.commands.compose import compose_run
-from gradexp.errors import UserError
+from gradexp.base.errors import UserError
+from gradexp.engine import clocks, registry, runs
+from gradexp.engine.compose import compose_run
 
 BASE = ["experiment=jacobian_distill", "scale=quick"]
 

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gradexp import gradients, layers
-from gradexp.commands.compose import compose_run
-from gradexp.errors import UserError
+from gradexp.base.errors import UserError
+from gradexp.engine.build import build
+from gradexp.engine.compose import compose_run
 from gradexp.layers import convolution
 from gradexp.models.resnet import ResNet
 from gradexp.models.vgg import VGG
@@ -33,7 +34,6 @@ from gradexp.saliency import (
 )
 from gradexp.saliency.method import value_range
 from gradexp.saliency.psi import psi
-from gradexp.tasks.build import build
 from gradexp.tasks.saliency_score import completeness
 
 PSI = ["abs", "rescale", "upsample"]

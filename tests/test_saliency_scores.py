@@ -15,16 +15,16 @@ import torchvision
 from PIL import Image
 from torch import Tensor, nn
 
-from gradexp.commands.compose import compose_run, plan
+from gradexp.base.errors import UserError
+from gradexp.base.files import sha256
 from gradexp.data.digits import Digits
 from gradexp.data.loader import Batch, TensorLoader
 from gradexp.data.removal import MANIFEST, Removal
 from gradexp.data.sources import Split
-from gradexp.errors import UserError
+from gradexp.engine.compose import compose_run, plan
+from gradexp.engine.runs import ROOT, Paths, Run, ensure
 from gradexp.evaluate.digit_flip import DigitFlip
 from gradexp.evaluate.pixel_perturbation import PixelPerturbation
-from gradexp.files import sha256
-from gradexp.runs import ROOT, Paths, Run, ensure
 from gradexp.saliency import Saliency
 from gradexp.tasks import saliency_maps, saliency_score
 

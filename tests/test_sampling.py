@@ -9,8 +9,8 @@ from test_score_matching import batch, net
 from torch import Tensor, nn
 
 from gradexp import gradients
+from gradexp.base.errors import UserError
 from gradexp.data.loader import Batch
-from gradexp.errors import UserError
 from gradexp.evaluate.density_ratio import density_ratio
 from gradexp.evaluate.energy import energy_inside
 from gradexp.evaluate.gan_test import gan_test

@@ -10,8 +10,8 @@ from tiny import Quadratic
 from torch import Tensor, nn
 
 from gradexp import gradients, layers
+from gradexp.base.errors import UserError
 from gradexp.data.loader import Batch
-from gradexp.errors import UserError
 from gradexp.evaluate.score_objective import objective, objective_parts
 from gradexp.evaluate.spectrum import high_frequency
 from gradexp.evaluate.statistics import reestimate

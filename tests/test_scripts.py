@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from gradexp.commands.many import _last_line
-from gradexp.errors import UserError
-from gradexp.runs import ROOT
+from gradexp.base.errors import UserError
+from gradexp.engine.many import _last_line
+from gradexp.engine.runs import ROOT
 
 sys.path.insert(0, str(ROOT / "scripts"))
 

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import yaml
 
-from gradexp.commands.compose import plan
-from gradexp.errors import UserError
+from gradexp.base.errors import UserError
+from gradexp.engine.compose import plan
+from gradexp.engine.runs import ROOT, Paths, run_id, write_record
 from gradexp.report import formats, provenance, tables
 from gradexp.report import specs as report_specs
 from gradexp.report.specs import Source
-from gradexp.runs import ROOT, Paths, run_id, write_record
 
 GOLDEN = ROOT / "tests" / "golden"
 SPEC: dict[str, Any] = yaml.safe_load((GOLDEN / "table.yaml").read_text())

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import yaml
 
-from gradexp.commands.compose import plan
+from gradexp.engine.compose import plan
+from gradexp.engine.runs import Config, Planned, identity
 from gradexp.report import figures, specs, tables
-from gradexp.runs import Config, Planned, identity
 
 PAGE = yaml.safe_load(Path(__file__).with_name("thesis_settings.yaml").read_text(encoding="utf-8"))
 ITEMS = PAGE["items"]

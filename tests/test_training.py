@@ -10,13 +10,13 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 
-from gradexp.commands.compose import compose_run
-from gradexp.errors import UserError
-from gradexp.files import sha256
-from gradexp.runs import Paths, Run, ensure
+from gradexp.base.errors import UserError
+from gradexp.base.files import sha256
+from gradexp.engine.build import build
+from gradexp.engine.compose import compose_run
+from gradexp.engine.hardware import Hardware, native_bf16
+from gradexp.engine.runs import Paths, Run, ensure
 from gradexp.tasks import loggers, train
-from gradexp.tasks.build import build
-from gradexp.tasks.hardware import Hardware, native_bf16
 from gradexp.training.classifier import Classifier
 from gradexp.training.optim import Optim, one_cycle, steps_down
 
@@ -111,7 +111,7 @@ def test_a_record_that_can_not_be_written_loses_no_training(places: list[str], m
     steps, step = [], Classifier.training_step
     monkeypatch.setattr(Classifier, "training_step", lambda *args: steps.append(1) or step(*args))
     with monkeypatch.context() as patch:
-        patch.setattr("gradexp.runs.write_record", lambda *_: 1 / 0)
+        patch.setattr("gradexp.engine.runs.write_record", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             ensure(run(places, "trainer.checkpoint_every=0"))
     done = len(steps)
@@ -213,7 +213,7 @@ def test_layout_and_precision_are_hardware(places: list[str]) -> None:
 
 
 def test_emulated_bf16_is_refused(places: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gradexp.tasks.hardware.native_bf16", lambda _: False)
+    monkeypatch.setattr("gradexp.engine.hardware.native_bf16", lambda _: False)
     with pytest.raises(UserError, match="use 32 or auto"):
         ensure(run(places, "trainer.precision=bf16", "trainer.accelerator=cpu"))
 
@@ -271,7 +271,7 @@ def test_a_broken_logger_does_not_break_the_run(
     def broken(**_: Any) -> None:
         raise OSError("no socket")
 
-    monkeypatch.setattr("gradexp.tasks.loggers.csv", broken)
+    monkeypatch.setattr("gradexp.engine.loggers.csv", broken)
     record = ensure(run(places, "logger=csv"))
     assert record["status"] == "finished"
     assert "no socket" in capsys.readouterr().out

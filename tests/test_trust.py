@@ -8,14 +8,15 @@ from typing import Any
 import pytest
 import torch
 
-from gradexp import files, schema
-from gradexp.commands.compose import compose_run
-from gradexp.commands.verify import Finding, alike, verify
+from gradexp.base import files
+from gradexp.base.errors import Stopped, UserError
 from gradexp.data.digits import Digits
 from gradexp.data.sources import Split
-from gradexp.errors import Stopped, UserError
-from gradexp.runs import HARDWARE, ROOT, Paths, Run, differing_split, ensure, read_record, write_record
-from gradexp.tasks.build import build
+from gradexp.engine import schema
+from gradexp.engine.build import build
+from gradexp.engine.compose import compose_run
+from gradexp.engine.runs import HARDWARE, ROOT, Paths, Run, differing_split, ensure, read_record, write_record
+from gradexp.engine.verify import Finding, alike, verify
 
 TINY = ["scale=quick", "scale.width=0.04", "optim.passes=2", "data.per_class=3", "trainer.threads=1", "logger=none"]
 DISTILL = ["experiment=jacobian_distill", *TINY, "+upstream.teacher.optim.passes=1", "+upstream.teacher.scale.width=0.03"]
@@ -142,7 +143,7 @@ def test_a_repeat_has_the_threads_of_its_record(places: list[str], monkeypatch: 
         repeated.append((one.config["name"], one.config["trainer"]["threads"]))
         return ensure(one)
 
-    monkeypatch.setattr("gradexp.commands.verify.ensure", noted)
+    monkeypatch.setattr("gradexp.engine.verify.ensure", noted)
     extra = {name: made.config[name] for name in ("logger", "gradients")} | {
         "trainer": made.config["trainer"] | {"threads": None}
     }
@@ -235,7 +236,7 @@ def test_a_seal_knows_the_old_file_and_the_new(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("spoil", ["truncated", "flipped", "empty"])
 def test_a_damaged_checkpoint_is_set_aside(places: list[str], spoil: str, capsys: pytest.CaptureFixture[str]) -> None:
-    from gradexp.training.callbacks import Checkpointer
+    from gradexp.engine.callbacks import Checkpointer
 
     whole = ensure(run([f"{place}/whole" for place in places]))
     original = Checkpointer.on_train_batch_end
@@ -272,7 +273,7 @@ def test_damaged_weights_of_a_teacher_are_made_again(places: list[str], capsys: 
 def test_full_disks_and_read_only_folders_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     import errno
 
-    from gradexp.commands.exits import honest
+    from gradexp.engine.exits import honest
 
     for number, words in ((errno.ENOSPC, "make room"), (errno.EROFS, "paths.results=FOLDER")):
         with pytest.raises(SystemExit, match=words), honest():

@@ -10,11 +10,11 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
+from gradexp.base.errors import UserError, choose
 from gradexp.data import sources, subsets
 from gradexp.data.loader import Loader, TensorLoader
 from gradexp.data.removal import Removal
 from gradexp.data.sources import Layout
-from gradexp.errors import UserError, choose
 
 
 class ImageData:

@@ -21,11 +21,11 @@ from joblib import cpu_count
 from PIL import Image
 from torch import Tensor
 
+from gradexp.base.errors import UserError
+from gradexp.base.files import write_atomically
 from gradexp.data import subsets
 from gradexp.data.dataset import ImageData
 from gradexp.data.loader import Batch, Loader
-from gradexp.errors import UserError
-from gradexp.files import write_atomically
 
 THREADS = max(2, cpu_count())  # Pillow decodes and resizes outside the interpreter lock
 AHEAD = 64  # images decoded before they are asked for

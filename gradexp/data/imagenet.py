@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from gradexp.base.errors import UserError
 from gradexp.data.folder import FolderData
-from gradexp.errors import UserError
 
 FOLDERS = {"train": "train", "test": "val"}
 SUFFIXES = (".jpeg", ".jpg", ".png")

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gradexp.base.errors import UserError
 from gradexp.data.sources import Split
-from gradexp.errors import UserError
 
 
 class Batch(NamedTuple):

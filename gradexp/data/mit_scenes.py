@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from gradexp.base.errors import UserError
 from gradexp.data.folder import FolderData
-from gradexp.errors import UserError
 
 LISTS = {"train": "TrainImages.txt", "test": "TestImages.txt"}
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from gradexp.errors import UserError
-from gradexp.files import sha256
+from gradexp.base.errors import UserError
+from gradexp.base.files import sha256
 
 MANIFEST = "maps.json"  # written last: its presence means that the maps are complete
 

@@ -17,9 +17,9 @@ from pathlib import Path
 import filelock
 import numpy as np
 
+from gradexp.base.errors import UserError
+from gradexp.base.files import draft_of, sha256
 from gradexp.data import subsets
-from gradexp.errors import UserError
-from gradexp.files import draft_of, sha256
 
 SPLITS = ("train", "test")
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gradexp.errors import UserError
+from gradexp.base.errors import UserError
 
 
 def nested(labels: np.ndarray, *, per_class: int | None, seed: int) -> np.ndarray:

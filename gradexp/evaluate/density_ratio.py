@@ -5,8 +5,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import nn
 
+from gradexp.base.errors import UserError
 from gradexp.data.loader import Batch
-from gradexp.errors import UserError
 
 
 def check(sigmas: Sequence[float]) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from gradexp.base.errors import UserError
 from gradexp.data.loader import Batch
-from gradexp.errors import UserError
 from gradexp.evaluate import masking
 from gradexp.gradients import evaluating
 from gradexp.saliency import Saliency

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from gradexp import gradients
+from gradexp.base.errors import choose
 from gradexp.data.loader import Batch
-from gradexp.errors import choose
 from gradexp.evaluate.masking import least_salient, ranks, remove
 from gradexp.saliency.method import over_channels
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from gradexp.errors import UserError
+from gradexp.base.errors import UserError
 
 
 def ranks(saliency: Tensor, *, seed: int) -> Tensor:

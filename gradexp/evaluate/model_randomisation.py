@@ -6,8 +6,8 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 
+from gradexp.base.errors import UserError
 from gradexp.data.loader import mix
-from gradexp.errors import UserError
 from gradexp.gradients import NORMS
 
 

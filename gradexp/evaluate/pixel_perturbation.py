@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from gradexp.base.errors import UserError, choose
 from gradexp.data.loader import Batch
-from gradexp.errors import UserError, choose
 from gradexp.evaluate import masking
 from gradexp.gradients import evaluating
 from gradexp.saliency import Saliency

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradexp.errors import UserError
+from gradexp.base.errors import UserError
 from gradexp.gradients import evaluating
 
 

@@ -8,7 +8,7 @@ import torch
 import torchvision
 from torch import nn
 
-from gradexp.errors import UserError, nearest
+from gradexp.base.errors import UserError, nearest
 
 
 def torchvision_model(*, name: str, architecture: str, classes: int) -> nn.Module:

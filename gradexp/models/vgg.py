@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gradexp.errors import UserError, choose
+from gradexp.base.errors import UserError, choose
 
 
 class VGG(nn.Module):

@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 import yaml
 
-from gradexp.errors import UserError
+from gradexp.base.errors import UserError
+from gradexp.engine.runs import Config, Paths, digests, read_record
 from gradexp.report.grid import Grid, Place
 from gradexp.report.inference import BOOTSTRAP_FROM, Estimate, estimate, estimate_over_images, holm
 from gradexp.report.specs import Planner, Source, check_keys
 from gradexp.report.writing import as_csv, write_beside
-from gradexp.runs import Config, Paths, digests, read_record
 
 VERDICTS = ("holds", "contradicted", "undecided", "direction only", "withheld", "not run")
 FILE_KEYS = ("confidence", "resamples", "claims")

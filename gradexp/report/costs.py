@@ -14,11 +14,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from gradexp.errors import UserError
+from gradexp.base.errors import UserError
+from gradexp.engine.runs import Config, Paths, Planned, identity, read_record
 from gradexp.report import figures, specs, tables
 from gradexp.report.provenance import own_seconds
 from gradexp.report.specs import Planner
-from gradexp.runs import Config, Paths, Planned, identity, read_record
 
 NEAREST = 5  # like records that an estimate is the median of
 PRODUCTS = {"saliency_maps": "maps.json"}  # what a run leaves for those that stand on it; weights.pt of all others

@@ -18,11 +18,11 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
-from gradexp.errors import UserError
+from gradexp.base.errors import UserError
+from gradexp.engine.runs import Config, Paths, metric_of, read_arrays, read_record
 from gradexp.report import provenance
 from gradexp.report.specs import Planner, Source, seeds_of
 from gradexp.report.writing import as_csv, write_beside
-from gradexp.runs import Config, Paths, metric_of, read_arrays, read_record
 
 STYLE: Any = {
     "font.family": "DejaVu Sans",

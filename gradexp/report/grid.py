@@ -8,10 +8,10 @@ from typing import Any
 
 from scipy import stats
 
-from gradexp.errors import UserError, nearest
+from gradexp.base.errors import UserError, nearest
+from gradexp.engine.runs import Config, Paths, metric_of, read_record
 from gradexp.report import figures, specs, tables
 from gradexp.report.specs import Planner, Source
-from gradexp.runs import Config, Paths, metric_of, read_record
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,9 @@ import yaml
 from markupsafe import Markup, escape
 from PIL import Image
 
+from gradexp.engine.runs import ROOT, Config, Paths, Planned, read_record, write_atomically
 from gradexp.report import claims, figures, formats, provenance, tables
 from gradexp.report.specs import Planner, Source
-from gradexp.runs import ROOT, Config, Paths, Planned, read_record, write_atomically
 
 PAGE = Path(__file__).with_name("page")
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gradexp.runs import Config, digests, identity, read_record
+from gradexp.engine.runs import Config, digests, identity, read_record
 
 DEPARTS = "Scale {} departs from scale=paper in:"
 LISTED = 5  # runs whose ids a sentence names

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import yaml
 
-from gradexp.errors import UserError, nearest
-from gradexp.runs import ROOT, Config, Paths, Planned
+from gradexp.base.errors import UserError, nearest
+from gradexp.engine.runs import ROOT, Config, Paths, Planned
 
 SHOWN = ("experiment", "metric", "spread", "thesis_metric")  # of a row, a column or the table
 TABLE_KEYS = (

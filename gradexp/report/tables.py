@@ -16,9 +16,9 @@ from itertools import zip_longest
 from types import MappingProxyType
 from typing import Any
 
+from gradexp.engine.runs import ROOT, Config, Paths, read_record, value_of
 from gradexp.report import provenance
 from gradexp.report.specs import Planner, Source, seeds_of
-from gradexp.runs import ROOT, Config, Paths, read_record, value_of
 
 EMPTY = "–"  # in the place of a number that is missing
 ABSENT = "n/a"  # of a cell that the scale does not run

@@ -9,7 +9,7 @@ from captum import attr
 from torch import Tensor, nn
 
 from gradexp import gradients
-from gradexp.errors import UserError
+from gradexp.base.errors import UserError
 from gradexp.saliency.method import Saliency, over_channels, predicted, upsample, value_range
 
 # Pixels computed at a time by methods that look at many versions of an image: 256 images of 32x32.

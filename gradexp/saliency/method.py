@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from gradexp.errors import UserError
+from gradexp.base.errors import UserError
 from gradexp.gradients import evaluating
 
 UNITS = ("normalised", "raw")

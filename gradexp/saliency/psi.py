@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gradexp.errors import UserError
+from gradexp.base.errors import UserError
 from gradexp.saliency.method import upsample
 
 SIGNS = ("abs", "positive", "negative")

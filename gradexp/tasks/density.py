@@ -11,16 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from gradexp import gradients
+from gradexp.base.errors import UserError
 from gradexp.data.loader import mix
-from gradexp.errors import UserError
+from gradexp.engine.build import build
+from gradexp.engine.runs import Result, Run, run_id, value_of
 from gradexp.evaluate import density_ratio as ratio
 from gradexp.evaluate import discriminative_perturbation as perturbation
 from gradexp.evaluate import gan_test as judging
 from gradexp.evaluate.score_objective import objective, objective_parts
 from gradexp.evaluate.spectrum import high_frequency
-from gradexp.runs import Result, Run, run_id, value_of
 from gradexp.sampling import Ascent
-from gradexp.tasks.build import build
 from gradexp.tasks.look import Look, as_bytes
 from gradexp.tasks.train import accuracy_on_test
 

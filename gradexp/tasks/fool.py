@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from gradexp import gradients
+from gradexp.base.errors import UserError
 from gradexp.data.loader import Batch
-from gradexp.errors import UserError
+from gradexp.engine.runs import Result, Run
 from gradexp.evaluate.energy import energy_inside
-from gradexp.runs import Result, Run
 from gradexp.tasks.look import Look, as_bytes
 from gradexp.tasks.train import accuracy_on_test, load_model, train
 from gradexp.terms.fooling import corner

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from gradexp.data.loader import Batch
+from gradexp.engine.build import build
+from gradexp.engine.hardware import Hardware
+from gradexp.engine.runs import Result, Run
 from gradexp.gradients import input_gradient
-from gradexp.runs import Result, Run
-from gradexp.tasks.build import build
-from gradexp.tasks.hardware import Hardware
 from gradexp.terms import Activations, Jacobian, Step, Term
 from gradexp.terms.targets import Targets
 

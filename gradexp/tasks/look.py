@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradexp.base.errors import UserError
 from gradexp.data.dataset import ImageData
 from gradexp.data.loader import Batch, Loader, mix
-from gradexp.errors import UserError
+from gradexp.engine.build import build
+from gradexp.engine.hardware import Hardware
+from gradexp.engine.pieces import Pieces
+from gradexp.engine.runs import Config, Result, Run, read_record
 from gradexp.evaluate.statistics import reestimate
-from gradexp.runs import Config, Result, Run, read_record
-from gradexp.tasks.build import build
-from gradexp.tasks.hardware import Hardware
-from gradexp.tasks.pieces import Pieces
 from gradexp.tasks.train import EVALUATION_BATCH, load_model, make_data
 
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from gradexp.tasks.processes import launch
+from gradexp.engine.processes import launch
 from gradexp.tasks.train import work
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from gradexp.data.loader import mix
+from gradexp.engine.runs import Result, Run
 from gradexp.evaluate.model_randomisation import layers_from_output, randomise, rank_correlation
-from gradexp.runs import Result, Run
 from gradexp.saliency.method import predicted
 from gradexp.tasks.saliency_score import first_images, parts
 

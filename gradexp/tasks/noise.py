@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from gradexp.engine.runs import Result, Run
 from gradexp.evaluate.noise import noise_accuracies
-from gradexp.runs import Result, Run
 from gradexp.tasks.look import Look
 from gradexp.tasks.train import EVALUATION_BATCH
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 
-from gradexp.errors import UserError
+from gradexp.base.errors import UserError
+from gradexp.engine.build import build
+from gradexp.engine.hardware import Hardware
+from gradexp.engine.runs import Result, Run, sha256
 from gradexp.models.pretrained import load_weights, published_file
-from gradexp.runs import Result, Run, sha256
-from gradexp.tasks.build import build
-from gradexp.tasks.hardware import Hardware
 from gradexp.tasks.train import save_weights
 
 

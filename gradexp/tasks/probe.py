@@ -12,12 +12,12 @@ from typing import Any
 import lightning
 import torch
 
-from gradexp import clocks
+from gradexp.base.errors import UserError
 from gradexp.data.loader import TrainingStream
-from gradexp.errors import UserError
-from gradexp.runs import Config, Paths, Run, ensure
+from gradexp.engine import clocks
+from gradexp.engine.callbacks import Checkpointer, ProgressLine
+from gradexp.engine.runs import Config, Paths, Run, ensure
 from gradexp.tasks.train import accuracy_on_test, fit, make_data, prepare
-from gradexp.training.callbacks import Checkpointer, ProgressLine
 from gradexp.training.dropout import dropout_after
 
 WARM, STEPS = 5, 20  # the first steps allocate memory and choose algorithms

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from gradexp import gradients
-from gradexp.errors import UserError
-from gradexp.runs import Result, Run
+from gradexp.base.errors import UserError
+from gradexp.engine.runs import Result, Run
 from gradexp.saliency import FullGrad
 from gradexp.tasks.look import Look
 from gradexp.tasks.saliency_score import completeness, first_images, parts

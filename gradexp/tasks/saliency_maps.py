@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch import nn
 
+from gradexp.base.files import reserve, sha256, write_atomically
 from gradexp.data.loader import Loader, mix
 from gradexp.data.removal import MANIFEST
+from gradexp.engine.progress import Progress
+from gradexp.engine.runs import Result, Run, digests
 from gradexp.evaluate import masking
-from gradexp.files import reserve, sha256, write_atomically
-from gradexp.runs import Result, Run, digests
 from gradexp.saliency import Saliency
-from gradexp.tasks.progress import Progress
 from gradexp.tasks.saliency_score import completeness, parts
 
 CHUNK = 128  # images computed at a time; what is drawn for an image depends on it

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradexp.base.errors import UserError
 from gradexp.data.dataset import ImageData
 from gradexp.data.loader import Batch, mix
-from gradexp.errors import UserError
-from gradexp.runs import Result, Run
+from gradexp.engine.build import build
+from gradexp.engine.runs import Result, Run
 from gradexp.saliency import Saliency
-from gradexp.tasks.build import build
 from gradexp.tasks.look import Look
 
 

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from gradexp import gradients
+from gradexp.engine.runs import Result, Run
 from gradexp.evaluate.shift import Shifted, shift_effects, sine_effects
-from gradexp.runs import Result, Run
 from gradexp.tasks.look import Look, as_bytes
 
 

@@ -19,21 +19,22 @@ import lightning
 import torch
 from torch import Tensor, distributed, nn
 
-from gradexp import layers, ranks
+from gradexp import layers
+from gradexp.base.errors import STOPPED, Stopped, UserError, choose
+from gradexp.base.files import write_sealed
 from gradexp.data.dataset import ImageData
 from gradexp.data.loader import Loader, TrainingStream
 from gradexp.data.removal import MANIFEST
-from gradexp.errors import STOPPED, Stopped, UserError, choose
+from gradexp.engine.build import build
+from gradexp.engine.callbacks import Checkpointer, ProgressLine
+from gradexp.engine.hardware import Hardware
+from gradexp.engine.loggers import finish, make_logger
+from gradexp.engine.processes import train_together
+from gradexp.engine.runs import Config, Paths, Result, Run, digests, git_state
 from gradexp.evaluate.accuracy import accuracy
-from gradexp.files import write_sealed
-from gradexp.runs import Config, Paths, Result, Run, digests, git_state
-from gradexp.tasks.build import build
-from gradexp.tasks.hardware import Hardware
-from gradexp.tasks.loggers import finish, make_logger
-from gradexp.tasks.processes import train_together
+from gradexp.layers import ranks
 from gradexp.terms import Term
 from gradexp.terms.targets import Map, Targets
-from gradexp.training.callbacks import Checkpointer, ProgressLine
 from gradexp.training.classifier import Classifier
 from gradexp.training.dropout import dropout_after
 from gradexp.training.optim import Optim

@@ -2,7 +2,7 @@ from typing import Any
 
 from torch import Tensor
 
-from gradexp.errors import UserError
+from gradexp.base.errors import UserError
 from gradexp.gradients import attention_map
 from gradexp.terms.maps import MatchMaps
 from gradexp.terms.step import Step

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gradexp.errors import UserError, choose
+from gradexp.base.errors import UserError, choose
 from gradexp.gradients import attention_map, precise
 from gradexp.terms.maps import common_size
 from gradexp.terms.step import Step

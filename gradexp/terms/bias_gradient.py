@@ -1,6 +1,6 @@
 from torch import Tensor, nn
 
-from gradexp.errors import choose
+from gradexp.base.errors import choose
 from gradexp.gradients import SCALARS, precise
 from gradexp.terms.layer_bias import LayerBias
 from gradexp.terms.maps import map_size

@@ -2,7 +2,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gradexp.errors import choose
+from gradexp.base.errors import choose
 from gradexp.gradients import SCALARS, channel_sum, find_layer, layer_bias
 from gradexp.terms.maps import MatchMaps
 from gradexp.terms.step import Step

@@ -1,6 +1,6 @@
 from torch import Tensor
 
-from gradexp.errors import choose
+from gradexp.base.errors import choose
 from gradexp.gradients import TARGETS, precise
 from gradexp.terms.step import Step
 from gradexp.terms.term import Term, reduce

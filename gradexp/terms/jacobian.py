@@ -1,7 +1,7 @@
 import torch
 from torch import Tensor
 
-from gradexp.errors import UserError, choose
+from gradexp.base.errors import UserError, choose
 from gradexp.gradients import TARGETS, precise
 from gradexp.terms.step import Step
 from gradexp.terms.term import Term, reduce

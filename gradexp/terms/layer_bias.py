@@ -1,6 +1,6 @@
 from torch import Tensor, nn
 
-from gradexp.errors import UserError, choose
+from gradexp.base.errors import UserError, choose
 from gradexp.terms.step import Step
 from gradexp.terms.term import Term
 

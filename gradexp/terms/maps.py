@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gradexp import gradients
-from gradexp.errors import UserError
+from gradexp.base.errors import UserError
 from gradexp.terms.step import Step
 from gradexp.terms.term import Term
 

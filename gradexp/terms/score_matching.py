@@ -2,7 +2,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gradexp.errors import UserError, choose
+from gradexp.base.errors import UserError, choose
 from gradexp.gradients import SCALARS
 from gradexp.terms.step import Step
 from gradexp.terms.term import Term

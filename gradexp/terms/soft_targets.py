@@ -1,6 +1,6 @@
 from torch import Tensor
 
-from gradexp.errors import UserError
+from gradexp.base.errors import UserError
 from gradexp.gradients import precise
 from gradexp.terms.step import Step
 from gradexp.terms.term import Term

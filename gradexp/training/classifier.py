@@ -11,8 +11,8 @@ import lightning
 import torch
 from torch import Tensor, nn
 
-from gradexp import ranks
 from gradexp.data.loader import Batch, mix
+from gradexp.layers import ranks
 from gradexp.terms import Step, Term
 from gradexp.terms.targets import Targets
 from gradexp.training.optim import Optim

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gradexp import ranks
-from gradexp.errors import UserError
+from gradexp.base.errors import UserError
 from gradexp.gradients import find_layer
+from gradexp.layers import ranks
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from gradexp.errors import UserError
+from gradexp.base.errors import UserError
 
 Schedule = Callable[[float], float]
 

@@ -12,9 +12,9 @@ import filelock
 import torch
 from torch import Tensor
 
+from gradexp.base.errors import UserError
+from gradexp.base.files import reserve, write_atomically
 from gradexp.data.loader import Batch, Loader
-from gradexp.errors import UserError
-from gradexp.files import reserve, write_atomically
 from gradexp.terms.targets import Map, Targets
 
 CHUNK = 256  # views computed at a time

@@ -12,13 +12,13 @@ from pathlib import Path
 from torch.nn import functional
 
 from bench.steps import images, network
-from gradexp.commands.compose import compose_run
 from gradexp.data.loader import TensorLoader, TrainingStream
-from gradexp.tasks.build import build
-from gradexp.tasks.hardware import Hardware
+from gradexp.engine.build import build
+from gradexp.engine.callbacks import Checkpointer, ProgressLine
+from gradexp.engine.compose import compose_run
+from gradexp.engine.hardware import Hardware
 from gradexp.tasks.train import fast, fit
 from gradexp.terms import CrossEntropy, Term
-from gradexp.training.callbacks import Checkpointer, ProgressLine
 from gradexp.training.classifier import Classifier
 from gradexp.training.optim import Optim
 

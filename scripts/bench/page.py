@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from bench import loops, photographs, runs, saliency, steps
-from gradexp.errors import UserError
-from gradexp.runs import git_state, versions, write_atomically
-from gradexp.tasks.hardware import native_bf16
+from gradexp.base.errors import UserError
+from gradexp.engine.hardware import native_bf16
+from gradexp.engine.runs import git_state, versions, write_atomically
 
 ROWS: dict[str, type[Any]] = {  # of each part of the page
     "steps": steps.Row,

@@ -12,9 +12,9 @@ from joblib import cpu_count
 from PIL import Image
 
 from bench.timing import medians
-from gradexp.commands.compose import compose_run
 from gradexp.data.folder import FileLoader, Files
-from gradexp.tasks.hardware import Hardware
+from gradexp.engine.compose import compose_run
+from gradexp.engine.hardware import Hardware
 
 SHAPE = (375, 500)  # rows and columns of a usual photograph of ImageNet
 QUALITY = 92

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.timing import medians
-from gradexp.commands.compose import compose_run, plan
-from gradexp.commands.many import run_all
-from gradexp.runs import ROOT, Paths
+from gradexp.engine.compose import compose_run, plan
+from gradexp.engine.many import run_all
+from gradexp.engine.runs import ROOT, Paths
 
 # Cross-entropy of VGG-4 on 50 digits. A run that is alone takes every core otherwise, and two can only share them.
 RUN = ("experiment=jacobian_distill", "method=ce", "data.per_class=5", "scale=quick", "logger=none", "trainer.threads=1")

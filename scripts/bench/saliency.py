@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from bench.steps import make_hardware
 from bench.timing import medians, peak_memory
-from gradexp.commands.compose import compose_run
+from gradexp.engine.build import build
+from gradexp.engine.compose import compose_run
+from gradexp.engine.hardware import Hardware
 from gradexp.saliency import FullGrad
-from gradexp.tasks.build import build
-from gradexp.tasks.hardware import Hardware
 from gradexp.tasks.train import fast
 
 FORWARD_BACKWARD = "forward + input-gradient"

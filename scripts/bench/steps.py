@@ -17,11 +17,11 @@ from torch import nn
 
 from bench.timing import medians, peak_memory
 from gradexp import gradients
-from gradexp.commands.compose import compose_run
 from gradexp.data.loader import TensorLoader
 from gradexp.data.sources import Split
-from gradexp.tasks.build import build
-from gradexp.tasks.hardware import Hardware
+from gradexp.engine.build import build
+from gradexp.engine.compose import compose_run
+from gradexp.engine.hardware import Hardware
 from gradexp.tasks.train import fast, make_terms
 from gradexp.terms import CrossEntropy, Term
 from gradexp.terms.targets import Targets

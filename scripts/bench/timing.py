@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from gradexp.clocks import peak_memory_mib
+from gradexp.engine.clocks import peak_memory_mib
 
 
 def medians(

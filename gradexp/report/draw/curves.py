@@ -9,8 +9,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from gradexp.engine.runs import Config
 from gradexp.report.figures import COLUMN_WIDTH, PALETTE, Row, Series
-from gradexp.runs import Config
 
 THESIS = "#555555"  # the colour of the thesis's own numbers
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
+from gradexp.engine.runs import Config
 from gradexp.report.draw.images import bare, red_over, show
 from gradexp.report.figures import COLUMN_WIDTH, Row, Series
-from gradexp.runs import Config
 
 
 def fooling(spec: Config, series: Sequence[Series]) -> tuple[Figure, list[Row]]:

@@ -11,9 +11,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from gradexp.errors import UserError
+from gradexp.base.errors import UserError
+from gradexp.engine.runs import Config
 from gradexp.report.figures import PAGE_WIDTH, Row, Series
-from gradexp.runs import Config
 
 MAP = "inferno"  # dark to bright in even steps, also in grey and for the colour-blind
 SIGNED = "RdBu_r"

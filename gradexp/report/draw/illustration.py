@@ -8,8 +8,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from gradexp.engine.runs import Config
 from gradexp.report.figures import COLUMN_WIDTH, PALETTE, Row, Series
-from gradexp.runs import Config
 
 # what is drawn: title of its panel, the student's label, line style
 PANELS = (

@@ -9,8 +9,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from gradexp.engine.runs import Config
 from gradexp.report.figures import COLUMN_WIDTH, Row, Series
-from gradexp.runs import Config
 
 Pictures = np.ndarray  # (N, C, H, W) uint8
 

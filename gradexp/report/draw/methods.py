@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from gradexp.errors import UserError, nearest
+from gradexp.base.errors import UserError, nearest
 
 # colour (Okabe and Ito's), marker, dashes. Variants of a method share its colour.
 METHODS = {

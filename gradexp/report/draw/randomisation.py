@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
+from gradexp.engine.runs import Config
 from gradexp.report.draw.methods import style
 from gradexp.report.figures import COLUMN_WIDTH, Row, Series
-from gradexp.runs import Config
 
 
 def randomisation(spec: Config, series: Sequence[Series]) -> tuple[Figure, list[Row]]:

@@ -11,10 +11,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
+from gradexp.engine.runs import Config
 from gradexp.report.draw.methods import style
 from gradexp.report.figures import COLUMN_WIDTH, Row, Series
 from gradexp.report.tables import read_thesis
-from gradexp.runs import Config
 
 CHANGE = "output_change@removed="
 AREA = "output_change_area"

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
+from gradexp.engine.runs import Config
 from gradexp.report.draw.images import bare, show, signed
 from gradexp.report.figures import COLUMN_WIDTH, PALETTE, Row, Series
-from gradexp.runs import Config
 
 HEADS = {
     "images": "image",

@@ -30,16 +30,16 @@ from typing import Any
 import filelock
 import numpy as np
 
-from gradexp import clocks, schema
-from gradexp.errors import UserError, nearest
-from gradexp.files import draft_of, intact, remove_sealed
-from gradexp.files import sha256 as sha256
-from gradexp.files import write_atomically as write_atomically
-from gradexp.registry import check_targets, locate
+from gradexp.base.errors import UserError, nearest
+from gradexp.base.files import draft_of, intact, remove_sealed
+from gradexp.base.files import sha256 as sha256
+from gradexp.base.files import write_atomically as write_atomically
+from gradexp.engine import clocks, schema
+from gradexp.engine.registry import check_targets, locate
 
 Config = dict[str, Any]
 DEFAULT_DATA = "data"  # as in conf/config.yaml; the only data root that need not exist
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 # What changes only where and how a run is executed is not part of its identity.
 HARDWARE = ("paths", "trainer", "logger", "launcher", "gradients", "objective")
@@ -268,7 +268,7 @@ class Run:
 
     @property
     def pieces(self) -> Path:
-        """The folder of what a run that trains nothing has done so far (gradexp.tasks.pieces)."""
+        """The folder of what a run that trains nothing has done so far (gradexp.engine.pieces)."""
         return self.folder / "pieces"
 
     def record(self) -> Config | None:

@@ -13,9 +13,10 @@ import lightning
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from gradexp import clocks, ranks
-from gradexp.errors import Stopped
-from gradexp.files import draft_of, intact, write_sealed
+from gradexp.base.errors import Stopped
+from gradexp.base.files import draft_of, intact, write_sealed
+from gradexp.engine import clocks
+from gradexp.layers import ranks
 
 # From the user or the system; from SLURM before a job's end; from SLURM as submitit asks for it.
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)

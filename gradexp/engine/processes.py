@@ -16,9 +16,9 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from gradexp.errors import STOPPED, UserError
-from gradexp.runs import Run
-from gradexp.training.callbacks import SIGNALS, hand_on
+from gradexp.base.errors import STOPPED, UserError
+from gradexp.engine.callbacks import SIGNALS, hand_on
+from gradexp.engine.runs import Run
 
 GRACE = 60  # seconds that processes have to write their checkpoint after a signal
 

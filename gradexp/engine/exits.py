@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from gradexp.errors import STOPPED, Stopped, UserError
+from gradexp.base.errors import STOPPED, Stopped, UserError
 
 MENDS = {
     errno.ENOSPC: "the disk is full; make room and type the command again, it goes on from the last checkpoint",

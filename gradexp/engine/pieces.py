@@ -12,11 +12,11 @@ from typing import Any, TypeVar
 
 import torch
 
-from gradexp import clocks
-from gradexp.files import intact, write_sealed
-from gradexp.runs import Run, digests, git_state
-from gradexp.tasks.hardware import Hardware
-from gradexp.tasks.progress import Progress
+from gradexp.base.files import intact, write_sealed
+from gradexp.engine import clocks
+from gradexp.engine.hardware import Hardware
+from gradexp.engine.progress import Progress
+from gradexp.engine.runs import Run, digests, git_state
 
 Item = TypeVar("Item")
 Piece = TypeVar("Piece")  # tensors on the CPU, numbers, and containers of these

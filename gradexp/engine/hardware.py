@@ -13,7 +13,7 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 
-from gradexp.errors import UserError, choose
+from gradexp.base.errors import UserError, choose
 
 ACCELERATORS = ("auto", "cpu", "gpu")
 LIGHTNING_PRECISION = {"32": "32-true", "bf16": "bf16-mixed"}
@@ -50,7 +50,7 @@ def _keep_memory() -> None:
 def _forbid_chance() -> None:
     """Repeats are bit-identical on the same machine, or an operation that can't promise it raises an error.
 
-    CUBLAS_WORKSPACE_CONFIG, which must be there before CUDA starts, is set by gradexp.commands.exits.
+    CUBLAS_WORKSPACE_CONFIG, which must be there before CUDA starts, is set by gradexp.engine.exits.
     """
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
@@ -141,7 +141,7 @@ class Hardware:
         if not self.is_part:
             return {**options, "devices": 1, "plugins": [LightningEnvironment()]}
         backend = "nccl" if self.kind == "gpu" else "gloo"
-        # Not every method uses every parameter; buffers are the same everywhere by construction (gradexp/ranks.py).
+        # Not every method uses every parameter; buffers are the same everywhere by construction (gradexp/layers/ranks.py).
         strategy = DDPStrategy(find_unused_parameters=True, broadcast_buffers=False, process_group_backend=backend)
         nodes = {"devices": self.devices, "num_nodes": self.num_nodes}
         return {**options, **nodes, "strategy": strategy, "plugins": [TorchElasticEnvironment()]}

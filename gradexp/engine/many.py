@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gradexp.commands.compose import compose_run
-from gradexp.commands.launchers import Local, Slurm, Work
-from gradexp.runs import Paths, Planned
-from gradexp.tasks.build import build
+from gradexp.engine.build import build
+from gradexp.engine.compose import compose_run
+from gradexp.engine.launchers import Local, Slurm, Work
+from gradexp.engine.runs import Paths, Planned
 
 
 @dataclass(frozen=True)

@@ -21,14 +21,14 @@ from typing import Any
 
 from joblib import cpu_count
 
-from gradexp.commands.compose import compose_run
-from gradexp.commands.exits import honest
-from gradexp.errors import STOPPED, UserError
-from gradexp.runs import LOADED, Paths, Run, ensure, git_state, say
+from gradexp.base.errors import STOPPED, UserError
+from gradexp.engine.compose import compose_run
+from gradexp.engine.exits import honest
+from gradexp.engine.runs import LOADED, Paths, Run, ensure, git_state, say
 
 # Every run is forked from one server that has already imported what training needs: a process of its own,
 # without the ten seconds of imports that a fresh interpreter costs.
-PRELOADED = ["gradexp.tasks.train", "gradexp.commands.compose"]
+PRELOADED = ["gradexp.tasks.train", "gradexp.engine.compose"]
 
 # To start a process, multiprocessing reads the exit codes of all that have ended: a thread that joins one of them at the same
 # time finds its code already read, and calls it 255. So one at a time, and none while it waits.

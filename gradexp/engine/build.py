@@ -7,8 +7,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from gradexp.errors import UserError, nearest
-from gradexp.registry import locate
+from gradexp.base.errors import UserError, nearest
+from gradexp.engine.registry import locate
 
 SPECIAL = ("_target_", "_partial_")
 
@@ -16,8 +16,8 @@ SPECIAL = ("_target_", "_partial_")
 def build(node: dict[str, Any], *, where: str, **extra: Any) -> Any:
     """Calls the node's `_target_` with its other keys and `extra`; nested nodes are built first.
 
-    where: the node's place in the config: it is named in messages, and says what may be built (gradexp/registry.py). A key
-    that the target does not take is an error; null for one that has a default leaves the default.
+    where: the node's place in the config: it is named in messages, and says what may be built (gradexp/engine/registry.py).
+    A key that the target does not take is an error; null for one that has a default leaves the default.
     """
     if "_target_" not in node:
         raise UserError(f"{where} has no _target_: it does not say what to build")

@@ -12,8 +12,8 @@ from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
-from gradexp.commands import resolvers
-from gradexp.runs import ROOT, Config
+from gradexp.engine import resolvers
+from gradexp.engine.runs import ROOT, Config
 
 VARIABLE = re.compile(r"oc\.env:(\w+)")
 FILE = ROOT / "outputs" / "cache" / "configs.sqlite"

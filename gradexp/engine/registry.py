@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from gradexp.errors import UserError, nearest
+from gradexp.base.errors import UserError, nearest
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,8 @@ KINDS: dict[str, Kind] = {
     "data": Kind("a data set", package="gradexp.data", base="gradexp.data.dataset.ImageData"),
     "draw": Kind("a drawing", package="gradexp.report.draw", returns="tuple[Figure, list[Row]]"),
     "evaluate": Kind("a score", package="gradexp.evaluate", base="builtins.object"),
-    "launcher": Kind("a launcher", ("gradexp.commands.launchers.Local", "gradexp.commands.launchers.Slurm")),
-    "logger": Kind("a logger", tuple(f"gradexp.tasks.loggers.{name}" for name in ("none", "csv", "wandb"))),
+    "launcher": Kind("a launcher", ("gradexp.engine.launchers.Local", "gradexp.engine.launchers.Slurm")),
+    "logger": Kind("a logger", tuple(f"gradexp.engine.loggers.{name}" for name in ("none", "csv", "wandb"))),
     "model": Kind("a network", ("gradexp.models.pretrained.torchvision_model",), "gradexp.models", "torch.nn.Module"),
     "module": Kind("a LightningModule", package="gradexp.training", base="gradexp.training.classifier.Classifier"),
     "optim": Kind("the length and rate of a training", ("gradexp.training.optim.Optim",)),
@@ -75,9 +75,16 @@ KINDS: dict[str, Kind] = {
     "schedule": Kind("a schedule", ("gradexp.training.optim.steps_down", "gradexp.training.optim.one_cycle")),
     "task": Kind("a task", package="gradexp.tasks", returns="Result"),
     "term": Kind("a loss term", package="gradexp.terms", base="gradexp.terms.term.Term"),
-    "trainer": Kind("the hardware", ("gradexp.tasks.hardware.Hardware",)),
+    "trainer": Kind("the hardware", ("gradexp.engine.hardware.Hardware",)),
 }
 ALSO = {"denoising": "sampling"}  # places with another name than their kind
+# What records of earlier versions name, and what that is called now.
+MOVED = {
+    "gradexp.tasks.hardware.Hardware": "gradexp.engine.hardware.Hardware",
+    "gradexp.tasks.loggers.csv": "gradexp.engine.loggers.csv",
+    "gradexp.tasks.loggers.none": "gradexp.engine.loggers.none",
+    "gradexp.tasks.loggers.wandb": "gradexp.engine.loggers.wandb",
+}
 
 
 def kind_of(where: str) -> str | None:
@@ -90,6 +97,7 @@ def kind_of(where: str) -> str | None:
 
 def locate(target: str, where: str) -> Callable[..., Any]:
     """What `target` names. Raises UserError for anything that may not be built at the place `where`."""
+    target = MOVED.get(target, target)
     kind = _check(target, where)
     found: Callable[..., Any] = _imported(target)
     if not kind.holds(target, found):
@@ -109,7 +117,7 @@ def check_targets(config: Mapping[str, Any]) -> None:
 def targets(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """(place, name) of all that a run's config names, upstream runs included."""
     for where, target in _targets(config, ""):
-        yield where.removeprefix("."), str(target)
+        yield where.removeprefix("."), MOVED.get(str(target), str(target))
 
 
 def _check(target: str, where: str) -> Kind:

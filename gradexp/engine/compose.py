@@ -16,11 +16,11 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
-from gradexp.commands import remembered
-from gradexp.commands import resolvers as resolvers  # conf/ uses them
-from gradexp.errors import UserError, nearest
-from gradexp.registry import check_targets
-from gradexp.runs import HARDWARE, ROOT, Config, Planned
+from gradexp.base.errors import UserError, nearest
+from gradexp.engine import remembered
+from gradexp.engine import resolvers as resolvers  # conf/ uses them
+from gradexp.engine.registry import check_targets
+from gradexp.engine.runs import HARDWARE, ROOT, Config, Planned
 
 CONF = ROOT / "conf"
 HYDRA_OPTIONS = (  # a word follows them

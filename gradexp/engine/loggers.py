@@ -7,9 +7,9 @@ import os
 from typing import Any
 from urllib.parse import urlsplit
 
-from gradexp.errors import UserError
-from gradexp.runs import Run
-from gradexp.tasks.build import build
+from gradexp.base.errors import UserError
+from gradexp.engine.build import build
+from gradexp.engine.runs import Run
 
 
 def make_logger(run: Run) -> Any | None:

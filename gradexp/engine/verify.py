@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gradexp import schema
-from gradexp.commands.compose import compose_run
-from gradexp.errors import UserError
-from gradexp.registry import locate, targets
-from gradexp.runs import Config, Paths, Run, differing_split, ensure, read_arrays, read_record, run_id
-from gradexp.tasks.hardware import native_bf16
+from gradexp.base.errors import UserError
+from gradexp.engine import schema
+from gradexp.engine.compose import compose_run
+from gradexp.engine.hardware import native_bf16
+from gradexp.engine.registry import locate, targets
+from gradexp.engine.runs import Config, Paths, Run, differing_split, ensure, read_arrays, read_record, run_id
 
 # What two machines, which round otherwise, may differ by: points of accuracy; relative, of anything else.
 POINTS, RELATIVE = 2.0, 0.02
