@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 from gradexp.base.errors import UserError
+from gradexp.engine import loggers
 from gradexp.engine.compose import check_overrides, compose_run, plan
 from gradexp.engine.many import run_all
 from gradexp.engine.registry import locate
 from gradexp.engine.runs import ROOT, Paths
-from gradexp.tasks import loggers
 
 RunPy = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -68,7 +68,7 @@ def test_a_multirun_does_only_what_is_missing(tmp_path: Path, run_py: RunPy) -> 
 # run.py, killed as by kill -9 in the middle of its 70th checkpoint: the moment does not depend on how busy the machine is.
 KILLED = """
 import os, runpy, sys, gradexp.base.files
-from gradexp.training import callbacks
+from gradexp.engine import callbacks
 count = 0
 def write_sealed(path, write):
     global count

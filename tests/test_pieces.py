@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from gradexp.engine import pieces
 from gradexp.engine.compose import compose_run
 from gradexp.engine.pieces import Pieces
 from gradexp.engine.progress import Progress
 from gradexp.engine.runs import Paths, Run, ensure
-from gradexp.tasks import pieces
 
 TINY = ["scale=quick", "trainer.threads=1", "logger=none", "+upstream.model.optim.passes=1", "+upstream.model.scale.width=0.03"]
 

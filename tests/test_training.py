@@ -12,11 +12,12 @@ from lightning.pytorch.loggers import CSVLogger
 
 from gradexp.base.errors import UserError
 from gradexp.base.files import sha256
+from gradexp.engine import loggers
 from gradexp.engine.build import build
 from gradexp.engine.compose import compose_run
 from gradexp.engine.hardware import Hardware, native_bf16
 from gradexp.engine.runs import Paths, Run, ensure
-from gradexp.tasks import loggers, train
+from gradexp.tasks import train
 from gradexp.training.classifier import Classifier
 from gradexp.training.optim import Optim, one_cycle, steps_down
 
