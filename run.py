@@ -6,9 +6,11 @@ from contextlib import nullcontext
 import hydra
 from omegaconf import DictConfig
 
-from gradexp.engine.compose import check_overrides, compose_run, refuse_many_devices
+from gradexp.engine.compose import check_overrides, plan, refuse_many_devices
+from gradexp.engine.ensure import ensure
 from gradexp.engine.exits import honest
-from gradexp.engine.runs import Paths, Run, ensure, objective, say
+from gradexp.engine.record import objective, say
+from gradexp.engine.run import Paths
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
@@ -20,10 +22,10 @@ def main(_: DictConfig) -> float | None:
     hydra_config = HydraConfig.get()
     # Processes of joblib and submitit raise: one run that fails must not end the others.
     with nullcontext() if "Basic" not in hydra_config.launcher["_target_"] else honest():
-        config = compose_run(hydra_config.overrides.task)
+        run = plan(hydra_config.overrides.task)
         if hydra_config.mode == RunMode.MULTIRUN:
-            refuse_many_devices(config)
-        record = ensure(Run(config, Paths.of(config)))
+            refuse_many_devices(run.config)
+        record = ensure(run)
         say(record)
         direction = hydra_config.sweeper.get("direction")
         return objective(record, str(getattr(direction, "name", direction)))

@@ -5,6 +5,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from gradexp.base.errors import UserError
 from gradexp.engine.compose import compose_run, plan, refuse_many_devices
 from gradexp.engine.exits import honest
 from gradexp.engine.many import Failure, generations, make_launcher, missing, run_all
-from gradexp.engine.runs import ROOT, Config, Paths
+from gradexp.engine.run import ROOT, Config, Paths
 from gradexp.report import specs
+from gradexp.report.specs import Planner
 
 ON_WHAT = ("trainer", "logger", "gradients", "paths")  # what of a config may be set for all runs
 CLAIMS = ROOT / "conf" / "claims.yaml"
@@ -34,16 +36,20 @@ class Job:
     extra: Sequence[str]
     launcher: Any
 
+    @property
+    def plan(self) -> Planner:
+        return planner(self.extra)
+
     def fill(self, title: str, wanted: Iterable[Sequence[str]]) -> list[Failure]:
         """Runs what is missing of the runs that these overrides stand for; returns those that failed."""
-        runs = [plan(overrides) for overrides in dict.fromkeys(map(tuple, wanted))]
-        absent = missing(runs, self.paths) if self.trains else []
+        runs = [self.plan(overrides) for overrides in dict.fromkeys(map(tuple, wanted))]
+        absent = missing(runs) if self.trains else []
         if not absent:
             return []
-        below = sum(map(len, generations(absent, self.paths))) - len(absent)
+        below = sum(map(len, generations(absent))) - len(absent)
         stand_on = f", and {below} that they stand on" if below else ""
         print(f"{title}, scale={self.scale}: {len(absent)} of {len(runs)} runs are missing{stand_on}", flush=True)
-        return run_all(absent, self.paths, workers=self.workers, extra=self.extra, launcher=self.launcher)
+        return run_all(absent, workers=self.workers, extra=self.extra, launcher=self.launcher)
 
 
 def arguments(about: str | None) -> argparse.ArgumentParser:
@@ -52,6 +58,11 @@ def arguments(about: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--scale", default="cpu")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help=f"for all runs; of {', '.join(ON_WHAT)}")
     return parser
+
+
+def planner(extra: Sequence[str]) -> Planner:
+    """From overrides to a run, on the hardware and paths that `extra` names."""
+    return partial(plan, extra=tuple(extra))
 
 
 def shared(scale: str, words: Sequence[str]) -> Config:

@@ -12,10 +12,10 @@ import urllib.request
 from pathlib import Path, PurePosixPath
 
 from gradexp.base.errors import UserError, nearest
+from gradexp.engine.assemble import declare_data
 from gradexp.engine.compose import compose_run
 from gradexp.engine.exits import MENDS, honest
-from gradexp.engine.runs import Paths
-from gradexp.tasks.train import declare_data
+from gradexp.engine.run import Paths
 
 # MIT publishes no checksums; these MD5 sums are those that a public reader of the data set records.
 MIT_SCENES = {

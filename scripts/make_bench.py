@@ -8,7 +8,7 @@ import argparse
 from bench import page
 
 from gradexp.engine.exits import honest
-from gradexp.engine.runs import ROOT
+from gradexp.engine.run import ROOT
 
 
 def main() -> None:

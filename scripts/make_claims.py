@@ -1,10 +1,9 @@
 """make claims SCALE=cpu: what the thesis says about its tables and figures, and whether our records say so too."""
 
-from common import CLAIMS, arguments, shared, shown
+from common import CLAIMS, arguments, planner, shared, shown
 
-from gradexp.engine.compose import plan
 from gradexp.engine.exits import honest
-from gradexp.engine.runs import Paths
+from gradexp.engine.run import Paths
 from gradexp.report import claims
 
 
@@ -12,7 +11,7 @@ def main() -> None:
     given = arguments(__doc__).parse_args()
     with honest():
         paths = Paths.of(shared(given.scale, given.set))
-        judged = claims.read(CLAIMS, given.scale, plan, paths)
+        judged = claims.read(CLAIMS, given.scale, planner(given.set))
         files = claims.write(judged, given.scale, paths.results, confidence=claims.load(CLAIMS)["confidence"])
     for claim in judged:
         print(f"{claims.verdict(claim):<40} {claim.id:<20} {claim.says}")

@@ -4,7 +4,6 @@ from typing import Any
 
 from common import Job, make_all, report
 
-from gradexp.engine.compose import plan
 from gradexp.engine.registry import locate
 from gradexp.report import figures
 
@@ -13,8 +12,8 @@ def make(spec: dict[str, Any], job: Job) -> None:
     """Runs what is missing, then draws and writes the figure."""
     wanted = [overrides for _, seeds in figures.runs_of(spec, job.scale) for overrides in seeds.values()]
     failures = job.fill(f"figure {spec['number']}", wanted)
-    series = figures.gather(spec, job.scale, plan, job.paths)
-    sentences = figures.caption(spec, job.scale, series, plan)
+    series = figures.gather(spec, job.scale, job.plan)
+    sentences = figures.caption(spec, job.scale, series, job.plan)
     drawn = (spec, job.scale, series, locate(spec["draw"], "draw"), job.paths.results, sentences)
     report([] if failures else figures.make(*drawn), failures)
 

@@ -2,36 +2,37 @@
 
 import json
 
-from common import CLAIMS, arguments, shared, shown
+from common import CLAIMS, arguments, planner, shared, shown
 from joblib import cpu_count
 
 from gradexp import __version__
-from gradexp.engine.compose import plan
 from gradexp.engine.exits import honest
-from gradexp.engine.runs import Paths, git_state
+from gradexp.engine.origin import git_state
+from gradexp.engine.run import Paths
 from gradexp.report import claims, costs, figures, html, specs, tables
+from gradexp.report.specs import Planner
 
 
 def main() -> None:
     given = arguments(__doc__).parse_args()
     with honest():
         paths = Paths.of(shared(given.scale, given.set))
-        path = html.write(page(given.scale, paths), given.scale, paths.results)
+        path = html.write(page(given.scale, paths, planner(given.set)), given.scale, paths.results)
     print(f"written: {shown(path)} ({path.stat().st_size / 1024:,.0f} KiB); open it in a browser")
 
 
-def page(scale: str, paths: Paths) -> str:
+def page(scale: str, paths: Paths, plan: Planner) -> str:
     commands: dict[str, str] = {}
-    planner = html.remembering(plan, commands)
+    noting = html.remembering(plan, commands)
     said = html.settings()
     panels = html.Panels(paths, commands, said["curve_points"])
-    made = [tables.build(spec, scale, planner, paths) for spec in specs.at_scale("table", scale).values()]
-    drawn = [(spec, figures.gather(spec, scale, planner, paths)) for spec in specs.at_scale("figure", scale).values()]
-    told = [figures.caption(spec, scale, series, planner) for spec, series in drawn]
+    made = [tables.build(spec, scale, noting) for spec in specs.at_scale("table", scale).values()]
+    drawn = [(spec, figures.gather(spec, scale, noting)) for spec in specs.at_scale("figure", scale).values()]
+    told = [figures.caption(spec, scale, series, noting) for spec, series in drawn]
     parts = html.chapters(
         [html.table_view(table, panels, said["close"]) for table in made],
         [html.figure_view(*one, scale, panels, sentences) for one, sentences in zip(drawn, told, strict=True)],
-        html.claim_views(claims.read(CLAIMS, scale, planner, paths), panels),
+        html.claim_views(claims.read(CLAIMS, scale, noting), panels),
         said,
     )
     bench = paths.results / "bench.json"
@@ -44,7 +45,7 @@ def page(scale: str, paths: Paths) -> str:
         made_by=f"gradexp {__version__}, commit {(git['commit'] or 'none')[:8]}{' (dirty)' if git['dirty'] else ''}",
         explanation=claims.explanation(claims.load(CLAIMS)["confidence"]),
         bench=json.loads(bench.read_text()) if bench.exists() else None,
-        costs=costs.to_table(costs.build(scale, plan, paths, costs.History.of(paths)), cpu_count()),
+        costs=costs.to_table(costs.build(scale, plan, costs.History.of(paths)), cpu_count()),
     )
 
 

@@ -4,7 +4,6 @@ from typing import Any
 
 from common import Job, make_all, report
 
-from gradexp.engine.compose import plan
 from gradexp.report import formats, tables
 
 
@@ -12,7 +11,7 @@ def make(spec: dict[str, Any], job: Job) -> None:
     """Runs what is missing, then writes and prints the table."""
     wanted = [overrides for *_, seeds in tables.runs_of(spec, job.scale) for overrides in seeds.values()]
     failures = job.fill(f"table {spec['number']}", wanted)
-    table = tables.build(spec, job.scale, plan, job.paths)
+    table = tables.build(spec, job.scale, job.plan)
     files = formats.write(table, job.paths.results)
     print(formats.to_text(table))
     report(files, failures)

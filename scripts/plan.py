@@ -6,18 +6,19 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from hashlib import sha256
 
+import probe
 import torch
-from common import arguments, shared
+from common import arguments, planner, shared
 from joblib import cpu_count
 
 from gradexp.base.errors import UserError
+from gradexp.base.files import write_atomically
 from gradexp.engine.build import build
-from gradexp.engine.compose import plan
 from gradexp.engine.exits import honest
 from gradexp.engine.hardware import Hardware
-from gradexp.engine.runs import Config, Paths, write_atomically
+from gradexp.engine.run import Config, Paths
+from gradexp.engine.task import task_of
 from gradexp.report import costs
-from gradexp.tasks import probe
 
 
 def main() -> None:
@@ -28,11 +29,11 @@ def main() -> None:
         config = shared(given.scale, given.set)
         paths, hardware = Paths.of(config), build(config["trainer"], where="trainer")
         history = known(paths, hardware)
-        rows = costs.build(given.scale, plan, paths, history)
+        rows = costs.build(given.scale, planner(given.set), history)
         if given.probe:
             measure([run.config | {"trainer": config["trainer"]} for run in rows[-1].unknown], paths, history)
             history = known(paths, hardware)
-            rows = costs.build(given.scale, plan, paths, history)
+            rows = costs.build(given.scale, planner(given.set), history)
     free = shutil.disk_usage(next(place for place in (paths.outputs, *paths.outputs.parents) if place.exists())).free
     print(costs.to_text(rows, given.scale, slots(hardware), hardware.facts()["device"], free / 2**30))
 
@@ -64,8 +65,8 @@ def measure(configs: Sequence[Config], paths: Paths, history: costs.History) -> 
 def probed(config: Config, paths: Paths, history: costs.History) -> costs.Sample:
     if "optim" in config:
         return costs.probed_training(config, probe.in_its_own_process(probe.training, config, paths, threads=1), history)
-    cut = [costs.shrunk(config, n) for n in costs.LADDER]
-    if None in cut:
+    cut = [short for n in costs.LADDER if (short := task_of(config).shortened(config, n))]
+    if not cut:
         raise UserError("it can't be cut short; it takes seconds to minutes")
     return costs.probed_looking(config, probe.in_its_own_process(probe.looking, cut, paths, threads=1), history)
 

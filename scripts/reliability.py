@@ -22,7 +22,9 @@ from typing import Any
 
 from gradexp.base.files import sha256, write_atomically
 from gradexp.engine.launchers import Work, ended, started
-from gradexp.engine.runs import ROOT, git_state, read_record
+from gradexp.engine.origin import git_state
+from gradexp.engine.record import read_record
+from gradexp.engine.run import ROOT
 
 TINY = ("scale=quick", "scale.width=0.04", "data.per_class=8", "trainer.threads=1", "trainer.strict=true", "logger=none")
 BELOW = ("optim.passes=30", "trainer.checkpoint_every=0")

@@ -5,7 +5,7 @@ import sys
 
 from gradexp.engine.compose import compose_run
 from gradexp.engine.exits import honest
-from gradexp.engine.runs import Paths
+from gradexp.engine.run import Paths
 from gradexp.engine.verify import Finding, verify
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gradexp.engine.runs import ROOT
+from gradexp.engine.run import ROOT
 
 
 @pytest.fixture(autouse=True)

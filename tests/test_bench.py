@@ -16,8 +16,8 @@ from torch import nn
 
 from gradexp import layers
 from gradexp.base.errors import UserError
+from gradexp.engine import fit as steps_of_training
 from gradexp.engine.clocks import peak_memory_mib
-from gradexp.tasks import train
 
 VGG4 = (27 * 64 * 32**2, 9 * 64 * 128 * 16**2, 9 * 128 * 512 * 8**2)
 
@@ -111,7 +111,7 @@ def test_every_loop_does_all_of_its_steps(monkeypatch: pytest.MonkeyPatch) -> No
     hardware.checkpoint_every = 0.0
 
     def fit(*given: Any) -> None:
-        train.fit(*given)
+        steps_of_training.fit(*given)
         shown.append(given[-1].images)
 
     monkeypatch.setattr(loops, "fit", fit)

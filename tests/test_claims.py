@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from test_tables import fake_plan
+from fakes import at, fake_plan
 
 from gradexp.base.errors import UserError
-from gradexp.engine.runs import ROOT, Paths, run_id, write_record
+from gradexp.engine.record import write_record
+from gradexp.engine.run import ROOT, run_id
 from gradexp.report import claims, specs
 from gradexp.report.claims import Comparison, Judged
 from gradexp.report.grid import Grid
@@ -121,7 +122,7 @@ def test_where_there_is_nothing_a_chapter_rarely_finds_something() -> None:
 
 
 def grid(spec: dict[str, Any], scale: str = "paper") -> Grid:
-    return Grid(spec["item"], spec.get("panel"), scale, fake_plan, Paths(Path("data"), Path("results"), Path("outputs")))
+    return Grid(spec["item"], spec.get("panel"), scale, at(Path("results"), fake_plan))
 
 
 @pytest.mark.parametrize("spec", claims.load(FILE)["claims"], ids=lambda spec: spec["id"])
@@ -179,7 +180,7 @@ def test_misspelt_names_are_errors_that_name_the_nearest(mistake: str, tmp_path:
 def read(folder: Path, found: list[dict[str, Any]], scale: str = "quick") -> list[Judged]:
     file = folder / "claims.yaml"
     file.write_text(yaml.safe_dump({"confidence": 0.95, "resamples": 500, "claims": found}))
-    return claims.read(file, scale, fake_plan, Paths(Path("data"), folder, Path("outputs")))
+    return claims.read(file, scale, at(folder, fake_plan))
 
 
 def record(folder: Path, words: list[str], metrics: dict[str, Any], **facts: Any) -> None:

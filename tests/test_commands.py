@@ -14,10 +14,10 @@ import pytest
 
 from gradexp.base.errors import UserError
 from gradexp.engine import loggers
-from gradexp.engine.compose import check_overrides, compose_run, plan
+from gradexp.engine.compose import check_overrides, plan
 from gradexp.engine.many import run_all
 from gradexp.engine.registry import locate
-from gradexp.engine.runs import ROOT, Paths
+from gradexp.engine.run import ROOT
 
 RunPy = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -176,10 +176,9 @@ def test_a_term_without_its_teacher_is_an_error(run_py: RunPy) -> None:
 def test_run_all_trains_a_shared_teacher_once_and_reports_failures(
     tmp_path: Path, places: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    paths = Paths.of(compose_run(["experiment=teacher", *places]))
-    good = [plan([*DISTILL, f"method={method}", "data.per_class=1"]) for method in ("a", "ce")]
-    bad = plan([*DISTILL, "method=a", "data.per_class=1000"])
-    failures = run_all([*good, bad], paths, workers=2, extra=["trainer.threads=1", "logger=none", *places])
+    good = [plan([*DISTILL, f"method={method}", "data.per_class=1"], places) for method in ("a", "ce")]
+    bad = plan([*DISTILL, "method=a", "data.per_class=1000"], places)
+    failures = run_all([*good, bad], workers=2, extra=["trainer.threads=1", "logger=none", *places])
     assert len(records(tmp_path, "teacher")) == 1
     assert len(records(tmp_path, "jacobian_distill")) == 2
     (failure,) = failures

@@ -1,17 +1,21 @@
 """What a plan counts, and how near its estimates come to what runs then cost."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import probe
 import pytest
 
 from gradexp.engine.build import build
-from gradexp.engine.compose import Planned, plan
-from gradexp.engine.runs import Config, Paths, Run, ensure, run_id, write_record
+from gradexp.engine.compose import plan
+from gradexp.engine.ensure import ensure
+from gradexp.engine.record import write_record
+from gradexp.engine.run import Config, Paths, Run, run_id
+from gradexp.engine.task import task_of
 from gradexp.report import costs
 from gradexp.report.costs import History, Row, Sample
-from gradexp.tasks import probe
 
 SIZES = {"digits": (1437, 360)}
 WHOLE = {"name": "digits", "train_images": 1437, "test_images": 360}
@@ -127,14 +131,15 @@ def test_rows_count_runs_once_and_say_what_is_not_known(tmp_path: Path, monkeypa
     """Two tables share a run and the teacher; the teacher has a record, but no weights on this disk."""
     typed = [[*STUDENT, f"method={method}", "data.per_class=1"] for method in ("ce", "ce_a", "a_j")]
     monkeypatch.setattr(costs, "items", lambda scale: {"table x": typed[:2], "table y": typed[1:]})
-    paths, runs = at(tmp_path), [plan(words) for words in typed]
+    paths, planner = at(tmp_path), partial(plan, extra=[f"paths.{name}={tmp_path / name}" for name in ("results", "outputs")])
+    runs = [planner(words) for words in typed]
     record(paths, runs[0].config, 10.0)
     record(paths, runs[1].config | {"seed": 7}, 20.0)
-    teacher = runs[1].upstream[0]
+    teacher = runs[1].upstream["teacher"]
     record(paths, teacher.config, 40.0, data=WHOLE)
 
     def build() -> list[Row]:
-        return costs.build("quick", plan, paths, History.of(paths))
+        return costs.build("quick", planner, History.of(paths))
 
     x, y, everything = build()
     assert [(row.present, row.missing, row.shared, row.rebuilt) for row in (x, y, everything)] == [
@@ -157,9 +162,9 @@ def test_rows_count_runs_once_and_say_what_is_not_known(tmp_path: Path, monkeypa
 
 def test_a_run_that_is_done_needs_nothing(tmp_path: Path) -> None:
     """Its teacher may be gone."""
-    run: Planned = plan([*STUDENT, "method=ce_a", "data.per_class=1"])
+    run = plan([*STUDENT, "method=ce_a", "data.per_class=1"], [f"paths.results={tmp_path / 'results'}"])
     record(at(tmp_path), run.config, 1.0)
-    assert not any(need.to_do for need in costs.needed([run], at(tmp_path)).values() if need.present)
+    assert not any(need.to_do for need in costs.needed([run]).values() if need.present)
 
 
 # --- estimates against what runs cost -----------------------------------------------------------------------
@@ -168,9 +173,7 @@ TINY = ["scale.width=0.1", "+upstream.teacher.optim.passes=1", "+upstream.teache
 
 
 def spent(run: Config, paths: Paths) -> float:
-    """Processor seconds of a run, which a busy machine changes little, what it stands on being there."""
-    for name in run["upstream"]:
-        Run(run, paths).upstream(name)
+    """Processor seconds of a run, which a busy machine changes little."""
     return float(ensure(Run(run, paths))["seconds"]["cpu"])
 
 
@@ -226,7 +229,7 @@ def test_an_estimate_from_a_cut_run_is_within_40_per_cent(tmp_path: Path) -> Non
 
     def tried(number: str) -> float:
         run, history, paths = config(*words), History(), at(tmp_path / number)
-        cut = [costs.shrunk(run, n) for n in costs.LADDER]
+        cut = [task_of(run).shortened(run, n) for n in costs.LADDER]
         records = probe.looking([one for one in cut if one], paths)
         history.add(costs.probed_looking(run, records, history))
         return ratio(history.cost(run), spent(run, paths))

@@ -2,19 +2,25 @@
 
 import copy
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from fakes import fake_run, upstream_of
 from test_score_matching import batch, net
 from torch import Tensor, nn
 
 from gradexp.base.errors import UserError
 from gradexp.data.loader import Batch
-from gradexp.engine.build import build
+from gradexp.engine.assemble import load_model, make_data, make_hardware
 from gradexp.engine.compose import compose_run, plan
-from gradexp.engine.runs import Paths, Run, _write_arrays, ensure, read_arrays, run_id, write_record
+from gradexp.engine.ensure import ensure, finish
+from gradexp.engine.evaluation import Evaluation
+from gradexp.engine.record import read_arrays, write_arrays, write_record
+from gradexp.engine.run import Paths, Run, run_id
+from gradexp.evaluate.accuracy import accuracy_on_test
 from gradexp.evaluate.discriminative_perturbation import accuracies, saliency, still_right
 from gradexp.evaluate.score_objective import objective, objective_parts
 from gradexp.evaluate.shift import Shifted, shift_effects, sine_effects
@@ -23,8 +29,6 @@ from gradexp.report.draw.curves import panels
 from gradexp.report.draw.fooling import fooling
 from gradexp.report.draw.images import red_over, samples, signed
 from gradexp.report.draw.shift import shift
-from gradexp.tasks.look import Look
-from gradexp.tasks.train import accuracy_on_test, load_model, make_data
 from gradexp.training.classifier import Classifier
 
 TINY = ["scale=quick", "scale.density.images=40", "trainer.threads=1", "logger=none"]
@@ -100,7 +104,7 @@ def test_a_diverged_training_keeps_its_curve_and_its_gan_test_is_nan(places: lis
     assert record["status"] == "diverged"
     assert record["metrics"]["gan_test"] is None  # JSON has no NaN
     assert record["metrics"]["judge/accuracy"] > 0  # the judge is sound
-    trained = made.upstream("model").record()
+    trained = made.upstream["model"].record()
     assert trained is not None
     assert trained["status"] == "diverged"
     assert 1 <= len(trained["metrics"]["train/loss"]) <= 4
@@ -144,14 +148,14 @@ def test_gan_test_records_its_interval_and_leaves_no_samples(places: list[str]) 
 
 
 def test_sampling_goes_on_after_an_interruption(places: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    from gradexp.tasks import density
+    from gradexp.tasks import gan_test
 
     words = ["experiment=gan_test", *MODEL_AND_JUDGE]
-    monkeypatch.setattr(density, "SAMPLED", 5)
+    monkeypatch.setattr(gan_test, "SAMPLED", 5)
     whole = ensure(run([f"{place}/0" for place in places], *words))
     again = run([f"{place}/1" for place in places], *words)
     seen: list[int] = []
-    climb = density.Ascent.climb
+    climb = gan_test.Ascent.climb
 
     def interrupt(self: Any, model: Any, images: Tensor, *rest: Any) -> Tensor:
         seen.append(len(images))
@@ -159,7 +163,7 @@ def test_sampling_goes_on_after_an_interruption(places: list[str], monkeypatch: 
             raise KeyboardInterrupt
         return climb(self, model, images, *rest)
 
-    monkeypatch.setattr(density.Ascent, "climb", interrupt)
+    monkeypatch.setattr(gan_test.Ascent, "climb", interrupt)
     with pytest.raises(KeyboardInterrupt):
         ensure(again)
     assert ensure(again)["metrics"] == whole["metrics"]
@@ -167,18 +171,18 @@ def test_sampling_goes_on_after_an_interruption(places: list[str], monkeypatch: 
 
 
 def test_samples_of_other_weights_are_not_gone_on_with(places: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    from gradexp.tasks import density
+    from gradexp.tasks import gan_test
 
     made = run(places, "experiment=gan_test", *MODEL_AND_JUDGE)
     with monkeypatch.context() as patch:
-        patch.setattr(density.judging, "gan_test", lambda *_, **__: 1 / 0)  # all samples are there
+        patch.setattr(gan_test.gan_test, "gan_test", lambda *_, **__: 1 / 0)  # all samples are there
         with pytest.raises(ZeroDivisionError):
             ensure(made)
     (kept,) = made.pieces.glob("*/samples_0.pt")
     kept.parent.rename(made.pieces / "0123456789ab")
     seen: list[int] = []
-    climb = density.Ascent.climb
-    monkeypatch.setattr(density.Ascent, "climb", lambda *args: seen.append(1) or climb(*args))
+    climb = gan_test.Ascent.climb
+    monkeypatch.setattr(gan_test.Ascent, "climb", lambda *args: seen.append(1) or climb(*args))
     assert np.isfinite(ensure(made)["metrics"]["gan_test"])
     assert seen
     assert not made.pieces.exists()
@@ -190,24 +194,26 @@ def test_samples_of_other_weights_are_not_gone_on_with(places: list[str], monkey
         (
             "implicit_samples",
             ["scale.density.long_steps=2", "task.denoising.steps=2", "task.images=20"],
-            "Ascent.denoise",
-            "DENOISED",
+            "gradexp.sampling.Ascent.denoise",
+            "gradexp.tasks.implicit_samples.DENOISED",
         ),
-        ("discriminative_pixel_perturbation", [*shrunk("explainer"), "task.images=20"], "perturbation.still_right", "BATCH"),
+        (
+            "discriminative_pixel_perturbation",
+            [*shrunk("explainer"), "task.images=20"],
+            "gradexp.evaluate.discriminative_perturbation.still_right",
+            "gradexp.tasks.discriminative_perturbation.BATCH",
+        ),
     ],
 )
 def test_what_is_no_training_goes_on_after_an_interruption(
     experiment: str, words: list[str], place: str, size: str, places: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the third of its three pieces: the first two are not done again, and the numbers are those of an undisturbed run."""
-    from gradexp.tasks import density
-
-    monkeypatch.setattr(density, size, 7)
+    monkeypatch.setattr(size, 7)
     words = [f"experiment={experiment}", *shrunk("model"), *words]
     whole = ensure(run([f"{place}/0" for place in places], *words))
     again, seen = run([f"{place}/1" for place in places], *words), []
-    owner, _, name = f"gradexp.tasks.density.{place}".rpartition(".")
-    work = getattr(density.Ascent if "Ascent" in place else density.perturbation, name)
+    work = resolve_name(place)
 
     def interrupt(*args: Any, **options: Any) -> Any:
         seen.append(1)
@@ -215,7 +221,7 @@ def test_what_is_no_training_goes_on_after_an_interruption(
             raise KeyboardInterrupt
         return work(*args, **options)
 
-    monkeypatch.setattr(f"{owner}.{name}", interrupt)
+    monkeypatch.setattr(place, interrupt)
     with pytest.raises(KeyboardInterrupt):
         ensure(again)
     resumed = ensure(again)
@@ -231,7 +237,7 @@ def test_the_objective_is_recorded_with_its_error(places: list[str]) -> None:
     metrics = record["metrics"]
     assert record["images"] == 200
     assert metrics["objective"] == pytest.approx(metrics["trace"] + metrics["half_gradient_norm"], rel=1e-4)
-    look = Look(made)
+    look = Evaluation(made, upstream_of(made))
     model, rows = look.model("model"), look.rows(200, 128)
     parts = [objective_parts(model, look.batch(some), draws=2, sigma=0.01, seed=i) for i, some in enumerate(rows)]
     expected = objective(torch.cat(parts))
@@ -248,14 +254,14 @@ def test_statistics_estimated_again_are_those_of_clean_training_images(places: l
     words = ["experiment=gan_test", *MODEL_AND_JUDGE]
     made = run(places, *words, "task.statistics=20")
     metrics = ensure(made)["metrics"]
-    look = Look(made)
+    look = Evaluation(made, upstream_of(made))
     model, images = look.model("model", clean=20), torch.cat(list(look._clean_images(20)))
     torch.testing.assert_close(copy.deepcopy(model).train()(images), model(images), rtol=1e-3, atol=1e-3)
     everything = look.data.train_loader(batch_size=1, device="cpu", augment=False)
     known = {image.numpy().tobytes() for image in everything.batch(*[torch.arange(everything.count)] * 2).images}
     assert {image.contiguous().numpy().tobytes() for image in images} <= known
     assert len(images) == 20
-    assert metrics["model/accuracy"] == pytest.approx(accuracy_on_test(model, look.data, look.hardware), rel=1e-5)
+    assert metrics["model/accuracy"] == pytest.approx(accuracy_on_test(model, look.data, look.hardware.device), rel=1e-5)
     assert run_id(run(places, *words, "task.statistics=null").config) == run_id(run(places, *words).config) != made.id
     with pytest.raises(UserError, match="or null for those of training"):
         ensure(run(places, *words, "task.statistics=1"))
@@ -275,8 +281,6 @@ def test_sampling_needs_pixels_from_0_to_1(places: list[str]) -> None:
 
 def test_implicit_samples(places: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten images are shown; the errors are those of all that were denoised, however they are batched."""
-    from gradexp.tasks import density
-
     short = [*shrunk("model"), "scale.density.long_steps=2", "task.denoising.steps=2", "task.images=40"]
     record, arrays = done([f"{place}/0" for place in places], "experiment=implicit_samples", *short)
     assert {name: array.shape for name, array in arrays.items() if name != "labels"} == dict.fromkeys(
@@ -287,7 +291,7 @@ def test_implicit_samples(places: list[str], monkeypatch: pytest.MonkeyPatch) ->
     assert metrics["images/high_frequency"] < metrics["noisy/high_frequency"]
     pixels = {name: arrays[name].astype(float) / 255 for name in ("images", "noisy", "denoised")}
     assert np.sqrt(((pixels["noisy"] - pixels["images"]) ** 2).mean()) == pytest.approx(metrics["error/noisy"], rel=0.1)
-    monkeypatch.setattr(density, "DENOISED", 7)
+    monkeypatch.setattr("gradexp.tasks.implicit_samples.DENOISED", 7)
     again, others = done([f"{place}/1" for place in places], "experiment=implicit_samples", *short, "task.shown=5")
     assert len(others["denoised"]) == 5
     assert np.abs(others["noisy"].astype(int) - arrays["noisy"][:5]).max() <= 1
@@ -327,12 +331,12 @@ def test_fooling_compares_accuracies_on_the_same_images(places: list[str]) -> No
     words = [*shrunk("start"), "scale.density.judge_width=0.015625", "optim.passes=1", "data.validation=0.3"]
     made = run(places, "experiment=fooling", *words)
     metrics = ensure(made)["metrics"]
-    hardware, data = build(made.config["trainer"], where="trainer"), make_data(made.config, made.paths)
+    hardware, data = make_hardware(made.config), make_data(made)
     assert data.validation == 0.3
-    start = load_model(made.upstream("start"), hardware)
+    start = load_model(finish(made.upstream["start"]), hardware)
     assert not start.training
     assert not any(parameter.requires_grad for parameter in start.parameters())
-    assert metrics["test/accuracy/before"] == pytest.approx(accuracy_on_test(start, data, hardware), rel=1e-5)
+    assert metrics["test/accuracy/before"] == pytest.approx(accuracy_on_test(start, data, hardware.device), rel=1e-5)
 
 
 def test_losing_the_measurement_loses_no_fine_tuning(places: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -577,12 +581,12 @@ def series_of(folder: Path, spec: dict[str, Any], metrics: dict[str, Any], **arr
     """The figure's series, each with one record; numbers differ from series to series."""
     made = []
     for i, one in enumerate(spec["series"]):
-        source = specs.Source(f"{i:012x}", folder / f"{i}.json", "")
+        source = fake_run(f"{i:012x}", folder / f"{i}.json")
         numbers = {name: (np.array(value) + i).tolist() for name, value in metrics.items()}
         record: dict[str, Any] = {"status": "finished", "metrics": numbers}
         if arrays:
-            record["arrays"] = _write_arrays(source.record.with_suffix(".npz"), arrays)
-        write_record(source.record, record)
+            record["arrays"] = write_arrays(source.record_path.with_suffix(".npz"), arrays)
+        write_record(source.record_path, record)
         made.append(figures.Series(one, (source,)))
     return made
 
@@ -688,9 +692,9 @@ def test_a_gallery_names_the_model_that_diverged(tmp_path: Path) -> None:
     """Its pictures are black, and its row says why; the CSV file has what was measured of each model."""
     made = []
     for label, status in (("a", "finished"), ("b", "diverged")):
-        source = specs.Source(label, tmp_path / f"{label}.json", "")
-        facts = _write_arrays(source.record.with_suffix(".npz"), {"samples": np.zeros((2, 3, 4, 4), dtype=np.uint8)})
-        write_record(source.record, {"status": status, "metrics": {"logit": 1.5}, "arrays": facts})
+        source = fake_run(label, tmp_path / f"{label}.json")
+        facts = write_arrays(source.record_path.with_suffix(".npz"), {"samples": np.zeros((2, 3, 4, 4), dtype=np.uint8)})
+        write_record(source.record_path, {"status": status, "metrics": {"logit": 1.5}, "arrays": facts})
         made.append(figures.Series({"label": label}, (source,)))
     figure, rows = samples({"array": "samples", "metrics": ["logit"]}, made)
     assert [axes.get_ylabel() for axes in figure.axes[::2]] == ["a", "b\n(diverged)"]

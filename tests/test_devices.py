@@ -12,10 +12,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gradexp.data.loader import TensorLoader
 from gradexp.data.sources import Split
+from gradexp.engine.assemble import accelerate, make_terms
 from gradexp.engine.build import build
 from gradexp.engine.compose import compose_run
 from gradexp.sampling import Ascent
-from gradexp.tasks.train import fast, make_terms
 from gradexp.terms.targets import Targets
 from gradexp.training.classifier import Classifier
 from gradexp.training.distillation import Distillation
@@ -70,7 +70,7 @@ def test_a_step_stays_on_its_device(experiment: str, method: str) -> None:
     teacher = network(config["upstream"]["teacher"]["model"]) if "teacher" in config["upstream"] else None
     for term in terms.values():
         term.place(student, teacher, images.example)
-    fast(student, terms, HARDWARE)
+    accelerate(student, terms, HARDWARE)
     module: Classifier
     if teacher is None:
         module = Classifier(student, terms, optim, **common)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from gradexp.engine.runs import ROOT
+from gradexp.engine.run import ROOT
 
 TINY = ["scale.width=0.04", "optim.passes=1", "trainer.threads=1", "logger=none"]
 TEACHER = ["+upstream.teacher.optim.passes=1", "+upstream.teacher.scale.width=0.03"]

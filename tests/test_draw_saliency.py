@@ -9,15 +9,16 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from fakes import fake_run
 from PIL import Image
 
 from gradexp.base.errors import UserError
-from gradexp.engine import runs
+from gradexp.base.files import sha256
 from gradexp.engine.compose import plan
-from gradexp.engine.runs import ROOT
+from gradexp.engine.record import write_record
+from gradexp.engine.run import ROOT
 from gradexp.report import figures, specs
 from gradexp.report.draw import gallery, methods, randomisation, removal
-from gradexp.report.specs import Source
 from gradexp.saliency import __main__ as explain
 
 SPEC: dict[str, Any] = {"number": "9.9", "xlabel": "x", "ylabel": "y", "thesis": "fig 3.2b", "first": 1, "rows": 2}
@@ -29,12 +30,12 @@ def one(folder: Path, spec: dict[str, Any], *records: dict[str, Any]) -> figures
     sources = []
     for i, record in enumerate(records):
         name = f"{spec['label']}-{spec.get('x', '')}-{i}"
-        sources.append(Source(name, folder / f"{name}.json", "python run.py"))
+        sources.append(fake_run(name, folder / f"{name}.json"))
         arrays = record.pop("arrays", None)
         if arrays:
             np.savez(folder / f"{name}.npz", **arrays)
-            record["arrays"] = {"sha256": runs.sha256(folder / f"{name}.npz")}
-        runs.write_record(sources[-1].record, {"id": name, **record})
+            record["arrays"] = {"sha256": sha256(folder / f"{name}.npz")}
+        write_record(sources[-1].record_path, {"id": name, **record})
     return figures.Series(spec, tuple(sources))
 
 

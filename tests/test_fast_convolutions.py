@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gradexp import layers
-from gradexp.engine.runs import ROOT
+from gradexp.engine.run import ROOT
 from gradexp.layers import convolution, dense, tiles, winograd
 
 NAMES = ("convolve", "input_gradient", "weight_gradient")

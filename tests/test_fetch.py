@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from gradexp.base.errors import UserError
-from gradexp.engine.runs import ROOT, Paths
+from gradexp.engine.run import ROOT, Paths
 
 
 @pytest.fixture

@@ -4,20 +4,21 @@ import csv
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from fakes import fake_run
 from matplotlib.figure import Figure
 
 from gradexp.base.errors import UserError
-from gradexp.engine import runs
 from gradexp.engine.compose import plan
+from gradexp.engine.record import write_arrays, write_record
 from gradexp.report import figures, specs
 from gradexp.report.draw.curves import curves
 from gradexp.report.draw.illustration import illustration
-from gradexp.report.specs import Source
 
 SPEC: dict[str, Any] = {
     **{"number": "9.1", "seeds": {"quick": [0, 1]}, "also": ["svg"]},
@@ -27,9 +28,9 @@ SPEC: dict[str, Any] = {
 
 def series(folder: Path, label: str, *losses: list[float]) -> figures.Series:
     """A series with one record a list."""
-    sources = [Source(f"{label}{i}", folder / f"{label}{i}.json", f"python run.py seed={i}") for i in range(len(losses))]
+    sources = [fake_run(f"{label}{i}", folder / f"{label}{i}.json", f"seed={i}") for i in range(len(losses))]
     for source, loss in zip(sources, losses, strict=True):
-        runs.write_record(source.record, {"id": source.id, "status": "finished", "metrics": {"train/loss": loss}})
+        write_record(source.record_path, {"id": source.id, "status": "finished", "metrics": {"train/loss": loss}})
     return figures.Series({"label": label}, tuple(sources))
 
 
@@ -60,11 +61,11 @@ def test_a_curve_that_ends_early_leaves_a_gap(tmp_path: Path) -> None:
 def test_a_curve_that_one_run_has_not_is_a_gap_and_a_misspelt_one_an_error(tmp_path: Path) -> None:
     one = series(tmp_path, "a", [4.0, 2.0], [2.0, 4.0])
     record = {"id": "a0", "status": "diverged", "metrics": {"accuracy": None}}
-    runs.write_record(one.sources[0].record, record)
+    write_record(one.runs[0].record_path, record)
     np.testing.assert_array_equal(one.metric("train/loss"), [[np.nan, np.nan], [2, 4]])
     with pytest.raises(UserError, match="did you mean train/loss"):
         one.metric("train/los")
-    runs.write_record(one.sources[1].record, {"id": "a1", "status": "finished", "metrics": {"train/loss": 1.0}})
+    write_record(one.runs[1].record_path, {"id": "a1", "status": "finished", "metrics": {"train/loss": 1.0}})
     with pytest.raises(UserError, match="is a number, where a curve is wanted"):
         one.band("train/loss")
 
@@ -116,25 +117,25 @@ def test_a_figure_says_how_its_runs_depart_and_where_they_come_from(tmp_path: Pa
         "overrides_at": {"paper": ["data.per_class=50"], "quick": ["data.per_class=5"]},
         "series": [{"label": "CE", "overrides": ["method=ce"]}, {"label": "A", "overrides": ["method=a"]}],
     }
-    paths = runs.Paths(tmp_path / "data", tmp_path / "results", tmp_path / "outputs")
-    first = figures.gather(spec, "quick", plan, paths)[0]
+    planner = partial(plan, extra=[f"paths.results={tmp_path / 'results'}"])
+    first = figures.gather(spec, "quick", planner)[0]
     place = {"precision": "32", "device": "here", "git": {"commit": "c" * 40, "dirty": False}, "seconds": {"wall": 100}}
-    runs.write_record(first.sources[0].record, {"metrics": {"train/loss": [2.0, 1.0]}, **place})
-    note, departed, seeds, origin = figures.caption(spec, "quick", figures.gather(spec, "quick", plan, paths), plan)
+    write_record(first.runs[0].record_path, {"metrics": {"train/loss": [2.0, 1.0]}, **place})
+    note, departed, seeds, origin = figures.caption(spec, "quick", figures.gather(spec, "quick", planner), planner)
     assert (note, seeds) == ("Of students.", "Seeds: 3.")
     assert departed.startswith("Scale quick departs from scale=paper in: ")
     assert "`data.per_class` 5 (paper: 50)" in departed
     assert "`data.name` digits (paper: cifar100)" in departed
     assert origin == "1 run, 2 min; precision 32 on here; commit cccccccc."
     own = {**spec, "seeds": {"quick": [3]}}  # a figure of the user's own need not have scale=paper
-    assert figures.caption(own, "quick", figures.gather(own, "quick", plan, paths), plan)[1] == departed
+    assert figures.caption(own, "quick", figures.gather(own, "quick", planner), planner)[1] == departed
     files = figures.make(spec, "quick", [first], curves, tmp_path / "results", [note, departed])
     page = files[-1].read_text()
     assert page.startswith(
         "**Figure 9.1, scale=quick.** Losses.\n\n![Figure 9.1 at scale=quick](figure_9_1.png)\n\n- Of students."
     )
     (link,) = [line for line in page.splitlines() if line.startswith("| CE |")]
-    record = first.sources[0].record
+    record = first.runs[0].record_path
     assert link == f"| CE | [{record.stem}](../../runs/jacobian_distill/{record.name}) |"
     assert (files[-1].parent / "../../runs/jacobian_distill" / record.name).exists()
 
@@ -164,7 +165,7 @@ def test_a_misspelt_key_of_a_figure_is_an_error(text: str, tmp_path: Path, monke
 
 
 def test_a_figure_without_its_runs_names_the_commands(tmp_path: Path) -> None:
-    absent: Any = figures.Series({"label": "a"}, (Source("x", tmp_path / "x.json", "python run.py seed=7"),))
+    absent: Any = figures.Series({"label": "a"}, (fake_run("x", tmp_path / "x.json", "seed=7"),))
     with pytest.raises(UserError, match=r"run\.py seed=7"):
         figures.make(SPEC, "quick", [absent], curves, tmp_path)
     with pytest.raises(UserError, match="runs are missing, which need photographs; make them with"):
@@ -184,9 +185,9 @@ def test_a_run_without_data_can_be_planned() -> None:
 def test_figure_2_1_shows_every_curve_once_and_its_note(tmp_path: Path) -> None:
     x = np.linspace(-1, 1, 5, dtype=np.float32)
     arrays = dict.fromkeys(("x", "teacher", "activations", "noise", "jacobian", "points", "values", "slopes"), x)
-    source = Source("a", tmp_path / "a.json", "")
-    facts = runs._write_arrays(source.record.with_suffix(".npz"), arrays)
-    runs.write_record(source.record, {"metrics": {}, "arrays": facts})
+    source = fake_run("a", tmp_path / "a.json")
+    facts = write_arrays(source.record_path.with_suffix(".npz"), arrays)
+    write_record(source.record_path, {"metrics": {}, "arrays": facts})
     drawn = [figures.Series({"label": "fits"}, (source,))]
     figure, rows = illustration({}, drawn)
     labels = [text.get_text() for text in figure.legends[0].get_texts()]

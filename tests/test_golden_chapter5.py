@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from gradexp import layers
 from gradexp.data.loader import Batch
+from gradexp.engine.assemble import make_terms
 from gradexp.engine.build import build
 from gradexp.engine.compose import compose_run
-from gradexp.engine.runs import ROOT
+from gradexp.engine.run import ROOT
 from gradexp.evaluate.density_ratio import density_ratio
 from gradexp.models.resnet import ResNet
 from gradexp.sampling import Draws
-from gradexp.tasks.train import make_terms
 from gradexp.terms import Step
 
 FILE = ROOT / "tests" / "golden" / "chapter5.json"

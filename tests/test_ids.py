@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from gradexp.engine.compose import plan
-from gradexp.engine.runs import ROOT, run_id
+from gradexp.engine.run import ROOT, run_id
 
 LINES = (Path(__file__).parent / "golden" / "ids.txt").read_text(encoding="utf-8").splitlines()
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from gradexp.engine.runs import ROOT
+from gradexp.engine.run import ROOT
 
 # From the ground up: a room may import those below it that it names here.
 SCIENCE = {"base", "layers", "models", "data", "gradients", "terms", "saliency", "sampling", "training", "evaluate"}

@@ -16,9 +16,11 @@ import pytest
 from gradexp.base.errors import Stopped, UserError
 from gradexp.engine.callbacks import Checkpointer
 from gradexp.engine.compose import compose_run, plan
+from gradexp.engine.ensure import ensure
 from gradexp.engine.launchers import Local, ended, started, visible_gpus
 from gradexp.engine.many import generations, make_launcher, run_all
-from gradexp.engine.runs import Paths, Run, ensure, objective, run_id
+from gradexp.engine.record import objective
+from gradexp.engine.run import Paths, Run, run_id
 
 TINY = ["scale=quick", "scale.width=0.04", "optim.passes=2", "data.per_class=3", "trainer.threads=1", "logger=none"]
 
@@ -29,14 +31,14 @@ def paths_of(places: list[str]) -> Paths:
 
 def test_upstream_runs_come_in_an_earlier_generation_and_once(places: list[str]) -> None:
     """ROAR stands on maps, which stand on a classifier; a student and its teacher come along."""
-    runs = [plan(["experiment=roar", "scale=quick", f"seed={seed}"]) for seed in (0, 1)]
-    runs += [plan(["experiment=jacobian_distill", "scale=quick"])]
-    found = generations(runs, paths_of(places))
+    runs = [plan(["experiment=roar", "scale=quick", f"seed={seed}"], places) for seed in (0, 1)]
+    runs += [plan(["experiment=jacobian_distill", "scale=quick"], places)]
+    found = generations(runs)
     place = {run_id(run.config): number for number, stage in enumerate(found) for run in stage}
     assert len(place) == sum(map(len, found))
 
     def check(run: Any) -> None:
-        for below in run.upstream:
+        for below in run.upstream.values():
             assert place[run_id(below.config)] < place[run_id(run.config)]
             check(below)
 
@@ -152,8 +154,8 @@ def test_jobs_through_submitit(tmp_path: Path, places: list[str], capsys: pytest
     """submitit's own processes in SLURM's place: records, a failed job with its log, what waits for it."""
     launcher = make_launcher("slurm", ["launcher.cluster=local", "launcher.gpus=0", "launcher.hours=0.1"])
     distil = ["experiment=jacobian_distill", "+upstream.teacher.data.per_class=1000", "method=a", *TINY]
-    runs = [plan(["experiment=teacher", *TINY]), plan(distil)]
-    failures = run_all(runs, paths_of(places), workers=1, extra=["trainer.threads=1", *places], launcher=launcher)
+    runs = [plan(["experiment=teacher", *TINY], places), plan(distil, places)]
+    failures = run_all(runs, workers=1, extra=["trainer.threads=1", *places], launcher=launcher)
     assert [path.stem for path in tmp_path.rglob("results/runs/*/*.json")] == [run_id(runs[0].config)]
     assert len(failures) == 2
     assert failures[1].command == runs[1].command

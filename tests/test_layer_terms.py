@@ -17,7 +17,8 @@ from gradexp.base.errors import UserError
 from gradexp.data.loader import Batch
 from gradexp.engine.build import build
 from gradexp.engine.compose import compose_run
-from gradexp.engine.runs import Paths, Run, ensure
+from gradexp.engine.ensure import ensure
+from gradexp.engine.run import Paths, Run
 from gradexp.models.vgg import VGG
 from gradexp.terms import Attention, BiasDecay, BiasGradient, CrossEntropy, FullGradient, Jacobian, Step, Term
 from gradexp.terms.maps import resized

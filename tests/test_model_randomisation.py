@@ -9,7 +9,9 @@ from torch import nn
 
 from gradexp.base.errors import UserError
 from gradexp.engine.compose import compose_run
-from gradexp.engine.runs import Paths, Run, ensure, read_record
+from gradexp.engine.ensure import ensure
+from gradexp.engine.record import read_record
+from gradexp.engine.run import Paths, Run
 from gradexp.evaluate.model_randomisation import layers_from_output, randomise, rank_correlation
 from gradexp.models.vgg import VGG
 

@@ -10,7 +10,8 @@ from torch import nn
 from gradexp.base.errors import UserError
 from gradexp.data.loader import Batch
 from gradexp.engine.compose import compose_run, plan
-from gradexp.engine.runs import Paths, Run, ensure, run_id
+from gradexp.engine.ensure import ensure
+from gradexp.engine.run import Paths, Run, run_id
 from gradexp.evaluate.accuracy import accuracy
 from gradexp.evaluate.noise import noise_accuracies
 from gradexp.report import specs, tables
@@ -51,7 +52,7 @@ def test_one_record_holds_every_sigma(places: list[str]) -> None:
     sigmas = ("0.1", "0.2", "0.3", "0.4")
     expected = {f"test/accuracy@noise={sigma}{part}" for sigma in sigmas for part in ("", "/std")}
     assert metrics.keys() == expected | {"test/accuracy@noise=0"}
-    assert metrics["test/accuracy@noise=0"] == run.upstream("model").record()["metrics"]["test/accuracy"]  # type: ignore[index]
+    assert metrics["test/accuracy@noise=0"] == run.upstream["model"].record()["metrics"]["test/accuracy"]  # type: ignore[index]
 
 
 def test_a_model_that_diverged_gives_nan(places: list[str]) -> None:

@@ -11,17 +11,18 @@ from torch import Tensor
 
 from gradexp.engine import pieces
 from gradexp.engine.compose import compose_run
+from gradexp.engine.ensure import ensure
 from gradexp.engine.pieces import Pieces
 from gradexp.engine.progress import Progress
-from gradexp.engine.runs import Paths, Run, ensure
+from gradexp.engine.run import Paths, Run
 
 TINY = ["scale=quick", "trainer.threads=1", "logger=none", "+upstream.model.optim.passes=1", "+upstream.model.scale.width=0.03"]
 
 
 def begun(folder: Path, weights: str = "aa") -> Pieces:
     hardware = SimpleNamespace(facts=lambda **_: {"device": "here", "precision": "32"})
-    run = SimpleNamespace(config={"name": "look"}, id="0", pieces=folder, used={"model": {"weights_sha256": weights}})
-    return Pieces(run, hardware)  # type: ignore[arg-type]
+    run = SimpleNamespace(name="look", id="0", pieces=folder)
+    return Pieces(run, hardware, {"model": weights})  # type: ignore[arg-type]
 
 
 def squared(work: Pieces, numbers: list[int], until: int = 99) -> tuple[list[Tensor], list[int]]:

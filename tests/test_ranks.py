@@ -20,13 +20,15 @@ from gradexp import layers
 from gradexp.base.errors import Stopped, UserError
 from gradexp.data.loader import Batch, TensorLoader, TrainingStream
 from gradexp.data.sources import Split
+from gradexp.engine.assemble import make_terms
 from gradexp.engine.build import build
 from gradexp.engine.callbacks import Checkpointer
 from gradexp.engine.compose import compose_run
-from gradexp.engine.runs import ROOT, Paths, Run, ensure, read_record
+from gradexp.engine.ensure import ensure
+from gradexp.engine.fit import Training
+from gradexp.engine.record import read_record
+from gradexp.engine.run import ROOT, Paths, Run
 from gradexp.layers import ranks
-from gradexp.tasks import train
-from gradexp.tasks.train import make_terms
 from gradexp.terms.targets import Targets
 from gradexp.training.classifier import Classifier
 from gradexp.training.dropout import dropout_after
@@ -280,8 +282,8 @@ def wait_for(found: Callable[[], Any]) -> Any:
 def test_a_training_that_ended_early_is_not_recorded(places: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["experiment=teacher", "scale=quick", "scale.width=0.04", "optim.passes=2", "logger=none", *places]
     config = compose_run(words)
-    run_steps = train.run_steps
-    monkeypatch.setattr(train, "run_steps", lambda *given: run_steps(*given) - 1)
+    whole = Training.fit
+    monkeypatch.setattr(Training, "fit", lambda *given: whole(*given) - 1)
     with pytest.raises(RuntimeError, match=r"ended after \d+ of \d+ steps"):
         ensure(Run(config, Paths.of(config)))
     assert not Paths.of(config).record(config).exists()

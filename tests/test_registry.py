@@ -10,8 +10,9 @@ import pytest
 
 from gradexp.base.errors import UserError
 from gradexp.engine.compose import CONF, check_hydra, compose_run
+from gradexp.engine.ensure import ensure
 from gradexp.engine.registry import KINDS, check_targets, kind_of, locate, targets
-from gradexp.engine.runs import ROOT, Paths, Run, ensure
+from gradexp.engine.run import ROOT, Paths, Run
 from gradexp.engine.verify import Finding, verify
 from gradexp.report import specs
 
@@ -28,7 +29,7 @@ HOSTILE = [
     ("optim.optimizer", "torch.save"),
     ("optim.schedule", "os.system"),
     ("task", "gradexp.base.files.write_atomically"),
-    ("task", "gradexp.tasks.train.save_weights"),  # a function beside the tasks
+    ("task", "gradexp.tasks.train.make_student"),  # a function beside the tasks
     ("task", "gradexp.saliency.__main__.main"),
     ("saliency", "gradexp.saliency.__main__.main"),
     ("method.terms.cross_entropy", "builtins.eval"),

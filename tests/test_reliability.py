@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gradexp.engine.runs import ROOT
+from gradexp.engine.run import ROOT
 
 sys.path.insert(0, str(ROOT / "scripts"))  # a trial's processes import it by name
 

@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fakes import at, fake_plan, fake_run
 from PIL import Image
-from test_tables import GOLDEN, SPEC, fake_plan
+from test_tables import GOLDEN, SPEC
 
-from gradexp.engine.runs import ROOT, Paths, run_id, write_record
+from gradexp.engine.record import write_record
+from gradexp.engine.run import ROOT, Paths, Run, run_id
 from gradexp.report import claims, figures, html, tables
-from gradexp.report.specs import Source
 
 HOSTILE = '</script><script>window.hacked = 1</script><img src=x onerror="window.hacked = 1">'
 SAID = html.settings()
@@ -98,7 +99,7 @@ def picture(results: Path, scale: str) -> np.ndarray:
     return pixels
 
 
-def judged(sources: Sequence[Source], says: str = "A beats CE.") -> claims.Judged:
+def judged(sources: Sequence[Run], says: str = "A beats CE.") -> claims.Judged:
     one = claims.Comparison("A minus CE, 1", True, claims.Estimate(3.5, 2, low=1.0, high=6.0), None, 5.04, tuple(sources))
     return claims.Judged("2.1-a", "§2.6.1", says, "table 2.1", "seeds", "", (one,), "holds", 0.02, 0.04)
 
@@ -108,9 +109,9 @@ def render(results: Path, scale: str = "cpu", spec: dict[str, Any] = SPEC, words
     paths = Paths(Path("data"), results, Path("outputs"))
     commands: dict[str, str] = {}
     panels = html.Panels(paths, commands, points=100)
-    planner = html.remembering(fake_plan, commands)
-    table = tables.build(spec, scale, planner, paths)
-    filled = [source for cell in table.cells for source in cell.sources if source.finished]
+    planner = html.remembering(at(results, fake_plan), commands)
+    table = tables.build(spec, scale, planner)
+    filled = [source for cell in table.cells for source in cell.runs if source.finished]
     drawn = {"number": "2.1", "title": f"Fits {words}"}, [figures.Series({"label": f"fit {words}"}, tuple(filled[:1]))]
     absent = {"number": "other", "title": "Not drawn"}, [figures.Series({"label": "gone"}, tuple(table.missing[:1]))]
     claim = judged(filled[:2], f"A beats CE. {words}")
@@ -247,15 +248,15 @@ def test_long_curves_are_means_of_stretches() -> None:
     ],
 )
 def test_marks(value: float | None, thesis: float | None, comparable: bool, expected: html.Mark) -> None:
-    source = Source("x", Path("x.json"), "python run.py")
+    source = fake_run("x", Path("x.json"))
     printed = None if thesis is None else tables.Thesis(thesis, False)
     cell = tables.Cell("a", "b", (source,), printed, comparable, "m", () if value is None else (value,))
     assert html.mark(cell, 0.05) is expected
-    assert html.mark(dataclasses.replace(cell, sources=(), values=()), 0.05) is html.ABSENT
+    assert html.mark(dataclasses.replace(cell, runs=(), values=()), 0.05) is html.ABSENT
 
 
 def test_what_lies_within_the_deviation_over_runs_is_close() -> None:
-    source = Source("x", Path("x.json"), "python run.py")
+    source = fake_run("x", Path("x.json"))
     cell = tables.Cell("a", "b", (source,), tables.Thesis(10.0, False), True, "m", (8.0, 10.8))
     assert html.mark(cell, 0.05) is html.CLOSE
     assert html.mark(dataclasses.replace(cell, spreads=(3.0, 3.0)), 0.05) is html.BELOW  # over images: says nothing of runs
@@ -331,7 +332,7 @@ def test_make_report_writes_the_page_of_a_scale(tmp_path: Path, monkeypatch: pyt
 
 def test_a_picture_of_other_runs_is_told(tmp_path: Path) -> None:
     """A seed that came after it was drawn, or went."""
-    page, sources = tmp_path / "figure_9.md", [Source(12 * name, tmp_path, "") for name in "ab"]
+    page, sources = tmp_path / "figure_9.md", [fake_run(12 * name, tmp_path) for name in "ab"]
     page.write_text(f"[it](../../runs/x/{12 * 'a'}.json)")
     assert not html.stale(page, sources[:1])
     assert html.stale(page, sources)

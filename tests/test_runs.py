@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,18 @@ import numpy as np
 import pytest
 
 from gradexp.base.errors import UserError
-from gradexp.engine import clocks, registry, runs
+from gradexp.base.files import sha256, write_atomically
+from gradexp.engine import clocks, ensure, origin, record, registry, run
 from gradexp.engine.compose import compose_run
+from gradexp.engine.run import Config, Paths, Run
+from gradexp.engine.task import Result, Task, Upstream
+from gradexp.report import provenance
 
 BASE = ["experiment=jacobian_distill", "scale=quick"]
 
 
 def identity_of(*words: str) -> str:
-    return runs.run_id(compose_run([*BASE, *words]))
+    return run.run_id(compose_run([*BASE, *words]))
 
 
 @pytest.mark.parametrize(
@@ -41,13 +46,13 @@ def test_weight_0_null_and_number_formats_do_not_matter() -> None:
     assert identity_of("method.terms.jacobian.weight=1.0") == identity_of()
     config = compose_run(BASE)
     config["model"]["new_switch"] = None
-    assert runs.run_id(config) == identity_of()
+    assert run.run_id(config) == identity_of()
 
 
 def test_a_student_shares_the_teacher_that_is_trained_alone() -> None:
     teacher = compose_run(["experiment=teacher", "scale=quick"])
     student = compose_run(BASE)
-    assert runs.run_id(student["upstream"]["teacher"]) == runs.run_id(teacher)
+    assert run.run_id(student["upstream"]["teacher"]) == run.run_id(teacher)
 
 
 def test_a_run_that_looks_at_a_model_has_no_method_and_needs_all_its_upstream() -> None:
@@ -55,7 +60,7 @@ def test_a_run_that_looks_at_a_model_has_no_method_and_needs_all_its_upstream() 
     words = ["experiment=teacher", "scale=quick", "~method", "~optim", "~model", "name=look"]
     config = compose_run([*words, "+upstream.model.experiment=teacher"])
     assert set(config) & {"method", "optim", "model"} == set()
-    assert runs.run_id(config["upstream"]["model"]) == runs.run_id(compose_run(["experiment=teacher", "scale=quick"]))
+    assert run.run_id(config["upstream"]["model"]) == run.run_id(compose_run(["experiment=teacher", "scale=quick"]))
 
 
 def test_a_misspelt_key_of_a_method_is_an_error() -> None:
@@ -70,111 +75,120 @@ def test_a_method_without_teacher_has_no_upstream() -> None:
 def test_arrays_lie_beside_the_record_and_are_checked(tmp_path: Path) -> None:
     path = tmp_path / "record.json"
     maps = {"maps": np.arange(6, dtype=np.float32).reshape(2, 3)}
-    facts = runs._write_arrays(path.with_suffix(".npz"), maps)
-    runs.write_record(path, {"metrics": {}, "arrays": facts})
-    assert (runs.read_arrays(path)["maps"] == maps["maps"]).all()
+    facts = record.write_arrays(path.with_suffix(".npz"), maps)
+    record.write_record(path, {"metrics": {}, "arrays": facts})
+    assert (record.read_arrays(path)["maps"] == maps["maps"]).all()
     path.with_suffix(".npz").write_bytes(b"something else")
     with pytest.raises(UserError, match="delete both and run again"):
-        runs.read_arrays(path)
+        record.read_arrays(path)
 
 
 def test_records_are_sorted_small_and_know_nan(tmp_path: Path) -> None:
     path = tmp_path / "record.json"
     metrics = {"test/accuracy": float("nan"), "train/loss": [1.0, float("inf")]}
-    runs.write_record(path, {"metrics": metrics, "a": 1})
+    record.write_record(path, {"metrics": metrics, "a": 1})
     text = path.read_text()
     assert '"train/loss": [1.0, null]' in text
     assert text.index('"a"') < text.index('"metrics"')
-    assert runs.read_record(path)["metrics"]["test/accuracy"] is None
+    assert record.read_record(path)["metrics"]["test/accuracy"] is None
 
 
 def test_long_curves_move_beside_the_record(tmp_path: Path) -> None:
     path = tmp_path / "record.json"
     curve = [float(i) / 7 for i in range(20_000)]
-    runs.write_record(path, {"metrics": {"train/loss": curve, "test/accuracy": 1.5}})
-    assert path.stat().st_size < runs.RECORD_LIMIT
-    assert runs.read_record(path)["metrics"] == {"train/loss": curve, "test/accuracy": 1.5}
+    record.write_record(path, {"metrics": {"train/loss": curve, "test/accuracy": 1.5}})
+    assert path.stat().st_size < record.RECORD_LIMIT
+    assert record.read_record(path)["metrics"] == {"train/loss": curve, "test/accuracy": 1.5}
 
 
 def test_a_damaged_record_says_what_to_do(tmp_path: Path) -> None:
     path = tmp_path / "record.json"
     path.write_text('{"metrics": ')
     with pytest.raises(UserError, match="delete it and run again"):
-        runs.read_record(path)
+        record.read_record(path)
 
 
 def test_atomic_writes_leave_the_old_content_or_the_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "file"
-    runs.write_atomically(path, b"old")
+    write_atomically(path, b"old")
 
     def fail(_: int) -> None:
         raise OSError("no space left")
 
     monkeypatch.setattr("os.fsync", fail)
     with pytest.raises(OSError, match="no space"):
-        runs.write_atomically(path, b"new")
+        write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
 
 
 # --- ensure -----------------------------------------------------------------------------------------------
 
 
-def toy(tmp_path: Path, **changes: Any) -> runs.Run:
+def toy(tmp_path: Path, **changes: Any) -> Run:
     """A run of the task below; it counts how often it is really done."""
     config = {
         "name": "toy",
         "seed": 0,
         "scale": {"name": "quick"},
         "upstream": {},
-        "task": {"_target_": "gradexp.tasks.toy"},
+        "task": {"_target_": "test_runs.Toy"},
         "paths": {"data": "data", "results": str(tmp_path / "results"), "outputs": str(tmp_path / "outputs")},
         **changes,
     }
-    return runs.Run(config, runs.Paths.of(config))
+    return Run(config, Paths.of(config))
 
 
-def work(run: runs.Run) -> runs.Result:
+def work(run: Run) -> Result:
     run.folder.mkdir(parents=True, exist_ok=True)
     with (run.folder / "done").open("a") as file:
         file.write("x")
     run.weights.write_bytes(b"weights")
-    for name in run.config["upstream"]:
-        run.upstream(name)
-    return runs.Result({"test/accuracy": 50.0 + run.config["seed"]})
+    return Result({"test/accuracy": 50.0 + run.config["seed"]})
 
 
-def student_of_rebuilt(teacher: runs.Run, tmp_path: Path, seed: int = 0) -> runs.Config:
+class Toy(Task):
+    """Does what a test puts into `does`."""
+
+    product = "weights.pt"
+    does: Callable[[Run], Result] = staticmethod(work)
+
+    def __call__(self, run: Run, upstream: Upstream) -> Result:
+        assert all(below.product.exists() for below in upstream.values())
+        return Toy.does(run)
+
+
+def student_of_rebuilt(teacher: Run, tmp_path: Path, seed: int = 0) -> Config:
     """The record of a run that stands on `teacher`, whose weights are lost and made again."""
     teacher.weights.unlink()
     below = {key: value for key, value in teacher.config.items() if key != "paths"}
-    return runs.ensure(toy(tmp_path, seed=seed, upstream={"teacher": below}))
+    return ensure.ensure(toy(tmp_path, seed=seed, upstream={"teacher": below}))
 
 
 @pytest.fixture
 def _toy_task(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gradexp.tasks.toy", work, raising=False)
-    monkeypatch.setitem(registry.KINDS, "task", registry.Kind("a task", ("gradexp.tasks.toy",)))
+    monkeypatch.setattr(Toy, "does", staticmethod(work))
+    monkeypatch.setitem(registry.KINDS, "task", registry.Kind("a task", ("test_runs.Toy",)))
 
 
-def times_done(run: runs.Run) -> int:
+def times_done(run: Run) -> int:
     done = run.folder / "done"
     return len(done.read_text()) if done.exists() else 0
 
 
 def test_code_of_an_earlier_commit_is_not_the_commits(monkeypatch: pytest.MonkeyPatch) -> None:
     """A server forks processes with what it once loaded, whatever has been committed since."""
-    commit = runs.git_state()["commit"] or pytest.skip("no repository here")
-    monkeypatch.setenv(runs.LOADED, commit)
-    before = runs.git_state()
-    monkeypatch.setenv(runs.LOADED, "0" * 40)
-    assert runs.git_state() == {"commit": commit, "dirty": True}
+    commit = origin.git_state()["commit"] or pytest.skip("no repository here")
+    monkeypatch.setenv(origin.LOADED, commit)
+    before = origin.git_state()
+    monkeypatch.setenv(origin.LOADED, "0" * 40)
+    assert origin.git_state() == {"commit": commit, "dirty": True}
     assert before["commit"] == commit
 
 
 @pytest.mark.usefixtures("_toy_task")
 def test_a_finished_run_is_not_done_again(tmp_path: Path) -> None:
     run = toy(tmp_path)
-    assert runs.ensure(run) == runs.ensure(toy(tmp_path)) == json.loads(run.record_path.read_text())
+    assert ensure.ensure(run) == ensure.ensure(toy(tmp_path)) == json.loads(run.record_path.read_text())
     assert times_done(run) == 1
 
 
@@ -182,15 +196,15 @@ def test_a_finished_run_is_not_done_again(tmp_path: Path) -> None:
 def test_upstream_runs_come_first_and_are_shared(tmp_path: Path) -> None:
     below = {key: value for key, value in toy(tmp_path, seed=7).config.items() if key != "paths"}
     for seed in (0, 1):
-        record = runs.ensure(toy(tmp_path, seed=seed, upstream={"teacher": below}))
-        assert record["upstream"]["teacher"]["id"] == runs.run_id(below)
+        record = ensure.ensure(toy(tmp_path, seed=seed, upstream={"teacher": below}))
+        assert record["upstream"]["teacher"]["id"] == run.run_id(below)
     assert times_done(toy(tmp_path, seed=7)) == 1
 
 
 @pytest.mark.usefixtures("_toy_task")
 def test_deleted_weights_are_rebuilt_and_the_record_stays(tmp_path: Path) -> None:
     teacher = toy(tmp_path, seed=7)
-    before = runs.ensure(teacher)
+    before = ensure.ensure(teacher)
     student_of_rebuilt(teacher, tmp_path)
     assert times_done(teacher) == 2
     assert teacher.record() == before
@@ -198,25 +212,24 @@ def test_deleted_weights_are_rebuilt_and_the_record_stays(tmp_path: Path) -> Non
 
 @pytest.mark.usefixtures("_toy_task")
 def test_seconds_are_a_runs_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither a run's upstream, at any depth, nor its rebuilding counts; the wall clock's part of it is told."""
+    """Neither a run's upstream, at any depth, nor its rebuilding counts."""
     now = [0.0]
     monkeypatch.setattr(clocks, "read", lambda: {"wall": now[0], "cpu": now[0] / 2})
 
-    def slow(run: runs.Run) -> runs.Result:
+    def slow(run: Run) -> Result:
         result = work(run)
         now[0] += 10 ** run.config["seed"]
         return result
 
-    monkeypatch.setattr("gradexp.tasks.toy", slow)
+    monkeypatch.setattr(Toy, "does", staticmethod(slow))
     bare = [{key: value for key, value in toy(tmp_path, seed=seed).config.items() if key != "paths"} for seed in (2, 1)]
     middle = bare[1] | {"upstream": {"start": bare[0]}}
     seconds = []
     for seed in (0, -1):
-        record = runs.ensure(toy(tmp_path, seed=seed, upstream={"teacher": middle}))
+        record = ensure.ensure(toy(tmp_path, seed=seed, upstream={"teacher": middle}))
         seconds.append(record["seconds"])
         toy(tmp_path, **middle).weights.unlink()
-    assert seconds[0] == {"wall": 1, "cpu": 0.5, "upstream": 110}
-    assert seconds[1] == {"wall": 0.1, "cpu": 0.05, "upstream": 10}
+    assert seconds == [{"wall": 1, "cpu": 0.5}, {"wall": 0.1, "cpu": 0.05}]
 
 
 @pytest.mark.usefixtures("_toy_task")
@@ -225,38 +238,41 @@ def test_a_run_that_diverges_again_gives_the_same_numbers(
 ) -> None:
     """NaN is null in its record. Its arrays stay as they were: the record holds their digest."""
 
-    def diverge(run: runs.Run) -> runs.Result:
+    def diverge(run: Run) -> Result:
         work(run)
-        return runs.Result({"test/accuracy": float("nan")}, "diverged", arrays={"x": np.random.default_rng().random(3)})
+        return Result({"test/accuracy": float("nan")}, "diverged", arrays={"x": np.random.default_rng().random(3)})
 
-    monkeypatch.setattr("gradexp.tasks.toy", diverge)
+    monkeypatch.setattr(Toy, "does", staticmethod(diverge))
     teacher = toy(tmp_path, seed=7)
-    runs.ensure(teacher)
-    before = runs.read_arrays(teacher.record_path)["x"]
-    student = student_of_rebuilt(teacher, tmp_path)
-    assert "same numbers" in capsys.readouterr().out
-    assert "remade" not in student["upstream"]["teacher"]
-    np.testing.assert_array_equal(runs.read_arrays(teacher.record_path)["x"], before)
+    ensure.ensure(teacher)
+    before = record.read_arrays(teacher.record_path)["x"]
+    student_of_rebuilt(teacher, tmp_path)
+    assert "same numbers as its record\n" in capsys.readouterr().out
+    np.testing.assert_array_equal(record.read_arrays(teacher.record_path)["x"], before)
 
 
 @pytest.mark.usefixtures("_toy_task")
-def test_a_teacher_that_is_rebuilt_to_other_numbers_is_noted_by_its_users(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_teacher_that_is_rebuilt_to_other_weights_is_told_by_digests(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As on another machine; its record stays, and a third building that gives the record's numbers is noted no more."""
+    """As on another machine: its record stays, and its user's record names the file that was used."""
 
-    def elsewhere(run: runs.Run) -> runs.Result:
+    def elsewhere(run: Run) -> Result:
         done = work(run)
-        return runs.Result({name: float(str(value)) + 0.25 for name, value in done.metrics.items()} | {"curve": [1.0]})
+        run.weights.write_bytes(b"other weights")
+        return Result({name: float(str(value)) + 0.25 for name, value in done.metrics.items()})
 
     teacher = toy(tmp_path, seed=7)
-    before = runs.ensure(teacher)
-    noted = []
-    for seed, task in enumerate((elsewhere, work)):
-        monkeypatch.setattr("gradexp.tasks.toy", task)
-        noted.append(student_of_rebuilt(teacher, tmp_path, seed)["upstream"]["teacher"].get("remade"))
-    assert noted == [{"test/accuracy": 57.25}, None]
+    before = ensure.ensure(teacher)
+    monkeypatch.setattr(Toy, "does", staticmethod(elsewhere))
+    student = student_of_rebuilt(teacher, tmp_path)
+    assert "test/accuracy 57.0 -> 57.25" in capsys.readouterr().out
     assert teacher.record() == before
+    used = student["upstream"]["teacher"]["weights_sha256"]
+    assert used == sha256(teacher.weights) != before["product"]["sha256"]
+    assert "was done again after its record was written" in provenance.origins([student], [before])
+    same = student | {"upstream": {"teacher": student["upstream"]["teacher"] | {"weights_sha256": before["product"]["sha256"]}}}
+    assert "was done" not in provenance.origins([same], [before])
 
 
 @pytest.mark.usefixtures("_toy_task")
@@ -266,16 +282,15 @@ def test_files_that_are_rebuilt_otherwise_are_noted_though_no_number_tells(
     """Saliency maps have no metric of their own: their digests say that they are others."""
     digests = iter("abc")
 
-    def maps(run: runs.Run) -> runs.Result:
+    def maps(run: Run) -> Result:
         work(run)
-        return runs.Result({"maps/test": 5.0}, facts={"sha256": {"test.npy": next(digests)}})
+        return Result({"maps/test": 5.0}, facts={"sha256": {"test.npy": next(digests)}})
 
-    monkeypatch.setattr("gradexp.tasks.toy", maps)
+    monkeypatch.setattr(Toy, "does", staticmethod(maps))
     upstream = toy(tmp_path, seed=7)
-    runs.ensure(upstream)
-    student = student_of_rebuilt(upstream, tmp_path)
+    ensure.ensure(upstream)
+    student_of_rebuilt(upstream, tmp_path)
     assert "same numbers as its record, from other files" in capsys.readouterr().out
-    assert student["upstream"]["teacher"]["remade"] == {}
 
 
 @pytest.mark.usefixtures("_toy_task")
@@ -284,29 +299,26 @@ def test_a_training_that_ends_at_the_same_number_by_another_curve_is_noted(
 ) -> None:
     losses = iter([2.25, 2.5, 2.25])  # of the teacher, of the teacher again, of its student
 
-    def other(run: runs.Run) -> runs.Result:
-        return runs.Result(work(run).metrics | {"train/loss": [4.0, next(losses)]})
+    def other(run: Run) -> Result:
+        return Result(work(run).metrics | {"train/loss": [4.0, next(losses)]})
 
-    monkeypatch.setattr("gradexp.tasks.toy", other)
+    monkeypatch.setattr(Toy, "does", staticmethod(other))
     teacher = toy(tmp_path, seed=7)
-    runs.ensure(teacher)
-    student = student_of_rebuilt(teacher, tmp_path)
+    ensure.ensure(teacher)
+    student_of_rebuilt(teacher, tmp_path)
     assert "same numbers as its record, by other curves" in capsys.readouterr().out
-    assert student["upstream"]["teacher"]["remade"] == {}
 
 
 def _compete(tmp_path: Path, barrier: Any, results: Any) -> None:
     import time
 
-    import gradexp.tasks
-
-    def slowly(run: runs.Run) -> runs.Result:
+    def slowly(run: Run) -> Result:
         time.sleep(1)
         return work(run)
 
-    gradexp.tasks.toy = slowly  # type: ignore[attr-defined]
+    Toy.does = staticmethod(slowly)
     barrier.wait()
-    results.put(runs.ensure(toy(tmp_path)))
+    results.put(ensure.ensure(toy(tmp_path)))
 
 
 @pytest.mark.usefixtures("_toy_task")
@@ -326,7 +338,7 @@ def test_of_two_workers_one_works_and_both_get_the_record(tmp_path: Path) -> Non
 @pytest.mark.usefixtures("_toy_task")
 def test_a_dead_workers_lock_is_free(tmp_path: Path) -> None:
     def hold() -> None:
-        with runs._locked(toy(tmp_path)):
+        with ensure._locked(toy(tmp_path)):
             ready.set()
             import time
 
@@ -339,21 +351,21 @@ def test_a_dead_workers_lock_is_free(tmp_path: Path) -> None:
     assert ready.wait(20)
     worker.kill()
     worker.join()
-    assert runs.ensure(toy(tmp_path))["status"] == "finished"
+    assert ensure.ensure(toy(tmp_path))["status"] == "finished"
 
 
 @pytest.mark.usefixtures("_toy_task")
 def test_a_failing_run_leaves_no_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(_: runs.Run) -> runs.Result:
+    def fail(_: Run) -> Result:
         raise UserError("no")
 
-    monkeypatch.setattr("gradexp.tasks.toy", fail)
+    monkeypatch.setattr(Toy, "does", staticmethod(fail))
     with pytest.raises(UserError):
-        runs.ensure(toy(tmp_path))
+        ensure.ensure(toy(tmp_path))
     assert not list(tmp_path.rglob("*.json"))
 
 
 def test_digests_of_runs_of_one_kind_do_not_hide_each_other() -> None:
     """A judge and a model both have weights."""
-    used = {"model": {"id": "a", "weights_sha256": "1", "remade": {}}, "judge": {"id": "b", "weights_sha256": "2"}}
-    assert runs.digests(used | {"maps": {"id": "c", "maps_sha256": "3"}}) == {"model": "1", "judge": "2", "maps": "3"}
+    used = {"model": {"id": "a", "weights_sha256": "1"}, "judge": {"id": "b", "weights_sha256": "2"}}
+    assert ensure.digests(used | {"maps": {"id": "c", "maps_sha256": "3"}}) == {"model": "1", "judge": "2", "maps": "3"}

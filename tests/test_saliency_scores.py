@@ -22,11 +22,13 @@ from gradexp.data.loader import Batch, TensorLoader
 from gradexp.data.removal import MANIFEST, Removal
 from gradexp.data.sources import Split
 from gradexp.engine.compose import compose_run, plan
-from gradexp.engine.runs import ROOT, Paths, Run, ensure
+from gradexp.engine.ensure import ensure
+from gradexp.engine.evaluation import Evaluation
+from gradexp.engine.run import ROOT, Paths, Run
 from gradexp.evaluate.digit_flip import DigitFlip
 from gradexp.evaluate.pixel_perturbation import PixelPerturbation
 from gradexp.saliency import Saliency
-from gradexp.tasks import saliency_maps, saliency_score
+from gradexp.tasks import saliency_maps
 
 BLACK = torch.zeros(1, 1, 1)
 
@@ -265,12 +267,12 @@ def paths(folder: Path) -> list[str]:
 def test_the_baseline_of_roar_is_one_run_and_stands_on_no_maps() -> None:
     runs = [plan(["experiment=roar", f"upstream.maps.saliency={name}", "data.removal=null"]) for name in ("random", "gradcam")]
     assert runs[0].config == runs[1].config
-    assert runs[0].upstream == ()
+    assert not runs[0].upstream
 
 
 def test_the_seeds_of_roar_share_their_images_and_maps() -> None:
     first, second = (plan(["experiment=roar", "scale=cpu", f"seed={seed}"]) for seed in (0, 1))
-    assert first.upstream[0].config == second.upstream[0].config
+    assert first.upstream["maps"].config == second.upstream["maps"].config
     assert first.config["data"] == second.config["data"]
     subsets = [digits(seed=seed, subset_seed=0).fingerprint()["subset"] for seed in (0, 1)]
     assert subsets[0] == subsets[1] == digits().fingerprint()["subset"] != digits(seed=1).fingerprint()["subset"]
@@ -303,7 +305,7 @@ def test_roar_from_end_to_end(tmp_path: Path, run_py: Callable[..., "subprocess.
         places[ruined] = -1
         places.flush()
         manifest.unlink()
-        ensure(run, needs=manifest.exists)
+        ensure(run, product=True)
         assert test.read_bytes() == whole
 
 
@@ -365,8 +367,8 @@ def test_vgg16_on_imagenet_from_end_to_end(tmp_path: Path) -> None:
 def test_the_first_images_are_as_many_as_asked() -> None:
     look = SimpleNamespace(data=digits(), hardware=SimpleNamespace(device="cpu"))
     for limit, sizes in ((5, [4, 1]), (8, [4, 4]), (3, [3])):
-        batches, count = saliency_score.first_images(look, limit, 4)  # type: ignore[arg-type]
+        batches, count = Evaluation.first_images(look, limit, 4)  # type: ignore[arg-type]
         assert [len(batch.images) for batch in batches] == sizes
         assert count == len(sizes)
-    everything, _ = saliency_score.first_images(look, None, 100)  # type: ignore[arg-type]
+    everything, _ = Evaluation.first_images(look, None, 100)  # type: ignore[arg-type]
     assert sum(len(batch.images) for batch in everything) == look.data.fingerprint()["test_images"]

@@ -8,7 +8,7 @@ import pytest
 
 from gradexp.base.errors import UserError
 from gradexp.engine.many import _last_line
-from gradexp.engine.runs import ROOT
+from gradexp.engine.run import ROOT
 
 sys.path.insert(0, str(ROOT / "scripts"))
 

@@ -13,40 +13,21 @@ from typing import Any
 
 import pytest
 import yaml
+from fakes import at, fake_plan, fake_run
 
 from gradexp.base.errors import UserError
 from gradexp.engine.compose import plan
-from gradexp.engine.runs import ROOT, Paths, run_id, write_record
+from gradexp.engine.record import write_record
+from gradexp.engine.run import ROOT, run_id
 from gradexp.report import formats, provenance, tables
 from gradexp.report import specs as report_specs
-from gradexp.report.specs import Source
 
 GOLDEN = ROOT / "tests" / "golden"
 SPEC: dict[str, Any] = yaml.safe_load((GOLDEN / "table.yaml").read_text())
 
 
-@dataclasses.dataclass(frozen=True)
-class Planned:
-    config: dict[str, Any]
-    command: str
-    upstream: tuple["Planned", ...] = ()
-
-    @property
-    def id(self) -> str:
-        return run_id(self.config)
-
-
-def fake_plan(overrides: Sequence[str]) -> Planned:
-    """A planner whose configs are the overrides themselves: ids do not change with conf/."""
-    settings = dict(word.split("=") for word in overrides)
-    config = {"name": settings.pop("experiment"), "scale": {"name": settings.pop("scale")}, "upstream": {}}
-    passes = 500 if config["scale"]["name"] == "paper" else 60
-    config["data"] = {"name": "toy"}
-    return Planned({**config, "settings": settings, "optim": {"passes": passes}}, f"python run.py {' '.join(overrides)}")
-
-
 def table(results: Path = GOLDEN, scale: str = "cpu") -> tables.Table:
-    return tables.build(SPEC, scale, fake_plan, Paths(Path("data"), results, Path("outputs")))
+    return tables.build(SPEC, scale, at(results, fake_plan))
 
 
 @pytest.mark.parametrize(
@@ -119,7 +100,7 @@ def test_seeds_of_which_one_diverged_have_no_deviation(tmp_path: Path) -> None:
 
 
 def test_where_cells_depart_differently_both_are_said(tmp_path: Path) -> None:
-    made = tables.build(report_specs.load("table", "2.2"), "cpu", plan, Paths(Path("data"), tmp_path, Path("outputs")))
+    made = tables.build(report_specs.load("table", "2.2"), "cpu", at(tmp_path, plan))
     (optimizer,) = [here for key, here, _ in made.departures if key == "upstream.model.optim.optimizer"]
     assert optimizer == "Adam(lr=0.003) or Adam(lr=0.003, weight_decay=0.001)"
 
@@ -133,7 +114,7 @@ def test_the_oracle_that_table_2_3_asks_for_is_the_one_that_its_rows_use() -> No
 def test_latex_has_no_letter_that_it_can_not_print(tmp_path: Path) -> None:
     for number in report_specs.numbers("table"):
         spec = report_specs.load("table", number)
-        made = tables.build(spec, next(reversed(spec["seeds"])), plan, Paths(Path("data"), tmp_path, Path("outputs")))
+        made = tables.build(spec, next(reversed(spec["seeds"])), at(tmp_path, plan))
         assert formats.to_latex(made).isascii(), number
 
 
@@ -171,14 +152,13 @@ def test_a_teacher_that_was_made_twice_is_said() -> None:
     assert provenance.origins(records[:2]) == "2 runs, 2.0 h; precision 32 on here; commit cccccccc."
     unpacked = {**records[0], "git": {"commit": None, "dirty": False}}
     assert provenance.origins([unpacked]).endswith("commit none.")
-    second["remade"] = {"test/accuracy": 63.8612}
+    second["remade"] = {"test/accuracy": 63.8612}  # as records of an earlier version have it
     assert provenance.origins(records).endswith(
-        "Run aa (teacher) was made 2 times, its files are 01234567 (2 runs: run0, run1); "
-        "98765432, test/accuracy 63.86 (1 run: run2)."
+        "Run aa (teacher) was done 2 times; its files: 01234567 (2 runs: run0, run1); 98765432 (1 run: run2)."
     )
     # The runs may all stand on the second one, while what is said of a teacher comes from the first one's record.
     assert provenance.origins(records[2:]).endswith(
-        "Run aa (teacher) was made again after its record, its files are 98765432, test/accuracy 63.86 (1 run: run2)."
+        "Run aa (teacher) was done again after its record was written; its files: 98765432 (1 run: run2)."
     )
 
 
@@ -215,7 +195,7 @@ def test_many_runs_are_counted_and_not_listed() -> None:
     place = {"precision": "32", "device": "here", "git": {"commit": "c" * 40, "dirty": False}, "seconds": {"wall": 3600}}
     teacher = {"id": "aa", "weights_sha256": "0123456789", "remade": {"test/accuracy": 64.5}}
     records = [{"id": f"run{i}", "upstream": {"teacher": teacher}, **place} for i in range(6)]
-    assert provenance.origins(records).endswith("01234567, test/accuracy 64.50 (6 runs).")
+    assert provenance.origins(records).endswith("01234567 (6 runs).")
     assert "(5 runs: run0, run1, run2, run3, run4)." in provenance.origins(records[:5])
 
 
@@ -259,7 +239,7 @@ def test_departures_that_a_note_describes_are_not_listed() -> None:
 
 
 def table_with(**changes: Any) -> tables.Table:
-    return tables.build({**SPEC, **changes}, "quick", fake_plan, Paths(Path("data"), GOLDEN, Path("outputs")))
+    return tables.build({**SPEC, **changes}, "quick", at(GOLDEN, fake_plan))
 
 
 @pytest.mark.parametrize(("wrong", "right"), [("nots", "notes"), ("rows: [{labl: a}]\ntitle", "label")])
@@ -284,17 +264,17 @@ def test_a_table_that_is_no_table_is_an_error(text: str, said: str, tmp_path: Pa
 
 def test_a_misspelt_metric_is_an_error_and_no_diverged_run() -> None:
     with pytest.raises(UserError, match="has no metric test/acuracy, did you mean test/accuracy"):
-        tables.build({**SPEC, "metric": "test/acuracy"}, "cpu", fake_plan, Paths(Path("data"), GOLDEN, Path("outputs")))
+        tables.build({**SPEC, "metric": "test/acuracy"}, "cpu", at(GOLDEN, fake_plan))
 
 
 def test_a_column_that_paper_does_not_have_is_set_against_its_first() -> None:
-    made = tables.build(report_specs.load("table", "4.1-size"), "cpu", plan, Paths(Path("data"), GOLDEN, Path("outputs")))
+    made = tables.build(report_specs.load("table", "4.1-size"), "cpu", at(GOLDEN, plan))
     assert ("data.per_class", "5", "50") in made.departures
     assert not any("mark their places" in sentence for sentence in made.caption)  # it has no number of the thesis
 
 
 def test_a_table_of_held_out_images_says_that_the_test_set_is_not_read() -> None:
-    made = tables.build(report_specs.load("table", "4.3-grid"), "cpu", plan, Paths(Path("data"), GOLDEN, Path("outputs")))
+    made = tables.build(report_specs.load("table", "4.3-grid"), "cpu", at(GOLDEN, plan))
     assert "Seeds: 0. Training images that are held out take the test set's place, after the last step." in made.caption
     assert not any(cell.thesis for cell in made.cells)
 
@@ -334,7 +314,7 @@ def test_a_column_may_have_seeds_of_its_own() -> None:
     for _, column, runs in tables.runs_of(spec, "cpu"):
         assert list(runs) == ([7] if column["label"] == first["label"] else [0, 1])
         assert [words[-1] for words in runs.values()] == [f"seed={seed}" for seed in runs]
-    made = tables.build(spec, "cpu", fake_plan, Paths(Path("data"), GOLDEN, Path("outputs")))
+    made = tables.build(spec, "cpu", at(GOLDEN, fake_plan))
     assert f"Seeds: 0, 1 (column {first['label']}: 7). The test set is read once, after the last step." in made.caption
 
 
@@ -371,18 +351,17 @@ def test_committed_records_are_whole() -> None:
 
 def test_rendered_tables_are_up_to_date() -> None:
     """A committed table is what its committed records give."""
-    paths = Paths(ROOT / "data", ROOT / "results", ROOT / "outputs")
     for file in committed("tables/*.csv"):
         number = file.stem.removeprefix("table_").replace("_", ".")
         spec = report_specs.load("table", number)
-        made = tables.build(spec, file.parent.name, plan, paths)
+        made = tables.build(spec, file.parent.name, plan)
         assert formats.to_csv(made) == file.read_text(), f"make tables SCALE={file.parent.name}"
 
 
 def test_a_cell_of_two_metrics_shows_both_and_is_judged_by_the_last() -> None:
     thesis = tables.Thesis(75.37, True), tables.Thesis(85.64, True)
     parts = [
-        tables.Cell("a", "x", (Source("a", Path("a.json"), ""),), printed, True, name, (value,))
+        tables.Cell("a", "x", (fake_run("a", Path("a.json")),), printed, True, name, (value,))
         for name, value, printed in (("accuracy", 70.0, thesis[0]), ("gan_test", 80.0, thesis[1]))
     ]
     both = dataclasses.replace(parts[0], others=(parts[1],))
@@ -406,7 +385,7 @@ def test_a_cell_of_two_metrics_shows_both_and_is_judged_by_the_last() -> None:
 
 def test_a_scale_may_run_only_some_cells(tmp_path: Path) -> None:
     spec = SPEC | {"only": {"quick": [["A only", "5"]]}}
-    made = tables.build(spec, "quick", fake_plan, Paths(Path("data"), tmp_path, Path("outputs")))
+    made = tables.build(spec, "quick", at(tmp_path, fake_plan))
     assert [(source.command.split()[4:6]) for source in made.missing] == [["method=a", "data.per_class=5"]]
     assert [formats.ours(made.cell("A only", column)) for column in ("1", "5")] == ["n/a", "–"]
     assert "not part of this scale" in " ".join(made.caption)
@@ -420,6 +399,6 @@ def test_the_thesiss_quantities_are_told_apart() -> None:
 
 def test_every_part_of_table_5_2_stands_beside_the_thesis(tmp_path: Path) -> None:
     spec = report_specs.load("table", "5.2")
-    made = tables.build(spec, "quick", plan, Paths(Path("data"), tmp_path, Path("outputs")))
+    made = tables.build(spec, "quick", at(tmp_path, plan))
     assert formats.printed(made.cell("λ = 1e-5", "μ = 1e-3")) == "75.37 / 85.64"
     assert all(part.thesis for cell in made.cells for part in cell.parts)

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from gradexp.engine.compose import plan
-from gradexp.engine.runs import Config, Planned, identity
+from gradexp.engine.run import Config, Run, identity
 from gradexp.report import figures, specs, tables
 
 PAGE = yaml.safe_load(Path(__file__).with_name("thesis_settings.yaml").read_text(encoding="utf-8"))
@@ -25,12 +25,11 @@ LEFT_OUT = re.compile(r"(^|\.)(name|version|_partial_)$|^(data|model)\.(channels
 NAMED = ("data.name",)  # which data set it is, all the same
 
 
-def settings(run: Planned) -> Config:
+def settings(run: Run) -> Config:
     """{setting: value} of all that a run's id depends on; `^teacher` and the like: those of the runs that it stands on."""
     config = {key: value for key, value in identity(run.config).items() if key not in ("scale", "upstream")}
     flat = {key: value for key, value in _flat(config, "") if key in NAMED or not LEFT_OUT.search(key)}
-    names = run.config["upstream"]
-    return flat | {f"^{name}": settings(below) for name, below in zip(names, run.upstream, strict=True)}
+    return flat | {f"^{name}": settings(below) for name, below in run.upstream.items()}
 
 
 def _flat(node: Config, prefix: str) -> Iterator[tuple[str, Any]]:

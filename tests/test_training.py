@@ -15,8 +15,9 @@ from gradexp.base.files import sha256
 from gradexp.engine import loggers
 from gradexp.engine.build import build
 from gradexp.engine.compose import compose_run
+from gradexp.engine.ensure import ensure
 from gradexp.engine.hardware import Hardware, native_bf16
-from gradexp.engine.runs import Paths, Run, ensure
+from gradexp.engine.run import Paths, Run
 from gradexp.tasks import train
 from gradexp.training.classifier import Classifier
 from gradexp.training.optim import Optim, one_cycle, steps_down
@@ -98,7 +99,7 @@ def test_losing_the_evaluation_loses_no_training(places: list[str], monkeypatch:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("gradexp.tasks.train.accuracy", interrupt)
+        patch.setattr("gradexp.tasks.train.accuracy_on_test", interrupt)
         with pytest.raises(KeyboardInterrupt):
             ensure(run(again, "trainer.checkpoint_every=0"))
     (checkpoint,) = Path(run(again).folder).glob("last.ckpt")
@@ -112,7 +113,7 @@ def test_a_record_that_can_not_be_written_loses_no_training(places: list[str], m
     steps, step = [], Classifier.training_step
     monkeypatch.setattr(Classifier, "training_step", lambda *args: steps.append(1) or step(*args))
     with monkeypatch.context() as patch:
-        patch.setattr("gradexp.engine.runs.write_record", lambda *_: 1 / 0)
+        patch.setattr("gradexp.engine.ensure.write_record", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             ensure(run(places, "trainer.checkpoint_every=0"))
     done = len(steps)
@@ -233,10 +234,8 @@ def test_impossible_hardware_is_an_error(places: list[str], word: str, monkeypat
 
 
 def test_the_test_set_is_read_once_at_the_end(places: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    from gradexp.tasks import train
-
     seen: list[int] = []
-    monkeypatch.setattr(train, "accuracy", lambda *_, **__: seen.append(1) or 0.0)
+    monkeypatch.setattr(train, "accuracy_on_test", lambda *_, **__: seen.append(1) or 0.0)
     ensure(run(places))
     assert seen == [1]
 
@@ -310,7 +309,7 @@ def test_a_logger_that_fails_when_it_is_closed_is_said(tmp_path: Path, capsys: p
         def finalize(self, status: str) -> None:
             raise OSError("no upload")
 
-    loggers.finish(Broken(tmp_path), {"test/accuracy": 1.0})
+    loggers.close(Broken(tmp_path), {"test/accuracy": 1.0})
     assert "no upload" in capsys.readouterr().out
 
 

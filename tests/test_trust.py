@@ -12,10 +12,12 @@ from gradexp.base import files
 from gradexp.base.errors import Stopped, UserError
 from gradexp.data.digits import Digits
 from gradexp.data.sources import Split
-from gradexp.engine import schema
+from gradexp.engine import record as records
 from gradexp.engine.build import build
 from gradexp.engine.compose import compose_run
-from gradexp.engine.runs import HARDWARE, ROOT, Paths, Run, differing_split, ensure, read_record, write_record
+from gradexp.engine.ensure import differing_split, ensure
+from gradexp.engine.record import read_record, write_record
+from gradexp.engine.run import HARDWARE, ROOT, Paths, Run
 from gradexp.engine.verify import Finding, alike, verify
 
 TINY = ["scale=quick", "scale.width=0.04", "optim.passes=2", "data.per_class=3", "trainer.threads=1", "logger=none"]
@@ -63,7 +65,7 @@ def test_settings_of_the_gpu_are_there_before_torch() -> None:
 
 def test_committed_records_are_valid() -> None:
     for path in (ROOT / "results" / "runs").glob("*/*.json"):
-        assert schema.faults(read_record(path), complete=True) == [], path
+        assert records.faults(read_record(path), complete=True) == [], path
 
 
 BROKEN: dict[str, Any] = {
@@ -81,17 +83,17 @@ BROKEN: dict[str, Any] = {
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_record_is_not_valid(name: str, places: list[str]) -> None:
     good = json.loads(next((ROOT / "results" / "runs" / "teacher").glob("*.json")).read_text())
-    assert schema.faults(good, complete=True) == []
-    assert schema.faults({**good, name: BROKEN[name]}, complete=True)
-    assert schema.faults({key: value for key, value in good.items() if key != name}, complete=True)
+    assert records.faults(good, complete=True) == []
+    assert records.faults({**good, name: BROKEN[name]}, complete=True)
+    assert records.faults({key: value for key, value in good.items() if key != name}, complete=True)
 
 
 def test_a_finished_record_has_all_its_steps() -> None:
     good = json.loads(next((ROOT / "results" / "runs" / "teacher").glob("*.json")).read_text())
     short = {**good, "planned_steps": good["steps"] + 1}
-    assert schema.faults({**good, "planned_steps": good["steps"]}, complete=False) == []
-    assert "ended after" in schema.faults(short, complete=False)[0]
-    assert schema.faults({**short, "status": "diverged"}, complete=False) == []
+    assert records.faults({**good, "planned_steps": good["steps"]}, complete=False) == []
+    assert "ended after" in records.faults(short, complete=False)[0]
+    assert records.faults({**short, "status": "diverged"}, complete=False) == []
 
 
 def test_verify_finds_what_is_wrong(places: list[str]) -> None:
@@ -167,7 +169,7 @@ def test_a_student_of_other_images_than_its_teachers_is_refused(
     first = run(places, *DISTILL, "method=a")
     ensure(first)
     if weights == "lost":
-        first.upstream("teacher").weights.unlink()
+        first.upstream["teacher"].weights.unlink()
     relabelled(monkeypatch)
     second = run(places, *DISTILL, "method=ce_a")
     with pytest.raises(UserError, match=r"the train images of digits are not those of teacher \w{12} .*paths.data=FOLDER"):

@@ -20,7 +20,7 @@ from gradexp.base.errors import UserError, nearest
 from gradexp.engine import remembered
 from gradexp.engine import resolvers as resolvers  # conf/ uses them
 from gradexp.engine.registry import check_targets
-from gradexp.engine.runs import HARDWARE, ROOT, Config, Planned
+from gradexp.engine.run import HARDWARE, ROOT, Config, Paths, Run, hardware
 
 CONF = ROOT / "conf"
 HYDRA_OPTIONS = (  # a word follows them
@@ -37,14 +37,19 @@ def compose_run(overrides: Sequence[str]) -> Config:
     return plan(overrides).config
 
 
-def plan(overrides: Sequence[str]) -> Planned:
+def plan(overrides: Sequence[str], extra: Sequence[str] = ()) -> Run:
     """The run that `python run.py OVERRIDES` stands for, with its upstream runs.
+
+    extra: overrides of hardware and paths, which are not part of the run's command.
 
     Each entry of `upstream` (experiment, model, ... as on a command line) becomes the whole config of that run
     at the same scale; the ones that neither the method nor the data (saliency maps, for ROAR) need are dropped.
     A run without a method (one that looks at a trained model) stands on all of them.
     """
-    config = _compose(tuple(overrides))
+    return _plan(tuple(overrides), _compose((*overrides, *extra)))
+
+
+def _plan(overrides: tuple[str, ...], config: Config) -> Run:
     known = _compose(("experiment=teacher",)).keys() | {folder.name for folder in CONF.iterdir() if folder.is_dir()}
     for key in config:
         if key not in known:
@@ -60,10 +65,10 @@ def plan(overrides: Sequence[str]) -> Planned:
             _check_pixels(config, run.config, name)
     check_targets(config | {"upstream": {}})
     nested = {name: {key: value for key, value in run.config.items() if key not in HARDWARE} for name, run in upstream.items()}
-    return Planned(tuple(overrides), config | {"upstream": nested}, tuple(upstream.values()))
+    return Run(config | {"upstream": nested}, Paths.of(config), overrides, upstream)
 
 
-def _upstream(config: Config, name: str) -> Planned:
+def _upstream(config: Config, name: str) -> Run:
     choices = config["upstream"].get(name)
     if choices is None:
         who = f"method {config['method']['name']}" if "method" in config else "it"
@@ -71,7 +76,8 @@ def _upstream(config: Config, name: str) -> Planned:
             f"experiment {config['name']}: {who} needs a {name}, and none is named; name the experiment that gives it: "
             f"+upstream.{name}.experiment=NAME"
         )
-    return plan([*_as_overrides(choices), f"scale={config['scale']['name']}"])
+    overrides = (*_as_overrides(choices), f"scale={config['scale']['name']}")
+    return _plan(overrides, _compose(overrides) | hardware(config))
 
 
 def _check_pixels(config: Config, upstream: Config, name: str) -> None:

@@ -22,9 +22,11 @@ from typing import Any
 from joblib import cpu_count
 
 from gradexp.base.errors import STOPPED, UserError
-from gradexp.engine.compose import compose_run
+from gradexp.engine.compose import plan
+from gradexp.engine.ensure import ensure
 from gradexp.engine.exits import honest
-from gradexp.engine.runs import LOADED, Paths, Run, ensure, git_state, say
+from gradexp.engine.origin import LOADED, git_state
+from gradexp.engine.record import say
 
 # Every run is forked from one server that has already imported what training needs: a process of its own,
 # without the ten seconds of imports that a fresh interpreter costs.
@@ -54,8 +56,7 @@ class Work:
             torch.set_num_threads(threads)
         try:
             with honest():
-                config = compose_run(self.overrides)
-                say(ensure(Run(config, Paths.of(config))))
+                say(ensure(plan(self.overrides)))
         except Exception:
             traceback.print_exc()
             sys.exit(1)

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 from gradexp.base.errors import UserError
 from gradexp.engine.build import build
-from gradexp.engine.runs import Run
+from gradexp.engine.run import Run
 
 
 def make_logger(run: Run) -> Any | None:
@@ -57,7 +57,7 @@ def wandb(*, run: Run, group: str, project: str) -> Any:
     )
 
 
-def finish(logger: Any | None, metrics: dict[str, float]) -> None:
+def close(logger: Any | None, metrics: dict[str, float]) -> None:
     """Logs the final numbers and closes the logger, so that the next run of this process gets its own."""
     if logger is None:
         return

@@ -12,7 +12,7 @@ from typing import Any
 from gradexp.engine.build import build
 from gradexp.engine.compose import compose_run
 from gradexp.engine.launchers import Local, Slurm, Work
-from gradexp.engine.runs import Paths, Planned
+from gradexp.engine.run import Run
 
 
 @dataclass(frozen=True)
@@ -21,26 +21,25 @@ class Failure:
     log: Path
 
 
-def missing(planned: Iterable[Planned], paths: Paths) -> list[Planned]:
+def missing(runs: Iterable[Run]) -> list[Run]:
     """Runs without a record, once each, in order."""
-    unique = {run.id: run for run in planned}
-    return [run for run in unique.values() if not paths.record(run.config).exists()]
+    return [run for run in dict.fromkeys(runs) if not run.finished]
 
 
-def generations(runs: Sequence[Planned], paths: Paths) -> list[list[Planned]]:
+def generations(runs: Sequence[Run]) -> list[list[Run]]:
     """The runs and all missing ones below them, once each: every run in a later generation than those it stands on.
 
     One with a record but without its weights is done again by its first user, the others wait for it.
     """
-    depth: dict[str, tuple[int, Planned]] = {}
+    depth: dict[str, tuple[int, Run]] = {}
 
-    def visit(run: Planned) -> int:
+    def visit(run: Run) -> int:
         if run.id not in depth:
-            below = missing(run.upstream, paths)
+            below = missing(run.upstream.values())
             depth[run.id] = (1 + max(map(visit, below), default=-1), run)
         return depth[run.id][0]
 
-    for run in missing(runs, paths):
+    for run in missing(runs):
         visit(run)
     last = max((level for level, _ in depth.values()), default=-1)
     return [[run for level, run in depth.values() if level == wanted] for wanted in range(last + 1)]
@@ -53,32 +52,32 @@ def make_launcher(name: str, words: Sequence[str] = ()) -> Any:
 
 
 def run_all(
-    runs: Sequence[Planned], paths: Paths, *, workers: int, extra: Sequence[str] = (), launcher: Local | Slurm | None = None
+    runs: Sequence[Run], *, workers: int, extra: Sequence[str] = (), launcher: Local | Slurm | None = None
 ) -> list[Failure]:
     """Does the runs, their upstream runs first and once; returns those that failed and those that wait for them.
 
     extra: hardware overrides for every run. The cores are shared out among the workers.
     """
-    launcher, stages = launcher or Local(), generations(runs, paths)
+    launcher, stages = launcher or Local(), generations(runs)
     tell = _Progress(sum(map(len, stages)))
     failed: dict[str, Failure] = {}
     for stage in stages:
         ready = []
         for run in stage:
-            cause = next((failed[below.id] for below in run.upstream if below.id in failed), None)
+            cause = next((failed[below.id] for below in run.upstream.values() if below.id in failed), None)
             if cause:
                 failed[run.id] = Failure(run.command, cause.log)
             else:
                 ready.append(run)
-        failed |= _do_stage(ready, paths, workers, extra, launcher, tell)
+        failed |= _do_stage(ready, workers, extra, launcher, tell)
     return list(failed.values())
 
 
 def _do_stage(
-    runs: Sequence[Planned], paths: Paths, workers: int, extra: Sequence[str], launcher: Local | Slurm, tell: _Progress
+    runs: Sequence[Run], workers: int, extra: Sequence[str], launcher: Local | Slurm, tell: _Progress
 ) -> dict[str, Failure]:
     """Does runs that do not wait for each other, and says how each ended; {id: failure} of those that failed."""
-    works = [Work((*run.overrides, *extra), paths.folder(run.config) / "log.txt") for run in runs]
+    works = [Work((*run.overrides, *extra), run.folder / "log.txt") for run in runs]
     failed: dict[str, Failure] = {}
 
     def said(number: int, code: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,8 +15,9 @@ import torch
 from gradexp.base.files import intact, write_sealed
 from gradexp.engine import clocks
 from gradexp.engine.hardware import Hardware
+from gradexp.engine.origin import git_state
 from gradexp.engine.progress import Progress
-from gradexp.engine.runs import Run, digests, git_state
+from gradexp.engine.run import Run
 
 Item = TypeVar("Item")
 Piece = TypeVar("Piece")  # tensors on the CPU, numbers, and containers of these
@@ -27,14 +28,15 @@ class Pieces:
 
     What is drawn at random for a piece must depend on its number alone, so that the numbers of a resumed run are those of
     an undisturbed one. Pieces that stand on other files of upstream runs are not taken, nor damaged ones.
+
+    used: SHA-256 of the files of upstream runs, by name.
     """
 
-    def __init__(self, run: Run, hardware: Hardware) -> None:
-        self.run, self.title = run, f"{run.config['name']} {run.id}"
-        used = digests(run.used)
-        self.folder = run.pieces / hashlib.sha256(json.dumps(used, sort_keys=True).encode()).hexdigest()[:12]
+    def __init__(self, run: Run, hardware: Hardware, used: Mapping[str, str]) -> None:
+        self.run, self.title = run, f"{run.name} {run.id}"
+        self.folder = run.pieces / hashlib.sha256(json.dumps(dict(used), sort_keys=True).encode()).hexdigest()[:12]
         facts = hardware.facts(mixed=False)
-        self.origin = {"git": git_state(), "device": facts["device"], "precision": facts["precision"], "upstream": used}
+        self.origin = {"git": git_state(), "device": facts["device"], "precision": facts["precision"], "upstream": dict(used)}
         self.earlier = dict.fromkeys(clocks.CLOCKS, 0.0)
         self.attempts: list[dict[str, Any]] = []  # earlier ones whose origin was another
 

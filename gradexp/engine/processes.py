@@ -18,11 +18,17 @@ from typing import Any
 
 from gradexp.base.errors import STOPPED, UserError
 from gradexp.engine.callbacks import SIGNALS, hand_on
-from gradexp.engine.runs import Run
+from gradexp.engine.run import Run
 
 GRACE = 60  # seconds that processes have to write their checkpoint after a signal
 
 Part = Callable[[str], None]  # what each of the processes does, given the run's config as JSON
+
+
+def check_machines(nodes: int) -> None:
+    """Raises UserError where several machines are asked for outside a SLURM job."""
+    if nodes > 1 and "SLURM_JOB_NODELIST" not in os.environ:
+        raise UserError(f"trainer.num_nodes={nodes} needs a SLURM job of {nodes} machines; see docs/cluster.md")
 
 
 def train_together(run: Run, part: Part, *, devices: int, nodes: int) -> None:
@@ -30,13 +36,11 @@ def train_together(run: Run, part: Part, *, devices: int, nodes: int) -> None:
 
     Raises Stopped when a signal ended it, RuntimeError when a process failed.
     """
-    if nodes > 1 and "SLURM_JOB_NODELIST" not in os.environ:
-        raise UserError(f"trainer.num_nodes={nodes} needs a SLURM job of {nodes} machines; see docs/cluster.md")
     before: dict[int, Any] = {number: signal.getsignal(number) for number in SIGNALS}
     text = json.dumps(run.config)
     while True:
         try:
-            caught = launch(part, text, devices) if nodes == 1 else _launch_everywhere(text, devices, nodes)
+            caught = launch(part, text, devices) if nodes == 1 else _launch_everywhere(part, text, devices, nodes)
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -83,13 +87,14 @@ def launch(part: Part, text: str, devices: int, nodes: int = 1, endpoint: str = 
     return None
 
 
-def _launch_everywhere(text: str, devices: int, nodes: int) -> int | None:
-    """`launch` on every machine of the SLURM job (gradexp/tasks/machine.py)."""
+def _launch_everywhere(part: Part, text: str, devices: int, nodes: int) -> int | None:
+    """`launch` on every machine of the SLURM job (gradexp/engine/machine.py)."""
     hosts = ["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]]
     host = subprocess.run(hosts, capture_output=True, text=True, check=True).stdout.split()[0]
     port = 20000 + int(os.environ["SLURM_JOB_ID"]) % 20000  # two jobs of one machine rarely meet
     step = ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", "--kill-on-bad-exit=1"]
-    command = [*step, sys.executable, "-m", "gradexp.tasks.machine", text, str(devices), str(nodes), f"{host}:{port}"]
+    words = [f"{part.__module__}:{part.__name__}", text, str(devices), str(nodes), f"{host}:{port}"]
+    command = [*step, sys.executable, "-m", "gradexp.engine.machine", *words]
     caught: list[int] = []
 
     def forward(number: int, _: Any) -> None:

@@ -73,7 +73,7 @@ KINDS: dict[str, Kind] = {
     "saliency": Kind("a saliency method", package="gradexp.saliency", base="gradexp.saliency.method.Saliency"),
     "sampling": Kind("a sampler", ("gradexp.sampling.Ascent",)),
     "schedule": Kind("a schedule", ("gradexp.training.optim.steps_down", "gradexp.training.optim.one_cycle")),
-    "task": Kind("a task", package="gradexp.tasks", returns="Result"),
+    "task": Kind("a task", package="gradexp.tasks", base="gradexp.engine.task.Task"),
     "term": Kind("a loss term", package="gradexp.terms", base="gradexp.terms.term.Term"),
     "trainer": Kind("the hardware", ("gradexp.engine.hardware.Hardware",)),
 }
@@ -84,7 +84,24 @@ MOVED = {
     "gradexp.tasks.loggers.csv": "gradexp.engine.loggers.csv",
     "gradexp.tasks.loggers.none": "gradexp.engine.loggers.none",
     "gradexp.tasks.loggers.wandb": "gradexp.engine.loggers.wandb",
+    "gradexp.tasks.density.density_ratio": "gradexp.tasks.density_ratio.DensityRatio",
+    "gradexp.tasks.density.discriminative_perturbation": "gradexp.tasks.discriminative_perturbation.DiscriminativePerturbation",
+    "gradexp.tasks.density.gan_test": "gradexp.tasks.gan_test.GANTest",
+    "gradexp.tasks.density.implicit_samples": "gradexp.tasks.implicit_samples.ImplicitSamples",
+    "gradexp.tasks.density.score_objective": "gradexp.tasks.score_objective.ScoreObjective",
+    "gradexp.tasks.fool.fool": "gradexp.tasks.fool.Fool",
+    "gradexp.tasks.illustration.illustration": "gradexp.tasks.illustration.Illustration",
+    "gradexp.tasks.model_randomisation.model_randomisation": "gradexp.tasks.model_randomisation.ModelRandomisation",
+    "gradexp.tasks.noise.noise": "gradexp.tasks.noise.Noise",
+    "gradexp.tasks.pretrained.pretrained": "gradexp.tasks.pretrained.Pretrained",
+    "gradexp.tasks.saliency_gallery.saliency_gallery": "gradexp.tasks.saliency_gallery.SaliencyGallery",
+    "gradexp.tasks.saliency_gallery.saliency_layers": "gradexp.tasks.saliency_layers.SaliencyLayers",
+    "gradexp.tasks.saliency_maps.saliency_maps": "gradexp.tasks.saliency_maps.SaliencyMaps",
+    "gradexp.tasks.saliency_score.saliency_score": "gradexp.tasks.saliency_score.SaliencyScore",
+    "gradexp.tasks.shift.shift": "gradexp.tasks.shift.Shift",
+    "gradexp.tasks.train.train": "gradexp.tasks.train.Train",
 }
+FORMER = {now: was for was, now in MOVED.items()}  # ids keep the name that a class had when they were first made
 
 
 def kind_of(where: str) -> str | None:

@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from gradexp.engine import resolvers
-from gradexp.engine.runs import ROOT, Config
+from gradexp.engine.run import ROOT, Config
 
 VARIABLE = re.compile(r"oc\.env:(\w+)")
 FILE = ROOT / "outputs" / "cache" / "configs.sqlite"

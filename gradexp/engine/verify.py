@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from gradexp.base.errors import UserError
-from gradexp.engine import schema
+from gradexp.engine import record as records
 from gradexp.engine.compose import compose_run
+from gradexp.engine.ensure import differing_split, ensure
 from gradexp.engine.hardware import native_bf16
+from gradexp.engine.record import read_arrays, read_record
 from gradexp.engine.registry import locate, targets
-from gradexp.engine.runs import Config, Paths, Run, differing_split, ensure, read_arrays, read_record, run_id
+from gradexp.engine.run import Config, Paths, Run, run_id
 
 # What two machines, which round otherwise, may differ by: points of accuracy; relative, of anything else.
 POINTS, RELATIVE = 2.0, 0.02
@@ -62,7 +64,7 @@ def examine(file: Path) -> Iterator[str]:
     except UserError as error:
         yield str(error)
         return
-    if faults := schema.faults(record, complete=True):
+    if faults := records.faults(record, complete=True):
         yield from faults
         return
     if record.get("id") != file.stem:

@@ -19,10 +19,11 @@ import numpy as np
 import yaml
 
 from gradexp.base.errors import UserError
-from gradexp.engine.runs import Config, Paths, digests, read_record
+from gradexp.engine.ensure import digests
+from gradexp.engine.run import Config, Run
 from gradexp.report.grid import Grid, Place
 from gradexp.report.inference import BOOTSTRAP_FROM, Estimate, estimate, estimate_over_images, holm
-from gradexp.report.specs import Planner, Source, check_keys
+from gradexp.report.specs import Planner, check_keys
 from gradexp.report.writing import as_csv, write_beside
 
 VERDICTS = ("holds", "contradicted", "undecided", "direction only", "withheld", "not run")
@@ -49,7 +50,7 @@ class Comparison:
     estimate: Estimate | None
     noise: float | None  # standard error that the runs have in themselves, over draws or images
     thesis: float | None
-    sources: tuple[Source, ...]
+    runs: tuple[Run, ...]
     fitted: bool = False
 
     @property
@@ -242,7 +243,7 @@ def _sum(node: Any, at: str, across: str, metric: str | None, grid: Grid) -> Sum
     return whole if "minus" not in node else whole - _sum(node["minus"], at, across, metric, grid)
 
 
-def read(file: Path, scale: str, plan: Planner, paths: Paths) -> list[Judged]:
+def read(file: Path, scale: str, plan: Planner) -> list[Judged]:
     """Every claim of the file with its verdict at a scale."""
     whole = load(file)
     grids: dict[tuple[str, str | None], Grid] = {}
@@ -250,7 +251,7 @@ def read(file: Path, scale: str, plan: Planner, paths: Paths) -> list[Judged]:
     for spec in whole["claims"]:
         key = spec["item"], spec.get("panel")
         try:
-            grid = grids.setdefault(key, grids.get(key) or Grid(*key, scale, plan, paths))
+            grid = grids.setdefault(key, grids.get(key) or Grid(*key, scale, plan))
             claims.append(_claim(spec, grid, whole, here=scale in spec.get("scales", [scale])))
         except UserError as error:
             raise UserError(f"{file.name}, claim {spec['id']}: {error}") from None
@@ -298,7 +299,7 @@ def _compare(pair: Pair, grid: Grid, unit: str, whole: Config, *, here: bool) ->
     thesis = None if None in [x for _, x in printed] else pair.gap.constant + sum(sign * (x or 0.0) for sign, x in printed)
     if not here:
         return Comparison(pair.label, False, None, None, thesis, ())
-    sources = [grid.sources(place) for _, place in cells]
+    behind = [grid.runs(place) for _, place in cells]
     values = [(sign, grid.values(place)) for sign, place in cells]
     seeds = sorted(set.intersection(*(set(found) for _, found in values)))
     signed = [[(sign, found[seed].value) for sign, found in values] for seed in seeds]
@@ -309,12 +310,12 @@ def _compare(pair: Pair, grid: Grid, unit: str, whole: Config, *, here: bool) ->
         estimated: Estimate | None = estimate_over_images(float(np.mean(gaps)), noise, whole["confidence"])
     else:
         estimated = estimate(gaps, confidence=whole["confidence"], resamples=whole["resamples"]) if seeds else None
-    runs = tuple(dict.fromkeys(source for found in sources for source in found.values()))
+    runs = tuple(dict.fromkeys(run for found in behind for run in found.values()))
     label = pair.label
-    made_of = [digests(read_record(source.record).get("upstream", {})) for source in runs if source.finished]
+    made_of = [digests(record.get("upstream", {})) for run in runs if (record := run.record())]
     if unit == "images" and any(one != made_of[0] for one in made_of):
         label += " (on two makings of the model)"
-    return Comparison(label, all(sources), estimated, noise, thesis, runs)
+    return Comparison(label, all(behind), estimated, noise, thesis, runs)
 
 
 # --- pages ------------------------------------------------------------------------------------------------

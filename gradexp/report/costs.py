@@ -1,7 +1,7 @@
 """What is missing of the tables and figures, and what it costs on this machine, before anything runs.
 
 Costs come from records of like runs: the same task, networks, loss terms, method and image size, scaled by the images that
-they process; or from probes, which are such runs cut short (gradexp/tasks/probe.py). What neither knows is said to be unknown.
+they process; or from probes, which are such runs cut short (scripts/probe.py). What neither knows is said to be unknown.
 """
 
 from __future__ import annotations
@@ -15,72 +15,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from gradexp.base.errors import UserError
-from gradexp.engine.runs import Config, Paths, Planned, identity, read_record
+from gradexp.engine.record import read_record
+from gradexp.engine.run import Config, Paths, Run, identity
+from gradexp.engine.task import Sizes, task_of
 from gradexp.report import figures, specs, tables
 from gradexp.report.provenance import own_seconds
 from gradexp.report.specs import Planner
 
 NEAREST = 5  # like records that an estimate is the median of
-PRODUCTS = {"saliency_maps": "maps.json"}  # what a run leaves for those that stand on it; weights.pt of all others
 
 
 # --- how much work ----------------------------------------------------------------------------------------
 
 
-def amount(config: Config, sizes: Mapping[str, tuple[int, int]]) -> float | None:
-    """How many images a run processes, in units of its own task; None where the size of its data set is not known yet.
-
-    sizes: {data set: (training images, test images)}.
-    """
-    task = config["task"]
-    kind = task["_target_"].rpartition(".")[2]
-    train, test = _images(config, sizes)
-    if kind in ("train", "fool"):
-        optim = config["optim"]
-        if optim["steps"] is not None:
-            return float(optim["steps"] * min(optim["batch_size"], train or optim["batch_size"]))
-        return None if train is None else float(optim["passes"] * train)
-    if kind == "saliency_maps":
-        return None if train is None or test is None else float(train + test)
-    if kind == "noise":
-        return None if test is None else float(test * (1 + task["draws"] * (len(task["sigmas"]) - 1)))
-    if kind in ("gan_test", "implicit_samples"):
-        denoised = task["images"] * task["denoising"]["steps"] if "denoising" in task else 0
-        return float(task["samples"] * task["sampling"]["steps"] + denoised)
-    if kind in ("saliency_score", "model_randomisation", "density_ratio", "discriminative_perturbation", "score_objective"):
-        wanted = config["evaluate" if "evaluate" in config else "task"]["images"] or test
-        return None if wanted is None else float(min(wanted, test or wanted))
-    return 1.0  # galleries and the like: always the same
-
-
-def shrunk(config: Config, n: int) -> Config | None:
-    """A run that looks at a trained model, cut to n steps of an ascent, or to 8 n images; None for what can't be cut."""
-    task = dict(config["task"])
-    kind = task["_target_"].rpartition(".")[2]
-    if kind == "saliency_maps":  # the same maps, of a few images
-        score = {"_target_": "gradexp.tasks.saliency_score.saliency_score"}
-        evaluate = {"_target_": "gradexp.evaluate.pixel_perturbation.PixelPerturbation", "fractions": [0.5], "order": "least"}
-        return config | {"task": score, "evaluate": evaluate | {"fill": "black", "images": 8 * n, "batch_size": 128}}
-    if kind == "noise":
-        return config | {"task": task | {"draws": n, "sigmas": task["sigmas"][:2]}}
-    if kind in ("gan_test", "implicit_samples"):
-        cut = {name: task[name] | {"steps": n} for name in ("sampling", "denoising") if name in task}
-        few = {name: min(task[name], 64) for name in ("samples", "images") if name in task}
-        return config | {"task": task | cut | few}
-    if kind in ("saliency_score", "model_randomisation"):
-        return config | {"evaluate": config["evaluate"] | {"images": 8 * n}}
-    if kind in ("density_ratio", "discriminative_perturbation", "score_objective"):
-        return config | {"task": task | {"images": 8 * n}}
-    return None
-
-
-def _images(config: Config, sizes: Mapping[str, tuple[int, int]]) -> tuple[int | None, int | None]:
-    """Training and test images of a run's data."""
-    data = config.get("data", {})
-    train, test = sizes.get(data.get("name", ""), (None, None))
-    if data.get("per_class"):
-        train = data["per_class"] * len(data.get("only_classes") or range(data["classes"]))
-    return train, test
+def amount(config: Config, sizes: Sizes) -> float | None:
+    """How many images a run processes, in units of its own task; None where the size of its data set is not known yet."""
+    return task_of(config).work(config, sizes)
 
 
 def signature(config: Config) -> str:
@@ -91,16 +41,15 @@ def signature(config: Config) -> str:
     config = identity(config)  # a switch that was added later is null, and left out
     data, terms = config.get("data", {}), config.get("method", {}).get("terms", {})
     evaluate = {key: value for key, value in config.get("evaluate", {}).items() if key != "images"}
-    task = config["task"]["_target_"]
     what = {
-        "task": task,
+        "task": config["task"]["_target_"],
         "model": _network(config),
-        "upstream": {name: _network(run) for name, run in config["upstream"].items() if name != "maps"},
+        "upstream": {name: _network(run) for name, run in config["upstream"].items() if _network(run)},
         "terms": {name: _shape(term) for name, term in terms.items()},
         "images": [data.get("channels"), data.get("size"), data.get("crop"), data.get("flip")],
         "batch": config.get("optim", {}).get("batch_size"),
         "saliency": config.get("saliency"),
-        "evaluate": evaluate if task.endswith(("saliency_score", "model_randomisation")) else None,
+        "evaluate": evaluate,
     }
     return json.dumps(what, sort_keys=True)
 
@@ -188,14 +137,12 @@ class History:
         near = sorted(measured, key=lambda one: abs(math.log(one.amount / size)))[:NEAREST]
         basis = "probe" if near[0].probe else "record" if here else "record elsewhere"
         seconds, memory = statistics.median(one.at(size) for one in near), max(one.memory_mib for one in near)
-        maps = config["task"]["_target_"].endswith("saliency_maps")  # two bytes a pixel
-        disk = 2 * size * config["data"]["size"] ** 2 / 2**20 if maps else max(one.disk_mib for one in near)
+        leaves = task_of(config).leaves(config, self.sizes)
+        disk = max(one.disk_mib for one in near) if leaves is None else leaves
         return Cost(seconds, memory, disk, basis)
 
 
-def sample(
-    record: Config, sizes: Mapping[str, tuple[int, int]], known: Mapping[str, Config], folder: Path, clock: str = "cpu"
-) -> Sample | None:
+def sample(record: Config, sizes: Sizes, known: Mapping[str, Config], folder: Path, clock: str = "cpu") -> Sample | None:
     """What a record says of costs; None where its amount is not known, or it diverged.
 
     Disk is what is in its `folder`, where that is still there, and otherwise the weights.
@@ -216,7 +163,7 @@ LADDER = (1, 4, 16)  # what runs that look at models are cut to
 
 
 def probed_training(config: Config, probe: Config, history: History) -> Sample:
-    """The sample of a training whose first steps were probed (gradexp.tasks.probe.training).
+    """The sample of a training whose first steps were probed (scripts/probe.py).
 
     A teacher's targets are counted by the image: the more images a run shows, the more views of them it needs.
     """
@@ -257,7 +204,7 @@ class Row:
     memory_mib: float
     disk_mib: float
     bases: Mapping[str, int]
-    unknown: tuple[Planned, ...]  # runs of which nothing is known: they count for nothing above
+    unknown: tuple[Run, ...]  # runs of which nothing is known: they count for nothing above
 
     def hours(self, slots: int) -> float:
         """On a machine with so many processors, all of them at work."""
@@ -273,11 +220,11 @@ def items(scale: str) -> dict[str, list[list[str]]]:
     return found
 
 
-def build(scale: str, plan: Planner, paths: Paths, history: History) -> list[Row]:
+def build(scale: str, plan: Planner, history: History) -> list[Row]:
     """A row for each table and figure of the scale, and one for all of them, last."""
     if not (found := items(scale)):
         raise UserError(f"scale={scale}: no table or figure has it; there are paper, cpu and quick")
-    needs = {name: needed([plan(words) for words in typed], paths) for name, typed in found.items()}
+    needs = {name: needed([plan(words) for words in typed]) for name, typed in found.items()}
     times = Counter(run for runs in needs.values() for run in runs)
     needs["all"] = {run: need for runs in needs.values() for run, need in runs.items()}  # every run once
     return [_row(name, runs, times, history) for name, runs in needs.items()]
@@ -285,24 +232,22 @@ def build(scale: str, plan: Planner, paths: Paths, history: History) -> list[Row
 
 @dataclass(frozen=True)
 class Need:
-    run: Planned
+    run: Run
     present: bool  # has a record
     to_do: bool  # has none, or lacks what a missing run needs of it
 
 
-def needed(runs: Iterable[Planned], paths: Paths) -> dict[str, Need]:
+def needed(runs: Iterable[Run]) -> dict[str, Need]:
     """These runs and all that they stand on, by id."""
     found: dict[str, Need] = {}
 
-    def visit(run: Planned, wanted: bool) -> None:
+    def visit(run: Run, wanted: bool) -> None:
         """wanted: a run that is to be done needs this one's product."""
-        present = paths.record(run.config).exists()
-        product = paths.folder(run.config) / PRODUCTS.get(run.config["name"], "weights.pt")
-        to_do = not present or (wanted and not product.exists())
+        to_do = not run.finished or (wanted and not (run.folder / task_of(run.config).product).exists())
         if run.id in found and (found[run.id].to_do or not to_do):
             return
-        found[run.id] = Need(run, present, to_do)
-        for below in run.upstream:
+        found[run.id] = Need(run, run.finished, to_do)
+        for below in run.upstream.values():
             visit(below, to_do)
 
     for run in runs:

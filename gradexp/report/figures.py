@@ -19,9 +19,10 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from gradexp.base.errors import UserError
-from gradexp.engine.runs import Config, Paths, metric_of, read_arrays, read_record
+from gradexp.engine.record import metric_of, read_arrays
+from gradexp.engine.run import Config, Run
 from gradexp.report import provenance
-from gradexp.report.specs import Planner, Source, seeds_of
+from gradexp.report.specs import Planner, seeds_of
 from gradexp.report.writing import as_csv, write_beside
 
 STYLE: Any = {
@@ -53,7 +54,7 @@ class Series:
     """One line, bar or row of a figure: its entry in the spec, and its runs, one a seed."""
 
     spec: Config
-    sources: tuple[Source, ...]
+    runs: tuple[Run, ...]
 
     @property
     def label(self) -> str:
@@ -61,11 +62,11 @@ class Series:
 
     @property
     def records(self) -> list[Config]:
-        return [read_record(source.record) for source in self.sources if source.finished]
+        return [record for run in self.runs if (record := run.record())]
 
     @property
     def arrays(self) -> list[dict[str, np.ndarray]]:
-        return [read_arrays(source.record) for source in self.sources if source.finished]
+        return [read_arrays(run.record_path) for run in self.runs if run.finished]
 
     def metric(self, name: str) -> np.ndarray:
         """A metric of every finished run, a curve as one row a run; NaN where a number is missing. (n,) or (n, length).
@@ -115,12 +116,9 @@ def _words(spec: Config, series: Config, point: Config, scale: str, seed: int) -
     return [f"experiment={experiment}", f"scale={scale}", *itertools.chain(*words), f"seed={seed}"]
 
 
-def gather(spec: Config, scale: str, plan: Planner, paths: Paths) -> list[Series]:
+def gather(spec: Config, scale: str, plan: Planner) -> list[Series]:
     """The figure's series with whatever records there are."""
-    return [
-        Series(series, tuple(Source.of(plan(words), paths) for words in seeds.values()))
-        for series, seeds in runs_of(spec, scale)
-    ]
+    return [Series(series, tuple(map(plan, seeds.values()))) for series, seeds in runs_of(spec, scale)]
 
 
 def caption(spec: Config, scale: str, series: Sequence[Series], plan: Planner) -> tuple[str, ...]:
@@ -133,7 +131,7 @@ def caption(spec: Config, scale: str, series: Sequence[Series], plan: Planner) -
         *([f"Its runs need {spec['needs'][scale]}."] if missing(series) and scale in spec.get("needs", {}) else []),
         provenance.departure_sentence(scale, departed),
         f"Seeds: {provenance.enumerated(seeds_of(spec, scale))}.",
-        provenance.origins(*provenance.read(source.record for one in series for source in one.sources if source.finished)),
+        provenance.origins(*provenance.read(run.record_path for one in series for run in one.runs if run.finished)),
     )
 
 
@@ -142,8 +140,8 @@ def _notes(spec: Config, scale: str) -> list[str]:
     return [text for text in (spec.get("note"), spec.get("notes", {}).get(scale)) if text]
 
 
-def missing(series: Sequence[Series]) -> list[Source]:
-    return [source for one in series for source in one.sources if not source.finished]
+def missing(series: Sequence[Series]) -> list[Run]:
+    return [run for one in series for run in one.runs if not run.finished]
 
 
 def make(
@@ -156,7 +154,7 @@ def make(
     """
     absent = missing(series)
     if absent:
-        commands = "\n".join(f"  {source.command}" for source in absent)
+        commands = "\n".join(f"  {run.command}" for run in absent)
         needs = f", which need {spec['needs'][scale]}" if scale in spec.get("needs", {}) else ""
         raise UserError(f"figure {spec['number']}, scale={scale}: runs are missing{needs}; make them with\n{commands}")
     comparable = scale in spec.get("comparable", [scale])
@@ -187,7 +185,7 @@ def to_markdown(spec: Config, scale: str, series: Sequence[Series], sentences: S
     lines += ["", "<details><summary>Records</summary>", "", "| series | records |", "|---|---|"]
     records: dict[str, dict[Path, None]] = {}
     for one in series:  # a series of several points is one to the reader
-        records.setdefault(one.label, {}).update(dict.fromkeys(source.record for source in one.sources))
+        records.setdefault(one.label, {}).update(dict.fromkeys(run.record_path for run in one.runs))
     for label, files in records.items():
         links = [f"[{file.stem}](../../runs/{file.parent.name}/{file.name})" for file in files]
         lines.append(f"| {label} | {' '.join(links)} |")

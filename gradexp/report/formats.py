@@ -28,11 +28,11 @@ def signed(value: float | None) -> str:
 
 def ours(cell: Cell) -> str:
     """Mean, ± standard deviation over seeds, and their number where the table has several; all metrics of the cell."""
-    if not cell.sources:
+    if not cell.runs:
         return ABSENT
     if cell.others and not cell.values:
         return EMPTY
-    count = f" (n={len(cell.values)})" if cell.values and len(cell.sources) > 1 else ""
+    count = f" (n={len(cell.values)})" if cell.values and len(cell.runs) > 1 else ""
     return plain(cell) + count
 
 
@@ -55,7 +55,7 @@ def gap(cell: Cell) -> str:
 def to_csv(table: Table) -> str:
     rows = []
     for c in (part for cell in table.cells for part in cell.parts):
-        done = [source.id for source in c.sources if source.finished]
+        done = [run.id for run in c.runs if run.finished]
         plain = [("" if x is None else f"{x:.4f}") for x in (c.ours, c.std)]
         thesis = "" if c.thesis is None else f"{c.thesis.value:g}"
         difference = "" if c.difference is None else f"{c.difference:.4f}"
@@ -78,16 +78,16 @@ def to_markdown(table: Table) -> str:
         "| " + " | ".join([row, *(cell(table.cell(row, column)) for column in table.columns)]) + " |" for row in table.rows
     ]
     lines += ["", *(f"- {sentence}" for sentence in table.caption)]
-    filled = [(c, s) for c in table.cells for s in c.sources if s.finished]
+    filled = [(c, s) for c in table.cells for s in c.runs if s.finished]
     if filled:
         lines += ["", "<details><summary>Records</summary>", "", "| row | column | records |", "|---|---|---|"]
         for c in table.cells:
-            links = [f"[{s.id}](../../runs/{s.record.parent.name}/{s.record.name})" for s in c.sources if s.finished]
+            links = [f"[{s.id}](../../runs/{s.name}/{s.id}.json)" for s in c.runs if s.finished]
             if links:
                 lines.append(f"| {c.row} | {c.column} | {' '.join(links)} |")
         lines += ["", "</details>"]
     if table.missing:
-        lines += ["", "Missing runs:", "", "```", *(source.command for source in table.missing), "```"]
+        lines += ["", "Missing runs:", "", "```", *(run.command for run in table.missing), "```"]
     return "\n".join(lines) + "\n"
 
 
@@ -147,7 +147,7 @@ def to_text(table: Table) -> str:
     best = f"* best of its {table.best_per}; " if table.best_per else ""
     lines += [f"{best}in parentheses: the thesis's number", *table.caption]
     if table.missing:
-        lines += ["", "Missing runs:", *(f"  {source.command}" for source in table.missing)]
+        lines += ["", "Missing runs:", *(f"  {run.command}" for run in table.missing)]
     return "\n".join([_title(table), *lines]) + "\n"
 
 

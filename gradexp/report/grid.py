@@ -9,9 +9,10 @@ from typing import Any
 from scipy import stats
 
 from gradexp.base.errors import UserError, nearest
-from gradexp.engine.runs import Config, Paths, metric_of, read_record
+from gradexp.engine.record import metric_of
+from gradexp.engine.run import Config, Run
 from gradexp.report import figures, specs, tables
-from gradexp.report.specs import Planner, Source
+from gradexp.report.specs import Planner
 
 
 @dataclass(frozen=True)
@@ -55,13 +56,13 @@ class Place:
 class Grid:
     """A table or figure as cells with runs. A figure's rows are its series."""
 
-    def __init__(self, item: str, panel: str | None, scale: str, plan: Planner, paths: Paths) -> None:
+    def __init__(self, item: str, panel: str | None, scale: str, plan: Planner) -> None:
         kind, _, number = item.partition(" ")
         if kind not in ("table", "figure"):
             raise UserError(f"item {item!r}: it is `table NUMBER` or `figure NUMBER`")
-        self.spec, self.scale, self.plan, self.paths = specs.load(kind, number), scale, plan, paths
+        self.spec, self.scale, self.plan = specs.load(kind, number), scale, plan
         self.comparable: bool = scale in self.spec.get("comparable", [scale])  # with the thesis's numbers
-        self._sources: dict[tuple[str, str], dict[int, Source]] = {}
+        self._runs: dict[tuple[str, str], dict[int, Run]] = {}
         self.words: dict[tuple[str, str], dict[int, list[str]]] = {}  # what to type for each seed
         if kind == "table":
             rows, columns = self.spec["rows"], self.spec["columns"]
@@ -83,19 +84,19 @@ class Grid:
             if known and name not in known:
                 raise UserError(f"there is no {what} {name!r}{nearest(name, known)} It has {', '.join(known)}")
 
-    def sources(self, place: Place) -> dict[int, Source]:
+    def runs(self, place: Place) -> dict[int, Run]:
         """The cell's runs by seed; none where the scale does not have the cell."""
         key = (place.row, place.column if self.columns else "")
-        if key not in self._sources:
+        if key not in self._runs:
             seeds = self.words.get(key, {})
-            self._sources[key] = {seed: Source.of(self.plan(words), self.paths) for seed, words in seeds.items()}
-        return self._sources[key]
+            self._runs[key] = {seed: self.plan(words) for seed, words in seeds.items()}
+        return self._runs[key]
 
     def values(self, place: Place) -> dict[int, Value]:
         """The cell's numbers by seed, of the runs that are finished."""
-        done = {seed: source for seed, source in self.sources(place).items() if source.finished}
+        done = {seed: record for seed, run in self.runs(place).items() if (record := run.record())}
         metric, x = self.metric(place), self.spec.get("x")
-        return {seed: Value.of(read_record(source.record), metric, x, place.column) for seed, source in done.items()}
+        return {seed: Value.of(record, metric, x, place.column) for seed, record in done.items()}
 
     def metric(self, place: Place) -> str:
         """The recorded metric; `{fraction}` in its name stands for a column in per cent."""

@@ -24,9 +24,11 @@ import yaml
 from markupsafe import Markup, escape
 from PIL import Image
 
-from gradexp.engine.runs import ROOT, Config, Paths, Planned, read_record, write_atomically
+from gradexp.base.files import write_atomically
+from gradexp.engine.record import read_record
+from gradexp.engine.run import ROOT, Config, Paths, Run
 from gradexp.report import claims, figures, formats, provenance, tables
-from gradexp.report.specs import Planner, Source
+from gradexp.report.specs import Planner
 
 PAGE = Path(__file__).with_name("page")
 
@@ -59,7 +61,7 @@ def mark(cell: tables.Cell, close: float) -> Mark:
     over runs that either number has (a deviation inside runs, over images or draws, is another matter).
     """
     last = cell.parts[-1]
-    if not cell.sources:
+    if not cell.runs:
         return ABSENT
     if last.ours is None:
         return EMPTY
@@ -84,7 +86,7 @@ class View:
     marks: dict[Any, Mark] = field(default_factory=dict)
     picture: str | None = None
     csv: tuple[str, str] | None = None  # of the plotted values: the file's name, its content as a data address
-    missing: Sequence[Source] = ()
+    missing: Sequence[Run] = ()
     told: Sequence[str] = ()  # the figure's caption
     stale: bool = False  # whether the picture was drawn from other runs
 
@@ -129,19 +131,19 @@ class Panels:
         self.pool: list[Any] = []
         self._places: dict[str, int] = {}
 
-    def entry(self, anchor: str, kind: str, title: str, facts: Sequence[tuple[str, str]], sources: Iterable[Source]) -> str:
+    def entry(self, anchor: str, kind: str, title: str, facts: Sequence[tuple[str, str]], runs: Iterable[Run]) -> str:
         """Adds what one link opens, and returns the link's anchor."""
-        sources = list(sources)
-        for source in sources:
-            self.commands.setdefault(source.id, source.command)
-            if source.finished:
-                self._add(source.record)
+        runs = list(runs)
+        for run in runs:
+            self.commands.setdefault(run.id, run.command)
+            if run.finished:
+                self._add(run.record_path)
         self.entries[anchor] = {
             "kind": kind,
             "title": title,
             "facts": facts,
-            "runs": [source.id for source in sources if source.finished],
-            "todo": [source.command for source in sources if not source.finished],
+            "runs": [run.id for run in runs if run.finished],
+            "todo": [run.command for run in runs if not run.finished],
         }
         return anchor
 
@@ -193,9 +195,9 @@ def curve(values: Sequence[Any], points: int) -> Config:
 def remembering(plan: Planner, commands: dict[str, str]) -> Planner:
     """A planner that notes the shortest command of every run it plans, upstream runs included."""
 
-    def note(run: Planned) -> Planned:
+    def note(run: Run) -> Run:
         commands[run.id] = min(commands.get(run.id, run.command), run.command, key=len)
-        for below in run.upstream:
+        for below in run.upstream.values():
             note(below)
         return run
 
@@ -212,7 +214,7 @@ def table_view(table: tables.Table, panels: Panels, close: float) -> View:
         marks[place] = mark(cell, close)
         anchor = f"cell-{table.number}-{table.rows.index(cell.row)}-{table.columns.index(cell.column)}"
         facts = [(label, text) for label, text in facts_of(cell, marks[place]) if text]
-        anchors[place] = panels.entry(anchor, f"Table {table.number}", f"{cell.row} · {cell.column}", facts, cell.sources)
+        anchors[place] = panels.entry(anchor, f"Table {table.number}", f"{cell.row} · {cell.column}", facts, cell.runs)
     return View(table.number, table, table.title, anchors, marks, missing=table.missing)
 
 
@@ -229,12 +231,12 @@ def facts_of(cell: tables.Cell, standing: Mark) -> list[tuple[str, str]]:
 def figure_view(spec: Config, series: Sequence[figures.Series], scale: str, panels: Panels, told: Sequence[str] = ()) -> View:
     """told: the figure's caption."""
     number = str(spec["number"])
-    runs: dict[str, list[Source]] = {}
+    runs: dict[str, list[Run]] = {}
     for one in series:  # a series of several points is one to the reader
-        runs.setdefault(one.label, []).extend(one.sources)
+        runs.setdefault(one.label, []).extend(one.runs)
     anchors = {
-        label: panels.entry(f"series-{number}-{i}", f"Figure {number}", label, [], sources)
-        for i, (label, sources) in enumerate(runs.items())
+        label: panels.entry(f"series-{number}-{i}", f"Figure {number}", label, [], some)
+        for i, (label, some) in enumerate(runs.items())
     }
     stem = panels.paths.results / "figures" / scale / f"figure_{number.replace('.', '_')}"
     return View(
@@ -245,21 +247,21 @@ def figure_view(spec: Config, series: Sequence[figures.Series], scale: str, pane
         csv=values(stem.with_suffix(".csv")),
         missing=figures.missing(series),
         told=told,
-        stale=stale(stem.with_suffix(".md"), [source for sources in runs.values() for source in sources]),
+        stale=stale(stem.with_suffix(".md"), [run for some in runs.values() for run in some]),
     )
 
 
-def stale(page: Path, sources: Iterable[Source]) -> bool:
+def stale(page: Path, runs: Iterable[Run]) -> bool:
     """Whether a figure's page, written with its picture, names other runs than these."""
     drawn = re.findall(r"/([0-9a-f]{12})\.json", page.read_text(encoding="utf-8")) if page.exists() else []
-    return set(drawn) != {source.id for source in sources}
+    return set(drawn) != {run.id for run in runs}
 
 
 def claim_views(judged: Sequence[claims.Judged], panels: Panels) -> Sequence[claims.Judged]:
     """The claims, each with a panel of the runs that it compares."""
     for claim in judged:
-        sources = dict.fromkeys(source for one in claim.comparisons for source in one.sources)
-        panels.entry(f"claim-{claim.id}", f"Claim, {claim.item}", claim.says, [("verdict", claim.verdict)], sources)
+        runs = dict.fromkeys(run for one in claim.comparisons for run in one.runs)
+        panels.entry(f"claim-{claim.id}", f"Claim, {claim.item}", claim.says, [("verdict", claim.verdict)], runs)
     return judged
 
 

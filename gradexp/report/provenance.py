@@ -6,7 +6,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gradexp.engine.runs import Config, digests, identity, read_record
+from gradexp.engine.ensure import digests
+from gradexp.engine.record import read_record
+from gradexp.engine.run import Config, identity
 
 DEPARTS = "Scale {} departs from scale=paper in:"
 LISTED = 5  # runs whose ids a sentence names
@@ -106,7 +108,7 @@ def origins(records: Sequence[Config], below: Sequence[Config] = ()) -> str:
     time = f"{seconds / 3600:.1f} h" if seconds >= 180 else f"{max(1, round(seconds / 60))} min"
     count = _runs(len(records)) + (f" and {len(below)} that they stand on" if below else "")
     where = f"{count}, {time}; precision {', '.join(devices)}; commit {', '.join(commits)}."
-    return " ".join([where, *_remade(records)])
+    return " ".join([where, *_remade(records, known)])
 
 
 def own_seconds(record: Config, known: Mapping[str, Config], clock: str) -> float:
@@ -120,7 +122,7 @@ def own_seconds(record: Config, known: Mapping[str, Config], clock: str) -> floa
     return float(seconds[clock]) - sum(run["seconds"][clock] for run in inside)
 
 
-def _remade(records: Sequence[Config]) -> Iterator[str]:
+def _remade(records: Sequence[Config], known: Mapping[str, Config]) -> Iterator[str]:
     """A sentence for each upstream run whose weights or maps were made again, and are not those of its record everywhere."""
     made: dict[tuple[str, str], dict[str, list[Config]]] = {}
     for record in records:
@@ -128,18 +130,17 @@ def _remade(records: Sequence[Config]) -> Iterator[str]:
         for name, digest in digests(upstream).items():
             made.setdefault((name, upstream[name]["id"]), {}).setdefault(digest[:8], []).append(record)
     for (name, number), by_digest in made.items():
-        again = any("remade" in users[0]["upstream"][name] for users in by_digest.values())
-        if len(by_digest) > 1 or again:
-            times = f"made {len(by_digest)} times" if len(by_digest) > 1 else "made again after its record"
-            listed = "; ".join(_making(digest, name, users) for digest, users in by_digest.items())
-            yield f"Run {number} ({name}) was {times}, its files are {listed}."
+        left = known.get(number, {}).get("product", {}).get("sha256", "")
+        noted = any("remade" in users[0]["upstream"][name] for users in by_digest.values())  # by records of an earlier version
+        if len(by_digest) > 1 or noted or (left and left[:8] not in by_digest):
+            times = f"{len(by_digest)} times" if len(by_digest) > 1 else "again after its record was written"
+            listed = "; ".join(_making(digest, users) for digest, users in by_digest.items())
+            yield f"Run {number} ({name}) was done {times}; its files: {listed}."
 
 
-def _making(digest: str, name: str, users: Sequence[Config]) -> str:
-    numbers = users[0]["upstream"][name].get("remade", {})
-    said = "".join(f", {metric} {value:.2f}" for metric, value in numbers.items())
+def _making(digest: str, users: Sequence[Config]) -> str:
     listed = f": {', '.join(user['id'] for user in users)}" if len(users) <= LISTED else ""
-    return f"{digest}{said} ({_runs(len(users))}{listed})"
+    return f"{digest} ({_runs(len(users))}{listed})"
 
 
 def _runs(count: int) -> str:

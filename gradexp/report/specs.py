@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
 import yaml
 
 from gradexp.base.errors import UserError, nearest
-from gradexp.engine.runs import ROOT, Config, Paths, Planned
+from gradexp.engine.run import ROOT, Config, Run
 
 SHOWN = ("experiment", "metric", "spread", "thesis_metric")  # of a row, a column or the table
 TABLE_KEYS = (
@@ -49,24 +47,7 @@ POINT_KEYS = ("x", "overrides", "scales")
 CURVE_KEYS = ("metric", "ylabel", "yscale")
 FIGURE_PART_KEYS = {"series": SERIES_KEYS, "points": POINT_KEYS, "curves": CURVE_KEYS, "lines": ("y", "label")}
 
-Planner = Callable[[Sequence[str]], Planned]
-
-
-@dataclass(frozen=True)
-class Source:
-    """One run behind a number: its id, its record's place, and the command that makes it."""
-
-    id: str
-    record: Path
-    command: str
-
-    @classmethod
-    def of(cls, run: Planned, paths: Paths) -> Source:
-        return cls(run.id, paths.record(run.config), run.command)
-
-    @property
-    def finished(self) -> bool:
-        return self.record.exists()
+Planner = Callable[[Sequence[str]], Run]
 
 
 def numbers(kind: str) -> list[str]:

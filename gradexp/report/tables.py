@@ -16,9 +16,10 @@ from itertools import zip_longest
 from types import MappingProxyType
 from typing import Any
 
-from gradexp.engine.runs import ROOT, Config, Paths, read_record, value_of
+from gradexp.engine.record import value_of
+from gradexp.engine.run import ROOT, Config, Run
 from gradexp.report import provenance
-from gradexp.report.specs import Planner, Source, seeds_of
+from gradexp.report.specs import Planner, seeds_of
 
 EMPTY = "–"  # in the place of a number that is missing
 ABSENT = "n/a"  # of a cell that the scale does not run
@@ -40,7 +41,7 @@ class Thesis:
 class Cell:
     row: str
     column: str
-    sources: tuple[Source, ...]
+    runs: tuple[Run, ...]
     thesis: Thesis | None
     comparable: bool
     metric: str
@@ -75,8 +76,8 @@ class Cell:
         return difference if math.isfinite(difference) else None
 
     @property
-    def missing(self) -> list[Source]:
-        return [source for source in self.sources if not source.finished]
+    def missing(self) -> list[Run]:
+        return [run for run in self.runs if not run.finished]
 
 
 @dataclass(frozen=True)
@@ -96,12 +97,12 @@ class Table:
         return next(cell for cell in self.cells if (cell.row, cell.column) == (row, column))
 
     @property
-    def missing(self) -> list[Source]:
-        return list(dict.fromkeys(source for cell in self.cells for source in cell.missing))
+    def missing(self) -> list[Run]:
+        return list(dict.fromkeys(run for cell in self.cells for run in cell.missing))
 
 
-def values_of(sources: Iterable[Source], metric: str) -> tuple[float, ...]:
-    return tuple(value_of(read_record(source.record), metric) for source in sources if source.finished)
+def values_of(runs: Iterable[Run], metric: str) -> tuple[float, ...]:
+    return tuple(value_of(record, metric) for run in runs if (record := run.record()))
 
 
 @cache
@@ -182,17 +183,16 @@ def _seeds(spec: Config, column: Config, scale: str) -> list[int]:
     return list(column.get("seeds", {}).get(scale, seeds_of(spec, scale)))
 
 
-def build(spec: Config, scale: str, plan: Planner, paths: Paths) -> Table:
+def build(spec: Config, scale: str, plan: Planner) -> Table:
     """The table that `conf/table/NUMBER.yaml` describes, filled with whatever records there are."""
     cells = []
     pairs: list[tuple[Config, Config]] = []  # of each cell, here and at scale=paper
     for row, column, seeds in runs_of(spec, scale):
-        sources = tuple(Source.of(plan(words), paths) for words in seeds.values())
-        cells.append(_cell(spec, row, column, sources, scale))
+        cells.append(_cell(spec, row, column, tuple(map(plan, seeds.values())), scale))
         for seed, words in list(seeds.items())[:1]:
             pairs.append((plan(words).config, plan(_paper_words(spec, row, column, seed)).config))
     lines = [line for line in spec.get("upstream", []) if scale in line.get("scales", spec["seeds"])]
-    upstream = [(line, Source.of(plan([*line["overrides"], f"scale={scale}"]), paths)) for line in lines]
+    upstream = [(line, plan([*line["overrides"], f"scale={scale}"])) for line in lines]
     departed = provenance.departed(pairs)
     data = sorted({config["data"]["name"] for config, _ in pairs})
     own_best = {column["label"]: column["best"] for column in spec["columns"] if "best" in column}
@@ -211,7 +211,7 @@ def build(spec: Config, scale: str, plan: Planner, paths: Paths) -> Table:
                 printed=any(part.thesis for cell in cells for part in cell.parts),
                 held_out=any(config.get("data", {}).get("validation") for config, _ in pairs),
             ),
-            provenance.origins(*provenance.read(source.record for cell in cells for source in cell.sources if source.finished)),
+            provenance.origins(*provenance.read(run.record_path for cell in cells for run in cell.runs if run.finished)),
         ),
         rows=tuple(row["label"] for row in spec["rows"]),
         columns=tuple(dict.fromkeys(cell.column for cell in cells)),
@@ -221,20 +221,20 @@ def build(spec: Config, scale: str, plan: Planner, paths: Paths) -> Table:
     )
 
 
-def _cell(spec: Config, row: Config, column: Config, sources: tuple[Source, ...], scale: str) -> Cell:
+def _cell(spec: Config, row: Config, column: Config, runs: tuple[Run, ...], scale: str) -> Cell:
     """A cell with what its finished runs measured, and with the thesis's numbers."""
     metric, spread, quantity = (setting(key, row, column, spec) for key in ("metric", "spread", "thesis_metric"))
-    spreads = values_of(sources, spread) if spread else ()
+    spreads = values_of(runs, spread) if spread else ()
     place = (item_of(spec), *(str(one.get("thesis", one["label"])) for one in (row, column)))
     parts = [
         Cell(
             row=row["label"],
             column=column["label"],
-            sources=sources,
+            runs=runs,
             thesis=read_thesis().get((*place, *([quantity] if quantity else []))),
             comparable=scale in spec["comparable"],
             metric=metric,
-            values=values_of(sources, metric),
+            values=values_of(runs, metric),
             spreads=spreads,
         )
         for metric, quantity in zip_longest(_listed(metric), _listed(quantity))
@@ -279,8 +279,8 @@ def _how_to_read_it(spec: Config, scale: str, *, printed: bool, held_out: bool) 
     yield f"Seeds: {provenance.enumerated(seeds_of(spec, scale))}{exceptions}. {read}, after the last step."
 
 
-def _upstream_sentence(line: Config, source: Source, spec: Config, scale: str) -> str:
-    found = values_of([source], line.get("metric", "test/accuracy"))
-    mine = f"{found[0]:.2f} (run {source.id})" if found else "not run yet"
+def _upstream_sentence(line: Config, run: Run, spec: Config, scale: str) -> str:
+    found = values_of([run], line.get("metric", "test/accuracy"))
+    mine = f"{found[0]:.2f} (run {run.id})" if found else "not run yet"
     printed = read_thesis().get((item_of(spec), *line["thesis"])) if scale in spec["comparable"] else None
     return f"{line['label'].capitalize()}: {mine}" + (f"; the thesis's {printed.value:g}." if printed else ".")

@@ -13,17 +13,15 @@ from matplotlib.figure import Figure
 from PIL import Image, UnidentifiedImageError
 
 from gradexp.base.errors import UserError
+from gradexp.base.files import write_atomically
 from gradexp.data.dataset import ImageData
-from gradexp.engine.build import build
-from gradexp.engine.compose import compose_run
+from gradexp.engine.assemble import declare_data, load_model, make_hardware, make_saliency
+from gradexp.engine.compose import compose_run, plan
+from gradexp.engine.ensure import finish
 from gradexp.engine.exits import honest
-from gradexp.engine.hardware import Hardware
-from gradexp.engine.runs import Paths, Run, ensure, write_atomically
 from gradexp.report.draw.gallery import draw_map, picture
 from gradexp.report.figures import STYLE
-from gradexp.saliency import Saliency
-from gradexp.tasks.saliency_score import completeness, units
-from gradexp.tasks.train import declare_data, load_model
+from gradexp.tasks.saliency_score import completeness
 
 SMALLEST = 8  # pixels on a side; below that there is nothing to see
 
@@ -44,19 +42,17 @@ def main(words: list[str] | None = None) -> None:
 
 def explain(path: Path, model_name: str, method_name: str, target: int | None, out: Path, overrides: list[str]) -> None:
     """Reads, computes, writes; says the class, its logit and, for FullGrad, how complete the full-gradients are."""
-    run = compose_run([f"experiment={model_name}", *(word for word in overrides if not word.startswith("saliency."))])
-    if "model" not in run:
+    run = plan([f"experiment={model_name}", *(word for word in overrides if not word.startswith("saliency."))])
+    if "model" not in run.config:
         raise UserError(f"--model {model_name}: its runs train no model; give an experiment that does, such as teacher")
     of_method = [word for word in overrides if word.startswith(("saliency.", "scale"))]
     saliency = compose_run(["experiment=saliency_gallery", f"saliency={method_name}", *of_method])
     image = read(path)
-    upstream = Run(run, Paths.of(run))
-    hardware: Hardware = build(run["trainer"], where="trainer")
-    hardware.apply()
-    ensure(upstream, needs=upstream.weights.exists)
+    hardware = make_hardware(run.config)
+    model = load_model(finish(run), hardware)
     # The data set says how pixels are normalised; only where that is by its own statistics are its images read.
-    data, model = declare_data(run, upstream.paths), load_model(upstream, hardware)
-    method: Saliency = build(saliency["saliency"], where="saliency", **units(data, hardware.device))
+    data = declare_data(run.config, run.paths)
+    method = make_saliency(saliency, data, hardware)
 
     pixels = fitted(image, data)
     images = normalised(pixels, data).to(hardware.device)

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from gradexp.data.loader import Batch
-from gradexp.engine.build import build
-from gradexp.engine.hardware import Hardware
-from gradexp.engine.runs import Result, Run
+from gradexp.engine.assemble import make_hardware, make_model
+from gradexp.engine.run import Run
+from gradexp.engine.task import Result, Task, Upstream
 from gradexp.gradients import input_gradient
 from gradexp.terms import Activations, Jacobian, Step, Term
 from gradexp.terms.targets import Targets
@@ -21,37 +21,38 @@ from gradexp.terms.targets import Targets
 GRID = 241  # points of the drawn curves
 
 
-def illustration(run: Run) -> Result:
+class Illustration(Task):
     """`rms/STUDENT`: root mean squared distance to the teacher on the interval. Arrays: the curves, the points."""
-    hardware: Hardware = build({**run.config["trainer"], "accelerator": "cpu"}, where="trainer")
-    hardware.apply()
-    lightning.seed_everything(run.config["seed"], verbose=False)
-    task = run.config["task"]
-    start, end = task["interval"]
-    x, points = torch.linspace(start, end, GRID), torch.tensor(task["points"])
-    teacher = _teacher(run, x)
 
-    def noisy() -> Batch:
-        copies = points.repeat(task["noisy_copies"])
-        return _batch(copies + task["sigma"] * torch.randn(copies.shape))
+    def __call__(self, run: Run, upstream: Upstream) -> Result:
+        hardware = make_hardware(run.config | {"trainer": run.config["trainer"] | {"accelerator": "cpu"}})
+        lightning.seed_everything(run.config["seed"], verbose=False)
+        task = run.config["task"]
+        start, end = task["interval"]
+        x, points = torch.linspace(start, end, GRID), torch.tensor(task["points"])
+        teacher = _teacher(run, x)
 
-    values = Activations(weight=1, reduction="sum")
-    slopes = Jacobian(weight=task["sigma"] ** 2, reduction="sum", target="label", student_bn="batch")
-    students = {
-        "activations": _student(run, teacher, [values], lambda: _batch(points)),
-        "noise": _student(run, teacher, [values], noisy),
-        "jacobian": _student(run, teacher, [values, slopes], lambda: _batch(points)),
-    }
-    curves = {"teacher": _curve(teacher, x)} | {name: _curve(student, x) for name, student in students.items()}
-    metrics: dict[str, Any] = {f"rms/{name}": _rms(curves[name] - curves["teacher"]) for name in students}
-    at_points = {"points": points, "values": _curve(teacher, points), "slopes": _slopes(teacher, points)}
-    arrays = {name: array.numpy().astype(np.float32) for name, array in {"x": x, **curves, **at_points}.items()}
-    return Result(metrics, facts=hardware.facts(mixed=False), arrays=arrays)
+        def noisy() -> Batch:
+            copies = points.repeat(task["noisy_copies"])
+            return _batch(copies + task["sigma"] * torch.randn(copies.shape))
+
+        values = Activations(weight=1, reduction="sum")
+        slopes = Jacobian(weight=task["sigma"] ** 2, reduction="sum", target="label", student_bn="batch")
+        students = {
+            "activations": _student(run, teacher, [values], lambda: _batch(points)),
+            "noise": _student(run, teacher, [values], noisy),
+            "jacobian": _student(run, teacher, [values, slopes], lambda: _batch(points)),
+        }
+        curves = {"teacher": _curve(teacher, x)} | {name: _curve(student, x) for name, student in students.items()}
+        metrics: dict[str, Any] = {f"rms/{name}": _rms(curves[name] - curves["teacher"]) for name in students}
+        at_points = {"points": points, "values": _curve(teacher, points), "slopes": _slopes(teacher, points)}
+        arrays = {name: array.numpy().astype(np.float32) for name, array in {"x": x, **curves, **at_points}.items()}
+        return Result(metrics, facts=hardware.facts(mixed=False), arrays=arrays)
 
 
 def _teacher(run: Run, x: Tensor) -> nn.Module:
     """A network fitted to a wave on the whole interval."""
-    teacher, batch = _network(run), _batch(x)
+    teacher, batch = make_model(run), _batch(x)
     wave = torch.sin(2 * x) + 0.4 * x
     _fit(run, teacher, lambda: (teacher(batch.images)[:, 0] - wave).square().mean())
     return teacher
@@ -60,7 +61,7 @@ def _teacher(run: Run, x: Tensor) -> nn.Module:
 def _student(run: Run, teacher: nn.Module, terms: Sequence[Term], batches: Callable[[], Batch]) -> nn.Module:
     """A network fitted to the sum of the terms; every student starts from the same weights."""
     torch.manual_seed(run.config["seed"] + 1)
-    student, targets = _network(run), Targets(teacher, with_gradient=True)
+    student, targets = make_model(run), Targets(teacher, with_gradient=True)
 
     def loss() -> Tensor:
         step = Step(batches(), student, targets, differentiable_input=True)
@@ -68,11 +69,6 @@ def _student(run: Run, teacher: nn.Module, terms: Sequence[Term], batches: Calla
 
     _fit(run, student, loss)
     return student
-
-
-def _network(run: Run) -> nn.Module:
-    network: nn.Module = build(run.config["model"], where="model")
-    return network
 
 
 def _fit(run: Run, network: nn.Module, loss: Callable[[], Tensor]) -> None:

@@ -7,23 +7,28 @@ from pathlib import Path
 import torch
 
 from gradexp.base.errors import UserError
-from gradexp.engine.build import build
-from gradexp.engine.hardware import Hardware
-from gradexp.engine.runs import Result, Run, sha256
+from gradexp.base.files import sha256
+from gradexp.engine.assemble import make_hardware, make_model, save_weights
+from gradexp.engine.run import Run
+from gradexp.engine.task import Result, Task, Upstream
 from gradexp.models.pretrained import load_weights, published_file
-from gradexp.tasks.train import save_weights
 
 
-def pretrained(run: Run) -> Result:
-    """Loads torchvision's weights into the run's model, from `weights/` below the data root; fetches them where it can."""
-    model = build(run.config["model"], where="model")
-    file = find(run)
-    load_weights(model, file)
-    save_weights(run, model)
-    hardware: Hardware = build(run.config["trainer"], where="trainer")
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    facts = {"weights_file": {"name": file.name, "sha256": sha256(file)}, **hardware.facts(mixed=False)}
-    return Result({"parameters": parameters}, facts=facts)
+class Pretrained(Task):
+    """Loads torchvision's weights into the run's model, from `weights/` below the data root; downloads them where it can."""
+
+    product = "weights.pt"
+
+    def check(self, run: Run) -> None:
+        find(run)
+
+    def __call__(self, run: Run, upstream: Upstream) -> Result:
+        model, file = make_model(run), find(run)
+        load_weights(model, file)
+        save_weights(run, model)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        facts = {"weights_file": {"name": file.name, "sha256": sha256(file)}}
+        return Result({"parameters": parameters}, facts=facts | make_hardware(run.config).facts(mixed=False))
 
 
 def find(run: Run) -> Path:
@@ -33,23 +38,23 @@ def find(run: Run) -> Path:
     file = run.paths.data / "weights" / (given or name)
     if file.exists():
         if not given:
-            check(file)
+            check_digest(file)
         return file
     try:
         if given:
-            raise FileNotFoundError("a file of your own is not fetched")
+            raise FileNotFoundError("a file of your own is not downloaded")
         file.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(address, str(file), hash_prefix=file.stem.rpartition("-")[2], progress=False)
     except Exception as error:  # URLError, OSError, RuntimeError for another hash, ...
         raise UserError(
-            f"{file} is missing and can't be fetched ({error}). Place torchvision's {name} there, from {address}, "
+            f"{file} is missing and can't be downloaded ({error}). Place torchvision's {name} there, from {address}, "
             f"or a file of your own with the same architecture: task.file=NAME (+upstream.teacher.task.file=NAME where a "
             f"student's teacher is meant)"
         ) from None
     return file
 
 
-def check(file: Path) -> None:
-    """torchvision's files bear the start of their SHA-256 in their names."""
+def check_digest(file: Path) -> None:
+    """Raises UserError for a damaged file: torchvision's names end with the start of their SHA-256."""
     if not sha256(file).startswith(file.stem.rpartition("-")[2]):
-        raise UserError(f"{file} is damaged: its contents are not what its name says; fetch it again")
+        raise UserError(f"{file} is damaged: its contents do not match its name; download it again")

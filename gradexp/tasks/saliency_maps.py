@@ -13,39 +13,59 @@ from torch import nn
 from gradexp.base.files import reserve, sha256, write_atomically
 from gradexp.data.loader import Loader, mix
 from gradexp.data.removal import MANIFEST
+from gradexp.engine.evaluation import SHORT
 from gradexp.engine.progress import Progress
-from gradexp.engine.runs import Result, Run, digests
+from gradexp.engine.run import Config, Run
+from gradexp.engine.task import Result, Sizes, Upstream, images_of
 from gradexp.evaluate import masking
 from gradexp.saliency import Saliency
-from gradexp.tasks.saliency_score import completeness, parts
+from gradexp.tasks.saliency_score import SaliencyTask, completeness
 
 CHUNK = 128  # images computed at a time; what is drawn for an image depends on it
 
 
-def saliency_maps(run: Run) -> Result:
+class SaliencyMaps(SaliencyTask):
     """The pixels' order of salience for all training and test images, as `train.npy` and `test.npy` in the run's folder.
 
     Order, not values: it is all that removal needs, exact in two bytes, and equal values are put in order only once.
-    Goes on where it was interrupted; `maps.json`, written last, has checksums and says whose maps they are.
+    Goes on where it was interrupted; `maps.json`, written last, has checksums and the fingerprint of the images.
     """
-    look, model, method = parts(run)
-    data, device = look.data, look.hardware.device
-    loaders = {
-        "train": data.train_loader(batch_size=CHUNK, device=device, augment=False),
-        "test": data.test_loader(batch_size=CHUNK, device=device),
-    }
-    run.folder.mkdir(parents=True, exist_ok=True)
-    weights = digests(run.used)["model"]
-    for number, (split, loader) in enumerate(loaders.items()):
-        seed = mix(run.config["seed"], number)
-        fill(run.folder / f"{split}.npy", loader, model, method, seed, weights, f"saliency maps {run.id}, {split}")
-    checksums = {f"{split}.npy": sha256(run.folder / f"{split}.npy") for split in loaders}
-    manifest = {"sha256": checksums, "data": data.fingerprint()}
-    write_atomically(run.folder / MANIFEST, json.dumps(manifest, indent=2).encode())
-    metrics: dict[str, Any] = {f"maps/{split}": loader.count for split, loader in loaders.items()}
-    for name, values in completeness(method, model, next(iter(loaders["test"])).images).items():
-        metrics |= {f"test/{name}": float(values.mean()), f"test/{name}/std": float(values.std())}
-    return Result(metrics, facts={"sha256": checksums, **look.facts()})
+
+    product = MANIFEST
+
+    def __call__(self, run: Run, upstream: Upstream) -> Result:
+        look, model, method = self.parts(run, upstream)
+        data, device = look.data, look.hardware.device
+        loaders = {
+            "train": data.train_loader(batch_size=CHUNK, device=device, augment=False),
+            "test": data.test_loader(batch_size=CHUNK, device=device),
+        }
+        run.folder.mkdir(parents=True, exist_ok=True)
+        weights = upstream["model"].digest
+        for number, (split, loader) in enumerate(loaders.items()):
+            seed = mix(run.config["seed"], number)
+            fill(run.folder / f"{split}.npy", loader, model, method, seed, weights, f"saliency maps {run.id}, {split}")
+        checksums = {f"{split}.npy": sha256(run.folder / f"{split}.npy") for split in loaders}
+        manifest = {"sha256": checksums, "data": data.fingerprint()}
+        write_atomically(run.folder / MANIFEST, json.dumps(manifest, indent=2).encode())
+        metrics: dict[str, Any] = {f"maps/{split}": loader.count for split, loader in loaders.items()}
+        for name, values in completeness(method, model, next(iter(loaders["test"])).images).items():
+            metrics |= {f"test/{name}": float(values.mean()), f"test/{name}/std": float(values.std())}
+        return Result(metrics, facts={"sha256": checksums, **look.facts()})
+
+    def work(self, config: Config, sizes: Sizes) -> float | None:
+        train, test = images_of(config, sizes)
+        return None if train is None or test is None else float(train + test)
+
+    def shortened(self, config: Config, n: int) -> Config | None:
+        """The same maps, of a few test images."""
+        score = {"_target_": "gradexp.tasks.saliency_score.SaliencyScore"}
+        evaluate = {"_target_": "gradexp.evaluate.pixel_perturbation.PixelPerturbation", "fractions": [0.5], "order": "least"}
+        return config | {"task": score, "evaluate": evaluate | {"fill": "black", "images": SHORT * n, "batch_size": CHUNK}}
+
+    def leaves(self, config: Config, sizes: Sizes) -> float | None:
+        images = self.work(config, sizes)
+        return None if images is None else 2 * images * config["data"]["size"] ** 2 / 2**20  # two bytes a pixel
 
 
 def fill(path: Path, loader: Loader, model: nn.Module, method: Saliency, seed: int, weights: str, title: str) -> None:

@@ -2,81 +2,75 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gradexp.base.errors import UserError
-from gradexp.data.dataset import ImageData
 from gradexp.data.loader import Batch, mix
+from gradexp.engine.assemble import declare_data, make_hardware, make_saliency
 from gradexp.engine.build import build
-from gradexp.engine.runs import Result, Run
+from gradexp.engine.evaluation import Evaluation, PerImageTask
+from gradexp.engine.run import Config, Run
+from gradexp.engine.task import Result, Upstream
 from gradexp.saliency import Saliency
-from gradexp.tasks.look import Look
 
 
-def saliency_score(run: Run) -> Result:
+class SaliencyTask(PerImageTask):
+    """A task about the maps of one saliency method on one trained model."""
+
+    def check(self, run: Run) -> None:
+        super().check(run)
+        make_saliency(run.config, declare_data(run.config, run.paths), make_hardware(run.config))
+
+    def parts(self, run: Run, upstream: Upstream) -> tuple[Evaluation, nn.Module, Saliency]:
+        """Data and hardware, the upstream model, the saliency method."""
+        look = Evaluation(run, upstream)
+        return look, look.model("model"), make_saliency(run.config, look.data, look.hardware)
+
+
+class SaliencyScore(SaliencyTask):
     """Mean and standard deviation over test images of what `evaluate` measures: `test/NAME` and `test/NAME/std`.
 
     A model that diverged gives a run that diverged.
     """
-    look, model, method = parts(run)
-    if look.diverged:
-        return look.result({})
-    evaluate = dict(run.config["evaluate"])
-    limit, batch_size = evaluate.pop("images"), evaluate.pop("batch_size")
-    score = build(evaluate, where="evaluate")
-    black = look.data.black.to(look.hardware.device)
 
-    def scored(number: int, batch: Batch) -> tuple[int, dict[str, Tensor]]:
-        seed = mix(run.config["seed"], number)
-        torch.manual_seed(seed)  # of random maps and noise
-        measured = score(model, method, batch, black=black, seed=seed)
-        count = len(next(iter(measured.values()), ()))  # the digit flip leaves out all but one digit
-        measured |= completeness(method, model, batch.images)
-        return count, {name: values.cpu() for name, values in measured.items()}
+    def check(self, run: Run) -> None:
+        super().check(run)
+        make_score(run.config)
 
-    batches, count = first_images(look, limit, batch_size)
-    pieces = look.pieces.each("scores", batches, scored, count=count)
-    images = sum(count for count, _ in pieces)
-    metrics: dict[str, Any] = {}
-    for name in dict.fromkeys(name for _, measured in pieces for name in measured):
-        values = torch.cat([measured[name] for _, measured in pieces if name in measured]).double()
-        metrics[f"test/{name}"], metrics[f"test/{name}/std"] = float(values.mean()), float(values.std())
-    if not images:
-        raise UserError("evaluate.images: none of the test images was of use; raise it")
-    return Result(metrics, facts={"images": images, **look.facts()})
+    def __call__(self, run: Run, upstream: Upstream) -> Result:
+        look, model, method = self.parts(run, upstream)
+        if look.diverged:
+            return look.result({})
+        score, black = make_score(run.config), look.data.black.to(look.hardware.device)
 
+        def scored(number: int, batch: Batch) -> tuple[int, dict[str, Tensor]]:
+            seed = mix(run.config["seed"], number)
+            torch.manual_seed(seed)  # of random maps and noise
+            measured = score(model, method, batch, black=black, seed=seed)
+            count = len(next(iter(measured.values()), ()))  # the digit flip leaves out all but one digit
+            measured |= completeness(method, model, batch.images)
+            return count, {name: values.cpu() for name, values in measured.items()}
 
-def parts(run: Run) -> tuple[Look, nn.Module, Saliency]:
-    """Data and hardware, the upstream model, the saliency method."""
-    look = Look(run)
-    method: Saliency = build(run.config["saliency"], where="saliency", **units(look.data, look.hardware.device))
-    return look, look.model("model"), method
+        wanted = run.config["evaluate"]
+        batches, count = look.first_images(wanted["images"], wanted["batch_size"])
+        pieces = look.pieces.each("scores", batches, scored, count=count)
+        images = sum(count for count, _ in pieces)
+        metrics: dict[str, Any] = {}
+        for name in dict.fromkeys(name for _, measured in pieces for name in measured):
+            values = torch.cat([measured[name] for _, measured in pieces if name in measured]).double()
+            metrics[f"test/{name}"], metrics[f"test/{name}/std"] = float(values.mean()), float(values.std())
+        if not images:
+            raise UserError("evaluate.images: none of the test images was of use; raise it")
+        return Result(metrics, facts={"images": images, **look.facts()})
 
 
-def units(data: ImageData, device: torch.device | str) -> dict[str, Tensor]:
-    """What a saliency method has to know of the data's normalisation; (C, 1, 1) each."""
-    return {"black": data.black.to(device), "std": data.statistics[1].view(-1, 1, 1).to(device)}
-
-
-def first_images(look: Look, limit: int | None, batch_size: int) -> tuple[Iterator[Batch], int]:
-    """The first `limit` test images (None: all), in the data set's order, which is that of a hash: as good as random.
-
-    -> the batches, and how many they are.
-    """
-    loader = look.data.test_loader(batch_size=batch_size, device=look.hardware.device)
-    wanted = loader.count if limit is None else min(limit, loader.count)
-
-    def cut(number: int, batch: Batch) -> Batch:
-        left = wanted - number * batch_size
-        return Batch(batch.images[:left], batch.labels[:left], batch.row[:left], batch.view[:left])
-
-    count = -(-wanted // batch_size)
-    return itertools.starmap(cut, enumerate(itertools.islice(loader, count))), count
+def make_score(config: Config) -> Any:
+    """What `evaluate` names, called with a model, a saliency method and a batch."""
+    node = {key: value for key, value in config["evaluate"].items() if key not in ("images", "batch_size")}
+    return build(node, where="evaluate")
 
 
 def completeness(method: Saliency, model: nn.Module, images: Tensor, target: int | None = None) -> dict[str, Tensor]:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import zlib
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import filelock
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradexp.base.errors import UserError
 from gradexp.base.files import reserve, write_atomically
 from gradexp.data.loader import Batch, Loader
+from gradexp.terms import Term
 from gradexp.terms.targets import Map, Targets
 
 CHUNK = 256  # views computed at a time
@@ -113,6 +117,43 @@ class StoredTargets(Targets):
                 distance = (values.float() - self.kept[name][start : start + CANARY].float()).norm()
                 if not distance <= 0.05 * values.float().norm():  # NaN is no teacher's either
                     raise UserError(f"stored teacher targets in {self.folder} are not this teacher's; delete that folder")
+
+
+def make_targets(
+    teacher: nn.Module,
+    terms: Sequence[Term],
+    loader: Loader,
+    steps: int,
+    *,
+    angle: str | None,
+    store_gib: float,
+    autocast: AbstractContextManager[Any],
+    cache: Path,
+    origin: Sequence[Any],
+) -> Targets:
+    """The teacher's targets: computed once for all views where that pays, otherwise for every batch.
+
+    angle: whose input-gradient is asked for beside those of the terms. store_gib: the most that stored targets may take.
+    origin: names the teacher's weights and the precision; `cache` has a folder for each.
+    """
+    helped = [term for term in terms if term.needs_teacher]
+    wanted = {term.gradient_target for term in helped if term.gradient_target and term.needs_input_gradient}
+    wanted |= {angle} if angle else set()
+    layers = list(dict.fromkeys(layer for term in helped for layer in term.teacher_layers))
+    with_gradient = bool(wanted) or any(term.gradient_target for term in helped)
+    live = Targets(teacher, with_gradient=with_gradient, layers=layers)
+    if len(wanted) > 1 or "all" in wanted or any(term.teacher_layers and not term.teacher_maps for term in helped):
+        return live
+    maps = list(dict.fromkeys(one for term in helped for one in term.teacher_maps))
+    what: dict[str, Any] = {"target": next(iter(wanted), None), "maps": maps}
+    views = loader.count * loader.views
+    fits = views * bytes_each(live, loader, **what) <= store_gib * 2**30
+    pays = steps * loader.batch_size >= 1.5 * views
+    if not (fits and pays):
+        return live
+    name = hashlib.sha256(json.dumps([*origin, loader.fingerprint, steps]).encode()).hexdigest()[:12]
+    with autocast:
+        return StoredTargets(live, loader, steps, cache / name, **what)
 
 
 def bytes_each(live: Targets, loader: Loader, *, target: str | None, maps: Sequence[Map]) -> int:

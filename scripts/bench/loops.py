@@ -13,11 +13,12 @@ from torch.nn import functional
 
 from bench.steps import images, network
 from gradexp.data.loader import TensorLoader, TrainingStream
+from gradexp.engine.assemble import accelerate
 from gradexp.engine.build import build
 from gradexp.engine.callbacks import Checkpointer, ProgressLine
 from gradexp.engine.compose import compose_run
+from gradexp.engine.fit import fit
 from gradexp.engine.hardware import Hardware
-from gradexp.tasks.train import fast, fit
 from gradexp.terms import CrossEntropy, Term
 from gradexp.training.classifier import Classifier
 from gradexp.training.optim import Optim
@@ -59,7 +60,7 @@ def _optim(steps: int) -> Optim:
 
 def _bare_loop(loader: TensorLoader, hardware: Hardware, steps: int) -> float:
     """Seconds of a loop with nothing in it but the model, its loss and its optimizer."""
-    student = fast(hardware.place(network("vgg4")), {}, hardware)
+    student = accelerate(hardware.place(network("vgg4")), {}, hardware)
     optimizer, schedule = _optim(steps).build(list(student.parameters()), steps)
     begun = time.perf_counter()
     for batch in TrainingStream(loader, steps):
@@ -75,7 +76,7 @@ def _bare_loop(loader: TensorLoader, hardware: Hardware, steps: int) -> float:
 def _trainer_loop(loader: TensorLoader, hardware: Hardware, steps: int) -> float:
     """Seconds between the first and the last step of a training as a run does it: terms, curves, progress, trainer."""
     terms: dict[str, Term] = {"ce": CrossEntropy(weight=1)}
-    student = fast(hardware.place(network("vgg4")), terms, hardware)
+    student = accelerate(hardware.place(network("vgg4")), terms, hardware)
     module = Classifier(student, terms, _optim(steps), steps_per_pass=len(loader), seed=0)
     progress = ProgressLine("bench", steps)
     with tempfile.TemporaryDirectory() as folder:  # one a loop: nothing to go on from

@@ -11,8 +11,9 @@ from typing import Any
 
 from bench import loops, photographs, runs, saliency, steps
 from gradexp.base.errors import UserError
+from gradexp.base.files import write_atomically
 from gradexp.engine.hardware import native_bf16
-from gradexp.engine.runs import git_state, versions, write_atomically
+from gradexp.engine.origin import git_state, versions
 
 ROWS: dict[str, type[Any]] = {  # of each part of the page
     "steps": steps.Row,

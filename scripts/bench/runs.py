@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.timing import medians
-from gradexp.engine.compose import compose_run, plan
+from gradexp.engine.compose import plan
 from gradexp.engine.many import run_all
-from gradexp.engine.runs import ROOT, Paths
+from gradexp.engine.run import ROOT
 
 # Cross-entropy of VGG-4 on 50 digits. A run that is alone takes every core otherwise, and two can only share them.
 RUN = ("experiment=jacobian_distill", "method=ce", "data.per_class=5", "scale=quick", "logger=none", "trainer.threads=1")
@@ -61,7 +61,7 @@ def _train(passes: int, *, seeds: int) -> None:
         words = _words(passes, Path(folder))
         runs = [plan([*words, f"seed={seed}"]) for seed in range(seeds)]
         with contextlib.redirect_stdout(io.StringIO()):
-            failures = run_all(runs, Paths.of(compose_run(words)), workers=seeds)
+            failures = run_all(runs, workers=seeds)
         if failures:
             raise RuntimeError(f"{failures[0].command} failed:\n{failures[0].log.read_text()}")
 

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from bench.steps import make_hardware
 from bench.timing import medians, peak_memory
+from gradexp.engine.assemble import accelerate
 from gradexp.engine.build import build
 from gradexp.engine.compose import compose_run
 from gradexp.engine.hardware import Hardware
 from gradexp.saliency import FullGrad
-from gradexp.tasks.train import fast
 
 FORWARD_BACKWARD = "forward + input-gradient"
 PACKAGE = "FullGrad of grad-cam"
@@ -55,7 +55,7 @@ def fullgrad() -> FullGrad:
 
 def ours(stock: nn.Module, images: Tensor, hardware: Hardware) -> dict[str, Callable[[], Any]]:
     """A forward and an input-gradient, and a map, with our layers, as in every run."""
-    model = fast(copy.deepcopy(stock), {}, hardware)
+    model = accelerate(copy.deepcopy(stock), {}, hardware)
 
     def forward_backward() -> None:
         inputs = images.detach().requires_grad_()
@@ -93,7 +93,7 @@ def measure(name: str, hardware: Hardware, *, batch: int, size: int, rounds: int
 
 def one_map(name: str, batch: int, size: int) -> None:
     hardware = make_hardware("32")
-    fullgrad()(fast(frozen(name, hardware), {}, hardware), torch.randn(batch, 3, size, size, device=hardware.device))
+    fullgrad()(accelerate(frozen(name, hardware), {}, hardware), torch.randn(batch, 3, size, size, device=hardware.device))
 
 
 def rows(hardware: Hardware, *, quick: bool) -> list[Row]:

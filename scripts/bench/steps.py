@@ -19,10 +19,10 @@ from bench.timing import medians, peak_memory
 from gradexp import gradients
 from gradexp.data.loader import TensorLoader
 from gradexp.data.sources import Split
+from gradexp.engine.assemble import accelerate, make_terms
 from gradexp.engine.build import build
 from gradexp.engine.compose import compose_run
 from gradexp.engine.hardware import Hardware
-from gradexp.tasks.train import fast, make_terms
 from gradexp.terms import CrossEntropy, Term
 from gradexp.terms.targets import Targets
 from gradexp.training.distillation import Distillation
@@ -110,9 +110,9 @@ def make_step(kind: Kind, model: str, hardware: Hardware, loader: TensorLoader, 
     for term in terms.values():
         term.place(student, teacher, loader.example)
     if kind.fast:
-        fast(student, terms, hardware)
+        accelerate(student, terms, hardware)
         if teacher is not None:
-            fast(teacher, {}, hardware)
+            accelerate(teacher, {}, hardware)
     optim = build(compose_run(["experiment=jacobian_distill"])["optim"], where="optim")
     targets = _targets(kind, teacher, terms, hardware, loader, folder) if teacher else None
     module = Distillation(student, terms, optim, steps_per_pass=10**9, seed=0, targets=targets)

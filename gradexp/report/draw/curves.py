@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from gradexp.engine.runs import Config
+from gradexp.engine.run import Config
 from gradexp.report.figures import COLUMN_WIDTH, PALETTE, Row, Series
 
 THESIS = "#555555"  # the colour of the thesis's own numbers

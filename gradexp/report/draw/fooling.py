@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
-from gradexp.engine.runs import Config
+from gradexp.engine.run import Config
 from gradexp.report.draw.images import bare, red_over, show
 from gradexp.report.figures import COLUMN_WIDTH, Row, Series
 

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from gradexp.base.errors import UserError
-from gradexp.engine.runs import Config
+from gradexp.engine.run import Config
 from gradexp.report.figures import PAGE_WIDTH, Row, Series
 
 MAP = "inferno"  # dark to bright in even steps, also in grey and for the colour-blind

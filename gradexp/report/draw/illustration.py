@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from gradexp.engine.runs import Config
+from gradexp.engine.run import Config
 from gradexp.report.figures import COLUMN_WIDTH, PALETTE, Row, Series
 
 # what is drawn: title of its panel, the student's label, line style

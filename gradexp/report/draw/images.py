@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from gradexp.engine.runs import Config
+from gradexp.engine.run import Config
 from gradexp.report.figures import COLUMN_WIDTH, Row, Series
 
 Pictures = np.ndarray  # (N, C, H, W) uint8
@@ -29,7 +29,7 @@ def samples(spec: Config, series: Sequence[Series]) -> tuple[Figure, list[Row]]:
     ]
     figure = grid(rows)
     return figure, [
-        {"series": one.label, **{name: f"{one.metric(name)[0]:.5g}" for name in spec["metrics"]}, "run": one.sources[0].id}
+        {"series": one.label, **{name: f"{one.metric(name)[0]:.5g}" for name in spec["metrics"]}, "run": one.runs[0].id}
         for one in series
     ]
 

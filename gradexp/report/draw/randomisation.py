@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from gradexp.engine.runs import Config
+from gradexp.engine.run import Config
 from gradexp.report.draw.methods import style
 from gradexp.report.figures import COLUMN_WIDTH, Row, Series
 

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
-from gradexp.engine.runs import Config
+from gradexp.engine.run import Config
 from gradexp.report.draw.methods import style
 from gradexp.report.figures import COLUMN_WIDTH, Row, Series
 from gradexp.report.tables import read_thesis

@@ -15,9 +15,13 @@ import torch
 from gradexp.base.errors import UserError
 from gradexp.data.loader import TrainingStream
 from gradexp.engine import clocks
+from gradexp.engine.assemble import make_data
 from gradexp.engine.callbacks import Checkpointer, ProgressLine
-from gradexp.engine.runs import Config, Paths, Run, ensure
-from gradexp.tasks.train import accuracy_on_test, fit, make_data, prepare
+from gradexp.engine.ensure import ensure, finish
+from gradexp.engine.fit import fit
+from gradexp.engine.run import Config, Paths, Run
+from gradexp.evaluate.accuracy import accuracy_on_test
+from gradexp.tasks.train import prepare
 from gradexp.training.dropout import dropout_after
 
 WARM, STEPS = 5, 20  # the first steps allocate memory and choose algorithms
@@ -30,18 +34,17 @@ def training(config: Config, paths: Paths) -> Config:
     read the test set; `data`, `parameters`, `peak_memory_mib` and the hardware as in a record.
     """
     run = Run(_without_removal(config), paths)
-    make_data(run.config, paths)  # converts a data set on its first use: no cost of this run
-    for name in run.config["upstream"]:
-        run.upstream(name)
+    make_data(run)  # converts a data set on its first use: no cost of this run
+    upstream = {name: finish(below) for name, below in run.upstream.items()}
     begun = _clock()
-    made = prepare(run)
+    made = prepare(run, upstream)
     ready = _clock()
     steps, watch = WARM + STEPS, _Watch()
     with dropout_after(made.module.student, run.config["method"].get("dropout"), made.loader.example):
         stream, progress = TrainingStream(made.loader, steps), ProgressLine("probe", steps)
         fit(made.module, stream, made.hardware, None, Checkpointer(run.checkpoint, every=1e9), progress, watch)
     trained = _clock()
-    accuracy_on_test(made.module.student, made.data, made.hardware)
+    accuracy_on_test(made.module.student, made.data, made.hardware.device)
     images = watch.images[-1] - watch.images[WARM - 1]
     spans = {"ready": (begun, ready, 1), "image": (watch.clocks[WARM - 1], watch.clocks[-1], images)}
     spans |= {"judge": (trained, _clock(), 1)}
@@ -53,9 +56,7 @@ def training(config: Config, paths: Paths) -> Config:
 
 
 def looking(configs: Sequence[Config], paths: Paths) -> list[Config]:
-    """The records of these runs, what they stand on done before the clock starts."""
-    for name in configs[0]["upstream"]:
-        Run(configs[0], paths).upstream(name)
+    """The records of these runs."""
     return [ensure(Run(config, paths)) for config in configs]
 
 

@@ -1,7 +1,8 @@
-"""What the tasks that look at trained models share."""
+"""What the tasks that evaluate trained models share."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any
@@ -10,44 +11,37 @@ import torch
 from torch import Tensor, nn
 
 from gradexp.base.errors import UserError
-from gradexp.data.dataset import ImageData
 from gradexp.data.loader import Batch, Loader, mix
-from gradexp.engine.build import build
-from gradexp.engine.hardware import Hardware
+from gradexp.engine.assemble import load_model, make_data, make_hardware
 from gradexp.engine.pieces import Pieces
-from gradexp.engine.runs import Config, Result, Run, read_record
+from gradexp.engine.run import Config, Run
+from gradexp.engine.task import Result, Sizes, Task, Upstream, at_most, digests_of, images_of
+from gradexp.evaluate.accuracy import EVALUATION_BATCH
 from gradexp.evaluate.statistics import reestimate
-from gradexp.tasks.train import EVALUATION_BATCH, load_model, make_data
+
+SHORT = 8  # images of a run that is cut short, for each of its n
 
 
-class Look:
+class Evaluation:
     """A run's data set and hardware, and the trained models that it stands on; everything is computed in float32."""
 
-    def __init__(self, run: Run) -> None:
-        self.run = run
-        self.hardware: Hardware = build(run.config["trainer"], where="trainer")
-        self.hardware.apply()
-        self.data: ImageData = make_data(run.config, run.paths)
-        run.uses(self.data.fingerprint())
-        self.records: dict[str, Config] = {}  # of the models asked for
+    def __init__(self, run: Run, upstream: Upstream) -> None:
+        self.run, self.upstream = run, upstream
+        self.hardware, self.data = make_hardware(run.config), make_data(run)
+        self.diverged = False  # one of the models asked for
         self._pieces: Pieces | None = None
-        self.diverged = False
 
     def model(self, name: str, *, clean: int | None = None) -> nn.Module:
-        """The model of an upstream run, frozen and in eval mode, trained first where missing; notes whether it diverged.
+        """The model of an upstream run, frozen and in eval mode; notes whether its training diverged.
 
         clean: how many training images its statistics of batch normalisation are estimated from again, without augmentation
         and in an order that the run's seed draws; None leaves the statistics as training left them.
         """
-        if clean is not None and clean < 2:
-            raise UserError(
-                f"task.statistics={clean}: statistics need images; give their number, or null for those of training"
-            )
-        upstream = self.run.upstream(name)
-        self.records[name] = read_record(upstream.record_path)
-        self.diverged |= self.records[name]["status"] == "diverged"
-        model = load_model(upstream, self.hardware)
-        if clean is not None and self.records[name]["status"] != "diverged":
+        trained = self.upstream[name]
+        diverged = trained.record["status"] == "diverged"
+        self.diverged |= diverged
+        model = load_model(trained, self.hardware)
+        if clean is not None and not diverged:
             reestimate(model, partial(self._clean_images, clean))
         return model
 
@@ -59,10 +53,12 @@ class Look:
 
     @property
     def pieces(self) -> Pieces:
-        """For work that takes minutes; asked for once all models are at hand."""
+        """For work that takes minutes."""
         if self._pieces is None:
-            self._pieces = Pieces(self.run, self.hardware)
+            self._pieces = Pieces(self.run, self.hardware, digests_of(self.upstream))
         return self._pieces
+
+    # Test images, drawn by the run's seed.
 
     def batches(self, count: int | None, size: int) -> Iterator[Batch]:
         """`count` test images in an order that the run's seed draws, None for all, `size` at a time."""
@@ -81,15 +77,27 @@ class Look:
     def _images(self) -> Loader:
         return self.data.test_loader(batch_size=EVALUATION_BATCH, device=self.hardware.device)
 
-    def require_unit_pixels(self) -> None:
-        """Raises UserError where pixels are not in [0, 1]."""
-        if self.data.normalise != "none":
-            raise UserError(f"data.normalise={self.data.normalise}: sampling clips pixels to [0, 1]; take data.normalise=none")
+    def first_images(self, limit: int | None, batch_size: int) -> tuple[Iterator[Batch], int]:
+        """The first `limit` test images (None: all), in the data set's order, which is that of a hash: as good as random.
+
+        Returns the batches and their number.
+        """
+        loader = self.data.test_loader(batch_size=batch_size, device=self.hardware.device)
+        wanted = loader.count if limit is None else min(limit, loader.count)
+
+        def cut(number: int, batch: Batch) -> Batch:
+            left = wanted - number * batch_size
+            return Batch(batch.images[:left], batch.labels[:left], batch.row[:left], batch.view[:left])
+
+        count = -(-wanted // batch_size)
+        return itertools.starmap(cut, enumerate(itertools.islice(loader, count))), count
+
+    # Results.
 
     def result(self, metrics: dict[str, Any], arrays: Mapping[str, Any] | None = None, *, keep: Collection[str] = ()) -> Result:
-        """Metrics rounded to what they mean; NaN where a model had diverged, which is a result.
+        """Metrics rounded to six digits; NaN where a model had diverged, which is a result.
 
-        keep: metrics that do not depend on it, such as where a curve was measured.
+        keep: metrics that do not depend on the model, such as where a curve was measured.
         """
         if self.diverged:
             metrics = {name: x if name in keep else _nan(x) for name, x in metrics.items()}
@@ -100,6 +108,37 @@ class Look:
         """What a record says of data and machine."""
         earlier = self._pieces.facts() if self._pieces else {}
         return {"data": self.data.fingerprint(), **self.hardware.facts(mixed=False), **earlier}
+
+
+class EvaluationTask(Task):
+    """A task that evaluates trained models. unit_pixels: whether pixels must be in [0, 1]."""
+
+    unit_pixels = False
+
+    def check(self, run: Run) -> None:
+        make_hardware(run.config)
+        data, clean = make_data(run), run.config["task"].get("statistics")
+        if clean is not None and clean < 2:
+            raise UserError(
+                f"task.statistics={clean}: statistics need images; give their number, or null for those of training"
+            )
+        if self.unit_pixels and data.normalise != "none":
+            raise UserError(f"data.normalise={data.normalise}: sampling clips pixels to [0, 1]; take data.normalise=none")
+
+
+class PerImageTask(EvaluationTask):
+    """One whose work grows with `images`, the test images that its config's `task` or `evaluate` asks for."""
+
+    def work(self, config: Config, sizes: Sizes) -> float | None:
+        return at_most(config[_part(config)]["images"], images_of(config, sizes)[1])
+
+    def shortened(self, config: Config, n: int) -> Config | None:
+        return config | {_part(config): config[_part(config)] | {"images": SHORT * n}}
+
+
+def _part(config: Config) -> str:
+    """Which part of a config says how many images are looked at."""
+    return "evaluate" if "evaluate" in config else "task"
 
 
 def _nan(value: Any) -> Any:

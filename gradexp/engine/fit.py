@@ -1,0 +1,90 @@
+"""The steps of one training, in this process or shared out among several."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+
+from gradexp.data.dataset import ImageData
+from gradexp.data.loader import Loader, TrainingStream
+from gradexp.engine.callbacks import Checkpointer, ProgressLine
+from gradexp.engine.hardware import Hardware
+from gradexp.engine.processes import Part, train_together
+from gradexp.engine.run import Run
+from gradexp.training.classifier import Classifier
+from gradexp.training.dropout import dropout_after
+
+
+@dataclass(frozen=True)
+class Training:
+    """What there is before the first step."""
+
+    run: Run
+    hardware: Hardware
+    data: ImageData
+    loader: Loader
+    module: Classifier
+    checkpointer: Checkpointer
+    progress: ProgressLine
+
+    def fit(self, logger: Any) -> int:
+        """This process's part of the steps, from the last checkpoint where there is one. Returns the number of steps done."""
+        hardware, module = self.hardware, self.module
+        world = hardware.together if hardware.is_part else 1
+        stream = TrainingStream(self.loader, module.total_steps, rank=hardware.rank, world=world)
+        with dropout_after(module.student, self.run.config["method"].get("dropout"), self.loader.example):
+            fit(module, stream, hardware, logger, self.checkpointer, self.progress)
+        return int(module.global_step)
+
+    def fit_elsewhere(self, part: Part) -> int:
+        """Has the steps done by several processes, which call `part`; the outcome is loaded. Returns the number of steps."""
+        run, hardware, checkpointer = self.run, self.hardware, self.checkpointer
+        if checkpointer.usable():
+            checkpointer.load_state_dict(load_checkpoint(checkpointer.path)["callbacks"]["Checkpointer"])
+        train_together(run, part, devices=hardware.devices, nodes=hardware.num_nodes)
+        state = load_checkpoint(checkpointer.path)
+        self.module.load_state_dict(state["state_dict"])
+        self.module.on_load_checkpoint(state)
+        self.progress.load_outcome(state["callbacks"]["ProgressLine"])
+        checkpointer.earlier["cpu"] = state["callbacks"]["Checkpointer"]["cpu"]  # theirs; the wall clock is this process's
+        return int(state["global_step"])
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+    return state
+
+
+def fit(
+    module: Classifier,
+    stream: TrainingStream,
+    hardware: Hardware,
+    logger: Any,
+    checkpointer: Checkpointer,
+    progress: ProgressLine,
+    *watching: lightning.Callback,
+) -> None:
+    """Runs the training to its end, from the last checkpoint where there is one."""
+    with warnings.catch_warnings():
+        # Lightning warns of loaders without workers and of a log interval; neither exists here.
+        warnings.simplefilter("ignore")
+        for name in ("lightning.pytorch", "lightning.fabric"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+        trainer = lightning.Trainer(
+            **hardware.trainer_options(),
+            max_epochs=1,
+            logger=logger or False,
+            callbacks=[checkpointer, progress, *watching],
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        resume = checkpointer.path if checkpointer.usable() else None
+        trainer.fit(module, stream, ckpt_path=resume, weights_only=True)
+    hardware.place(module.student)  # Lightning leaves it on the CPU

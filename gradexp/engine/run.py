@@ -1,0 +1,169 @@
+"""Runs: one resolved config, one id, one record. Nothing here imports torch: tables and plans name runs in milliseconds."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from gradexp.base.errors import UserError
+from gradexp.engine.record import read_record
+from gradexp.engine.registry import FORMER
+
+Config = dict[str, Any]
+DEFAULT_DATA = "data"  # as in conf/config.yaml; the only data root that need not exist
+ROOT = Path(__file__).resolve().parents[2]
+
+# What changes only where and how a run is executed is not part of its identity.
+HARDWARE = ("paths", "trainer", "logger", "launcher", "gradients", "objective")
+
+
+# --- identity ---------------------------------------------------------------------------------------------
+
+
+def identity(config: Config) -> Config:
+    """The part of a config that decides its numbers.
+
+    Null values and terms of weight 0 are left out: a switch added later enters with null as "as before",
+    and keeps old records valid. Of the scale only the name counts: its settings are already where they act.
+    1 and 1.0 are one number.
+    """
+    kept = {key: value for key, value in config.items() if key not in HARDWARE}
+    upstream = {name: identity(run) for name, run in config["upstream"].items()}
+    return _canonical(kept | {"scale": config["scale"]["name"], "upstream": upstream})
+
+
+def run_id(config: Config) -> str:
+    """Twelve hexadecimal digits that name a run."""
+    text = json.dumps(identity(config), sort_keys=True, ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _canonical(value: Any) -> Any:
+    if isinstance(value, dict):
+        named = {key: FORMER.get(item, item) if key == "_target_" else item for key, item in value.items()}
+        kept = {key: _canonical(item) for key, item in named.items() if item is not None}
+        return {key: item for key, item in kept.items() if not (isinstance(item, dict) and item.get("weight") == 0)}
+    if isinstance(value, list):
+        return [_canonical(item) for item in value]
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value
+
+
+# --- places -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Where data, records and rebuildable outputs live; relative paths start at the repository."""
+
+    data: Path
+    results: Path
+    outputs: Path
+
+    @classmethod
+    def of(cls, config: Config) -> Paths:
+        """The places that a config names. Raises UserError for a data root that is named but not there."""
+        places = {name: ROOT / Path(value).expanduser() for name, value in config["paths"].items()}
+        if config["paths"]["data"] != DEFAULT_DATA and not places["data"].is_dir():
+            raise UserError(
+                f"paths.data={config['paths']['data']}: there is no such folder. Name the one that holds the data sets "
+                f"(GRADEXP_DATA=FOLDER or paths.data=FOLDER), or create it, and they are downloaded into it"
+            )
+        return cls(**places)
+
+    def record(self, config: Config) -> Path:
+        return self.results / "runs" / config["name"] / f"{run_id(config)}.json"
+
+    def folder(self, config: Config) -> Path:
+        """Checkpoint, weights and logs of a run: all of it can be deleted and rebuilt."""
+        return self.outputs / "runs" / config["name"] / run_id(config)
+
+    @property
+    def cache(self) -> Path:
+        return self.outputs / "cache"
+
+
+# --- runs -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One piece of work: its resolved config, where its files lie, and what to type for it.
+
+    overrides: () where the run was made from a config alone. below: its upstream runs; None to make them from its config,
+    which has theirs nested in it.
+    """
+
+    config: Config
+    paths: Paths
+    overrides: tuple[str, ...] = ()
+    below: Mapping[str, Run] | None = None
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Run) and (self.id, self.paths) == (other.id, other.paths)
+
+    def __hash__(self) -> int:
+        return hash(self.id)
+
+    @cached_property
+    def id(self) -> str:
+        return run_id(self.config)
+
+    @property
+    def name(self) -> str:
+        """Of its experiment."""
+        return str(self.config["name"])
+
+    @property
+    def command(self) -> str:
+        return shlex.join(["python", "run.py", *self.overrides])
+
+    @cached_property
+    def upstream(self) -> Mapping[str, Run]:
+        """The runs that it stands on, by the names that its config has for them; on the same hardware."""
+        if self.below is not None:
+            return self.below
+        return {name: Run(config | hardware(self.config), self.paths) for name, config in self.config["upstream"].items()}
+
+    @property
+    def record_path(self) -> Path:
+        return self.paths.record(self.config)
+
+    @property
+    def finished(self) -> bool:
+        return self.record_path.exists()
+
+    def record(self) -> Config | None:
+        return read_record(self.record_path) if self.finished else None
+
+    @property
+    def folder(self) -> Path:
+        """Checkpoint, weights and logs: all of it can be deleted and made again."""
+        return self.paths.folder(self.config)
+
+    @property
+    def weights(self) -> Path:
+        """The trained parameters, as the train task leaves them."""
+        return self.folder / "weights.pt"
+
+    @property
+    def checkpoint(self) -> Path:
+        """The state of a training that is not done yet."""
+        return self.folder / "last.ckpt"
+
+    @property
+    def pieces(self) -> Path:
+        """The folder of what a run that trains nothing has done so far (gradexp.engine.pieces)."""
+        return self.folder / "pieces"
+
+
+def hardware(config: Config) -> Config:
+    """The part of a config that its upstream runs share: where and how they are executed."""
+    return {key: config[key] for key in HARDWARE if key in config}

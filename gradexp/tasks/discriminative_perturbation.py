@@ -1,0 +1,66 @@
+"""Figures 5.3 and 5.6: accuracy while the pixels that gradients call unimportant disappear."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gradexp import gradients
+from gradexp.engine.evaluation import Evaluation, PerImageTask, as_bytes
+from gradexp.engine.run import Config, Run
+from gradexp.engine.task import Result, Upstream
+from gradexp.evaluate import discriminative_perturbation as perturbation
+from gradexp.evaluate.spectrum import high_frequency
+
+BATCH = 256
+
+
+class DiscriminativePerturbation(PerImageTask):
+    """Curves of accuracy, and as arrays the gradients of Figures 5.4 and 5.7.
+
+    `model` is perturbed, the gradients of `explainer` say where; both may be one. The gradients that are shown are those of
+    the correct class, the same for all models; `gradient/high_frequency` says how noisy these are, over all images.
+    """
+
+    def check(self, run: Run) -> None:
+        super().check(run)
+        perturbation.check(**_options(run.config["task"]))
+
+    def __call__(self, run: Run, upstream: Upstream) -> Result:
+        look, task = Evaluation(run, upstream), run.config["task"]
+        how = _options(task)
+        model, explainer = (look.model(name, clean=task["statistics"]) for name in ("model", "explainer"))
+        rows = look.rows(task["images"], BATCH)
+
+        def perturbed(_: int, some: Tensor) -> Tensor:
+            return perturbation.still_right(model, explainer, look.batch(some), seed=run.config["seed"], **how)
+
+        counts = look.pieces.each("perturbed", rows, perturbed, count=len(rows))
+        metrics: dict[str, Any] = perturbation.accuracies(how["fractions"], torch.stack(counts).sum(0))
+        metrics["mean_accuracy"] = float(np.mean(metrics["accuracy"]))
+        metrics["gradient/high_frequency"] = roughness(look, explainer, rows)
+        batch = next(look.batches(task["shown"], task["shown"]))
+        gradient = gradients.input_gradient(explainer, batch.images, batch.labels)
+        shown = {"images": as_bytes(batch.images), "gradients": gradient.nan_to_num(0).cpu().numpy().astype(np.float16)}
+        return look.result(metrics, shown, keep=["removed"])
+
+
+def _options(task: Config) -> dict[str, Any]:
+    low, high = np.log10(task["fractions"]["from"]), np.log10(task["fractions"]["to"])
+    return {
+        "fractions": np.logspace(low, high, task["fractions"]["count"]).round(6).tolist(),
+        "kind": task["saliency"],
+        "target": task["target"],
+        "replacement": task["replacement"],
+    }
+
+
+def roughness(look: Evaluation, model: nn.Module, rows: Sequence[Tensor]) -> float:
+    """Percentage of the energy of the label's gradient at high spatial frequencies, a mean over these test images."""
+    batches = map(look.batch, rows)
+    shares = [high_frequency(gradients.input_gradient(model, batch.images, batch.labels)).cpu() for batch in batches]
+    return float(torch.cat(shares).nanmean())
