@@ -5,12 +5,12 @@ from typing import Any
 from common import Job, make_all, report
 
 from gradexp.engine.registry import locate
-from gradexp.report import figures
+from gradexp.report import figures, specs
 
 
 def make(spec: dict[str, Any], job: Job) -> None:
     """Runs what is missing, then draws and writes the figure."""
-    wanted = [overrides for _, seeds in figures.runs_of(spec, job.scale) for overrides in seeds.values()]
+    wanted = [words for cell in specs.cells(spec, job.scale) for words in cell.commands.values()]
     failures = job.fill(f"figure {spec['number']}", wanted)
     series = figures.gather(spec, job.scale, job.plan)
     sentences = figures.caption(spec, job.scale, series, job.plan)

@@ -4,12 +4,12 @@ from typing import Any
 
 from common import Job, make_all, report
 
-from gradexp.report import formats, tables
+from gradexp.report import formats, specs, tables
 
 
 def make(spec: dict[str, Any], job: Job) -> None:
     """Runs what is missing, then writes and prints the table."""
-    wanted = [overrides for *_, seeds in tables.runs_of(spec, job.scale) for overrides in seeds.values()]
+    wanted = [words for cell in specs.cells(spec, job.scale) for words in cell.commands.values()]
     failures = job.fill(f"table {spec['number']}", wanted)
     table = tables.build(spec, job.scale, job.plan)
     files = formats.write(table, job.paths.results)

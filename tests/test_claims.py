@@ -161,7 +161,7 @@ MISTAKES = {
     "cell": ({"greater": [{"rwo": "Cross-Entropy (CE)"}, 0]}, "did you mean row?"),
     "exception": ({"except": [["a", "b", "1"]]}, "there is no comparison"),
     "fitted": ({"fitted": {"quick": [["Cross-Entropy (CE)", "1000"]]}}, "fitted: there is no comparison"),
-    "unit": ({"unit": "image"}, "seeds, images"),
+    "unit": ({"unit": "image"}, "'seeds' or 'images'"),
     "kind": ({"item": "tabel 2.1"}, "`table NUMBER`"),
     "panel": ({"item": "figure 5.3", "panel": "c", "metric": "accuracy"}, "figure 5.3 has a, b"),
     "metric": ({"item": "table 5.2", "greater": [{"row": "λ = 1e-2", "column": "μ = 1e-2"}, 0]}, "model/accuracy, gan_test"),

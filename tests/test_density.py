@@ -24,7 +24,7 @@ from gradexp.evaluate.accuracy import accuracy_on_test
 from gradexp.evaluate.discriminative_perturbation import accuracies, saliency, still_right
 from gradexp.evaluate.score_objective import objective, objective_parts
 from gradexp.evaluate.shift import Shifted, shift_effects, sine_effects
-from gradexp.report import figures, specs, tables
+from gradexp.report import figures, specs
 from gradexp.report.draw.curves import panels
 from gradexp.report.draw.fooling import fooling
 from gradexp.report.draw.images import red_over, samples, signed
@@ -572,7 +572,7 @@ def test_red_is_where_the_saliency_is() -> None:
 @pytest.mark.parametrize("scale", ["paper", "cpu", "quick"])
 def test_figures_compose_at_every_scale(number: str, scale: str) -> None:
     spec = specs.load("figure", number)
-    configs = [plan(words).config for _, seeds in figures.runs_of(spec, scale) for words in seeds.values()]
+    configs = [plan(words).config for *_, seeds in specs.cells(spec, scale) for words in seeds.values()]
     expected = "digits" if scale == "quick" else "cifar10" if number in ("5.6", "5.7") else "cifar100"
     assert {config["data"]["name"] for config in configs} == {expected}
 
@@ -653,7 +653,7 @@ def test_the_figure_of_shifts(tmp_path: Path) -> None:
 def test_table_5_2_is_the_sweep_around_table_5_1() -> None:
     """The thesis's own λ and μ are the score-matching run of Table 5.1; at scale=cpu two antidiagonals run, trained as long."""
     for scale in ("paper", "cpu"):
-        (first, second) = (tables.runs_of(specs.load("table", number), scale) for number in ("5.1", "5.2"))
+        (first, second) = (specs.cells(specs.load("table", number), scale) for number in ("5.1", "5.2"))
         sweep = {(row["label"], column["label"]): plan(seeds[0]) for row, column, seeds in second if seeds}
         score = next(seeds for row, _, seeds in first if row["thesis"] == "Score-Matching")
         assert sweep["λ = 1e-3", "μ = 1e-4"].id == plan(score[0]).id
@@ -668,9 +668,9 @@ def test_table_5_2_is_the_sweep_around_table_5_1() -> None:
 def test_the_runs_that_test_the_account_of_table_5_1_have_the_w_that_their_rows_say() -> None:
     """w = λ(½ + 4μ/σ²) of score-matching, the weight of gradient-norm; judge, sampling and data are Table 5.1's."""
     spec = specs.load("table", "5.1-penalty")
-    cells = tables.runs_of(spec, "cpu")
+    cells = specs.cells(spec, "cpu")
     runs = {row["label"]: plan(seeds[0]).config for row, column, seeds in cells if "experiment" not in column}
-    ours = plan(next(tables.runs_of(specs.load("table", "5.1"), "cpu"))[2][0]).config
+    ours = plan(next(specs.cells(specs.load("table", "5.1"), "cpu"))[2][0]).config
     told = 0
     for label, config in runs.items():
         terms = config["upstream"]["model"]["method"]["terms"]
@@ -684,7 +684,7 @@ def test_the_runs_that_test_the_account_of_table_5_1_have_the_w_that_their_rows_
     assert {run_id(config["upstream"]["judge"]) for config in runs.values()} == {run_id(ours["upstream"]["judge"])}
     passes = {label: config["upstream"]["model"]["optim"]["passes"] for label, config in runs.items()}
     assert {label for label, count in passes.items() if count != 10} == {"the same, 20 passes, the rate in steps"}
-    shared = {run_id(plan(seeds[0]).config) for *_, seeds in tables.runs_of(specs.load("table", "5.2"), "cpu") if seeds}
+    shared = {run_id(plan(seeds[0]).config) for *_, seeds in specs.cells(specs.load("table", "5.2"), "cpu") if seeds}
     assert len(shared & {run_id(config) for config in runs.values()}) == 4  # the score-matching rows with a μ above 0
 
 

@@ -140,17 +140,17 @@ def test_an_overlay_is_the_image_in_grey_where_the_map_is_zero() -> None:
 
 def test_points_are_runs_of_every_series_and_only_at_their_scales() -> None:
     spec = specs.load("figure", "3.2b")
-    found = list(figures.runs_of(spec, "cpu"))
+    found = list(specs.cells(spec, "cpu"))
     assert len(found) == 1 + 8 * 3
-    assert len(list(figures.runs_of(spec, "paper"))) == 1 + 8 * 5
-    assert found[0][1][0] == ["experiment=roar", "scale=cpu", "data.removal=null", "seed=0"]
+    assert len(list(specs.cells(spec, "paper"))) == 1 + 8 * 5
+    assert found[0].commands[0] == ["experiment=roar", "scale=cpu", "data.removal=null", "seed=0"]
     assert specs.parts("figure", "3.2") == ["3.2a", "3.2b"]
     assert specs.parts("figure", "3.1") == ["3.1"]
 
 
 def test_a_series_may_be_of_some_scales_only() -> None:
     """At paper the last map is larger than 4x4, and the two series of Grad-CAM would be one."""
-    shown = {scale: [series["label"] for series, _ in figures.runs_of(specs.load("figure", "3.2a"), scale)] for scale in SCALES}
+    shown = {scale: [series["label"] for series, *_ in specs.cells(specs.load("figure", "3.2a"), scale)] for scale in SCALES}
     assert [name for name in shown["cpu"] if name not in shown["paper"]] == ["Grad-CAM, 4x4"]
     assert shown["cpu"] == shown["quick"]
 
@@ -158,7 +158,7 @@ def test_a_series_may_be_of_some_scales_only() -> None:
 @pytest.mark.parametrize("scale", SCALES)
 def test_the_galleries_have_as_many_images_as_figure_3_4_shows(scale: str) -> None:
     spec = specs.load("figure", "3.4")
-    for _, seeds in figures.runs_of(spec, scale):
+    for *_, seeds in specs.cells(spec, scale):
         (words,) = seeds.values()
         assert plan(words).config["evaluate"]["images"] >= spec["first"] + spec["rows"]
 

@@ -160,7 +160,7 @@ def test_a_misspelt_key_of_a_figure_is_an_error(text: str, tmp_path: Path, monke
     monkeypatch.setattr(specs, "ROOT", tmp_path)
     (tmp_path / "conf" / "figure").mkdir(parents=True)
     (tmp_path / "conf" / "figure" / "9.yaml").write_text(text)
-    with pytest.raises(UserError, match=r"there is no key (titel|lable|scale), did you mean (title|label|scales)"):
+    with pytest.raises(UserError, match=r"there is no key (titel|lable|scale).*, did you mean (title|label|scales)"):
         specs.load("figure", "9")
 
 

@@ -14,7 +14,7 @@ from gradexp.engine.ensure import ensure
 from gradexp.engine.run import Paths, Run, run_id
 from gradexp.evaluate.accuracy import accuracy
 from gradexp.evaluate.noise import noise_accuracies
-from gradexp.report import specs, tables
+from gradexp.report import specs
 
 TINY = ["scale=quick", "trainer.threads=1", "logger=none", "task.draws=3"]
 SMALL = ["+upstream.model.scale.width=0.04", "upstream.model.optim.passes=1", "upstream.model.data.per_class=5"]
@@ -30,7 +30,7 @@ def test_lambda_0_is_the_teacher_of_table_2_1(scale: str) -> None:
 
 def test_the_rows_are_seven_models_of_one_protocol() -> None:
     spec = specs.load("table", "2.2")
-    models = [plan(seeds[0]).config["upstream"]["model"] for row, column, seeds in tables.runs_of(spec, "cpu")]
+    models = [plan(seeds[0]).config["upstream"]["model"] for row, column, seeds in specs.cells(spec, "cpu")]
     assert len({run_id(model) for model in models}) == 7
     protocol = {(model["data"]["per_class"], model["optim"]["passes"], model["model"]["width"]) for model in models}
     assert protocol == {(100, 80, 0.5)}

@@ -21,6 +21,7 @@ from test_tables import GOLDEN, SPEC
 from gradexp.engine.record import write_record
 from gradexp.engine.run import ROOT, Paths, Run, run_id
 from gradexp.report import claims, figures, html, tables
+from gradexp.report.thesis import Thesis
 
 HOSTILE = '</script><script>window.hacked = 1</script><img src=x onerror="window.hacked = 1">'
 SAID = html.settings()
@@ -249,7 +250,7 @@ def test_long_curves_are_means_of_stretches() -> None:
 )
 def test_marks(value: float | None, thesis: float | None, comparable: bool, expected: html.Mark) -> None:
     source = fake_run("x", Path("x.json"))
-    printed = None if thesis is None else tables.Thesis(thesis, False)
+    printed = None if thesis is None else Thesis(thesis, False)
     cell = tables.Cell("a", "b", (source,), printed, comparable, "m", () if value is None else (value,))
     assert html.mark(cell, 0.05) is expected
     assert html.mark(dataclasses.replace(cell, runs=(), values=()), 0.05) is html.ABSENT
@@ -257,12 +258,12 @@ def test_marks(value: float | None, thesis: float | None, comparable: bool, expe
 
 def test_what_lies_within_the_deviation_over_runs_is_close() -> None:
     source = fake_run("x", Path("x.json"))
-    cell = tables.Cell("a", "b", (source,), tables.Thesis(10.0, False), True, "m", (8.0, 10.8))
+    cell = tables.Cell("a", "b", (source,), Thesis(10.0, False), True, "m", (8.0, 10.8))
     assert html.mark(cell, 0.05) is html.CLOSE
     assert html.mark(dataclasses.replace(cell, spreads=(3.0, 3.0)), 0.05) is html.BELOW  # over images: says nothing of runs
-    wide = dataclasses.replace(cell, values=(9.4,), thesis=tables.Thesis(10.0, False, 0.7))
+    wide = dataclasses.replace(cell, values=(9.4,), thesis=Thesis(10.0, False, 0.7))
     assert html.mark(wide, 0.05) is html.CLOSE
-    assert html.mark(dataclasses.replace(wide, thesis=tables.Thesis(10.0, False, 0.5)), 0.05) is html.BELOW
+    assert html.mark(dataclasses.replace(wide, thesis=Thesis(10.0, False, 0.5)), 0.05) is html.BELOW
 
 
 def test_a_picture_keeps_its_pixels_and_its_values(tmp_path: Path) -> None:

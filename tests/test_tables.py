@@ -21,6 +21,7 @@ from gradexp.engine.record import write_record
 from gradexp.engine.run import ROOT, run_id
 from gradexp.report import formats, provenance, tables
 from gradexp.report import specs as report_specs
+from gradexp.report.thesis import Thesis, read_thesis
 
 GOLDEN = ROOT / "tests" / "golden"
 SPEC: dict[str, Any] = yaml.safe_load((GOLDEN / "table.yaml").read_text())
@@ -252,7 +253,7 @@ def test_a_misspelt_key_of_a_table_is_an_error(wrong: str, right: str, tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"), [("", "no title, seeds"), ("title: x\nrows: [", "not YAML"), ("number: 3", "number")]
+    ("text", "said"), [("", "title is missing"), ("title: x\nrows: [", "not YAML"), ("number: 3", "number")]
 )
 def test_a_table_that_is_no_table_is_an_error(text: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report_specs, "ROOT", tmp_path)
@@ -294,9 +295,9 @@ def specs() -> list[Path]:
 @pytest.mark.parametrize("path", specs(), ids=lambda path: path.stem)
 def test_every_cell_composes_and_has_its_number_in_the_thesis(path: Path) -> None:
     spec = report_specs.load("table", path.stem)
-    thesis = tables.read_thesis()
+    thesis = read_thesis()
     shown = []
-    for row, column, seeds in tables.runs_of(spec, "paper" if "paper" in spec["seeds"] else "cpu"):
+    for row, column, seeds in report_specs.cells(spec, "paper" if "paper" in spec["seeds"] else "cpu"):
         item = spec.get("thesis", spec["number"])
         name, heading = (place.get("thesis", place["label"]) for place in (row, column))
         if heading is None:  # a quantity that the thesis prints no numbers of
@@ -311,7 +312,7 @@ def test_every_cell_composes_and_has_its_number_in_the_thesis(path: Path) -> Non
 def test_a_column_may_have_seeds_of_its_own() -> None:
     first, *others = SPEC["columns"]
     spec = {**SPEC, "columns": [{**first, "seeds": {"cpu": [7]}}, *others], "seeds": {"cpu": [0, 1]}}
-    for _, column, runs in tables.runs_of(spec, "cpu"):
+    for _, column, runs in report_specs.cells(spec, "cpu"):
         assert list(runs) == ([7] if column["label"] == first["label"] else [0, 1])
         assert [words[-1] for words in runs.values()] == [f"seed={seed}" for seed in runs]
     made = tables.build(spec, "cpu", at(GOLDEN, fake_plan))
@@ -328,7 +329,7 @@ def test_every_number_of_the_thesiss_table_has_its_cell(path: Path) -> None:
     spec = report_specs.load("table", path.stem)
     if "thesis" in spec:
         pytest.skip("not one of the thesis's own tables")
-    named = [[place.get("thesis", place["label"]) for place in cell[:2]] for cell in tables.runs_of(spec, "paper")]
+    named = [[place.get("thesis", place["label"]) for place in cell[:2]] for cell in report_specs.cells(spec, "paper")]
     cells = {tuple(map(str, names)) for names in named if None not in names}  # others are not the thesis's
     beside = {tuple(line["thesis"]) for line in spec.get("upstream", [])}
     assert printed_in_the_thesis(spec["number"]) == cells | (beside & printed_in_the_thesis(spec["number"]))
@@ -359,7 +360,7 @@ def test_rendered_tables_are_up_to_date() -> None:
 
 
 def test_a_cell_of_two_metrics_shows_both_and_is_judged_by_the_last() -> None:
-    thesis = tables.Thesis(75.37, True), tables.Thesis(85.64, True)
+    thesis = Thesis(75.37, True), Thesis(85.64, True)
     parts = [
         tables.Cell("a", "x", (fake_run("a", Path("a.json")),), printed, True, name, (value,))
         for name, value, printed in (("accuracy", 70.0, thesis[0]), ("gan_test", 80.0, thesis[1]))
@@ -392,7 +393,7 @@ def test_a_scale_may_run_only_some_cells(tmp_path: Path) -> None:
 
 
 def test_the_thesiss_quantities_are_told_apart() -> None:
-    thesis = tables.read_thesis()
+    thesis = read_thesis()
     keys = [("5.2", "lambda = 1e-5", "mu = 1e-3", quantity) for quantity in ("test accuracy (%)", "GAN-test (%)")]
     assert [thesis[key].value for key in keys] == [75.37, 85.64]
 

@@ -13,7 +13,7 @@ import yaml
 
 from gradexp.engine.compose import plan
 from gradexp.engine.run import Config, Run, identity
-from gradexp.report import figures, specs, tables
+from gradexp.report import specs
 
 PAGE = yaml.safe_load(Path(__file__).with_name("thesis_settings.yaml").read_text(encoding="utf-8"))
 ITEMS = PAGE["items"]
@@ -72,12 +72,12 @@ def cells(item: str) -> dict[tuple[str, str], tuple[list[int], list[str]]]:
     spec = specs.load(kind, number)
     found = {}
     if kind == "table":
-        for row, column, seeds in tables.runs_of(spec, "paper"):
+        for row, column, seeds in specs.cells(spec, "paper"):
             found[row["label"], column["label"]] = list(seeds), next(iter(seeds.values()))
     else:
-        for series, seeds in figures.runs_of(spec, "paper"):
+        for series, point, seeds in specs.cells(spec, "paper"):
             row = " ".join([*([f"({series['panel']})"] if "panel" in series else []), series["label"]])
-            found[row, f"{series['x']:g}" if "x" in series else ""] = list(seeds), next(iter(seeds.values()))
+            found[row, f"{point['x']:g}" if point else ""] = list(seeds), next(iter(seeds.values()))
     return found
 
 

@@ -13,28 +13,65 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NotRequired
 
 import numpy as np
 import yaml
+from typing_extensions import TypedDict
 
 from gradexp.base.errors import UserError
+from gradexp.base.typed import check, strict
 from gradexp.engine.ensure import digests
 from gradexp.engine.run import Config, Run
 from gradexp.report.grid import Grid, Place
 from gradexp.report.inference import BOOTSTRAP_FROM, Estimate, estimate, estimate_over_images, holm
-from gradexp.report.specs import Planner, check_keys
+from gradexp.report.specs import Planner
 from gradexp.report.writing import as_csv, write_beside
 
 VERDICTS = ("holds", "contradicted", "undecided", "direction only", "withheld", "not run")
-FILE_KEYS = ("confidence", "resamples", "claims")
 FORMS = ("greater", "less", "near")
-KEYS = (
-    *("id", "section", "says", "item", "scales", "across", "panel", "metric", *FORMS, "within", "by", "at", "unit"),
-    *("except", "because", "withheld", "fitted"),
-)
-CELL_KEYS = ("row", "column", "metric", "minus")
-UNITS = ("seeds", "images")
+Except = TypedDict("Except", {"except": NotRequired[list[list[str]]]})  # a word that no class can have as a key
+
+
+@strict
+class ClaimSpec(Except):
+    """What the keys mean is said at the head of conf/claims.yaml."""
+
+    id: str
+    section: str
+    says: str
+    item: str
+    scales: NotRequired[list[str]]
+    across: NotRequired[Literal["rows", "columns"]]
+    panel: NotRequired[str]
+    metric: NotRequired[str]
+    greater: NotRequired[list[Any]]  # of cells: names, numbers, CellSpecs, or lists of these
+    less: NotRequired[list[Any]]
+    near: NotRequired[list[Any]]
+    within: NotRequired[float]
+    by: NotRequired[float]
+    at: NotRequired[list[str | float]]
+    unit: NotRequired[Literal["seeds", "images"]]
+    because: NotRequired[str]
+    withheld: NotRequired[dict[str, str]]
+    fitted: NotRequired[dict[str, list[list[str]]]]
+
+
+@strict
+class CellSpec(TypedDict, total=False):
+    """A cell as a claim names it; minus: another one, the name of its row, or a number."""
+
+    row: str
+    column: str
+    metric: str
+    minus: Any
+
+
+@strict
+class ClaimsFile(TypedDict):
+    confidence: float
+    resamples: int
+    claims: list[Any]
 
 
 @dataclass(frozen=True)
@@ -177,9 +214,9 @@ class Pair:
 def load(file: Path) -> Config:
     """The file of claims, its keys checked."""
     whole: Config = yaml.safe_load(file.read_text(encoding="utf-8"))
-    check_keys(whole, FILE_KEYS, file.name)
+    check(ClaimsFile, whole, file.name)
     for spec in whole["claims"]:
-        check_keys(spec, KEYS, f"claim {spec.get('id')}")
+        check(ClaimSpec, spec, f"{file.name}, claim {spec.get('id')}")
     twice = [name for name, count in Counter(spec["id"] for spec in whole["claims"]).items() if count > 1]
     if twice:
         raise UserError(f"{file.name}: the id {twice[0]} is there twice; rename one")
@@ -234,7 +271,7 @@ def _sum(node: Any, at: str, across: str, metric: str | None, grid: Grid) -> Sum
         return Sum(f"{node:g}", constant=float(node))
     if isinstance(node, str):
         node = {"row" if across == "rows" else "column": node}
-    check_keys(node, CELL_KEYS, "cell")
+    check(CellSpec, node, "cell")
     row, column = (str(node.get(key, "" if across == key + "s" else at)) for key in ("row", "column"))
     place = Place(row, column, node.get("metric", metric))
     grid.check(place)
@@ -261,8 +298,6 @@ def read(file: Path, scale: str, plan: Planner) -> list[Judged]:
 def _claim(spec: Config, grid: Grid, whole: Config, *, here: bool) -> Judged:
     """here: whether the claim is one about what this scale runs; the names of its cells are checked anyway."""
     unit = spec.get("unit", "seeds")
-    if unit not in UNITS:
-        raise UserError(f"unit {unit!r}: it is one of {', '.join(UNITS)}")
     stated = [pair for pair in pairs(spec, grid) if not pair.excepted]
     fitted = _fitted(spec, grid, stated)
     found = [replace(_compare(pair, grid, unit, whole, here=here), fitted=pair in fitted) for pair in stated]

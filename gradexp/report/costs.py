@@ -18,7 +18,7 @@ from gradexp.base.errors import UserError
 from gradexp.engine.record import read_record
 from gradexp.engine.run import Config, Paths, Run, identity
 from gradexp.engine.task import Sizes, task_of
-from gradexp.report import figures, specs, tables
+from gradexp.report import specs
 from gradexp.report.provenance import own_seconds
 from gradexp.report.specs import Planner
 
@@ -214,9 +214,9 @@ class Row:
 def items(scale: str) -> dict[str, list[list[str]]]:
     """{table or figure: what to type for each of its runs} of all that the scale has."""
     found = {}
-    for kind, module in (("table", tables), ("figure", figures)):
+    for kind in specs.KINDS:
         for number, spec in specs.at_scale(kind, scale).items():
-            found[f"{kind} {number}"] = [words for *_, seeds in module.runs_of(spec, scale) for words in seeds.values()]
+            found[f"{kind} {number}"] = [words for cell in specs.cells(spec, scale) for words in cell.commands.values()]
     return found
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import itertools
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,8 @@ from matplotlib.figure import Figure
 from gradexp.base.errors import UserError
 from gradexp.engine.record import metric_of, read_arrays
 from gradexp.engine.run import Config, Run
-from gradexp.report import provenance
-from gradexp.report.specs import Planner, seeds_of
+from gradexp.report import provenance, specs
+from gradexp.report.specs import Planner, command, seeds_of
 from gradexp.report.writing import as_csv, write_beside
 
 STYLE: Any = {
@@ -93,38 +93,16 @@ Row = dict[str, Any]
 Draw = Callable[[Config, Sequence[Series]], tuple[Figure, list[Row]]]
 
 
-def runs_of(spec: Config, scale: str) -> Iterator[tuple[Config, dict[int, list[str]]]]:
-    """(series, what to type for each of its seeds).
-
-    A spec (or a series) with `points` has a series of runs for each of them: the point's keys join those of the series.
-    """
-    for series, point in _places(spec, scale):
-        yield {**series, **point}, {seed: _words(spec, series, point, scale, seed) for seed in seeds_of(spec, scale)}
-
-
-def _places(spec: Config, scale: str) -> Iterator[tuple[Config, Config]]:
-    """(series, point of it) of all that the scale has; a point without keys where there are none."""
-    for series in (one for one in spec["series"] if scale in one.get("scales", [scale])):
-        points = series.get("points", spec.get("points", [{}]))
-        yield from ((series, point) for point in points if scale in point.get("scales", [scale]))
-
-
-def _words(spec: Config, series: Config, point: Config, scale: str, seed: int) -> list[str]:
-    """The spec's `overrides_at` are for one scale each."""
-    words = [spec.get("overrides_at", {}).get(scale, []), series.get("overrides", []), point.get("overrides", [])]
-    experiment = series.get("experiment", spec.get("experiment"))
-    return [f"experiment={experiment}", f"scale={scale}", *itertools.chain(*words), f"seed={seed}"]
-
-
 def gather(spec: Config, scale: str, plan: Planner) -> list[Series]:
-    """The figure's series with whatever records there are."""
-    return [Series(series, tuple(map(plan, seeds.values()))) for series, seeds in runs_of(spec, scale)]
+    """The figure's series with whatever records there are; a series with points is one series for each."""
+    found = specs.cells(spec, scale)
+    return [Series({**series, **point}, tuple(map(plan, seeds.values()))) for series, point, seeds in found]
 
 
 def caption(spec: Config, scale: str, series: Sequence[Series], plan: Planner) -> tuple[str, ...]:
     """What is to be known of the figure's runs: where their protocol departs from the paper's, their seeds, their origin."""
     first = seeds_of(spec, scale)[0]
-    twins = [[_words(spec, *place, where, first) for where in (scale, "paper")] for place in _places(spec, scale)]
+    twins = [[command(spec, row, x, where, first) for where in (scale, "paper")] for row, x, _ in specs.cells(spec, scale)]
     departed = provenance.departed((plan(here).config, plan(paper).config) for here, paper in twins)
     return (
         *_notes(spec, scale),

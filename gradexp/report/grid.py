@@ -11,8 +11,10 @@ from scipy import stats
 from gradexp.base.errors import UserError, nearest
 from gradexp.engine.record import metric_of
 from gradexp.engine.run import Config, Run
-from gradexp.report import figures, specs, tables
+from gradexp.report import specs
+from gradexp.report.records import label_of
 from gradexp.report.specs import Planner
+from gradexp.report.thesis import read_thesis, thesis_of
 
 
 @dataclass(frozen=True)
@@ -64,17 +66,13 @@ class Grid:
         self.comparable: bool = scale in self.spec.get("comparable", [scale])  # with the thesis's numbers
         self._runs: dict[tuple[str, str], dict[int, Run]] = {}
         self.words: dict[tuple[str, str], dict[int, list[str]]] = {}  # what to type for each seed
-        if kind == "table":
-            rows, columns = self.spec["rows"], self.spec["columns"]
-            self.words = {(r["label"], c["label"]): words for r, c, words in tables.runs_of(self.spec, scale)}
-        else:
-            rows = [one for one in self.spec["series"] if one.get("panel") == panel]
-            points = [point for one in rows for point in one.get("points", self.spec.get("points", []))]
-            columns = [{"label": f"{point['x']:g}"} for point in points]
-            for one, words in figures.runs_of(self.spec, scale):
-                if one.get("panel") == panel:
-                    self.words[one["label"], f"{one['x']:g}" if points else ""] = words
-        self.rows, self.columns = ({one["label"]: one for one in entries} for entries in (rows, columns))
+        there = specs.cells(self.spec, scale) if scale in self.spec["seeds"] else ()
+        found = [cell for cell in there if cell.row.get("panel") == panel]
+        self.words = {(cell.row["label"], label_of(cell.column)): cell.commands for cell in found}
+        rows = [one for one in self.spec["rows" if kind == "table" else "series"] if one.get("panel") == panel]
+        points = [x for one in rows for x in one.get("points", self.spec.get("points", []))]
+        columns = self.spec["columns"] if kind == "table" else points
+        self.rows, self.columns = {one["label"]: one for one in rows}, {label_of(one): one for one in columns}
         if not rows:
             raise UserError(f"panel {panel!r}: {item} has {', '.join(map(str, self.spec.get('panels', {}))) or 'none'}")
 
@@ -110,15 +108,17 @@ class Grid:
         item: Any = self.spec.get("thesis", self.spec["number"])
         if isinstance(item, dict):
             return item.get(place.metric or "")
-        names = [str(self._entry(place)[i].get("thesis", name)) for i, name in enumerate((place.row, place.column))]
         metrics, quantities = self._setting("metric", place), self._setting("thesis_metric", place)
         if isinstance(quantities, list):
             quantities = quantities[metrics.index(self.metric(place))]
-        printed = tables.read_thesis().get((item, *names, *([quantities] if quantities else [])))
+        if "series" in self.spec:
+            printed = read_thesis().get((item, place.row, place.column))
+        else:
+            printed = thesis_of(self.spec, *self._entry(place), quantities)
         return None if printed is None else printed.value
 
     def _entry(self, place: Place) -> tuple[Config, Config]:
         return self.rows.get(place.row, {}), self.columns.get(place.column, {})
 
     def _setting(self, key: str, place: Place) -> Any:
-        return tables.setting(key, *self._entry(place), self.spec)
+        return specs.setting(key, *self._entry(place), self.spec)

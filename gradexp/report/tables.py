@@ -6,35 +6,22 @@ followed to its records, and an empty cell says how to fill itself.
 
 from __future__ import annotations
 
-import csv
 import math
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from itertools import zip_longest
 from types import MappingProxyType
 from typing import Any
 
 from gradexp.engine.record import value_of
-from gradexp.engine.run import ROOT, Config, Run
-from gradexp.report import provenance
-from gradexp.report.specs import Planner, seeds_of
+from gradexp.engine.run import Config, Run
+from gradexp.report import provenance, specs
+from gradexp.report.specs import Planner, command, seeds_of, setting
+from gradexp.report.thesis import Thesis, item_of, read_thesis, thesis_of
 
 EMPTY = "–"  # in the place of a number that is missing
 ABSENT = "n/a"  # of a cell that the scale does not run
-
-
-@dataclass(frozen=True)
-class Thesis:
-    """A number that the thesis prints, with its standard deviation where it prints one."""
-
-    value: float
-    bold: bool
-    std: float | None = None
-
-    def __str__(self) -> str:
-        return f"{self.value:g}" + ("" if self.std is None else f" ± {self.std:g}")
 
 
 @dataclass(frozen=True)
@@ -105,18 +92,6 @@ def values_of(runs: Iterable[Run], metric: str) -> tuple[float, ...]:
     return tuple(value_of(record, metric) for run in runs if (record := run.record()))
 
 
-@cache
-def read_thesis() -> dict[tuple[str, ...], Thesis]:
-    """results/thesis.csv as {(item, row, column): number}, and as {(item, row, column, quantity): number}."""
-    with (ROOT / "results" / "thesis.csv").open(newline="", encoding="utf-8") as file:
-        lines = list(csv.DictReader(file))
-    found: dict[tuple[str, ...], Thesis] = {}
-    for x in lines:
-        value = Thesis(float(x["value"]), x["bold"] == "1", float(x["std"]) if x["std"] else None)
-        found[x["item"], x["row"], x["column"]] = found[x["item"], x["row"], x["column"], x["metric"]] = value
-    return found
-
-
 def mark_best(
     cells: Sequence[Cell],
     best: str | None,
@@ -147,47 +122,17 @@ def mark_best(
 # --- from a spec to a table -------------------------------------------------------------------------------
 
 
-def _words(spec: Config, row: Config, column: Config, scale: str, seed: int) -> list[str]:
-    """What to type for one cell and one seed. A row or a column may name an experiment of its own."""
-    experiment = [f"experiment={setting('experiment', row, column, spec)}", f"scale={scale}"]
-    return [*experiment, *row.get("overrides", []), *column.get("overrides", []), f"seed={seed}"]
-
-
 def _paper_words(spec: Config, row: Config, column: Config, seed: int) -> list[str]:
     """What a cell's run is set against at scale=paper: itself, or its row's first run there where that has no such column."""
     there = next((one for one in [column, *spec["columns"]] if "paper" in one.get("scales", ["paper"])), column)
-    return _words(spec, row, there, "paper", seed)
-
-
-def setting(key: str, *places: Config) -> Any:
-    """What the first place that has this key says."""
-    return next((place[key] for place in places if key in place), None)
-
-
-def runs_of(spec: Config, scale: str) -> Iterator[tuple[Config, Config, dict[int, list[str]]]]:
-    """(row, column, what to type for each seed) for all cells that the scale has.
-
-    A scale listed under the spec's `only` runs nothing but the cells that it names there: the others stay empty.
-    A column may have `seeds` of its own.
-    """
-    only = spec.get("only", {}).get(scale)
-    columns = [column for column in spec["columns"] if scale in column.get("scales", spec["seeds"])]
-    for row in spec["rows"]:
-        for column in columns:
-            wanted = only is None or [row["label"], column["label"]] in only
-            seeds = _seeds(spec, column, scale) if wanted else []
-            yield row, column, {seed: _words(spec, row, column, scale, seed) for seed in seeds}
-
-
-def _seeds(spec: Config, column: Config, scale: str) -> list[int]:
-    return list(column.get("seeds", {}).get(scale, seeds_of(spec, scale)))
+    return command(spec, row, there, "paper", seed)
 
 
 def build(spec: Config, scale: str, plan: Planner) -> Table:
     """The table that `conf/table/NUMBER.yaml` describes, filled with whatever records there are."""
     cells = []
     pairs: list[tuple[Config, Config]] = []  # of each cell, here and at scale=paper
-    for row, column, seeds in runs_of(spec, scale):
+    for row, column, seeds in specs.cells(spec, scale):
         cells.append(_cell(spec, row, column, tuple(map(plan, seeds.values())), scale))
         for seed, words in list(seeds.items())[:1]:
             pairs.append((plan(words).config, plan(_paper_words(spec, row, column, seed)).config))
@@ -225,13 +170,12 @@ def _cell(spec: Config, row: Config, column: Config, runs: tuple[Run, ...], scal
     """A cell with what its finished runs measured, and with the thesis's numbers."""
     metric, spread, quantity = (setting(key, row, column, spec) for key in ("metric", "spread", "thesis_metric"))
     spreads = values_of(runs, spread) if spread else ()
-    place = (item_of(spec), *(str(one.get("thesis", one["label"])) for one in (row, column)))
     parts = [
         Cell(
             row=row["label"],
             column=column["label"],
             runs=runs,
-            thesis=read_thesis().get((*place, *([quantity] if quantity else []))),
+            thesis=thesis_of(spec, row, column, quantity),
             comparable=scale in spec["comparable"],
             metric=metric,
             values=values_of(runs, metric),
@@ -245,11 +189,6 @@ def _cell(spec: Config, row: Config, column: Config, runs: tuple[Run, ...], scal
 def _apart(spec: Config) -> list[str]:
     """The rows that are not compared with the others."""
     return [row["label"] for row in spec["rows"] if row.get("apart")]
-
-
-def item_of(spec: Config) -> str:
-    """What results/thesis.csv calls the table."""
-    return str(spec.get("thesis", spec["number"]))
 
 
 def _listed(value: Any) -> list[Any]:
@@ -273,7 +212,7 @@ def _how_to_read_it(spec: Config, scale: str, *, printed: bool, held_out: bool) 
     for row in _apart(spec):
         yield f"The best number is marked among the rows without {row}."
     own = [column for column in spec["columns"] if scale in column.get("seeds", {})]
-    listed = [f"column {column['label']}: {provenance.enumerated(_seeds(spec, column, scale))}" for column in own]
+    listed = [f"column {column['label']}: {provenance.enumerated(column['seeds'][scale])}" for column in own]
     exceptions = f" ({'; '.join(listed)})" if listed else ""
     read = "Training images that are held out take the test set's place" if held_out else "The test set is read once"
     yield f"Seeds: {provenance.enumerated(seeds_of(spec, scale))}{exceptions}. {read}, after the last step."

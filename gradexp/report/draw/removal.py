@@ -14,7 +14,7 @@ from matplotlib.ticker import NullLocator
 from gradexp.engine.run import Config
 from gradexp.report.draw.methods import style
 from gradexp.report.figures import COLUMN_WIDTH, Row, Series
-from gradexp.report.tables import read_thesis
+from gradexp.report.thesis import read_thesis
 
 CHANGE = "output_change@removed="
 AREA = "output_change_area"

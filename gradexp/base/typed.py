@@ -1,0 +1,77 @@
+"""Checking plain dicts (configs, records, specs of tables and claims) against TypedDicts, with one-line messages."""
+
+from __future__ import annotations
+
+from functools import cache
+from types import UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
+from typing_extensions import get_type_hints, is_typeddict
+
+from gradexp.base.errors import UserError, nearest
+
+T = TypeVar("T")
+strict = with_config(ConfigDict(extra="forbid", strict=True))  # of a TypedDict whose keys are all known
+
+
+def check(kind: type[T], value: Any, where: str) -> T:
+    """`value`, if it has the shape of the TypedDict `kind`. Raises UserError about the first thing that is wrong."""
+    for fault in faults(kind, value):
+        raise UserError(f"{where}: {fault}")
+    return value
+
+
+def faults(kind: Any, value: Any) -> list[str]:
+    """What is wrong with a value, a line each; nothing where it has the shape of `kind`."""
+    try:
+        _adapter(kind).validate_python(value)
+    except ValidationError as error:
+        found = sorted(
+            error.errors(include_url=False), key=lambda each: each["type"] != "extra_forbidden"
+        )  # misspelt keys first
+        return [_sentence(kind, each) for each in found]
+    return []
+
+
+@cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
+
+
+def _sentence(kind: Any, error: Any) -> str:
+    *before, last = error["loc"] or ("",)
+    if error["type"] == "extra_forbidden":
+        known = _keys(kind, before)
+        place = f" in {_dotted(before)}" if before else ""
+        return f"there is no key {last}{place}{nearest(str(last), known)} It may have {', '.join(known)}"
+    if error["type"] == "missing":
+        return f"{_dotted([*before, last])} is missing"
+    message = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    return f"{_dotted(error['loc'])}={error['input']!r} {message}"
+
+
+def _dotted(loc: Any) -> str:
+    return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in loc).lstrip(".")
+
+
+def _keys(kind: Any, loc: Any) -> list[str]:
+    """The keys of the TypedDict that stands at `loc` inside `kind`."""
+    candidates = [kind]
+    for step in loc:
+        candidates = [below for each in candidates for below in _inside(each, step)]
+    return list(dict.fromkeys(key for each in candidates if is_typeddict(each) for key in get_type_hints(each)))
+
+
+def _inside(kind: Any, step: Any) -> list[Any]:
+    """What may stand at one step below `kind`: a key of a TypedDict, a value of a dict, an item of a list."""
+    if is_typeddict(kind):
+        return _options(get_type_hints(kind).get(step))
+    found = [option for argument in get_args(kind) for option in _options(argument)]
+    return found if get_origin(kind) in (list, dict, tuple) else [kind]
+
+
+def _options(kind: Any) -> list[Any]:
+    if get_origin(kind) in (Union, UnionType):
+        return [option for argument in get_args(kind) for option in _options(argument)]
+    return [] if kind is None else [kind]

@@ -1,0 +1,149 @@
+"""The one door to results: finished runs as rows of a pandas DataFrame."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import partial
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from gradexp.base.errors import UserError, nearest
+from gradexp.engine.compose import plan
+from gradexp.engine.record import metric_of, read_record
+from gradexp.engine.run import ROOT, Config
+from gradexp.report import specs
+from gradexp.report.specs import Cell, Planner
+from gradexp.report.thesis import thesis_value
+
+HEAD = ("experiment", "scale", "seed", "status", "started", "device", "precision", "parameters", "command")
+HIDDEN = ("objective", "paths")  # of a config: the first is also the name of a metric
+
+
+def records(
+    *,
+    table: str | None = None,
+    figure: str | None = None,
+    scale: str | None = None,
+    results: str | Path = ROOT / "results",
+    curves: bool = False,
+) -> pd.DataFrame:
+    """All finished runs, one row a run, indexed by id.
+
+    Columns: `experiment`, `scale`, `seed`, `status`, `commit`, `dirty`, `device`, `seconds` (wall clock), `cpu_seconds`;
+    every config key by its dotted name, such as `data.per_class`; `upstream.NAME`, the id of an upstream run; and every
+    metric by its name, such as `test/accuracy`. What a run does not have is NaN.
+
+    table, figure: only the runs behind this table or figure at `scale` (default `cpu`), one row for each metric that a cell
+    shows, those that are missing included; further columns come first: `row`, `column` (of a figure: its series, and the
+    point on its x-axis), `panel`, `metric`, `value`, `thesis` (the number that the thesis prints) and `finished`.
+    curves: whether metrics that are lists are columns too. results: the folder that has `runs/`.
+
+    Raises UserError for a table, figure or scale that there is not, and for a record that can't be read.
+    """
+    places = Path(results).expanduser().resolve()
+    kind = "table" if table else "figure"
+    if number := table or figure:
+        extra = () if places == ROOT / "results" else (f"paths.results={places}",)
+        shown = cells(specs.load(kind, number), scale or "cpu", partial(plan, extra=extra))
+        known = {run.id: _row(record, curves) for run in shown["run"] if (record := run.record())}
+        rows = [{name: value for name, value in known.get(run.id, {}).items() if name != "seed"} for run in shown["run"]]
+        head = shown.assign(id=[run.id for run in shown["run"]], command=[run.command for run in shown["run"]])
+        return head.drop(columns=["run", "part", "spread"]).join(pd.DataFrame(rows).drop(columns="command", errors="ignore"))
+    found = [read_record(file) for file in sorted(places.glob("runs/*/*.json"))]
+    rows = [{"id": record["id"], **_row(record, curves)} for record in found if scale in (None, record["scale"])]
+    return pd.DataFrame(rows, columns=None if rows else ["id", *HEAD]).set_index("id")
+
+
+def _row(record: Config, curves: bool) -> Config:
+    config = {key: value for key, value in record["config"].items() if key not in HIDDEN}
+    return {
+        **{name: record.get(name) for name in HEAD},
+        "commit": record["git"]["commit"],
+        "dirty": record["git"]["dirty"],
+        "seconds": record["seconds"]["wall"],
+        "cpu_seconds": record["seconds"]["cpu"],
+        **{f"upstream.{name}": below["id"] for name, below in record.get("upstream", {}).items()},
+        **{name: value for name, value in _flat(config, "") if name not in HEAD},
+        **{name: value for name, value in record["metrics"].items() if curves or not isinstance(value, list)},
+    }
+
+
+def _flat(config: Config, prefix: str) -> Iterator[tuple[str, Any]]:
+    """{"optim": {"passes": 3}} -> ("optim.passes", 3)."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+# --- the runs of a table or figure ------------------------------------------------------------------------
+
+
+def cells(spec: Config, scale: str, plan: Planner) -> pd.DataFrame:
+    """One row for each (cell, metric, seed) of a table or figure, finished or not.
+
+    Columns: row, column, panel, part (number of the metric in its cell), metric, seed, run, finished, value (NaN where the
+    run is missing, diverged, or has a curve), spread (the deviation inside the run, where the table shows it), thesis.
+    Cells that the scale does not run have no rows.
+    """
+    rows = []
+    for cell in specs.cells(spec, scale):
+        shown = list(_metrics(spec, cell))
+        for seed, words in cell.commands.items():
+            run = plan(words)
+            record = run.record()
+            for part, (metric, spread, quantity) in enumerate(shown):
+                rows.append(
+                    {
+                        "row": cell.row["label"],
+                        "column": label_of(cell.column),
+                        "panel": cell.row.get("panel"),
+                        "part": part,
+                        "metric": metric,
+                        "seed": seed,
+                        "run": run,
+                        "finished": record is not None,
+                        "value": number(record, metric),
+                        "spread": number(record, spread),
+                        "thesis": thesis_value(spec, cell.row, cell.column, quantity) if "rows" in spec else math.nan,
+                    }
+                )
+    columns = ["row", "column", "panel", "part", "metric", "seed", "run", "finished", "value", "spread", "thesis"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _metrics(spec: Config, cell: Cell) -> Iterator[tuple[str | None, str | None, str | None]]:
+    """(metric, spread, the thesis's name of the metric) of all that a cell shows."""
+    keys = ("metric", "spread", "thesis_metric")
+    metric, spread, quantity = (specs.setting(key, cell.row, cell.column, spec) for key in keys)
+    for name, theirs in zip_longest(*(value if isinstance(value, list) else [value] for value in (metric, quantity))):
+        yield name, spread, theirs
+
+
+def label_of(column: Config) -> str:
+    """A column's label; of a figure's point its x."""
+    return str(column["label"]) if "label" in column else f"{column['x']:g}" if "x" in column else ""
+
+
+def number(record: Config | None, metric: str | None) -> float:
+    """A recorded number; NaN where there is no record or no such question, where the run diverged, and for a curve."""
+    if record is None or metric is None:
+        return math.nan
+    value = metric_of(record, metric)
+    return math.nan if isinstance(value, list) else value
+
+
+def at(record: Config, metric: str, x: str | None, column: str) -> float:
+    """A recorded number, or the value of a curve where `x` is the column. Raises UserError where it is not drawn there."""
+    value: Any = metric_of(record, metric)
+    if isinstance(value, list):
+        grid = [f"{each:g}" for each in record["metrics"].get(x, [])]
+        if column not in grid:
+            raise UserError(f"record {record['id']}: {metric} is a curve, not drawn at {column!r}{nearest(column, grid)}")
+        value = value[grid.index(column)]
+    return math.nan if value is None else float(value)

@@ -1,0 +1,124 @@
+"""The DataFrame of all runs: what a user queries, against the files themselves."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from statistics import mean, stdev
+
+import numpy as np
+import pandas as pd
+import pytest
+from fakes import at, fake_plan
+from test_tables import GOLDEN, SPEC
+
+import gradexp
+from gradexp.base.errors import UserError
+from gradexp.engine.run import ROOT
+from gradexp.report import records, specs, tables
+
+FILES = sorted((ROOT / "results" / "runs").glob("*/*.json"))
+
+
+@pytest.fixture(scope="module")
+def everything() -> pd.DataFrame:
+    return gradexp.records()
+
+
+def test_every_record_is_a_row(everything: pd.DataFrame) -> None:
+    assert everything.index.is_unique
+    assert set(everything.index) == {file.stem for file in FILES}
+    assert everything.columns.is_unique
+
+
+@pytest.mark.parametrize("file", FILES[::40], ids=lambda file: file.stem)
+def test_a_row_has_what_the_record_has(file: Path, everything: pd.DataFrame) -> None:
+    record, row = json.loads(file.read_text()), everything.loc[file.stem]
+    for name in ("experiment", "seed", "status"):
+        assert row[name] == record[name]
+    assert row["commit"] == record["git"]["commit"]
+    assert row["task._target_"] == record["config"]["task"]["_target_"]
+    numbers = {name: value for name, value in record["metrics"].items() if isinstance(value, int | float)}
+    assert row[list(numbers)].to_dict() == pytest.approx(numbers)
+    assert {name: row[f"upstream.{name}"] for name in record["upstream"]} == {n: x["id"] for n, x in record["upstream"].items()}
+
+
+def test_a_scale_and_curves_are_asked_for(everything: pd.DataFrame) -> None:
+    assert set(gradexp.records(scale="cpu")["scale"]) == {"cpu"}
+    assert "train/loss" not in everything
+    assert all(isinstance(curve, list) for curve in gradexp.records(curves=True)["train/loss"].dropna())
+
+
+def test_a_table_by_hand_is_the_rendered_table() -> None:
+    """Means, deviations and numbers of seeds of a pivot are those of results/tables."""
+    frame = gradexp.records(table="2.1", scale="cpu")
+    by_hand = frame[frame["finished"]].groupby(["row", "column"])["value"].agg(["mean", "std", "count"])
+    rendered = pd.read_csv(ROOT / "results/tables/cpu/table_2_1.csv", dtype={"column": str}).set_index(["row", "column"])
+    filled = rendered[rendered["n"] > 0]
+    assert by_hand.loc[filled.index, "mean"].to_numpy() == pytest.approx(filled["ours"].to_numpy(), abs=1e-4)
+    assert by_hand.loc[filled.index, "count"].tolist() == filled["n"].tolist()
+    np.testing.assert_allclose(by_hand.loc[filled.index, "std"], filled["std"], atol=1e-4)
+    printed = frame.groupby(["row", "column"])["thesis"].first()
+    np.testing.assert_allclose(printed.loc[filled.index], filled["thesis"])
+
+
+def test_missing_runs_are_rows_with_their_commands(tmp_path: Path) -> None:
+    frame = gradexp.records(table="2.1", scale="quick", results=tmp_path)
+    spec = specs.load("table", "2.1")
+    assert len(frame) == sum(len(cell.commands) for cell in specs.cells(spec, "quick"))
+    assert not frame["finished"].any()
+    assert frame["value"].isna().all()
+    assert all(command.startswith("python run.py experiment=jacobian_distill scale=quick") for command in frame["command"])
+    assert gradexp.records(results=tmp_path).empty
+
+
+def test_a_figure_has_series_and_points() -> None:
+    frame = gradexp.records(figure="3.2b", scale="cpu")
+    assert set(frame["column"]) == {"0", "10", "50", "90"}
+    assert frame["test/accuracy"].notna().sum() == frame["finished"].sum() > 0
+
+
+def test_cells_are_those_of_the_table() -> None:
+    """One row for each seed, in the table's order, with the numbers that its cells are made of."""
+    frame = records.cells(SPEC, "cpu", at(GOLDEN, fake_plan))
+    made = tables.build(SPEC, "cpu", at(GOLDEN, fake_plan))
+    for cell in made.cells:
+        own = frame[(frame["row"] == cell.row) & (frame["column"] == cell.column)]
+        assert tuple(own["run"]) == cell.runs
+        np.testing.assert_array_equal(own.loc[own["finished"], "value"], cell.values)
+        assert set(own["thesis"]) == {cell.thesis.value if cell.thesis else None}
+
+
+def test_examples_of_the_page_run(tmp_path: Path) -> None:
+    """Those of docs/records.md, one after the other, as a user pastes them; and what they print is right."""
+    text = (ROOT / "docs" / "records.md").read_text(encoding="utf-8")
+    blocks = [block.partition("```")[0] for block in text.split("```python\n")[1:]]
+    assert len(blocks) == 3
+    names: dict[str, object] = {}
+    for block in blocks:
+        exec(block, names)
+    table, summary = names["table"], names["summary"]
+    assert isinstance(table, pd.DataFrame)
+    assert isinstance(summary, pd.DataFrame)
+    runs = [json.loads(file.read_text()) for file in FILES if file.parent.name == "jacobian_distill"]
+    chosen = [
+        run["metrics"]["test/accuracy"]
+        for run in runs
+        if run["id"] in gradexp.records(table="2.1")["id"].tolist()
+        and (run["config"]["method"]["name"], run["config"]["data"]["per_class"]) == ("ce", 5)
+    ]
+    assert summary.loc[("Cross-Entropy (CE)", "5"), "mean"] == pytest.approx(mean(chosen))
+    assert summary.loc[("Cross-Entropy (CE)", "5"), "std"] == pytest.approx(stdev(chosen))
+    assert table.loc["Cross-Entropy (CE)", "5"] == pytest.approx(mean(chosen))
+
+
+def test_what_is_not_there_is_an_error() -> None:
+    with pytest.raises(UserError, match=r"no table 2\.11"):
+        gradexp.records(table="2.11")
+    with pytest.raises(UserError, match=r"scale=large: 2\.1 has paper, cpu, quick"):
+        gradexp.records(table="2.1", scale="large")
+
+
+def test_the_package_is_imported_quickly() -> None:
+    code = "import sys, gradexp; sys.exit(bool({'torch', 'pandas', 'hydra'} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
