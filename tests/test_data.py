@@ -77,6 +77,19 @@ def test_damaged_cache_is_made_again(root: Path) -> None:
     assert sources.load(LAYOUT, root, root / "cache")["train"].fingerprint == before
 
 
+def test_a_process_verifies_a_data_set_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run, its check and its upstream runs open the same files; the second time costs no reading."""
+    first = sources.load(LAYOUT, root, root / "cache")
+    seen: list[Path] = []
+    digest = sources.sha256
+    monkeypatch.setattr(sources, "sha256", lambda file: seen.append(file) or digest(file))  # type: ignore[func-returns-value]
+    assert sources.load(LAYOUT, root, root / "cache") is first
+    assert not seen
+    (root / "cache" / "data").rename(root / "cache" / "moved")
+    assert sources.load(LAYOUT, root, root / "cache") is not first
+    assert seen
+
+
 def damaged(root: Path, case: str) -> None:
     file = root / "toy" / "train-00000-of-00001.parquet"
     if case == "truncated":

@@ -78,6 +78,17 @@ def test_a_figure_has_series_and_points() -> None:
     assert frame["test/accuracy"].notna().sum() == frame["finished"].sum() > 0
 
 
+@pytest.mark.parametrize(
+    ("kind", "number", "shape"),
+    [("figure", "3.3", (6, 1)), ("figure", "5.3", (7, 1)), ("figure", "2.1", (1, 1)), ("table", "5.2", (3, 2))],
+)
+def test_every_kind_of_table_and_figure_is_a_query(kind: str, number: str, shape: tuple[int, int]) -> None:
+    """Galleries, panels, figures without data, cells of two metrics: (runs, metrics of each)."""
+    frame = gradexp.records(**{kind: number}, scale="quick")  # type: ignore[arg-type]
+    assert (frame["id"].nunique(), len(frame) // frame["id"].nunique()) == shape
+    assert frame["thesis"].notna().any() == (kind == "table")
+
+
 def test_cells_are_those_of_the_table() -> None:
     """One row for each seed, in the table's order, with the numbers that its cells are made of."""
     frame = records.cells(SPEC, "cpu", at(GOLDEN, fake_plan))

@@ -27,10 +27,8 @@ def faults(kind: Any, value: Any) -> list[str]:
     try:
         _adapter(kind).validate_python(value)
     except ValidationError as error:
-        found = sorted(
-            error.errors(include_url=False), key=lambda each: each["type"] != "extra_forbidden"
-        )  # misspelt keys first
-        return [_sentence(kind, each) for each in found]
+        misspelt_first = sorted(error.errors(include_url=False), key=lambda each: each["type"] != "extra_forbidden")
+        return [_sentence(kind, each) for each in misspelt_first]
     return []
 
 

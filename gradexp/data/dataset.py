@@ -124,17 +124,11 @@ class ImageData:
         mean, std = (values.view(-1, 1, 1).to(images.device) for values in self.statistics)
         return ((images * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
 
-    @cached_property
+    @property
     def colours(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Per-channel mean and standard deviation of the training set's pixels in [0, 1]; (C,) each."""
-        values = np.arange(256) / 255
-        counts = np.stack(
-            [np.bincount(self._whole["train"].images[:, c].reshape(-1), minlength=256) for c in range(self.channels)]
-        )
-        weights = counts / counts.sum(1, keepdims=True)
-        mean = weights @ values
-        std = np.sqrt(np.maximum(weights @ values**2 - mean**2, 1e-12))
-        return torch.tensor(mean, dtype=torch.float32), torch.tensor(std, dtype=torch.float32)
+        mean, std = (torch.tensor(values, dtype=torch.float32) for values in self._whole["train"].colours)
+        return mean, std
 
     def train_loader(self, *, batch_size: int, device: torch.device | str, augment: bool = True) -> Loader:
         """Shuffled training batches; `augment=False` gives the images once, in order, as they are."""

@@ -12,7 +12,9 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Any
 
 import filelock
 import numpy as np
@@ -50,12 +52,22 @@ class Split:
         rows, labels = subsets.only(self.labels, classes)
         return Split(self.images[rows], labels)
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of pixels and labels, shortened to 16 digits."""
         digest = hashlib.sha256(self.images.tobytes())
         digest.update(self.labels.tobytes())
         return digest.hexdigest()[:16]
+
+    @cached_property
+    def colours(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and standard deviation of the pixels in [0, 1] of each channel; (C,) each."""
+        values = np.arange(256) / 255
+        channels = range(self.images.shape[1])
+        counts = np.stack([np.bincount(self.images[:, channel].reshape(-1), minlength=256) for channel in channels])
+        weights = counts / counts.sum(1, keepdims=True)
+        mean = weights @ values
+        return mean, np.sqrt(np.maximum(weights @ values**2 - mean**2, 1e-12))
 
 
 def load(layout: Layout, root: Path, cache: Path) -> dict[str, Split]:
@@ -66,16 +78,14 @@ def load(layout: Layout, root: Path, cache: Path) -> dict[str, Split]:
     (cache / "data").mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(cache / "data" / f"{layout.name}.lock"):  # of the download too
         source, files, read = _find(layout, root)
-        stamp = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-        key = hashlib.sha256(json.dumps([source, stamp]).encode()).hexdigest()[:12]
+        key = hashlib.sha256(json.dumps([source, _stamps(files)]).encode()).hexdigest()[:12]
         folder = cache / "data" / f"{layout.name}-{key}"
-        if not _intact(folder):
+        if (splits := _opened(folder, json.dumps(_stamps(sorted(folder.glob("*")))))) is None:
             print(f"{layout.title}: converting from {source} (once)", flush=True)
             _save(folder, {split: _sorted(_checked(layout, *read(split), split)) for split in SPLITS})
-    return {
-        split: Split(*(np.load(folder / f"{split}_{part}.npy", mmap_mode="r") for part in ("images", "labels")))
-        for split in SPLITS
-    }
+            splits = _opened(folder, json.dumps(_stamps(sorted(folder.glob("*")))))
+    assert splits is not None
+    return splits
 
 
 # --- the three sources ------------------------------------------------------------------------------------
@@ -196,6 +206,25 @@ def _save(folder: Path, splits: dict[str, Split]) -> None:
     (draft / "checksums.json").write_text(json.dumps(checksums, indent=2))
     shutil.rmtree(folder, ignore_errors=True)
     draft.rename(folder)
+
+
+@lru_cache(maxsize=8)
+def _opened(folder: Path, stamps: str) -> dict[str, Split] | None:
+    """The splits in a folder; None where they are not there or damaged.
+
+    A process verifies and describes them once: a run's check, the run itself and its upstream runs share the memory maps.
+    stamps: of the folder's files, so that changed files are read anew.
+    """
+    if not _intact(folder):
+        return None
+    return {
+        split: Split(*(np.load(folder / f"{split}_{part}.npy", mmap_mode="r") for part in ("images", "labels")))
+        for split in SPLITS
+    }
+
+
+def _stamps(files: Iterable[Path]) -> list[list[Any]]:
+    return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
 def _intact(folder: Path) -> bool:

@@ -116,8 +116,11 @@ class EvaluationTask(Task):
     unit_pixels = False
 
     def check(self, run: Run) -> None:
-        make_hardware(run.config)
-        data, clean = make_data(run), run.config["task"].get("statistics")
+        self.check_setup(Evaluation(run, {}))
+
+    def check_setup(self, look: Evaluation) -> None:
+        """The same, given the run's data and hardware; its models may not be trained yet."""
+        data, clean = look.data, look.run.config["task"].get("statistics")
         if clean is not None and clean < 2:
             raise UserError(
                 f"task.statistics={clean}: statistics need images; give their number, or null for those of training"

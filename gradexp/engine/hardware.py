@@ -76,7 +76,7 @@ def _wake_vector_math() -> None:
 class Hardware:
     """Device, precision and memory layout of a run.
 
-    devices: how many processes train together on each of `num_nodes` machines (tasks/processes.py); `auto` for all GPUs.
+    devices: how many processes train together on each of `num_nodes` machines (engine/processes.py); `auto` for all GPUs.
     precision: `32`, `bf16`, or `auto` (bf16 where the device computes it natively). checkpoint_every: seconds.
     strict: see _forbid_chance. threads: CPU threads of a process, None for torch's choice. store_gib: a teacher's targets
     are computed once for all views, and kept in memory-mapped files, where they need no more than this.

@@ -9,10 +9,9 @@ from typing import Any
 from scipy import stats
 
 from gradexp.base.errors import UserError, nearest
-from gradexp.engine.record import metric_of
 from gradexp.engine.run import Config, Run
 from gradexp.report import specs
-from gradexp.report.records import label_of
+from gradexp.report.records import label_of, value_at
 from gradexp.report.specs import Planner
 from gradexp.report.thesis import read_thesis, thesis_of
 
@@ -27,13 +26,7 @@ class Value:
     @classmethod
     def of(cls, record: Config, metric: str, x: str | None, column: str) -> Value:
         """A record's metric; of a curve, its value where `x` is the column. Raises UserError for one that it does not have."""
-        value: Any = metric_of(record, metric)
-        if isinstance(value, list):
-            grid = [f"{at:g}" for at in record["metrics"].get(x, [])]
-            if column not in grid:
-                raise UserError(f"record {record['id']}: {metric} is a curve, not drawn at {column!r}{nearest(column, grid)}")
-            value = value[grid.index(column)]
-        return cls(math.nan if value is None else float(value), _error(record, metric))
+        return cls(value_at(record, metric, x, column), _error(record, metric))
 
 
 def _error(record: Config, metric: str) -> float | None:

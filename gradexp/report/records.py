@@ -110,7 +110,7 @@ def cells(spec: Config, scale: str, plan: Planner) -> pd.DataFrame:
                         "finished": record is not None,
                         "value": number(record, metric),
                         "spread": number(record, spread),
-                        "thesis": thesis_value(spec, cell.row, cell.column, quantity) if "rows" in spec else math.nan,
+                        "thesis": thesis_value(spec, cell.row, cell.column, quantity) if "series" not in spec else math.nan,
                     }
                 )
     columns = ["row", "column", "panel", "part", "metric", "seed", "run", "finished", "value", "spread", "thesis"]
@@ -138,7 +138,7 @@ def number(record: Config | None, metric: str | None) -> float:
     return math.nan if isinstance(value, list) else value
 
 
-def at(record: Config, metric: str, x: str | None, column: str) -> float:
+def value_at(record: Config, metric: str, x: str | None, column: str) -> float:
     """A recorded number, or the value of a curve where `x` is the column. Raises UserError where it is not drawn there."""
     value: Any = metric_of(record, metric)
     if isinstance(value, list):

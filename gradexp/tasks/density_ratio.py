@@ -17,9 +17,9 @@ BATCH = 256
 class DensityRatio(PerImageTask):
     """Curves over `sigma` (evaluate.density_ratio); `mean_log_ratio` is the mean of the logarithm's curve."""
 
-    def check(self, run: Run) -> None:
-        super().check(run)
-        density_ratio.check(run.config["task"]["sigmas"])
+    def check_setup(self, look: Evaluation) -> None:
+        super().check_setup(look)
+        density_ratio.check(look.run.config["task"]["sigmas"])
 
     def __call__(self, run: Run, upstream: Upstream) -> Result:
         look, task = Evaluation(run, upstream), run.config["task"]

@@ -26,9 +26,9 @@ class DiscriminativePerturbation(PerImageTask):
     the correct class, the same for all models; `gradient/high_frequency` says how noisy these are, over all images.
     """
 
-    def check(self, run: Run) -> None:
-        super().check(run)
-        perturbation.check(**_options(run.config["task"]))
+    def check_setup(self, look: Evaluation) -> None:
+        super().check_setup(look)
+        perturbation.check(**_options(look.run.config["task"]))
 
     def __call__(self, run: Run, upstream: Upstream) -> Result:
         look, task = Evaluation(run, upstream), run.config["task"]

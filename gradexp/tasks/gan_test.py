@@ -25,11 +25,11 @@ class SamplingTask(EvaluationTask):
 
     unit_pixels = True
 
-    def check(self, run: Run) -> None:
-        super().check(run)
+    def check_setup(self, look: Evaluation) -> None:
+        super().check_setup(look)
         for name in ("sampling", "denoising"):
-            if name in run.config["task"]:
-                build(run.config["task"][name], where=f"task.{name}")
+            if name in look.run.config["task"]:
+                build(look.run.config["task"][name], where=f"task.{name}")
 
     def work(self, config: Config, sizes: Sizes) -> float | None:
         task = config["task"]
@@ -49,9 +49,9 @@ class GANTest(SamplingTask):
     `samples/high_frequency`: how noisy the samples are (evaluate.spectrum), a mean over them.
     """
 
-    def check(self, run: Run) -> None:
-        super().check(run)
-        if run.upstream["judge"].id == run.upstream["model"].id:
+    def check_setup(self, look: Evaluation) -> None:
+        super().check_setup(look)
+        if look.run.upstream["judge"].id == look.run.upstream["model"].id:
             raise UserError(
                 "upstream.judge is the sampled model itself; take another one, "
                 "such as the same network with another seed (upstream.judge.seed=1)"

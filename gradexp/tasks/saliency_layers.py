@@ -9,10 +9,9 @@ from torch import nn
 
 from gradexp import gradients
 from gradexp.base.errors import UserError
-from gradexp.engine.assemble import declare_data, make_hardware, make_saliency
 from gradexp.engine.run import Run
 from gradexp.engine.task import Result, Upstream
-from gradexp.saliency import FullGrad
+from gradexp.saliency import FullGrad, Saliency
 from gradexp.tasks.saliency_gallery import SaliencyGallery, named, recognised, shown
 
 
@@ -22,10 +21,8 @@ class SaliencyLayers(SaliencyGallery):
     Metrics say how large the model's biases are (bias_sizes).
     """
 
-    def check(self, run: Run) -> None:
-        super().check(run)
-        data, hardware = declare_data(run.config, run.paths), make_hardware(run.config)
-        if not isinstance(make_saliency(run.config, data, hardware), FullGrad):
+    def check_method(self, method: Saliency) -> None:
+        if not isinstance(method, FullGrad):
             raise UserError("maps of layers are those of full-gradients; take saliency=fullgrad or one of its variants")
 
     def __call__(self, run: Run, upstream: Upstream) -> Result:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from gradexp.base.errors import UserError
 from gradexp.data.loader import Batch, mix
-from gradexp.engine.assemble import declare_data, make_hardware, make_saliency
+from gradexp.engine.assemble import make_saliency
 from gradexp.engine.build import build
 from gradexp.engine.evaluation import Evaluation, PerImageTask
 from gradexp.engine.run import Config, Run
@@ -20,9 +20,12 @@ from gradexp.saliency import Saliency
 class SaliencyTask(PerImageTask):
     """A task about the maps of one saliency method on one trained model."""
 
-    def check(self, run: Run) -> None:
-        super().check(run)
-        make_saliency(run.config, declare_data(run.config, run.paths), make_hardware(run.config))
+    def check_setup(self, look: Evaluation) -> None:
+        super().check_setup(look)
+        self.check_method(make_saliency(look.run.config, look.data, look.hardware))
+
+    def check_method(self, method: Saliency) -> None:
+        """Raises UserError for a saliency method that the task has no use for."""
 
     def parts(self, run: Run, upstream: Upstream) -> tuple[Evaluation, nn.Module, Saliency]:
         """Data and hardware, the upstream model, the saliency method."""
@@ -36,9 +39,9 @@ class SaliencyScore(SaliencyTask):
     A model that diverged gives a run that diverged.
     """
 
-    def check(self, run: Run) -> None:
-        super().check(run)
-        make_score(run.config)
+    def check_setup(self, look: Evaluation) -> None:
+        super().check_setup(look)
+        make_score(look.run.config)
 
     def __call__(self, run: Run, upstream: Upstream) -> Result:
         look, model, method = self.parts(run, upstream)

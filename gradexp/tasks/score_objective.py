@@ -20,9 +20,9 @@ BATCH = 128  # images whose Hessians are asked for together
 class ScoreObjective(PerImageTask):
     """E[h] + ½ E‖∇f‖² in eval mode, and its parts (evaluate.score_objective.objective)."""
 
-    def check(self, run: Run) -> None:
-        super().check(run)
-        task = run.config["task"]
+    def check_setup(self, look: Evaluation) -> None:
+        super().check_setup(look)
+        task = look.run.config["task"]
         if task["draws"] < 1 or task["sigma"] <= 0:
             raise UserError(f"task.draws={task['draws']}, task.sigma={task['sigma']}: draws must be at least 1, sigma positive")
 
