@@ -295,7 +295,7 @@ def to_text(rows: Sequence[Row], scale: str, slots: int, device: str, free_gib: 
         "A teacher's targets, up to trainer.store_gib for each of its data subsets, come on top, and can be deleted.",
     ]
     if total.rebuilt:
-        notes.append(f"Runs with a record whose weights or maps others need, and are not on this disk (done again): {total.rebuilt}.")
+        notes.append(f"Runs to be done again, as their weights or maps are needed and not on this disk: {total.rebuilt}.")
     if total.unknown:
         notes.append(
             f"Of {len(total.unknown)} runs nothing is known, and nothing counted: make plan SCALE={scale} ARGS=--probe"
