@@ -239,9 +239,10 @@ def test_from_records_to_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_images_of_one_model_are_a_sample_of_their_own(digest: str, said: str, tmp_path: Path) -> None:
     for saliency, mean in (("random", 0.8), ("input_gradient", 0.3)):
         words = ["experiment=mnist_pixel_perturbation", "scale=quick", f"saliency={saliency}", "seed=0"]
-        name = "test/output_change@removed=0.5"
+        names = [f"test/output_change@removed={fraction}" for fraction in (0.5, 0.7, 0.9)]
         made = {"model": {"id": "m", "experiment": "mnist_classifier", "weights_sha256": "a" if mean > 0.5 else digest}}
-        record(tmp_path, words, {name: mean, f"{name}/std": 0.4}, images=400, upstream=made)
+        numbers = {key: value for name in names for key, value in ((name, mean), (f"{name}/std", 0.4))}
+        record(tmp_path, words, numbers, images=400, upstream=made)
     spec = {"id": "x", "section": "§3.10", "says": "", "item": "table 3.2", "across": "columns", "less": ["Gradient", "Random"]}
     (over_images,) = read(tmp_path, [spec | {"at": ["RF = 0.5"], "unit": "images"}])
     (over_seeds,) = read(tmp_path, [spec | {"at": ["RF = 0.5"]}])

@@ -15,7 +15,7 @@ from test_tables import GOLDEN, SPEC
 import gradexp
 from gradexp.base.errors import UserError
 from gradexp.engine.run import ROOT
-from gradexp.report import records, specs, tables
+from gradexp.report import formats, records, specs, tables
 
 FILES = sorted((ROOT / "results" / "runs").glob("*/*.json"))
 
@@ -93,11 +93,11 @@ def test_cells_are_those_of_the_table() -> None:
     """One row for each seed, in the table's order, with the numbers that its cells are made of."""
     frame = records.cells(SPEC, "cpu", at(GOLDEN, fake_plan))
     made = tables.build(SPEC, "cpu", at(GOLDEN, fake_plan))
-    for cell in made.cells:
-        own = frame[(frame["row"] == cell.row) & (frame["column"] == cell.column)]
-        assert tuple(own["run"]) == cell.runs
-        np.testing.assert_array_equal(own.loc[own["finished"], "value"], cell.values)
-        assert set(own["thesis"]) == {cell.thesis.value if cell.thesis else None}
+    for (row, column), cell in formats.texts(made).items():
+        own = frame[(frame["row"] == row) & (frame["column"] == column)]
+        assert list(own["run"]) == cell.runs
+        assert own["finished"].sum() == cell.n
+        assert {f"{number:g}" for number in own["thesis"]} == {cell.thesis}
 
 
 def test_examples_of_the_page_run(tmp_path: Path) -> None:

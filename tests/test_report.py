@@ -1,12 +1,13 @@
 """The page of `make report`, read as a browser's parser reads it."""
 
 import base64
-import dataclasses
 import hashlib
 import io
 import json
+import math
 import re
 import sys
+from collections import namedtuple
 from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
@@ -21,7 +22,6 @@ from test_tables import GOLDEN, SPEC
 from gradexp.engine.record import write_record
 from gradexp.engine.run import ROOT, Paths, Run, run_id
 from gradexp.report import claims, figures, html, tables
-from gradexp.report.thesis import Thesis
 
 HOSTILE = '</script><script>window.hacked = 1</script><img src=x onerror="window.hacked = 1">'
 SAID = html.settings()
@@ -112,7 +112,7 @@ def render(results: Path, scale: str = "cpu", spec: dict[str, Any] = SPEC, words
     panels = html.Panels(paths, commands, points=100)
     planner = html.remembering(at(results, fake_plan), commands)
     table = tables.build(spec, scale, planner)
-    filled = [source for cell in table.cells for source in cell.runs if source.finished]
+    filled = [run for run in table.runs if run.finished]
     drawn = {"number": "2.1", "title": f"Fits {words}"}, [figures.Series({"label": f"fit {words}"}, tuple(filled[:1]))]
     absent = {"number": "other", "title": "Not drawn"}, [figures.Series({"label": "gone"}, tuple(table.missing[:1]))]
     claim = judged(filled[:2], f"A beats CE. {words}")
@@ -249,21 +249,27 @@ def test_long_curves_are_means_of_stretches() -> None:
     ],
 )
 def test_marks(value: float | None, thesis: float | None, comparable: bool, expected: html.Mark) -> None:
-    source = fake_run("x", Path("x.json"))
-    printed = None if thesis is None else Thesis(thesis, False)
-    cell = tables.Cell("a", "b", (source,), printed, comparable, "m", () if value is None else (value,))
-    assert html.mark(cell, 0.05) is expected
-    assert html.mark(dataclasses.replace(cell, runs=(), values=()), 0.05) is html.ABSENT
+    number = numbers(value, thesis, difference=None if value is None or thesis is None or not comparable else value - thesis)
+    assert html.mark(number, 0.05) is expected
+    assert html.mark(number._replace(planned=0), 0.05) is html.ABSENT
+
+
+Number = namedtuple("Number", ["ours", "thesis", "difference", "n", "planned", "std", "thesis_std", "inside"])
+
+
+def numbers(ours: float | None, thesis: float | None, **changes: Any) -> Number:
+    """A row of Table.numbers; NaN for what is not there."""
+    found = Number(ours, thesis, changes.pop("difference", None), int(ours is not None), 1, None, None, False)
+    return Number(*(math.nan if value is None else value for value in found._replace(**changes)))
 
 
 def test_what_lies_within_the_deviation_over_runs_is_close() -> None:
-    source = fake_run("x", Path("x.json"))
-    cell = tables.Cell("a", "b", (source,), Thesis(10.0, False), True, "m", (8.0, 10.8))
-    assert html.mark(cell, 0.05) is html.CLOSE
-    assert html.mark(dataclasses.replace(cell, spreads=(3.0, 3.0)), 0.05) is html.BELOW  # over images: says nothing of runs
-    wide = dataclasses.replace(cell, values=(9.4,), thesis=Thesis(10.0, False, 0.7))
+    number = numbers(9.4, 10.0, difference=-0.6, std=1.98, n=2)
+    assert html.mark(number, 0.05) is html.CLOSE
+    assert html.mark(number._replace(inside=True), 0.05) is html.BELOW  # over images: says nothing of runs
+    wide = numbers(9.4, 10.0, difference=-0.6, thesis_std=0.7)
     assert html.mark(wide, 0.05) is html.CLOSE
-    assert html.mark(dataclasses.replace(wide, thesis=Thesis(10.0, False, 0.5)), 0.05) is html.BELOW
+    assert html.mark(wide._replace(thesis_std=0.5), 0.05) is html.BELOW
 
 
 def test_a_picture_keeps_its_pixels_and_its_values(tmp_path: Path) -> None:

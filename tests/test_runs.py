@@ -8,10 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
 from gradexp.base.errors import UserError
 from gradexp.base.files import sha256, write_atomically
 from gradexp.engine import clocks, ensure, origin, record, registry, run
+from gradexp.engine import compose as compose_module
 from gradexp.engine.compose import compose_run
 from gradexp.engine.run import Config, Paths, Run
 from gradexp.engine.task import Result, Task, Upstream
@@ -369,3 +372,22 @@ def test_digests_of_runs_of_one_kind_do_not_hide_each_other() -> None:
     """A judge and a model both have weights."""
     used = {"model": {"id": "a", "weights_sha256": "1"}, "judge": {"id": "b", "weights_sha256": "2"}}
     assert ensure.digests(used | {"maps": {"id": "c", "maps_sha256": "3"}}) == {"model": "1", "judge": "2", "maps": "3"}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "experiment=jacobian_distill scale=cpu method=ce_a_j data.per_class=5 seed=3 optim.passes=7",
+        "experiment=jacobian_distill data.per_class=5 scale=cpu method.terms.jacobian.weight=0.5 method=ce_a_j",
+        "experiment=gan_test scale=cpu +upstream.model.optim.passes=3 upstream.model.method.choice=ce ++seed=2",
+        "experiment=gan_test scale=quick ++upstream.model.optim={passes:3,batch_size:7} ~upstream.judge",
+        "experiment=teacher scale=quick trainer.threads=2 paths.results=somewhere data=cifar10 data.per_class=null",
+    ],
+)
+def test_values_are_set_as_hydra_sets_them(words: str) -> None:
+    """Also when others were set on the same choices of groups before."""
+    overrides = tuple(words.split())
+    with initialize_config_dir(str(compose_module.CONF), version_base="1.3"):
+        expected = OmegaConf.to_container(compose("config", overrides=list(overrides)), resolve=True)
+    assert compose_module._composed((*overrides, "++seed=11", "trainer.threads=13")) != expected
+    assert compose_module._composed(overrides) == expected

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import yaml
 from fakes import at, fake_plan, fake_run
@@ -19,7 +20,7 @@ from gradexp.base.errors import UserError
 from gradexp.engine.compose import plan
 from gradexp.engine.record import write_record
 from gradexp.engine.run import ROOT, run_id
-from gradexp.report import formats, provenance, tables
+from gradexp.report import formats, provenance, records, tables
 from gradexp.report import specs as report_specs
 from gradexp.report.thesis import Thesis, read_thesis
 
@@ -68,34 +69,40 @@ def test_mean_deviation_difference_and_best(tmp_path: Path) -> None:
             value,
         )
     made = table(tmp_path)
-    ce, a = made.cell("Cross-Entropy (CE)", "1"), made.cell("A only", "1")
-    assert (ce.ours, len(ce.values)) == (12.0, 2)
-    assert ce.std == pytest.approx(math.sqrt(8))
-    assert ce.difference == pytest.approx(12 - 5.69)
-    assert a.std is None
-    assert (ce.best, a.best) == (True, False)
+    ce, a = numbers(made, "Cross-Entropy (CE)", "1"), numbers(made, "A only", "1")
+    assert (ce["ours"], ce["n"]) == (12.0, 2)
+    assert ce["std"] == pytest.approx(math.sqrt(8))
+    assert ce["difference"] == pytest.approx(12 - 5.69)
+    assert math.isnan(a["std"])
+    assert (ce["best"], a["best"]) == (True, False)
     rows = list(csv.DictReader(io.StringIO(formats.to_csv(made))))
-    assert rows[0].keys() == set(formats.COLUMNS)
+    assert list(rows[0]) == formats.COLUMNS
     assert len(rows) == 4
     assert rows[0]["run_ids"].count(" ") == 1
+
+
+def numbers(made: tables.Table, row: str, column: str) -> Any:
+    """The first metric of a cell."""
+    return made.numbers.drop_duplicates(tables.CELL).set_index(tables.CELL).loc[(row, column)]
 
 
 def test_a_diverged_run_is_nan_and_never_best(tmp_path: Path) -> None:
     for method, value in (("ce", None), ("a", 3.0)):
         sample(tmp_path, ["experiment=jacobian_distill", "scale=cpu", f"method={method}", "data.per_class=1", "seed=0"], value)
-    cell = table(tmp_path).cell("Cross-Entropy (CE)", "1")
-    assert formats.ours(cell) == "NaN (n=1)"
-    assert not cell.best
-    assert cell.difference is None
+    made = table(tmp_path)
+    assert formats.texts(made)["Cross-Entropy (CE)", "1"].ours == "NaN (n=1)"
+    cell = numbers(made, "Cross-Entropy (CE)", "1")
+    assert not cell["best"]
+    assert math.isnan(cell["difference"])
 
 
 def test_seeds_of_which_one_diverged_have_no_deviation(tmp_path: Path) -> None:
     for seed, value in enumerate((None, 3.0)):
         sample(tmp_path, ["experiment=jacobian_distill", "scale=cpu", "method=ce", "data.per_class=1", f"seed={seed}"], value)
     made = table(tmp_path)
-    cell = made.cell("Cross-Entropy (CE)", "1")
-    assert math.isnan(cell.ours or 0)
-    assert math.isnan(cell.std or 0)
+    cell = numbers(made, "Cross-Entropy (CE)", "1")
+    assert math.isnan(cell["ours"])
+    assert math.isnan(cell["std"])
     for render in (formats.to_markdown, formats.to_latex, formats.to_text, formats.to_csv):
         assert "nan" in render(made).lower()
 
@@ -128,10 +135,10 @@ def test_an_empty_cell_says_how_to_fill_itself(tmp_path: Path) -> None:
 
 def test_no_scale_borrows_from_another(tmp_path: Path) -> None:
     sample(tmp_path, ["experiment=jacobian_distill", "scale=quick", "method=ce", "data.per_class=1", "seed=0"], 99.0)
-    assert not any(cell.values for cell in table(tmp_path, "cpu").cells)
+    assert not table(tmp_path, "cpu").numbers["n"].any()
     quick = table(tmp_path, "quick")
-    assert quick.cell("Cross-Entropy (CE)", "1").ours == 99.0
-    assert all(cell.difference is None for cell in quick.cells)  # not comparable with the thesis
+    assert numbers(quick, "Cross-Entropy (CE)", "1")["ours"] == 99.0
+    assert quick.numbers["difference"].isna().all()  # not comparable with the thesis
     with pytest.raises(UserError, match="paper"):
         table(tmp_path, "large")
 
@@ -168,14 +175,15 @@ def test_a_table_says_where_the_models_that_it_looks_at_were_trained(tmp_path: P
     here = {"precision": "32", "device": "here", "git": {"commit": "c" * 40, "dirty": False}, "seconds": {"wall": 3600}}
     here["started"] = "2026-01-02T03:04:05+00:00"
     began = {"precision": "bf16", "device": "there", "git": {"commit": "b" * 40, "dirty": True}}
-    stands_on = {"experiment": "teacher", "id": "aa"}
-    looks = [tmp_path / "noise" / f"run{i}.json" for i in range(2)]
-    for file in looks:
-        write_record(file, {"id": file.stem, "metrics": {}, "upstream": {"model": stands_on}, **here})
-    model = {"id": "aa", "metrics": {}, "attempts": [began], **here, "device": "elsewhere", "started": "2026-01-01T00:00:00"}
-    write_record(tmp_path / "teacher" / "aa.json", model)
-    records, below = provenance.read([*looks, *looks])
-    assert [record["id"] for record in (*records, *below)] == ["run0", "run1", "aa"]
+    model = fake_run("aa", tmp_path / "teacher" / "aa.json")
+    looks = [dataclasses.replace(fake_run(name, tmp_path / "noise" / f"{name}.json"), below={"model": model}) for name in "xy"]
+    for run in looks:
+        upstream = {"model": {"experiment": "teacher", "id": "aa"}}
+        write_record(run.record_path, {"id": run.id, "metrics": {}, "upstream": upstream, **here})
+    trained = {"id": "aa", "metrics": {}, "attempts": [began], **here, "device": "elsewhere", "started": "2026-01-01T00:00:00"}
+    write_record(model.record_path, trained)
+    records, below = provenance.read([*looks, *looks, fake_run("z", tmp_path / "noise" / "missing.json")])
+    assert [record["id"] for record in (*records, *below)] == ["x", "y", "aa"]
     assert provenance.origins(records, below) == (
         "2 runs and 1 that they stand on, 3.0 h; precision 32 on elsewhere, 32 on here, bf16 on there; "
         "commit bbbbbbbb (dirty), cccccccc."
@@ -200,35 +208,61 @@ def test_many_runs_are_counted_and_not_listed() -> None:
     assert "(5 runs: run0, run1, run2, run3, run4)." in provenance.origins(records[:5])
 
 
+def summary(values: dict[tuple[str, str], tuple[float, ...]], *, thesis: Thesis | None = None, **changes: Any) -> pd.DataFrame:
+    """The summary of cells with these numbers, one a metric, of one run each; NaN for a cell without a finished run."""
+    printed = thesis or Thesis()
+    rows = [
+        {"row": row, "column": column, "part": part, "metric": f"m{part}", "run": fake_run("a", Path("a.json"))}
+        | {"finished": value == value, "value": value, "spread": math.nan}
+        | {"thesis": printed.value, "thesis_std": printed.std, "thesis_bold": printed.bold}
+        for (row, column), found in values.items()
+        for part, value in enumerate(found)
+    ]
+    spec = {"rows": [], "columns": [], "comparable": ["cpu"], "best": "max", **changes}
+    return tables.summary(pd.DataFrame(rows), spec, "cpu")
+
+
 def test_a_cell_may_show_the_spread_inside_its_runs() -> None:
     """Root mean square of the runs' own standard deviations, not the one between runs."""
-    cell = dataclasses.replace(table().cells[0], values=(1.0, 2.0), spreads=(3.0, 4.0))
-    assert cell.std == pytest.approx(12.5**0.5)
+    cells = records.cells(SPEC, "cpu", at(GOLDEN, fake_plan)).head(2).assign(value=[1.0, 2.0], spread=[3.0, 4.0])
+    assert tables.summary(cells, SPEC, "cpu")["std"].tolist() == [pytest.approx(12.5**0.5)]
 
 
 @pytest.mark.parametrize(
-    ("best", "per", "expected"), [("min", "row", {1.0, 0.0}), ("max", "column", {2.0, 3.0}), (None, "row", set())]
+    ("best", "per", "expected"),
+    [("min", "row", {1.0, 0.0}), ("max", "column", {2.0, 3.0}), ("max", "table", {3.0}), (None, "row", set())],
 )
 def test_bold_is_per_column_or_per_row(best: str | None, per: str, expected: set[float]) -> None:
-    grid = {("a", "x"): 1.0, ("a", "y"): 3.0, ("b", "x"): 2.0, ("b", "y"): 0.0}
-    cells = [tables.Cell(row, column, (), None, False, "m", (value,)) for (row, column), value in grid.items()]
-    assert {cell.ours for cell in tables.mark_best(cells, best, per) if cell.best} == expected
+    grid = {("a", "x"): (1.0,), ("a", "y"): (3.0,), ("b", "x"): (2.0,), ("b", "y"): (0.0,)}
+    made = summary(grid, best=best, best_per=per)
+    assert set(made[made["best"]]["ours"]) == expected
 
 
 def test_a_column_may_have_a_best_of_its_own() -> None:
-    grid = {("a", "x"): 1.0, ("a", "y"): 3.0, ("b", "x"): 2.0, ("b", "y"): 0.0, ("a", "z"): 5.0, ("b", "z"): 6.0}
-    cells = [tables.Cell(row, column, (), None, False, "m", (value,)) for (row, column), value in grid.items()]
-    assert {cell.ours for cell in tables.mark_best(cells, "max", columns={"y": "min", "z": None}) if cell.best} == {2.0, 0.0}
+    grid = {
+        ("a", "x"): (1.0,),
+        ("a", "y"): (3.0,),
+        ("b", "x"): (2.0,),
+        ("b", "y"): (0.0,),
+        ("a", "z"): (5.0,),
+        ("b", "z"): (6.0,),
+    }
+    made = summary(grid, columns=[{"label": "y", "best": "min"}, {"label": "z", "best": None}])
+    assert set(made[made["best"]]["ours"]) == {2.0, 0.0}
     columns = [{**SPEC["columns"][0], "best": "min"}, *SPEC["columns"][1:]]
     assert table_with(columns=columns).best_per == "column"
 
 
 def test_a_row_apart_does_not_compete() -> None:
-    cells = [tables.Cell(row, "x", (), None, False, "m", (value,)) for row, value in (("a", 1.0), ("b", 2.0), ("oracle", 9.0))]
-    assert [cell.best for cell in tables.mark_best(cells, "max", "column", ["oracle"])] == [False, True, False]
+    grid = {("a", "x"): (1.0,), ("b", "x"): (2.0,), ("oracle", "x"): (9.0,)}
+    assert summary(grid, rows=[{"label": "oracle", "apart": True}])["best"].tolist() == [False, True, False]
     rows = [{**row, "apart": row["label"] == "A only"} for row in SPEC["rows"]]
     assert "The best number is marked among the rows without A only." in table_with(rows=rows).caption
     assert not any("among the rows" in sentence for sentence in table().caption)
+
+
+def test_one_filled_cell_is_not_the_best_of_its_column() -> None:
+    assert not summary({("a", "x"): (1.0,), ("b", "x"): (math.nan,)})["best"].any()
 
 
 def test_departures_that_a_note_describes_are_not_listed() -> None:
@@ -277,7 +311,7 @@ def test_a_column_that_paper_does_not_have_is_set_against_its_first() -> None:
 def test_a_table_of_held_out_images_says_that_the_test_set_is_not_read() -> None:
     made = tables.build(report_specs.load("table", "4.3-grid"), "cpu", at(GOLDEN, plan))
     assert "Seeds: 0. Training images that are held out take the test set's place, after the last step." in made.caption
-    assert not any(cell.thesis for cell in made.cells)
+    assert made.numbers["thesis"].isna().all()
 
 
 def test_the_thesiss_numbers_stand_beside_ours_only_where_both_can_be_compared() -> None:
@@ -360,27 +394,25 @@ def test_rendered_tables_are_up_to_date() -> None:
 
 
 def test_a_cell_of_two_metrics_shows_both_and_is_judged_by_the_last() -> None:
-    thesis = Thesis(75.37, True), Thesis(85.64, True)
-    parts = [
-        tables.Cell("a", "x", (fake_run("a", Path("a.json")),), printed, True, name, (value,))
-        for name, value, printed in (("accuracy", 70.0, thesis[0]), ("gan_test", 80.0, thesis[1]))
-    ]
-    both = dataclasses.replace(parts[0], others=(parts[1],))
-    second = dataclasses.replace(parts[1], column="y", values=(60.0,))
-    other = dataclasses.replace(both, column="y", values=(90.0,), others=(second,))
-    marked = tables.mark_best([both, other], "max", "table")
-    assert [cell.best for cell in marked] == [True, False]
-    assert formats.ours(both) == "70.00 / 80.00"
-    assert formats.printed(both) == "75.37 / 85.64"
-    assert formats.gap(both) == "−5.37 / −5.64"
-    assert formats.ours(dataclasses.replace(both, values=())) == formats.EMPTY
-    made = dataclasses.replace(table(), rows=("a",), columns=("x", "y"), cells=marked)
+    grid = {("a", "x"): (70.0, 80.0), ("a", "y"): (90.0, 60.0), ("a", "z"): (math.nan, math.nan)}
+    numbers = summary(grid, best_per="table", thesis=Thesis(75.37, bold=True))
+    assert numbers["best"].tolist() == [True, True, False, False, False, False]
+    runs = [fake_run("a", Path("a.json"))] * len(numbers)
+    cells = numbers[[*tables.CELL, "part"]].assign(run=runs, finished=numbers["n"] > 0)
+    made = dataclasses.replace(table(), numbers=numbers, cells=cells)
+    both, _, empty = formats.texts(made).values()
+    assert both.ours == "70.00 / 80.00"
+    assert both.thesis == "75.37 / 75.37"
+    assert both.gap == "−5.37 / +4.63"
+    assert empty.ours == formats.EMPTY
     lines = list(csv.DictReader(io.StringIO(formats.to_csv(made))))
-    assert [(line["column"], line["metric"], float(line["ours"])) for line in lines] == [
-        ("x", "accuracy", 70.0),
-        ("x", "gan_test", 80.0),
-        ("y", "accuracy", 90.0),
-        ("y", "gan_test", 60.0),
+    assert [(line["column"], line["metric"], line["ours"]) for line in lines] == [
+        ("x", "m0", "70.0000"),
+        ("x", "m1", "80.0000"),
+        ("y", "m0", "90.0000"),
+        ("y", "m1", "60.0000"),
+        ("z", "m0", ""),
+        ("z", "m1", ""),
     ]
 
 
@@ -388,7 +420,7 @@ def test_a_scale_may_run_only_some_cells(tmp_path: Path) -> None:
     spec = SPEC | {"only": {"quick": [["A only", "5"]]}}
     made = tables.build(spec, "quick", at(tmp_path, fake_plan))
     assert [(source.command.split()[4:6]) for source in made.missing] == [["method=a", "data.per_class=5"]]
-    assert [formats.ours(made.cell("A only", column)) for column in ("1", "5")] == ["n/a", "–"]
+    assert [formats.texts(made)["A only", column].ours for column in ("1", "5")] == ["n/a", "–"]
     assert "not part of this scale" in " ".join(made.caption)
 
 
@@ -401,5 +433,5 @@ def test_the_thesiss_quantities_are_told_apart() -> None:
 def test_every_part_of_table_5_2_stands_beside_the_thesis(tmp_path: Path) -> None:
     spec = report_specs.load("table", "5.2")
     made = tables.build(spec, "quick", at(tmp_path, plan))
-    assert formats.printed(made.cell("λ = 1e-5", "μ = 1e-3")) == "75.37 / 85.64"
-    assert all(part.thesis for cell in made.cells for part in cell.parts)
+    assert formats.texts(made)["λ = 1e-5", "μ = 1e-3"].thesis == "75.37 / 85.64"
+    assert made.numbers["thesis"].notna().all()

@@ -10,12 +10,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NotRequired
 
 import numpy as np
+import pandas as pd
 import yaml
 from typing_extensions import TypedDict
 
@@ -26,7 +27,7 @@ from gradexp.engine.run import Config, Run
 from gradexp.report.grid import Grid, Place
 from gradexp.report.inference import BOOTSTRAP_FROM, Estimate, estimate, estimate_over_images, holm
 from gradexp.report.specs import Planner
-from gradexp.report.writing import as_csv, write_beside
+from gradexp.report.writing import markdown, write_beside
 
 VERDICTS = ("holds", "contradicted", "undecided", "direction only", "withheld", "not run")
 FORMS = ("greater", "less", "near")
@@ -355,19 +356,20 @@ def _compare(pair: Pair, grid: Grid, unit: str, whole: Config, *, here: bool) ->
 
 # --- pages ------------------------------------------------------------------------------------------------
 
-COUNTS = ("comparisons", "planned", "run", "agreeing", "seeds")
-COLUMNS = ("id", "section", "item", "says", "verdict", "unit", *COUNTS, "p", "p_holm")
-
 
 def to_csv(claims: Sequence[Judged]) -> str:
     """One line a claim; comparisons: in the thesis, those of this scale that count (`planned`), run, and agreeing."""
-    rows = []
-    for c in claims:
-        counts = (len(c.comparisons), len(c.planned), len(c.run), c.agreeing, c.n)
-        numbers = ["" if value is None else f"{value:.4g}" for value in (c.p, c.p_holm)]
-        words = (c.id, c.section, c.item, c.says, c.verdict, c.unit)
-        rows.append(dict(zip(COLUMNS, (*words, *counts, *numbers), strict=True)))
-    return as_csv(COLUMNS, rows)
+    rows = [
+        {
+            **{name: getattr(claim, name) for name in ("id", "section", "item", "says", "verdict", "unit")},
+            **{name: len(getattr(claim, name)) for name in ("comparisons", "planned", "run")},
+            "agreeing": claim.agreeing,
+            "seeds": claim.n,
+            **{name: "" if value is None else f"{value:.4g}" for name, value in (("p", claim.p), ("p_holm", claim.p_holm))},
+        }
+        for claim in claims
+    ]
+    return pd.DataFrame(rows).to_csv(index=False)
 
 
 def verdict(claim: Judged) -> str:
@@ -387,10 +389,12 @@ def to_markdown(claims: Sequence[Judged], scale: str, *, confidence: float) -> s
     for chapter, group in itertools.groupby(claims, key=lambda claim: claim.chapter):
         some = list(group)
         lines += ["", f"### Chapter {chapter}", "", tally(some), ""]
-        lines += _grid(("claim", "where", "comparisons", "seeds", "p (Holm)", "verdict"), map(summary, some))
+        heads = ("claim", "where", "comparisons", "seeds", "p (Holm)", "verdict")
+        lines += markdown(pd.DataFrame(map(summary, some), columns=heads))
         lines += ["", "<details><summary>Comparisons</summary>", ""]
-        heads = ("claim", "comparison", "by how much", "seeds", "thesis")
-        lines += _grid(heads, ([f"`{claim.id}`", *detail(one, claim.unit)] for claim in some for one in claim.comparisons))
+        named = ("claim", "comparison", "by how much", "seeds", "thesis")
+        details = [[f"`{claim.id}`", *detail(one, claim.unit)] for claim in some for one in claim.comparisons]
+        lines += markdown(pd.DataFrame(details, columns=named))
         lines += ["", "</details>"]
     return "\n".join(lines) + "\n"
 
@@ -418,11 +422,6 @@ def explanation(confidence: float) -> list[str]:
         "its numbers, and their differences in the last column, can't be compared; a verdict is about this setting. What "
         "departs stands under the table or figure. The thesis's numbers for figure 3.2 are read off its poster.",
     ]
-
-
-def _grid(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    escaped = ([cell.replace("|", r"\|") for cell in row] for row in rows)
-    return [f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *escaped)]
 
 
 def summary(claim: Judged) -> list[str]:

@@ -16,14 +16,16 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+import pandas as pd
 from matplotlib.figure import Figure
 
 from gradexp.base.errors import UserError
 from gradexp.engine.record import metric_of, read_arrays
 from gradexp.engine.run import Config, Run
 from gradexp.report import provenance, specs
+from gradexp.report.formats import links
 from gradexp.report.specs import Planner, command, seeds_of
-from gradexp.report.writing import as_csv, write_beside
+from gradexp.report.writing import markdown, write_beside
 
 STYLE: Any = {
     "font.family": "DejaVu Sans",
@@ -109,7 +111,7 @@ def caption(spec: Config, scale: str, series: Sequence[Series], plan: Planner) -
         *([f"Its runs need {spec['needs'][scale]}."] if missing(series) and scale in spec.get("needs", {}) else []),
         provenance.departure_sentence(scale, departed),
         f"Seeds: {provenance.enumerated(seeds_of(spec, scale))}.",
-        provenance.origins(*provenance.read(run.record_path for one in series for run in one.runs if run.finished)),
+        provenance.origins(*provenance.read(run for one in series for run in one.runs)),
     )
 
 
@@ -145,8 +147,8 @@ def make(
         figure.supxlabel("\n".join(below), **small)
         stem = results / "figures" / scale / f"figure_{spec['number'].replace('.', '_')}"
         pictures = {kind: _saved(figure, kind) for kind in ("png", "pdf", *spec.get("also", []))}
-    table = as_csv(list(rows[0]), rows)
-    return write_beside(stem, {**pictures, "csv": table, "md": to_markdown(spec, scale, series, sentences)})
+    values = pd.DataFrame(rows).to_csv(index=False)
+    return write_beside(stem, {**pictures, "csv": values, "md": to_markdown(spec, scale, series, sentences)})
 
 
 def _below(spec: Config, scale: str, width: float) -> list[str]:
@@ -160,14 +162,11 @@ def to_markdown(spec: Config, scale: str, series: Sequence[Series], sentences: S
     number, title = spec["number"], spec.get("title", "")
     picture = f"![Figure {number} at scale={scale}](figure_{number.replace('.', '_')}.png)"
     lines = [f"**Figure {number}, scale={scale}.** {title}", "", picture, "", *(f"- {sentence}" for sentence in sentences)]
-    lines += ["", "<details><summary>Records</summary>", "", "| series | records |", "|---|---|"]
-    records: dict[str, dict[Path, None]] = {}
+    runs: dict[str, dict[Run, None]] = {}
     for one in series:  # a series of several points is one to the reader
-        records.setdefault(one.label, {}).update(dict.fromkeys(run.record_path for run in one.runs))
-    for label, files in records.items():
-        links = [f"[{file.stem}](../../runs/{file.parent.name}/{file.name})" for file in files]
-        lines.append(f"| {label} | {' '.join(links)} |")
-    return "\n".join([*lines, "", "</details>", ""])
+        runs.setdefault(one.label, {}).update(dict.fromkeys(one.runs))
+    records = pd.DataFrame([(label, links(list(some))) for label, some in runs.items()], columns=["series", "records"])
+    return "\n".join([*lines, "", "<details><summary>Records</summary>", "", *markdown(records), "", "</details>", ""])
 
 
 def _saved(figure: Figure, kind: str) -> bytes:

@@ -1,4 +1,4 @@
-"""The cells of a table or figure: the runs behind them, their numbers by seed, and what the thesis prints."""
+"""The cells of a table or figure as claims name them: by row and column, at a metric."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from scipy import stats
 from gradexp.base.errors import UserError, nearest
 from gradexp.engine.run import Config, Run
 from gradexp.report import specs
-from gradexp.report.records import label_of, value_at
+from gradexp.report.records import cells, label_of, value_at
 from gradexp.report.specs import Planner
-from gradexp.report.thesis import read_thesis, thesis_of
+from gradexp.report.thesis import Thesis, read_thesis, thesis_of
 
 
 @dataclass(frozen=True)
@@ -49,25 +49,26 @@ class Place:
 
 
 class Grid:
-    """A table or figure as cells with runs. A figure's rows are its series."""
+    """A table, or a panel of a figure, whose rows are its series."""
 
     def __init__(self, item: str, panel: str | None, scale: str, plan: Planner) -> None:
         kind, _, number = item.partition(" ")
         if kind not in ("table", "figure"):
             raise UserError(f"item {item!r}: it is `table NUMBER` or `figure NUMBER`")
-        self.spec, self.scale, self.plan = specs.load(kind, number), scale, plan
+        self.spec, self.scale = specs.load(kind, number), scale
         self.comparable: bool = scale in self.spec.get("comparable", [scale])  # with the thesis's numbers
-        self._runs: dict[tuple[str, str], dict[int, Run]] = {}
-        self.words: dict[tuple[str, str], dict[int, list[str]]] = {}  # what to type for each seed
-        there = specs.cells(self.spec, scale) if scale in self.spec["seeds"] else ()
-        found = [cell for cell in there if cell.row.get("panel") == panel]
-        self.words = {(cell.row["label"], label_of(cell.column)): cell.commands for cell in found}
-        rows = [one for one in self.spec["rows" if kind == "table" else "series"] if one.get("panel") == panel]
-        points = [x for one in rows for x in one.get("points", self.spec.get("points", []))]
-        columns = self.spec["columns"] if kind == "table" else points
-        self.rows, self.columns = {one["label"]: one for one in rows}, {label_of(one): one for one in columns}
+        rows = [row for row in self.spec["rows" if kind == "table" else "series"] if row.get("panel") == panel]
         if not rows:
             raise UserError(f"panel {panel!r}: {item} has {', '.join(map(str, self.spec.get('panels', {}))) or 'none'}")
+        points = [x for row in rows for x in row.get("points", self.spec.get("points", []))]
+        columns = self.spec["columns"] if kind == "table" else points
+        self.rows, self.columns = {row["label"]: row for row in rows}, {label_of(column): column for column in columns}
+        self._runs: dict[Any, dict[int, Run]] = {}  # by row and column, then by seed
+        if scale in self.spec["seeds"]:
+            frame = cells(self.spec, scale, plan)
+            own = frame[(frame["part"] == 0) & frame["run"].notna() & frame["row"].isin(list(self.rows))]
+            groups = own.groupby(["row", "column"])
+            self._runs = {cell: dict(zip(runs["seed"], runs["run"], strict=True)) for cell, runs in groups}
 
     def check(self, place: Place) -> None:
         """Raises UserError for a name that the table or figure does not have."""
@@ -77,11 +78,7 @@ class Grid:
 
     def runs(self, place: Place) -> dict[int, Run]:
         """The cell's runs by seed; none where the scale does not have the cell."""
-        key = (place.row, place.column if self.columns else "")
-        if key not in self._runs:
-            seeds = self.words.get(key, {})
-            self._runs[key] = {seed: self.plan(words) for seed, words in seeds.items()}
-        return self._runs[key]
+        return self._runs.get((place.row, place.column if self.columns else ""), {})
 
     def values(self, place: Place) -> dict[int, Value]:
         """The cell's numbers by seed, of the runs that are finished."""
@@ -97,7 +94,7 @@ class Grid:
         return metric.format(fraction=f"{float(place.column) / 100:g}") if "{" in metric else metric
 
     def thesis(self, place: Place) -> float | None:
-        """What the thesis prints in this cell."""
+        """The number that the thesis prints in this cell."""
         item: Any = self.spec.get("thesis", self.spec["number"])
         if isinstance(item, dict):
             return item.get(place.metric or "")
@@ -105,10 +102,10 @@ class Grid:
         if isinstance(quantities, list):
             quantities = quantities[metrics.index(self.metric(place))]
         if "series" in self.spec:
-            printed = read_thesis().get((item, place.row, place.column))
+            printed = read_thesis().get((item, place.row, place.column), Thesis())
         else:
             printed = thesis_of(self.spec, *self._entry(place), quantities)
-        return None if printed is None else printed.value
+        return None if math.isnan(printed.value) else printed.value
 
     def _entry(self, place: Place) -> tuple[Config, Config]:
         return self.rows.get(place.row, {}), self.columns.get(place.column, {})

@@ -54,25 +54,24 @@ CLOSE, ABOVE, BELOW, DIVERGED, APART, EMPTY, ABSENT = MARKS = (
 CLAIM_SIGNS = {"holds": "✓", "contradicted": "✕", "undecided": "?", "direction only": "→", "withheld": "–", "not run": "○"}
 
 
-def mark(cell: tables.Cell, close: float) -> Mark:
-    """A cell's standing, by its last metric (the one that also decides which cell is best).
+def mark(number: Any, close: float) -> Mark:
+    """How a cell stands to the thesis's number. number: its last row of `Table.numbers`, which also decides which cell is best.
 
     close: the largest |ours − thesis| / |thesis| that counts as close; so does what lies within the standard deviation
     over runs that either number has (a deviation inside runs, over images or draws, is another matter).
     """
-    last = cell.parts[-1]
-    if not cell.runs:
+    if not number.planned:
         return ABSENT
-    if last.ours is None:
+    if not number.n:
         return EMPTY
-    if math.isnan(last.ours):
+    if math.isnan(number.ours):
         return DIVERGED
-    if last.difference is None or last.thesis is None:
+    if math.isnan(number.difference):
         return APART
-    over_runs = [] if last.spreads else [last.std or 0.0, last.thesis.std or 0.0]
-    if abs(last.difference) <= max(close * abs(last.thesis.value), *over_runs, 0.0):
+    over_runs = [] if number.inside else [std for std in (number.std, number.thesis_std) if not math.isnan(std)]
+    if abs(number.difference) <= max(close * abs(number.thesis), *over_runs, 0.0):
         return CLOSE
-    return ABOVE if last.difference > 0 else BELOW
+    return ABOVE if number.difference > 0 else BELOW
 
 
 @dataclass(frozen=True)
@@ -82,6 +81,7 @@ class View:
     number: str
     table: tables.Table | None = None
     title: str = ""
+    cells: dict[tuple[str, str], formats.Shown] = field(default_factory=dict)
     anchors: dict[Any, str] = field(default_factory=dict)  # by (row, column), or by series
     marks: dict[Any, Mark] = field(default_factory=dict)
     picture: str | None = None
@@ -95,8 +95,8 @@ class View:
         return self.counts[EMPTY.name]
 
     @property
-    def cells(self) -> int:
-        """Of the table, at this scale."""
+    def size(self) -> int:
+        """Cells that this scale runs."""
         return len(self.marks) - self.counts[ABSENT.name]
 
     @property
@@ -208,24 +208,24 @@ def remembering(plan: Planner, commands: dict[str, str]) -> Planner:
 
 
 def table_view(table: tables.Table, panels: Panels, close: float) -> View:
-    anchors, marks = {}, {}
-    for cell in table.cells:
-        place = cell.row, cell.column
-        marks[place] = mark(cell, close)
-        anchor = f"cell-{table.number}-{table.rows.index(cell.row)}-{table.columns.index(cell.column)}"
-        facts = [(label, text) for label, text in facts_of(cell, marks[place]) if text]
-        anchors[place] = panels.entry(anchor, f"Table {table.number}", f"{cell.row} · {cell.column}", facts, cell.runs)
-    return View(table.number, table, table.title, anchors, marks, missing=table.missing)
-
-
-def facts_of(cell: tables.Cell, standing: Mark) -> list[tuple[str, str]]:
-    return [
-        ("ours", formats.ours(cell) if cell.values else ""),
-        ("thesis", formats.printed(cell)),
-        ("difference", formats.gap(cell)),
-        ("standing", f"{standing.sign} {standing.name}"),
-        ("metric", ", ".join(part.metric for part in cell.parts)),
-    ]
+    last: Any = table.numbers.drop_duplicates(tables.CELL, keep="last").itertuples()
+    marks = {(number.row, number.column): mark(number, close) for number in last}
+    cells = formats.texts(table)
+    metrics = table.numbers.groupby(tables.CELL)["metric"].agg(", ".join)
+    anchors = {}
+    for (row, column), cell in cells.items():
+        standing = marks[row, column]
+        facts = [
+            ("ours", cell.ours if cell.n else ""),
+            ("thesis", cell.thesis),
+            ("difference", cell.gap),
+            ("standing", f"{standing.sign} {standing.name}"),
+            ("metric", str(metrics.loc[(row, column)])),
+        ]
+        anchor = f"cell-{table.number}-{table.rows.index(row)}-{table.columns.index(column)}"
+        facts = [(label, text) for label, text in facts if text]
+        anchors[row, column] = panels.entry(anchor, f"Table {table.number}", f"{row} · {column}", facts, cell.runs)
+    return View(table.number, table, table.title, cells, anchors, marks, missing=table.missing)
 
 
 def figure_view(spec: Config, series: Sequence[figures.Series], scale: str, panels: Panels, told: Sequence[str] = ()) -> View:
@@ -344,7 +344,6 @@ def render(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals |= {"ours": formats.ours, "plain": formats.plain, "printed": formats.printed, "gap": formats.gap}
     environment.globals |= {
         "tally": claims.tally,
         "summary": claims.summary,
@@ -400,7 +399,7 @@ def markdown(text: str) -> Markup:
 def quantity(value: Any) -> str:
     """A measured number with three digits; words as they are."""
     if value is None:
-        return tables.EMPTY
+        return formats.EMPTY
     if isinstance(value, bool) or not isinstance(value, float):
         return str(value)
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from gradexp.engine.ensure import digests
-from gradexp.engine.record import read_record
-from gradexp.engine.run import Config, identity
+from gradexp.engine.run import Config, Run, identity
 
 DEPARTS = "Scale {} departs from scale=paper in:"
 LISTED = 5  # runs whose ids a sentence names
@@ -82,22 +80,18 @@ def enumerated(values: Sequence[Any]) -> str:
 # --- the runs ---------------------------------------------------------------------------------------------
 
 
-def read(files: Iterable[Path]) -> tuple[list[Config], list[Config]]:
-    """Records, and those of the runs that they stand on, directly or not, as far as they are there."""
-    seen = list(dict.fromkeys(files))
-    count = len(seen)
-    records = []
-    for file in seen:  # grows
-        records.append(read_record(file))
-        for run in records[-1].get("upstream", {}).values():
-            place = file.parent.parent / run["experiment"] / f"{run['id']}.json"
-            if place not in seen and place.exists():
-                seen.append(place)
-    return records[:count], records[count:]
+def read(runs: Iterable[Run]) -> tuple[list[Config], list[Config]]:
+    """Records of the finished runs, and of the runs upstream of them, directly or not, as far as these are finished."""
+    users = [run for run in dict.fromkeys(runs) if run.finished]
+    found = list(users)
+    for run in found:  # grows
+        found += [below for below in run.upstream.values() if below.finished and below not in found]
+    records = [run.record() or {} for run in found]
+    return records[: len(users)], records[len(users) :]
 
 
 def origins(records: Sequence[Config], below: Sequence[Config] = ()) -> str:
-    """One sentence on where numbers were computed: precision, device, commits. below: the records that these stand on."""
+    """One sentence on where numbers were computed: precision, device, commits. below: the records upstream of these."""
     if not records:
         return "No run has finished yet."
     work = [attempt for record in (*records, *below) for attempt in (record, *record.get("attempts", []))]

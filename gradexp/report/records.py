@@ -14,10 +14,10 @@ import pandas as pd
 from gradexp.base.errors import UserError, nearest
 from gradexp.engine.compose import plan
 from gradexp.engine.record import metric_of, read_record
-from gradexp.engine.run import ROOT, Config
+from gradexp.engine.run import ROOT, Config, Run
 from gradexp.report import specs
 from gradexp.report.specs import Cell, Planner
-from gradexp.report.thesis import thesis_value
+from gradexp.report.thesis import Thesis, thesis_of
 
 HEAD = ("experiment", "scale", "seed", "status", "started", "device", "precision", "parameters", "command")
 HIDDEN = ("objective", "paths")  # of a config: the first is also the name of a metric
@@ -49,10 +49,12 @@ def records(
     if number := table or figure:
         extra = () if places == ROOT / "results" else (f"paths.results={places}",)
         shown = cells(specs.load(kind, number), scale or "cpu", partial(plan, extra=extra))
+        shown = shown[shown["run"].notna()].astype({"seed": int}).reset_index(drop=True)
         known = {run.id: _row(record, curves) for run in shown["run"] if (record := run.record())}
         rows = [{name: value for name, value in known.get(run.id, {}).items() if name != "seed"} for run in shown["run"]]
         head = shown.assign(id=[run.id for run in shown["run"]], command=[run.command for run in shown["run"]])
-        return head.drop(columns=["run", "part", "spread"]).join(pd.DataFrame(rows).drop(columns="command", errors="ignore"))
+        hidden = ["run", "part", "spread", "thesis_std", "thesis_bold"]
+        return head.drop(columns=hidden).join(pd.DataFrame(rows).drop(columns="command", errors="ignore"))
     found = [read_record(file) for file in sorted(places.glob("runs/*/*.json"))]
     rows = [{"id": record["id"], **_row(record, curves)} for record in found if scale in (None, record["scale"])]
     return pd.DataFrame(rows, columns=None if rows else ["id", *HEAD]).set_index("id")
@@ -85,24 +87,23 @@ def _flat(config: Config, prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def cells(spec: Config, scale: str, plan: Planner) -> pd.DataFrame:
-    """One row for each (cell, metric, seed) of a table or figure, finished or not.
+    """One row for each seed and metric of each cell of a table or figure, finished or not, in the order of the cells.
 
-    Columns: row, column, panel, part (number of the metric in its cell), metric, seed, run, finished, value (NaN where the
-    run is missing, diverged, or has a curve), spread (the deviation inside the run, where the table shows it), thesis.
-    Cells that the scale does not run have no rows.
+    Columns: row, column, panel; part (the number of the metric in its cell), metric; seed, run, finished; value (NaN where the
+    run is missing, diverged, or has a curve), spread (the deviation inside the run, where the table shows it); thesis,
+    thesis_std, thesis_bold. A cell that the scale does not run has one row for each metric, whose run is None.
     """
     rows = []
     for cell in specs.cells(spec, scale):
+        head = {"row": cell.row["label"], "column": label_of(cell.column), "panel": cell.row.get("panel")}
         shown = list(_metrics(spec, cell))
-        for seed, words in cell.commands.items():
-            run = plan(words)
-            record = run.record()
-            for part, (metric, spread, quantity) in enumerate(shown):
+        runs: dict[int | None, Run | None] = {seed: plan(words) for seed, words in cell.commands.items()}
+        for seed, run in (runs or {None: None}).items():
+            record = run.record() if run else None
+            for part, (metric, spread, printed) in enumerate(shown):
                 rows.append(
                     {
-                        "row": cell.row["label"],
-                        "column": label_of(cell.column),
-                        "panel": cell.row.get("panel"),
+                        **head,
                         "part": part,
                         "metric": metric,
                         "seed": seed,
@@ -110,19 +111,24 @@ def cells(spec: Config, scale: str, plan: Planner) -> pd.DataFrame:
                         "finished": record is not None,
                         "value": number(record, metric),
                         "spread": number(record, spread),
-                        "thesis": thesis_value(spec, cell.row, cell.column, quantity) if "series" not in spec else math.nan,
+                        "thesis": printed.value,
+                        "thesis_std": printed.std,
+                        "thesis_bold": printed.bold,
                     }
                 )
-    columns = ["row", "column", "panel", "part", "metric", "seed", "run", "finished", "value", "spread", "thesis"]
-    return pd.DataFrame(rows, columns=columns)
+    return pd.DataFrame(rows, columns=COLUMNS).astype({"seed": "Int64", "run": object})
 
 
-def _metrics(spec: Config, cell: Cell) -> Iterator[tuple[str | None, str | None, str | None]]:
-    """(metric, spread, the thesis's name of the metric) of all that a cell shows."""
+COLUMNS = ["row", "column", "panel", "part", "metric", "seed", "run", "finished", "value", "spread"]
+COLUMNS += ["thesis", "thesis_std", "thesis_bold"]
+
+
+def _metrics(spec: Config, cell: Cell) -> Iterator[tuple[str | None, str | None, Thesis]]:
+    """(metric, spread, the thesis's number) of all that a cell shows."""
     keys = ("metric", "spread", "thesis_metric")
     metric, spread, quantity = (specs.setting(key, cell.row, cell.column, spec) for key in keys)
     for name, theirs in zip_longest(*(value if isinstance(value, list) else [value] for value in (metric, quantity))):
-        yield name, spread, theirs
+        yield name, spread, Thesis() if "series" in spec else thesis_of(spec, cell.row, cell.column, theirs)
 
 
 def label_of(column: Config) -> str:

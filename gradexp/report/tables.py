@@ -1,122 +1,103 @@
 """A thesis table from records.
 
-A table is data: rows, columns and the run behind each cell. Every cell knows its runs, so that a number can be
-followed to its records, and an empty cell says how to fill itself.
+A table is data: rows, columns and the runs behind each cell. Every cell knows its runs, so that a number can be followed to
+its records, and an empty cell says how to fill itself.
 """
 
 from __future__ import annotations
 
 import math
-import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import zip_longest
-from types import MappingProxyType
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pandas as pd
 
 from gradexp.engine.record import value_of
 from gradexp.engine.run import Config, Run
-from gradexp.report import provenance, specs
-from gradexp.report.specs import Planner, command, seeds_of, setting
-from gradexp.report.thesis import Thesis, item_of, read_thesis, thesis_of
+from gradexp.report import provenance, records, specs
+from gradexp.report.specs import Planner, command, seeds_of
+from gradexp.report.thesis import item_of, read_thesis
 
-EMPTY = "–"  # in the place of a number that is missing
-ABSENT = "n/a"  # of a cell that the scale does not run
+CELL = ["row", "column"]
+ABSENT = "n/a"  # in a cell that the scale does not run
 
 
 @dataclass(frozen=True)
-class Cell:
-    row: str
-    column: str
-    runs: tuple[Run, ...]
-    thesis: Thesis | None
-    comparable: bool
-    metric: str
-    values: tuple[float, ...]  # of the finished runs, in the order of the seeds; NaN where one diverged
-    spreads: tuple[float, ...] = ()  # standard deviations inside each run (over draws or images), where the table shows these
-    best: bool = False
-    others: tuple[Cell, ...] = ()  # further metrics of the same runs, shown in the same place: accuracy / GAN-test
+class Table:
+    """cells: records.cells, one row for each seed and metric of a cell; numbers: summary, one row for each metric of a cell."""
+
+    number: str
+    title: str
+    corner: str
+    scale: str
+    cells: pd.DataFrame
+    numbers: pd.DataFrame
+    caption: tuple[str, ...]
+    best_per: str | None = "column"  # what has one best number each; None where none is marked
+    departures: tuple[tuple[str, str, str], ...] = ()  # every (setting, here, at scale=paper)
 
     @property
-    def parts(self) -> tuple[Cell, ...]:
-        """The cell's metrics; the last one decides which cell is best."""
-        return (self, *self.others)
+    def rows(self) -> list[str]:
+        return list(self.numbers["row"].unique())
 
     @property
-    def ours(self) -> float | None:
-        return statistics.fmean(self.values) if self.values else None
+    def columns(self) -> list[str]:
+        return list(self.numbers["column"].unique())
 
     @property
-    def std(self) -> float | None:
-        """Standard deviation inside the runs where the table shows that; otherwise over seeds, of the sample."""
-        if self.spreads:
-            return math.sqrt(statistics.fmean(spread**2 for spread in self.spreads))
-        if len(self.values) < 2:
-            return None
-        return statistics.stdev(self.values) if all(map(math.isfinite, self.values)) else math.nan  # some run diverged
-
-    @property
-    def difference(self) -> float | None:
-        if self.ours is None or self.thesis is None or not self.comparable:
-            return None
-        difference = self.ours - self.thesis.value
-        return difference if math.isfinite(difference) else None
+    def runs(self) -> list[Run]:
+        return list(self.cells["run"].dropna().unique())
 
     @property
     def missing(self) -> list[Run]:
         return [run for run in self.runs if not run.finished]
 
 
-@dataclass(frozen=True)
-class Table:
-    number: str
-    title: str
-    corner: str
-    scale: str
-    caption: tuple[str, ...]
-    rows: tuple[str, ...]
-    columns: tuple[str, ...]
-    cells: tuple[Cell, ...]
-    best_per: str | None = "column"  # what has one best number each; None where none is marked
-    departures: tuple[tuple[str, str, str], ...] = ()  # every (setting, here, at scale=paper)
+def summary(cells: pd.DataFrame, spec: Config, scale: str) -> pd.DataFrame:
+    """Mean and deviation over the finished seeds of each cell.
 
-    def cell(self, row: str, column: str) -> Cell:
-        return next(cell for cell in self.cells if (cell.row, cell.column) == (row, column))
-
-    @property
-    def missing(self) -> list[Run]:
-        return list(dict.fromkeys(run for cell in self.cells for run in cell.missing))
-
-
-def values_of(runs: Iterable[Run], metric: str) -> tuple[float, ...]:
-    return tuple(value_of(record, metric) for run in runs if (record := run.record()))
-
-
-def mark_best(
-    cells: Sequence[Cell],
-    best: str | None,
-    per: str = "column",
-    apart: Sequence[str] = (),
-    columns: Mapping[str, str | None] = MappingProxyType({}),
-) -> tuple[Cell, ...]:
-    """Bold as in the thesis: the best of each column (`row`, or whole `table`), where at least two of its cells are filled.
-
-    best: `max`, `min`, or None for a table without bold numbers; columns: what `best` is of columns with one of their own.
-    apart: rows that do not compete, such as an oracle.
+    One row for each metric of each cell: row, column, part, metric; ours, std, n; planned (seeds, finished or not); thesis,
+    thesis_std, thesis_bold; difference (ours - thesis, where they may be compared); best; inside (whether std is the
+    deviation inside the runs, over draws or images, and not the one over seeds).
     """
-    groups: dict[tuple[str, str | None], list[float]] = {}
-    for cell in cells:
-        value = cell.parts[-1].ours
-        if value is not None and value == value and cell.row not in apart:
-            groups.setdefault((getattr(cell, per, ""), columns.get(cell.column, best)), []).append(value)
-    pick = {"max": max, "min": min}
-    winners = {group: pick[group[1]](numbers) for group, numbers in groups.items() if len(numbers) > 1 and group[1]}
+    groups = cells.groupby([*CELL, "part"], sort=False)
+    numbers = pd.DataFrame([_number(group) for _, group in groups])
+    numbers["difference"] = numbers["ours"] - numbers["thesis"] if scale in spec["comparable"] else math.nan
+    numbers["best"] = best(numbers, spec)
+    return numbers
 
-    def wins(cell: Cell) -> bool:
-        value, group = cell.parts[-1].ours, (getattr(cell, per, ""), columns.get(cell.column, best))
-        return value is not None and cell.row not in apart and value == winners.get(group)
 
-    return tuple(replace(cell, best=wins(cell)) for cell in cells)
+def _number(cell: pd.DataFrame) -> Config:
+    """The mean over finished runs is NaN where one diverged, and so is the deviation (of the sample)."""
+    first, done = cell.iloc[0], cell[cell["finished"]]
+    inside = bool(done["spread"].notna().any())
+    return {
+        **first[[*CELL, "part", "metric", "thesis", "thesis_std", "thesis_bold"]],
+        "ours": done["value"].mean(skipna=False),
+        "std": math.sqrt((done["spread"] ** 2).mean()) if inside else done["value"].std(skipna=False),
+        "n": len(done),
+        "planned": int(cell["run"].notna().sum()),
+        "inside": inside,
+    }
+
+
+def best(numbers: pd.DataFrame, spec: Config) -> pd.Series[bool]:
+    """Bold as in the thesis: the best of each column, row, or of the table, where at least two of its cells are filled.
+
+    The last metric of a cell decides. A row that is `apart`, such as an oracle, does not compete.
+    """
+    own = {column["label"]: column["best"] for column in spec["columns"] if "best" in column}
+    last = numbers.drop_duplicates(CELL, keep="last")
+    direction = last["column"].map(lambda column: own.get(column, spec["best"]))
+    competing = last[last["ours"].notna() & ~last["row"].isin(_apart(spec)) & direction.notna()]
+    per = spec.get("best_per", "column")
+    group = competing[per] if per in CELL else pd.Series("", competing.index)
+    won: list[tuple[str, str]] = []
+    for (_, wanted), rivals in competing.groupby([group, direction.loc[competing.index]]):
+        if len(rivals) > 1:
+            winners = rivals[rivals["ours"] == rivals["ours"].agg(str(wanted))]
+            won += zip(winners["row"], winners["column"], strict=True)
+    return pd.Series([cell in won for cell in zip(numbers["row"], numbers["column"], strict=True)], numbers.index)
 
 
 # --- from a spec to a table -------------------------------------------------------------------------------
@@ -130,69 +111,44 @@ def _paper_words(spec: Config, row: Config, column: Config, seed: int) -> list[s
 
 def build(spec: Config, scale: str, plan: Planner) -> Table:
     """The table that `conf/table/NUMBER.yaml` describes, filled with whatever records there are."""
-    cells = []
+    cells = records.cells(spec, scale, plan)
+    numbers = summary(cells, spec, scale)
+    runs = list(cells["run"].dropna().unique())
     pairs: list[tuple[Config, Config]] = []  # of each cell, here and at scale=paper
     for row, column, seeds in specs.cells(spec, scale):
-        cells.append(_cell(spec, row, column, tuple(map(plan, seeds.values())), scale))
         for seed, words in list(seeds.items())[:1]:
             pairs.append((plan(words).config, plan(_paper_words(spec, row, column, seed)).config))
     lines = [line for line in spec.get("upstream", []) if scale in line.get("scales", spec["seeds"])]
     upstream = [(line, plan([*line["overrides"], f"scale={scale}"])) for line in lines]
     departed = provenance.departed(pairs)
     data = sorted({config["data"]["name"] for config, _ in pairs})
-    own_best = {column["label"]: column["best"] for column in spec["columns"] if "best" in column}
     return Table(
         number=spec["number"],
         title=spec["title"].format(data=", ".join(data), where=spec.get("where", {}).get(scale)),
         corner=spec["corner"],
         scale=scale,
+        cells=cells,
+        numbers=numbers,
         caption=(
-            *_what_it_is(spec, scale, missing=any(cell.missing for cell in cells)),
+            *_what_it_is(spec, scale, missing=not all(run.finished for run in runs)),
             provenance.departure_sentence(scale, departed, tuple(spec.get("told", ()))),
             *(_upstream_sentence(line, run, spec, scale) for line, run in upstream),
             *_how_to_read_it(
                 spec,
                 scale,
-                printed=any(part.thesis for cell in cells for part in cell.parts),
+                printed=bool(numbers["thesis"].notna().any()),
                 held_out=any(config.get("data", {}).get("validation") for config, _ in pairs),
             ),
-            provenance.origins(*provenance.read(run.record_path for cell in cells for run in cell.runs if run.finished)),
+            provenance.origins(*provenance.read(runs)),
         ),
-        rows=tuple(row["label"] for row in spec["rows"]),
-        columns=tuple(dict.fromkeys(cell.column for cell in cells)),
-        cells=mark_best(cells, spec["best"], spec.get("best_per", "column"), _apart(spec), own_best),
         best_per=spec.get("best_per", "column") if spec["best"] else None,
         departures=tuple((key, *values) for key, values in departed.items()),
     )
 
 
-def _cell(spec: Config, row: Config, column: Config, runs: tuple[Run, ...], scale: str) -> Cell:
-    """A cell with what its finished runs measured, and with the thesis's numbers."""
-    metric, spread, quantity = (setting(key, row, column, spec) for key in ("metric", "spread", "thesis_metric"))
-    spreads = values_of(runs, spread) if spread else ()
-    parts = [
-        Cell(
-            row=row["label"],
-            column=column["label"],
-            runs=runs,
-            thesis=thesis_of(spec, row, column, quantity),
-            comparable=scale in spec["comparable"],
-            metric=metric,
-            values=values_of(runs, metric),
-            spreads=spreads,
-        )
-        for metric, quantity in zip_longest(_listed(metric), _listed(quantity))
-    ]
-    return replace(parts[0], others=tuple(parts[1:]))
-
-
 def _apart(spec: Config) -> list[str]:
     """The rows that are not compared with the others."""
     return [row["label"] for row in spec["rows"] if row.get("apart")]
-
-
-def _listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
 
 
 # Sentences of the caption.
@@ -219,7 +175,7 @@ def _how_to_read_it(spec: Config, scale: str, *, printed: bool, held_out: bool) 
 
 
 def _upstream_sentence(line: Config, run: Run, spec: Config, scale: str) -> str:
-    found = values_of([run], line.get("metric", "test/accuracy"))
-    mine = f"{found[0]:.2f} (run {run.id})" if found else "not run yet"
+    record = run.record()
+    mine = f"{value_of(record, line.get('metric', 'test/accuracy')):.2f} (run {run.id})" if record else "not run yet"
     printed = read_thesis().get((item_of(spec), *line["thesis"])) if scale in spec["comparable"] else None
     return f"{line['label'].capitalize()}: {mine}" + (f"; the thesis's {printed.value:g}." if printed else ".")

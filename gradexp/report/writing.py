@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import pandas as pd
 
 from gradexp.base.files import write_atomically
 
 
-def as_csv(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
-    """Raises ValueError for a row with a key that is no column; one that it lacks stays empty."""
-    out = io.StringIO()
-    writer = csv.DictWriter(out, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return out.getvalue()
+def markdown(frame: pd.DataFrame) -> list[str]:
+    """The lines of a table; its cells are not padded to one width, so that a changed cell changes one line."""
+    lines: list[list[Any]] = [list(frame.columns), *frame.to_numpy().tolist()]
+    head, *rows = (f"| {' | '.join(str(cell).replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+    return [head, "|---" * frame.shape[1] + "|", *rows]
 
 
 def write_beside(stem: Path, contents: Mapping[str, str | bytes]) -> list[Path]:
