@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import yaml
 from fakes import at, fake_plan
+from test_tables import committed
 
 from gradexp.base.errors import UserError
+from gradexp.engine.compose import plan
 from gradexp.engine.record import write_record
 from gradexp.engine.run import ROOT, run_id
 from gradexp.report import claims, specs
@@ -270,3 +272,10 @@ def test_a_figures_cells_are_points_of_its_curves(tmp_path: Path) -> None:
         read(tmp_path, [spec | {"at": ["0.11"]}])
     with pytest.raises(UserError, match="did you mean density_ratio"):
         read(tmp_path, [spec | {"at": ["0.1"], "metric": "density_ratios"}])
+
+
+def test_rendered_claims_are_up_to_date() -> None:
+    """The committed verdicts are those of the committed records."""
+    for file in committed("claims/*.csv"):
+        judged = claims.read(FILE, file.stem, plan)
+        assert claims.to_csv(judged) == file.read_text(), f"make claims SCALE={file.stem}"

@@ -176,7 +176,10 @@ def test_a_table_says_where_the_models_that_it_looks_at_were_trained(tmp_path: P
     here["started"] = "2026-01-02T03:04:05+00:00"
     began = {"precision": "bf16", "device": "there", "git": {"commit": "b" * 40, "dirty": True}}
     model = fake_run("aa", tmp_path / "teacher" / "aa.json")
-    looks = [dataclasses.replace(fake_run(name, tmp_path / "noise" / f"{name}.json"), below={"model": model}) for name in "xy"]
+    looks = [
+        dataclasses.replace(fake_run(name, tmp_path / "noise" / f"{name}.json"), below={"model": model, "explainer": model})
+        for name in "xy"
+    ]
     for run in looks:
         upstream = {"model": {"experiment": "teacher", "id": "aa"}}
         write_record(run.record_path, {"id": run.id, "metrics": {}, "upstream": upstream, **here})

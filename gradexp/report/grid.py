@@ -66,7 +66,8 @@ class Grid:
         self._runs: dict[Any, dict[int, Run]] = {}  # by row and column, then by seed
         if scale in self.spec["seeds"]:
             frame = cells(self.spec, scale, plan)
-            own = frame[(frame["part"] == 0) & frame["run"].notna() & frame["row"].isin(list(self.rows))]
+            of_panel = frame["panel"].isna() if panel is None else frame["panel"] == panel
+            own = frame[(frame["part"] == 0) & frame["run"].notna() & of_panel]
             groups = own.groupby(["row", "column"])
             self._runs = {cell: dict(zip(runs["seed"], runs["run"], strict=True)) for cell, runs in groups}
 

@@ -82,12 +82,14 @@ def enumerated(values: Sequence[Any]) -> str:
 
 def read(runs: Iterable[Run]) -> tuple[list[Config], list[Config]]:
     """Records of the finished runs, and of the runs upstream of them, directly or not, as far as these are finished."""
-    users = [run for run in dict.fromkeys(runs) if run.finished]
-    found = list(users)
-    for run in found:  # grows
-        found += [below for below in run.upstream.values() if below.finished and below not in found]
-    records = [run.record() or {} for run in found]
-    return records[: len(users)], records[len(users) :]
+    users = dict.fromkeys(run for run in runs if run.finished)
+    below: dict[Run, None] = {}
+    waiting = list(users)
+    while waiting:
+        upstream = [run for run in waiting.pop(0).upstream.values() if run.finished and run not in users and run not in below]
+        below |= dict.fromkeys(upstream)
+        waiting += upstream
+    return [run.record() or {} for run in users], [run.record() or {} for run in below]
 
 
 def origins(records: Sequence[Config], below: Sequence[Config] = ()) -> str:
