@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from gradexp import gradients
 from gradexp.base.errors import UserError
+from gradexp.base.ranges import Count, NonNegative, Positive
 
 
+@dataclass(frozen=True, kw_only=True)
 class Ascent:
     """Gradient ascent on a logit, image by image (§1.5.1, §5.4.1):
 
@@ -21,16 +24,20 @@ class Ascent:
     noise: standard deviation of what is added to images that are to be denoised.
     """
 
-    def __init__(
-        self, *, steps: int, rate: float, pull: float, langevin: float, start: Sequence[float] | None, noise: float | None
-    ) -> None:
-        if steps < 1 or rate <= 0:
-            raise UserError(f"steps={steps}, rate={rate}: take at least one step, of a positive rate")
-        for name, sigma in (("start", start[1] if start else 0), ("noise", noise or 0), ("langevin", langevin)):
+    steps: Count
+    rate: Positive
+    pull: float
+    langevin: NonNegative
+    start: Sequence[float] | None
+    noise: NonNegative | None
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.rate <= 0:
+            raise UserError(f"steps={self.steps}, rate={self.rate}: take at least one step, of a positive rate")
+        deviations = {"start": self.start[1] if self.start else 0, "noise": self.noise or 0, "langevin": self.langevin}
+        for name, sigma in deviations.items():
             if sigma < 0:
                 raise UserError(f"{name}: {sigma} is no standard deviation; take 0 or more")
-        self.steps, self.rate, self.pull, self.langevin = steps, rate, pull, langevin
-        self.start, self.noise = start, noise
 
     def sample(self, model: nn.Module, labels: Tensor, seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
         """Samples of the classes `labels` (B,), each of shape (C, H, W), from Gaussian beginnings. -> (B, C, H, W)."""

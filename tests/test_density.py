@@ -263,7 +263,7 @@ def test_statistics_estimated_again_are_those_of_clean_training_images(places: l
     assert len(images) == 20
     assert metrics["model/accuracy"] == pytest.approx(accuracy_on_test(model, look.data, look.hardware.device), rel=1e-5)
     assert run_id(run(places, *words, "task.statistics=null").config) == run_id(run(places, *words).config) != made.id
-    with pytest.raises(UserError, match="or null for those of training"):
+    with pytest.raises(UserError, match=r"task\.statistics=1: it should be greater than or equal to 2"):
         ensure(run(places, *words, "task.statistics=1"))
 
 
@@ -373,12 +373,12 @@ def test_a_fine_tuning_that_diverged_keeps_what_was_measured_before_it(places: l
     ("experiment", "wrong", "message"),
     [
         ("gan_test", "task.sampling.start=[0.5,-0.2]", "no standard deviation"),
-        ("implicit_samples", "task.denoising.noise=-1", "no standard deviation"),
-        ("density_ratio", "task.sigmas=[0,-0.1]", "not negative"),
+        ("implicit_samples", "task.denoising.noise=-1", "greater than or equal to 0"),
+        ("density_ratio", "task.sigmas=[0,-0.1]", "greater than or equal to 0"),
         ("discriminative_pixel_perturbation", "task.saliency=std", "channel_std or magnitude"),
         ("discriminative_pixel_perturbation", "task.target=second", "top or label"),
         ("discriminative_pixel_perturbation", "task.replacement=mean", "image_mean, imputed or a number"),
-        ("discriminative_pixel_perturbation", "task.fractions.to=2", "between 0 and 1"),
+        ("discriminative_pixel_perturbation", "task.fractions.to=2", "less than or equal to 1"),
     ],
 )
 def test_what_can_not_be_measured_is_said_before_the_training(

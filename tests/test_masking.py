@@ -71,6 +71,20 @@ def test_imputed_pixels_have_a_little_noise_and_a_mask_of_everything_ends() -> N
     assert impute(image, everything).isfinite().all()
 
 
+def test_images_that_are_solved_wait_for_the_others_of_their_batch() -> None:
+    """Some have a few masked pixels, one a large hole, which takes many more steps."""
+    for seed in range(10):
+        generator = torch.Generator().manual_seed(seed)
+        images, mask = torch.rand(64, 1, 28, 28, generator=generator), torch.zeros(64, 1, 28, 28, dtype=torch.bool)
+        for number, gone in enumerate(mask.view(64, -1)):
+            gone[torch.randperm(784, generator=generator)[: 1 + number % 12]] = True
+        mask[0, 0, :20, :20] = True
+        filled = impute(images, mask, noise=0)
+        alone = torch.cat([impute(images[i : i + 1], mask[i : i + 1], noise=0) for i in range(0, 64, 9)])
+        assert filled.isfinite().all()
+        torch.testing.assert_close(filled[::9], alone)
+
+
 def test_mistakes() -> None:
     with pytest.raises(UserError, match="between 0 and 1"):
         least_salient(torch.zeros(1, 2, 2, dtype=torch.long), 1.5)

@@ -15,10 +15,11 @@ from gradexp.base.errors import UserError
 from gradexp.base.files import sha256, write_atomically
 from gradexp.engine import clocks, ensure, origin, record, registry, run
 from gradexp.engine import compose as compose_module
-from gradexp.engine.compose import compose_run
+from gradexp.engine.build import check_settings
+from gradexp.engine.compose import compose_run, plan
 from gradexp.engine.run import Config, Paths, Run
 from gradexp.engine.task import Result, Task, Upstream
-from gradexp.report import provenance
+from gradexp.report import provenance, specs
 
 BASE = ["experiment=jacobian_distill", "scale=quick"]
 
@@ -67,7 +68,7 @@ def test_a_run_that_looks_at_a_model_has_no_method_and_needs_all_its_upstream() 
 
 
 def test_a_misspelt_key_of_a_method_is_an_error() -> None:
-    with pytest.raises(UserError, match="method ce sets droput, which no run reads, did you mean dropout"):
+    with pytest.raises(UserError, match="there is no key droput in method, did you mean dropout"):
         compose_run(["experiment=teacher", "+method.droput=0.5"])
 
 
@@ -391,3 +392,48 @@ def test_values_are_set_as_hydra_sets_them(words: str) -> None:
         expected = OmegaConf.to_container(compose("config", overrides=list(overrides)), resolve=True)
     assert compose_module._composed((*overrides, "++seed=11", "trainer.threads=13")) != expected
     assert compose_module._composed(overrides) == expected
+
+
+WRONG = {
+    "seed=x": "seed='x' should be a valid integer",
+    "seed=-1": "seed=-1 should be greater than or equal to 0",
+    "gradients.backend=fats": "gradients.backend='fats' should be 'fast' or 'autograd'",
+    "optim.passes=abc": "optim.passes=abc: it should be a valid integer",
+    "optim.passes=2.5": "optim.passes=2.5: it should be a valid integer",
+    "optim.batch_size=0": "optim.batch_size=0: it should be greater than or equal to 1",
+    "optim.optimizer.lr=high": "optim.optimizer.lr=high: it should be a valid number",
+    "data.per_class=0": "data.per_class=0: it should be greater than or equal to 1",
+    "data.validation=1": "data.validation=1: it should be less than 1",
+    "model.width=wide": "model.width=wide: it should be a valid number",
+    "model.dropout=1": "model.dropout=1: it should be less than 1",
+    "+model.dropuot=0.1": "VGG takes no such key, did you mean dropout?",
+    "method.terms.jacobian.weight=-1": "method.terms.jacobian.weight=-1: it should be greater than or equal to 0",
+    "trainer.threads=0": "trainer.threads=0: it should be greater than or equal to 1",
+}
+
+
+@pytest.mark.parametrize("word", WRONG)
+def test_a_wrong_value_is_refused_in_one_line_before_any_work(word: str, tmp_path: Path) -> None:
+    words = ["experiment=jacobian_distill", "scale=quick", f"paths.results={tmp_path}", f"paths.outputs={tmp_path}", word]
+    with pytest.raises(UserError) as caught:
+        ensure.ensure(plan(words))
+    assert WRONG[word] in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.rglob("*.json"))
+
+
+def test_every_committed_config_and_every_cell_passes_the_check() -> None:
+    """Also the configs that upstream runs have; hardware aside, which older records have other settings of."""
+
+    def check(config: Config) -> None:
+        check_settings({key: value for key, value in config.items() if key != "trainer"})
+        for below in config["upstream"].values():
+            check(below)
+
+    for file in sorted((run.ROOT / "results" / "runs").glob("*/*.json")):
+        check(json.loads(file.read_text())["config"])
+    for scale in ("paper", "cpu", "quick"):
+        for spec in [spec for kind in specs.KINDS for spec in specs.at_scale(kind, scale).values()]:
+            for cell in specs.cells(spec, scale):
+                for words in list(cell.commands.values())[:1]:
+                    check(plan(words).config)

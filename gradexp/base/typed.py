@@ -32,6 +32,16 @@ def faults(kind: Any, value: Any) -> list[str]:
     return []
 
 
+def faults_of(adapter: TypeAdapter[Any], value: Any) -> list[str]:
+    """What is wrong with a value: `=abc should be a valid integer`, at most one line; nothing where it is of the type."""
+    try:
+        adapter.validate_python(value)
+    except ValidationError as error:
+        wanted = dict.fromkeys(_message(each) for each in error.errors(include_url=False))
+        return [f"={value}: it {' or '.join(wanted)}"]
+    return []
+
+
 @cache
 def _adapter(kind: Any) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
@@ -45,8 +55,11 @@ def _sentence(kind: Any, error: Any) -> str:
         return f"there is no key {last}{place}{nearest(str(last), known)} It may have {', '.join(known)}"
     if error["type"] == "missing":
         return f"{_dotted([*before, last])} is missing"
-    message = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    return f"{_dotted(error['loc'])}={error['input']!r} {message}"
+    return f"{_dotted(error['loc'])}={error['input']!r} {_message(error)}"
+
+
+def _message(error: Any) -> str:
+    return str(error["msg"]).removeprefix("Value error, ").removeprefix("Input ")
 
 
 def _dotted(loc: Any) -> str:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
+from annotated_types import Gt, Lt
 
 from gradexp.base.errors import UserError, choose
+from gradexp.base.ranges import Count, Index
 from gradexp.data import sources, subsets
 from gradexp.data.loader import Loader, TensorLoader
 from gradexp.data.removal import Removal
@@ -33,24 +35,22 @@ class ImageData:
         self,
         *,
         name: str,
-        classes: int,
-        channels: int,
-        size: int,
-        per_class: int | None,
+        classes: Count,
+        channels: Count,
+        size: Count,
+        per_class: Count | None,
         flip: bool,
-        crop: int,
+        crop: Index,
         normalise: str,
-        validation: float | None,
+        validation: Annotated[float, Gt(0), Lt(1)] | None,
         root: Path,
         cache: Path,
-        seed: int,
-        subset_seed: int | None = None,
+        seed: Index,
+        subset_seed: Index | None = None,
         removal: Removal | None = None,
-        only_classes: Sequence[int] | None = None,
+        only_classes: Sequence[Index] | None = None,
     ) -> None:
         choose("data.normalise", normalise, "standard", "none")
-        if validation is not None and not 0 < validation < 1:
-            raise UserError(f"data.validation={validation}: it is a fraction between 0 and 1, or null")
         if only_classes is not None and len(only_classes) != classes:
             raise UserError(f"data.only_classes names {len(only_classes)} classes, data.classes={classes}: make them agree")
         self.only_classes = only_classes

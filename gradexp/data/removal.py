@@ -10,6 +10,7 @@ import numpy as np
 
 from gradexp.base.errors import UserError
 from gradexp.base.files import sha256
+from gradexp.base.ranges import Fraction
 
 MANIFEST = "maps.json"  # written last: its presence means that the maps are complete
 
@@ -20,7 +21,7 @@ class Removal:
     The order of the pixels is read from the maps of another run (`open`).
     """
 
-    def __init__(self, *, fraction: float) -> None:
+    def __init__(self, *, fraction: Fraction) -> None:
         if not 0 < fraction <= 1:
             raise UserError(f"data.removal.fraction={fraction}: it is above 0 and at most 1; data.removal=null removes nothing")
         self.fraction = fraction

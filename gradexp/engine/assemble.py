@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gradexp import layers
-from gradexp.base.errors import UserError, choose
+from gradexp.base.errors import UserError
 from gradexp.base.files import write_sealed
 from gradexp.data.dataset import ImageData
 from gradexp.engine.build import build
@@ -83,7 +83,7 @@ def save_weights(run: Run, model: nn.Module) -> None:
 
 def fast_backend(config: Config) -> bool:
     """Whether `gradients.backend` is `fast`; `autograd`, PyTorch's own layers, is the reference to compare with."""
-    return choose("gradients.backend", config["gradients"]["backend"], "fast", "autograd") == "fast"
+    return bool(config["gradients"]["backend"] == "fast")
 
 
 def accelerate(model: nn.Module, terms: dict[str, Term], hardware: Hardware) -> nn.Module:

@@ -18,10 +18,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
 from gradexp.base.errors import UserError, nearest
+from gradexp.base.typed import check
 from gradexp.engine import remembered
 from gradexp.engine import resolvers as resolvers  # conf/ uses them
 from gradexp.engine.registry import check_targets
-from gradexp.engine.run import HARDWARE, ROOT, Config, Paths, Run, hardware
+from gradexp.engine.run import HARDWARE, ROOT, Config, Paths, Run, RunConfig, hardware
 
 CONF = ROOT / "conf"
 HYDRA_OPTIONS = (  # a word follows them
@@ -30,7 +31,6 @@ HYDRA_OPTIONS = (  # a word follows them
 PIXELS = ("normalise", "mean", "std", "size", "channels")  # of data: what a network takes for granted
 # A line, comments aside, that speaks to Hydra itself, or a header that puts a whole file there.
 TO_HYDRA = re.compile(r"^[^#\n]*\bhydra\b.*$|^#\s*@package\s+hydra\b.*$", re.MULTILINE)
-METHOD = ("name", "module", "upstream", "terms", "dropout", "angle")  # the keys of conf/method/
 
 
 def compose_run(overrides: Sequence[str]) -> Config:
@@ -51,13 +51,7 @@ def plan(overrides: Sequence[str], extra: Sequence[str] = ()) -> Run:
 
 
 def _plan(overrides: tuple[str, ...], config: Config) -> Run:
-    known = _compose(("experiment=teacher",)).keys() | {folder.name for folder in CONF.iterdir() if folder.is_dir()}
-    for key in config:
-        if key not in known:
-            raise UserError(f"the experiment sets {key}, which no run reads{nearest(str(key), known)}")
-    for key in config.get("method") or {}:
-        if key not in METHOD:
-            raise UserError(f"method {config['method']['name']} sets {key}, which no run reads{nearest(str(key), METHOD)}")
+    check(RunConfig, config, f"experiment {config['name']}")
     maps = ["maps"] if config.get("data", {}).get("removal") else []
     names = [*config["method"]["upstream"], *maps] if "method" in config else config["upstream"]
     upstream = {name: _upstream(config, name) for name in names}

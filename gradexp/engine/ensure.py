@@ -12,6 +12,7 @@ import filelock
 from gradexp.base.errors import UserError
 from gradexp.base.files import draft_of, intact, remove_sealed, sha256
 from gradexp.engine import clocks
+from gradexp.engine.build import check_settings
 from gradexp.engine.origin import git_state, versions
 from gradexp.engine.record import faults, finite, read_record, write_arrays, write_record
 from gradexp.engine.registry import check_targets
@@ -37,6 +38,7 @@ def ensure(run: Run, *, product: bool = False) -> Config:
         else:
             _writable(run)
         check_targets(run.config)
+        check_settings(run.config)
         task = task_of(run.config)
         for name, below in run.upstream.items():
             if not task_of(below.config).product:

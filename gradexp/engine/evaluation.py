@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cached_property, partial
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 import torch
+from annotated_types import Ge
 from torch import Tensor, nn
 
 from gradexp.base.errors import UserError
@@ -19,6 +20,7 @@ from gradexp.engine.task import Result, Sizes, Task, Upstream, at_most, digests_
 from gradexp.evaluate.accuracy import EVALUATION_BATCH
 from gradexp.evaluate.statistics import reestimate
 
+Statistics = Annotated[int, Ge(2)] | None  # training images that statistics of batch normalisation are estimated from again
 SHORT = 8  # images of a run that is cut short, for each of its n
 
 
@@ -113,20 +115,15 @@ class Evaluation:
 class EvaluationTask(Task):
     """A task that evaluates trained models. unit_pixels: whether pixels must be in [0, 1]."""
 
-    unit_pixels = False
+    unit_pixels: ClassVar[bool] = False
 
     def check(self, run: Run) -> None:
         self.check_setup(Evaluation(run, {}))
 
     def check_setup(self, look: Evaluation) -> None:
         """The same, given the run's data and hardware; its models may not be trained yet."""
-        data, clean = look.data, look.run.config["task"].get("statistics")
-        if clean is not None and clean < 2:
-            raise UserError(
-                f"task.statistics={clean}: statistics need images; give their number, or null for those of training"
-            )
-        if self.unit_pixels and data.normalise != "none":
-            raise UserError(f"data.normalise={data.normalise}: sampling clips pixels to [0, 1]; take data.normalise=none")
+        if self.unit_pixels and look.data.normalise != "none":
+            raise UserError(f"data.normalise={look.data.normalise}: sampling clips pixels to [0, 1]; take data.normalise=none")
 
 
 class PerImageTask(EvaluationTask):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from joblib import cpu_count
@@ -14,6 +14,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 
 from gradexp.base.errors import UserError, choose
+from gradexp.base.ranges import Count, NonNegative
 
 ACCELERATORS = ("auto", "cpu", "gpu")
 LIGHTNING_PRECISION = {"32": "32-true", "bf16": "bf16-mixed"}
@@ -86,18 +87,16 @@ class Hardware:
         self,
         *,
         accelerator: str,
-        devices: int | str,
-        num_nodes: int,
+        devices: Count | Literal["auto"],
+        num_nodes: Count,
         precision: str | int,
         channels_last: bool,
-        checkpoint_every: float,
-        store_gib: float,
-        threads: int | None,
+        checkpoint_every: NonNegative,
+        store_gib: NonNegative,
+        threads: Count | None,
         strict: bool,
     ) -> None:
         choose("trainer.accelerator", accelerator, *ACCELERATORS)
-        if devices != "auto" and not (isinstance(devices, int) and devices > 0):
-            raise UserError(f"trainer.devices={devices}: it is a number from 1 on, or auto for all GPUs")
         self.kind = ("gpu" if torch.cuda.is_available() else "cpu") if accelerator == "auto" else accelerator
         if self.kind == "gpu" and not torch.cuda.is_available():
             raise UserError("trainer.accelerator=gpu: torch sees no GPU here; use trainer.accelerator=cpu")

@@ -22,6 +22,7 @@ from typing import Any
 from joblib import cpu_count
 
 from gradexp.base.errors import STOPPED, UserError
+from gradexp.base.ranges import Count, Index, Positive
 from gradexp.engine.compose import plan
 from gradexp.engine.ensure import ensure
 from gradexp.engine.exits import honest
@@ -170,13 +171,13 @@ class Slurm:
         cluster: str,
         partition: str | None,
         account: str | None,
-        gpus: int,
-        cpus: int,
-        memory_gb: float,
-        hours: float,
-        requeues: int,
-        warning: int,
-        array: int,
+        gpus: Index,
+        cpus: Count,
+        memory_gb: Positive,
+        hours: Positive,
+        requeues: Index,
+        warning: Index,
+        array: Count,
     ) -> None:
         self.cluster, self.requeues, self.poll = cluster, requeues, 5.0 if cluster == "slurm" else 0.2
         self.common = {"timeout_min": round(60 * hours), "gpus_per_node": gpus, "cpus_per_task": cpus, "mem_gb": memory_gb}

@@ -9,18 +9,72 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NotRequired
+
+from pydantic import ConfigDict, with_config
+from typing_extensions import TypedDict
 
 from gradexp.base.errors import UserError
+from gradexp.base.ranges import Count, Index
+from gradexp.base.typed import strict
 from gradexp.engine.record import read_record
 from gradexp.engine.registry import FORMER
 
 Config = dict[str, Any]
+Node = dict[str, Any]  # what to build: a `_target_` and its settings, which are checked against what the target declares
 DEFAULT_DATA = "data"  # as in conf/config.yaml; the only data root that need not exist
 ROOT = Path(__file__).resolve().parents[2]
 
 # What changes only where and how a run is executed is not part of its identity.
 HARDWARE = ("paths", "trainer", "logger", "launcher", "gradients", "objective")
+
+
+@strict
+class MethodConfig(TypedDict):
+    """conf/method/."""
+
+    name: str
+    module: str
+    upstream: list[str]
+    terms: dict[str, Node]
+    dropout: NotRequired[dict[str, Any] | None]
+    angle: NotRequired[str | None]
+
+
+@with_config(ConfigDict(extra="allow", strict=True))
+class EvaluateConfig(TypedDict):
+    """conf/evaluate/; further keys are those of the score."""
+
+    images: Count | None
+    batch_size: NotRequired[Count]
+
+
+@strict
+class GradientsConfig(TypedDict):
+    backend: Literal["fast", "autograd"]
+
+
+@strict
+class RunConfig(TypedDict):
+    """The config of a run: conf/config.yaml, and the groups that an experiment adds to it."""
+
+    name: str
+    seed: Index
+    objective: str | None
+    upstream: dict[str, Any]
+    paths: dict[str, str]
+    gradients: GradientsConfig
+    scale: dict[str, Any]
+    task: Node
+    trainer: Node
+    logger: Node
+    data: NotRequired[Node]
+    model: NotRequired[Node]
+    method: NotRequired[MethodConfig]
+    optim: NotRequired[Node]
+    saliency: NotRequired[Node]
+    evaluate: NotRequired[EvaluateConfig]
+    launcher: NotRequired[Node]
 
 
 # --- identity ---------------------------------------------------------------------------------------------

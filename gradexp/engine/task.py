@@ -55,12 +55,16 @@ def digests_of(upstream: Upstream) -> dict[str, str]:
     return {name: below.digest for name, below in upstream.items()}
 
 
+@dataclass(kw_only=True)
 class Task(ABC):
-    """What a run does: a callable that is handed the runs that its own stands on, and starts none itself.
+    """What a run does: a callable that is handed the upstream runs, finished, and starts none itself.
 
+    Its settings are the fields of the class, by their names in `conf/task/`. version: raised when a fix changes the task's
+    numbers, so that older records no longer count.
     product: the file in the run's folder that others need of it, such as its weights; "" where it leaves none.
     """
 
+    version: int = 1
     product: ClassVar[str] = ""
 
     def check(self, run: Run) -> None:  # noqa: B027 (not every task has something to refuse)
@@ -90,7 +94,7 @@ class Task(ABC):
 
 def task_of(config: Config) -> Task:
     """The task that a config names."""
-    task: Task = build({"_target_": config["task"]["_target_"]}, where="task")
+    task: Task = build(config["task"], where="task")
     return task
 
 

@@ -9,12 +9,6 @@ from gradexp.base.errors import UserError
 from gradexp.data.loader import Batch
 
 
-def check(sigmas: Sequence[float]) -> None:
-    """Raises UserError for a sigma below 0."""
-    if any(sigma < 0 for sigma in sigmas):
-        raise UserError(f"sigmas={list(sigmas)}: a standard deviation is not negative")
-
-
 @torch.inference_mode()
 def density_ratio(model: nn.Module, batches: Iterable[Batch], *, sigmas: Sequence[float], seed: int) -> dict[str, list[float]]:
     """Mean over images of p(x + η | y) / p(x | y) = exp(f_y(x + η) - f_y(x)), η ~ N(0, sigma²), for each sigma.
@@ -22,7 +16,8 @@ def density_ratio(model: nn.Module, batches: Iterable[Batch], *, sigmas: Sequenc
     `density_ratio/log` is the mean of the logarithm, `density_ratio/log_std` its standard deviation over images. The
     same directions are used for every sigma and every model. `model` is in eval mode.
     """
-    check(sigmas)
+    if any(sigma < 0 for sigma in sigmas):
+        raise UserError(f"sigmas={list(sigmas)}: a standard deviation is not negative")
     generator = torch.Generator().manual_seed(seed)
     parts = []
     for images, labels, *_ in batches:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from gradexp.base.errors import UserError
+from gradexp.base.ranges import Fraction, Index
 from gradexp.data.loader import Batch
 from gradexp.evaluate import masking
 from gradexp.gradients import evaluating
@@ -19,7 +20,7 @@ class DigitFlip:
     only where the difference is positive. Images of other digits are left out.
     """
 
-    def __init__(self, *, source: int, target: int, fraction: float) -> None:
+    def __init__(self, *, source: Index, target: Index, fraction: Fraction) -> None:
         if source == target:
             raise UserError(f"evaluate.target={target}: it is another class than evaluate.source")
         self.source, self.target, self.fraction = source, target, fraction

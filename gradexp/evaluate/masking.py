@@ -65,11 +65,12 @@ def impute(images: Tensor, mask: Tensor, *, noise: float = 0.01, tolerance: floa
     values, direction = torch.zeros_like(images), residual
     size = largest = dot(residual, residual)
     for _ in range(steps):
-        if not (size > tolerance**2 * largest).any():
+        unsolved = size > tolerance**2 * largest  # a channel that is solved stands still: its next step would be 0 / 0
+        if not unsolved.any():
             break
         product = mask * (weight * direction - around(direction))
-        step = torch.nan_to_num(size / dot(direction, product))  # 0 / 0 where nothing is left to do
+        step = torch.where(unsolved, size / dot(direction, product), 0)
         values, residual = values + step * direction, residual - step * product
         size, before = dot(residual, residual), size
-        direction = residual + torch.nan_to_num(size / before) * direction
+        direction = residual + torch.where(unsolved, size / before, 0) * direction
     return torch.where(mask, values + noise * torch.randn_like(images), images)

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
+from gradexp.base.ranges import Count, Positive
+
 
 class Block(nn.Module):
     """Two 3x3 convolutions and a shortcut; (B, C, H, W) -> (B, out, H / stride, W / stride)."""
@@ -41,12 +43,12 @@ class ResNet(nn.Module):
         self,
         *,
         name: str,
-        blocks: Sequence[int],
-        width: float,
-        channels: int,
-        classes: int,
+        blocks: Sequence[Count],
+        width: Positive,
+        channels: Count,
+        classes: Count,
         activation: Callable[[], nn.Module],
-        stem_stride: int = 1,
+        stem_stride: Count = 1,
     ) -> None:
         super().__init__()
         self.name = name

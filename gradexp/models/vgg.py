@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from gradexp.base.errors import UserError, choose
+from gradexp.base.ranges import Count, Positive, Probability
 
 
 class VGG(nn.Module):
@@ -25,13 +26,13 @@ class VGG(nn.Module):
         *,
         name: str,
         layers: Sequence[int | str],
-        width: float,
-        channels: int,
-        classes: int,
-        dropout: float | None,
+        width: Positive,
+        channels: Count,
+        classes: Count,
+        dropout: Probability | None,
         activation: Callable[[], nn.Module] | None = None,
         head: str = "average",
-        size: int | None = None,
+        size: Count | None = None,
     ) -> None:
         super().__init__()
         self.name, self.pools = name, list(layers).count("M")

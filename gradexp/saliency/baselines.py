@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from gradexp import gradients
 from gradexp.base.errors import UserError
+from gradexp.base.ranges import Count, NonNegative
 from gradexp.saliency.method import Saliency, over_channels, predicted, upsample, value_range
 
 # Pixels computed at a time by methods that look at many versions of an image: 256 images of 32x32.
@@ -43,7 +44,7 @@ class IntegratedGradients(Saliency):
     steps: of the Gauss-Legendre quadrature. channels as for InputGradient.
     """
 
-    steps: int
+    steps: Count
     channels: str
 
     def map(self, model: nn.Module, images: Tensor, labels: Tensor | None) -> Tensor:
@@ -67,8 +68,8 @@ class SmoothGrad(Saliency):
     without noise.
     """
 
-    samples: int
-    sigma: float
+    samples: Count
+    sigma: NonNegative
     channels: str
     units: str = "normalised"
     mean_of = "smoothgrad"
@@ -109,7 +110,7 @@ class GradCAM(Saliency):
     """
 
     layer: str | None = None
-    smallest: int = 1
+    smallest: Count = 1
 
     def map(self, model: nn.Module, images: Tensor, labels: Tensor | None) -> Tensor:
         target = predicted(model, images, labels)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gradexp import gradients
+from gradexp.base.ranges import Count, NonNegative
 from gradexp.gradients import FullGradient, evaluating
 from gradexp.saliency.method import Saliency, checked, predicted, value_range
 from gradexp.saliency.psi import check, psi
@@ -79,8 +80,8 @@ class SmoothFullGrad(FullGrad):
     samples, sigma, units: as for SmoothGrad. The author's release, whose idea it is, is ReferenceSmoothFullGrad.
     """
 
-    samples: int
-    sigma: float
+    samples: Count
+    sigma: NonNegative
     units: str = "normalised"
 
     def terms(self, model: nn.Module, images: Tensor, labels: Tensor | None) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gradexp import gradients
+from gradexp.base.ranges import Count, NonNegative
 from gradexp.saliency.method import Saliency, predicted, upsample
 
 EPSILON = 1e-6
@@ -72,8 +73,8 @@ class ReferenceSmoothFullGrad(ReferenceFullGrad):
     channels with its signs before ψ. Without a target, each copy is explained for the class that it is predicted to be.
     """
 
-    samples: int = 25
-    sigma: float = 0.15
+    samples: Count = 25
+    sigma: NonNegative = 0.15
 
     def terms(self, model: nn.Module, images: Tensor, labels: Tensor | None) -> list[Tensor]:
         noise = self.sigma * (images.max() - images.min())

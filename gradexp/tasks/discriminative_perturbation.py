@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from typing_extensions import TypedDict
 
 from gradexp import gradients
-from gradexp.engine.evaluation import Evaluation, PerImageTask, as_bytes
-from gradexp.engine.run import Config, Run
+from gradexp.base.ranges import Count, Fraction
+from gradexp.engine.evaluation import Evaluation, PerImageTask, Statistics, as_bytes
+from gradexp.engine.run import Run
 from gradexp.engine.task import Result, Upstream
 from gradexp.evaluate import discriminative_perturbation as perturbation
 from gradexp.evaluate.spectrum import high_frequency
@@ -19,6 +22,10 @@ from gradexp.evaluate.spectrum import high_frequency
 BATCH = 256
 
 
+Spaced = TypedDict("Spaced", {"from": Fraction, "to": Fraction, "count": Count})  # log-spaced fractions of the pixels
+
+
+@dataclass(kw_only=True)
 class DiscriminativePerturbation(PerImageTask):
     """Curves of accuracy, and as arrays the gradients of Figures 5.4 and 5.7.
 
@@ -26,15 +33,22 @@ class DiscriminativePerturbation(PerImageTask):
     the correct class, the same for all models; `gradient/high_frequency` says how noisy these are, over all images.
     """
 
+    fractions: Spaced
+    saliency: str
+    target: str
+    replacement: str | float
+    shown: Count
+    images: Count | None = None
+    statistics: Statistics = None
+
     def check_setup(self, look: Evaluation) -> None:
         super().check_setup(look)
-        perturbation.check(**_options(look.run.config["task"]))
+        perturbation.check(**self.options())
 
     def __call__(self, run: Run, upstream: Upstream) -> Result:
-        look, task = Evaluation(run, upstream), run.config["task"]
-        how = _options(task)
-        model, explainer = (look.model(name, clean=task["statistics"]) for name in ("model", "explainer"))
-        rows = look.rows(task["images"], BATCH)
+        look, how = Evaluation(run, upstream), self.options()
+        model, explainer = (look.model(name, clean=self.statistics) for name in ("model", "explainer"))
+        rows = look.rows(self.images, BATCH)
 
         def perturbed(_: int, some: Tensor) -> Tensor:
             return perturbation.still_right(model, explainer, look.batch(some), seed=run.config["seed"], **how)
@@ -43,20 +57,16 @@ class DiscriminativePerturbation(PerImageTask):
         metrics: dict[str, Any] = perturbation.accuracies(how["fractions"], torch.stack(counts).sum(0))
         metrics["mean_accuracy"] = float(np.mean(metrics["accuracy"]))
         metrics["gradient/high_frequency"] = roughness(look, explainer, rows)
-        batch = next(look.batches(task["shown"], task["shown"]))
+        batch = next(look.batches(self.shown, self.shown))
         gradient = gradients.input_gradient(explainer, batch.images, batch.labels)
         shown = {"images": as_bytes(batch.images), "gradients": gradient.nan_to_num(0).cpu().numpy().astype(np.float16)}
         return look.result(metrics, shown, keep=["removed"])
 
-
-def _options(task: Config) -> dict[str, Any]:
-    low, high = np.log10(task["fractions"]["from"]), np.log10(task["fractions"]["to"])
-    return {
-        "fractions": np.logspace(low, high, task["fractions"]["count"]).round(6).tolist(),
-        "kind": task["saliency"],
-        "target": task["target"],
-        "replacement": task["replacement"],
-    }
+    def options(self) -> dict[str, Any]:
+        """What evaluate.discriminative_perturbation takes."""
+        low, high = np.log10(self.fractions["from"]), np.log10(self.fractions["to"])
+        fractions = np.logspace(low, high, self.fractions["count"]).round(6).tolist()
+        return {"fractions": fractions, "kind": self.saliency, "target": self.target, "replacement": self.replacement}
 
 
 def roughness(look: Evaluation, model: nn.Module, rows: Sequence[Tensor]) -> float:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
 import torch
+from annotated_types import Gt, Lt
 from torch import Tensor, nn
 
 from gradexp.base.errors import UserError
+from gradexp.base.ranges import Count
 from gradexp.data.loader import mix
-from gradexp.engine.build import build
-from gradexp.engine.evaluation import Evaluation, EvaluationTask
+from gradexp.engine.evaluation import Evaluation, EvaluationTask, Statistics
 from gradexp.engine.record import value_of
 from gradexp.engine.run import Config, Run
 from gradexp.engine.task import Result, Sizes, Upstream
@@ -20,21 +24,18 @@ from gradexp.sampling import Ascent
 SAMPLED = 64  # images that climb together
 
 
+@dataclass(kw_only=True)
 class SamplingTask(EvaluationTask):
     """A task that samples the density of a trained model; pixels are in [0, 1]."""
 
-    unit_pixels = True
+    unit_pixels: ClassVar[bool] = True
 
-    def check_setup(self, look: Evaluation) -> None:
-        super().check_setup(look)
-        for name in ("sampling", "denoising"):
-            if name in look.run.config["task"]:
-                build(look.run.config["task"][name], where=f"task.{name}")
+    sampling: Ascent
+    samples: Count
+    statistics: Statistics = None
 
     def work(self, config: Config, sizes: Sizes) -> float | None:
-        task = config["task"]
-        denoised = task["images"] * task["denoising"]["steps"] if "denoising" in task else 0
-        return float(task["samples"] * task["sampling"]["steps"] + denoised)
+        return float(self.samples * self.sampling.steps)
 
     def shortened(self, config: Config, n: int) -> Config | None:
         task = config["task"]
@@ -43,11 +44,14 @@ class SamplingTask(EvaluationTask):
         return config | {"task": task | cut | few}
 
 
+@dataclass(kw_only=True)
 class GANTest(SamplingTask):
     """`gan_test` (percent) with its interval, beside the test accuracies of the sampled model and the judge.
 
     `samples/high_frequency`: how noisy the samples are (evaluate.spectrum), a mean over them.
     """
+
+    confidence: Annotated[float, Gt(0), Lt(1)]
 
     def check_setup(self, look: Evaluation) -> None:
         super().check_setup(look)
@@ -58,15 +62,14 @@ class GANTest(SamplingTask):
             )
 
     def __call__(self, run: Run, upstream: Upstream) -> Result:
-        look, task = Evaluation(run, upstream), run.config["task"]
-        ascent = build(task["sampling"], where="task.sampling")
-        model, judge = look.model("model", clean=task["statistics"]), look.model("judge")
-        labels = torch.arange(task["samples"], device=look.hardware.device) % look.data.classes
-        samples = sample(look, ascent, model, labels)
-        metrics = gan_test.gan_test(judge, samples, labels, confidence=task["confidence"])
+        look = Evaluation(run, upstream)
+        model, judge = look.model("model", clean=self.statistics), look.model("judge")
+        labels = torch.arange(self.samples, device=look.hardware.device) % look.data.classes
+        samples = sample(look, self.sampling, model, labels)
+        metrics = gan_test.gan_test(judge, samples, labels, confidence=self.confidence)
         metrics["samples/high_frequency"] = float(high_frequency(samples).nanmean())
         accuracies = {f"{name}/accuracy": value_of(upstream[name].record, "test/accuracy") for name in ("model", "judge")}
-        if task["statistics"] is not None and not look.diverged:  # another network than the record's
+        if self.statistics is not None and not look.diverged:  # another network than the record's
             accuracies["model/accuracy"] = accuracy_on_test(model, look.data, look.hardware.device)
         return look.result(metrics | accuracies, keep=accuracies)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import lightning
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gradexp.base.ranges import Count, Positive
 from gradexp.data.loader import Batch
 from gradexp.engine.assemble import make_hardware, make_model
 from gradexp.engine.run import Run
@@ -21,27 +23,37 @@ from gradexp.terms.targets import Targets
 GRID = 241  # points of the drawn curves
 
 
+@dataclass(kw_only=True)
 class Illustration(Task):
-    """`rms/STUDENT`: root mean squared distance to the teacher on the interval. Arrays: the curves, the points."""
+    """`rms/STUDENT`: root mean squared distance to the teacher on the interval. Arrays: the curves, the points.
+
+    sigma: of the input noise; slopes weigh sigma² (Proposition 1). noisy_copies: of each point, drawn anew in each step.
+    """
+
+    interval: Sequence[float]
+    points: Sequence[float]
+    sigma: Positive
+    noisy_copies: Count
+    steps: Count
+    lr: Positive
 
     def __call__(self, run: Run, upstream: Upstream) -> Result:
         hardware = make_hardware(run.config | {"trainer": run.config["trainer"] | {"accelerator": "cpu"}})
         lightning.seed_everything(run.config["seed"], verbose=False)
-        task = run.config["task"]
-        start, end = task["interval"]
-        x, points = torch.linspace(start, end, GRID), torch.tensor(task["points"])
-        teacher = _teacher(run, x)
+        start, end = self.interval
+        x, points = torch.linspace(start, end, GRID), torch.tensor(self.points)
+        teacher = self.teacher(run, x)
 
         def noisy() -> Batch:
-            copies = points.repeat(task["noisy_copies"])
-            return _batch(copies + task["sigma"] * torch.randn(copies.shape))
+            copies = points.repeat(self.noisy_copies)
+            return _batch(copies + self.sigma * torch.randn(copies.shape))
 
         values = Activations(weight=1, reduction="sum")
-        slopes = Jacobian(weight=task["sigma"] ** 2, reduction="sum", target="label", student_bn="batch")
+        slopes = Jacobian(weight=self.sigma**2, reduction="sum", target="label", student_bn="batch")
         students = {
-            "activations": _student(run, teacher, [values], lambda: _batch(points)),
-            "noise": _student(run, teacher, [values], noisy),
-            "jacobian": _student(run, teacher, [values, slopes], lambda: _batch(points)),
+            "activations": self.student(run, teacher, [values], lambda: _batch(points)),
+            "noise": self.student(run, teacher, [values], noisy),
+            "jacobian": self.student(run, teacher, [values, slopes], lambda: _batch(points)),
         }
         curves = {"teacher": _curve(teacher, x)} | {name: _curve(student, x) for name, student in students.items()}
         metrics: dict[str, Any] = {f"rms/{name}": _rms(curves[name] - curves["teacher"]) for name in students}
@@ -49,37 +61,33 @@ class Illustration(Task):
         arrays = {name: array.numpy().astype(np.float32) for name, array in {"x": x, **curves, **at_points}.items()}
         return Result(metrics, facts=hardware.facts(mixed=False), arrays=arrays)
 
+    def teacher(self, run: Run, x: Tensor) -> nn.Module:
+        """A network fitted to a wave on the whole interval."""
+        teacher, batch = make_model(run), _batch(x)
+        wave = torch.sin(2 * x) + 0.4 * x
+        self.fit(teacher, lambda: (teacher(batch.images)[:, 0] - wave).square().mean())
+        return teacher
 
-def _teacher(run: Run, x: Tensor) -> nn.Module:
-    """A network fitted to a wave on the whole interval."""
-    teacher, batch = make_model(run), _batch(x)
-    wave = torch.sin(2 * x) + 0.4 * x
-    _fit(run, teacher, lambda: (teacher(batch.images)[:, 0] - wave).square().mean())
-    return teacher
+    def student(self, run: Run, teacher: nn.Module, terms: Sequence[Term], batches: Callable[[], Batch]) -> nn.Module:
+        """A network fitted to the sum of the terms; every student starts from the same weights."""
+        torch.manual_seed(run.config["seed"] + 1)
+        student, targets = make_model(run), Targets(teacher, with_gradient=True)
 
+        def loss() -> Tensor:
+            step = Step(batches(), student, targets, differentiable_input=True)
+            return torch.stack([term.weight * term(step) for term in terms]).sum()
 
-def _student(run: Run, teacher: nn.Module, terms: Sequence[Term], batches: Callable[[], Batch]) -> nn.Module:
-    """A network fitted to the sum of the terms; every student starts from the same weights."""
-    torch.manual_seed(run.config["seed"] + 1)
-    student, targets = make_model(run), Targets(teacher, with_gradient=True)
+        self.fit(student, loss)
+        return student
 
-    def loss() -> Tensor:
-        step = Step(batches(), student, targets, differentiable_input=True)
-        return torch.stack([term.weight * term(step) for term in terms]).sum()
-
-    _fit(run, student, loss)
-    return student
-
-
-def _fit(run: Run, network: nn.Module, loss: Callable[[], Tensor]) -> None:
-    steps = run.config["task"]["steps"]
-    optimizer = torch.optim.Adam(network.parameters(), lr=run.config["task"]["lr"])
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        loss().backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        schedule.step()
+    def fit(self, network: nn.Module, loss: Callable[[], Tensor]) -> None:
+        optimizer = torch.optim.Adam(network.parameters(), lr=self.lr)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
+        for _ in range(self.steps):
+            optimizer.zero_grad()
+            loss().backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            schedule.step()
 
 
 def _batch(x: Tensor) -> Batch:

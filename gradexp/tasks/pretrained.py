@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
@@ -14,44 +16,48 @@ from gradexp.engine.task import Result, Task, Upstream
 from gradexp.models.pretrained import load_weights, published_file
 
 
+@dataclass(kw_only=True)
 class Pretrained(Task):
-    """Loads torchvision's weights into the run's model, from `weights/` below the data root; downloads them where it can."""
+    """Loads torchvision's weights into the run's model, from `weights/` below the data root; downloads them where it can.
 
-    product = "weights.pt"
+    file: another file of `weights/` instead.
+    """
+
+    file: str | None = None
+
+    product: ClassVar[str] = "weights.pt"
 
     def check(self, run: Run) -> None:
-        find(run)
+        self.find(run)
 
     def __call__(self, run: Run, upstream: Upstream) -> Result:
-        model, file = make_model(run), find(run)
+        model, file = make_model(run), self.find(run)
         load_weights(model, file)
         save_weights(run, model)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         facts = {"weights_file": {"name": file.name, "sha256": sha256(file)}}
         return Result({"parameters": parameters}, facts=facts | make_hardware(run.config).facts(mixed=False))
 
-
-def find(run: Run) -> Path:
-    """The weights file that the task names, or torchvision's own. Raises UserError naming the file to place."""
-    name, address = published_file(run.config["model"]["architecture"])
-    given = run.config["task"]["file"]
-    file = run.paths.data / "weights" / (given or name)
-    if file.exists():
-        if not given:
-            check_digest(file)
+    def find(self, run: Run) -> Path:
+        """The weights file that the task names, or torchvision's own. Raises UserError naming the file to place."""
+        name, address = published_file(run.config["model"]["architecture"])
+        file = run.paths.data / "weights" / (self.file or name)
+        if file.exists():
+            if not self.file:
+                check_digest(file)
+            return file
+        try:
+            if self.file:
+                raise FileNotFoundError("a file of your own is not downloaded")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(address, str(file), hash_prefix=file.stem.rpartition("-")[2], progress=False)
+        except Exception as error:  # URLError, OSError, RuntimeError for another hash, ...
+            raise UserError(
+                f"{file} is missing and can't be downloaded ({error}). Place torchvision's {name} there, from {address}, "
+                f"or a file of your own with the same architecture: task.file=NAME (+upstream.teacher.task.file=NAME where a "
+                f"student's teacher is meant)"
+            ) from None
         return file
-    try:
-        if given:
-            raise FileNotFoundError("a file of your own is not downloaded")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(address, str(file), hash_prefix=file.stem.rpartition("-")[2], progress=False)
-    except Exception as error:  # URLError, OSError, RuntimeError for another hash, ...
-        raise UserError(
-            f"{file} is missing and can't be downloaded ({error}). Place torchvision's {name} there, from {address}, "
-            f"or a file of your own with the same architecture: task.file=NAME (+upstream.teacher.task.file=NAME where a "
-            f"student's teacher is meant)"
-        ) from None
-    return file
 
 
 def check_digest(file: Path) -> None:

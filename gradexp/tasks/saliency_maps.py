@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ class SaliencyMaps(SaliencyTask):
     Goes on where it was interrupted; `maps.json`, written last, has checksums and the fingerprint of the images.
     """
 
-    product = MANIFEST
+    product: ClassVar[str] = MANIFEST
 
     def __call__(self, run: Run, upstream: Upstream) -> Result:
         look, model, method = self.parts(run, upstream)

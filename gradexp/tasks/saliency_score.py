@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from gradexp.base.errors import UserError
 from gradexp.data.loader import Batch, mix
 from gradexp.engine.assemble import make_saliency
-from gradexp.engine.build import build
+from gradexp.engine.build import build, score_node
 from gradexp.engine.evaluation import Evaluation, PerImageTask
 from gradexp.engine.run import Config, Run
 from gradexp.engine.task import Result, Upstream
@@ -72,8 +72,7 @@ class SaliencyScore(SaliencyTask):
 
 def make_score(config: Config) -> Any:
     """What `evaluate` names, called with a model, a saliency method and a batch."""
-    node = {key: value for key, value in config["evaluate"].items() if key not in ("images", "batch_size")}
-    return build(node, where="evaluate")
+    return build(score_node(config["evaluate"]), where="evaluate")
 
 
 def completeness(method: Saliency, model: nn.Module, images: Tensor, target: int | None = None) -> dict[str, Tensor]:

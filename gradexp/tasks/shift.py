@@ -2,37 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from gradexp import gradients
+from gradexp.base.ranges import Count, Positive
 from gradexp.engine.evaluation import Evaluation, EvaluationTask, as_bytes
 from gradexp.engine.run import Run
 from gradexp.engine.task import Result, Upstream
 from gradexp.evaluate.shift import Shifted, shift_effects, sine_effects
 
 
+@dataclass(kw_only=True)
 class Shift(EvaluationTask):
     """Adds a function to all logits of a trained model, and a sine to its loss; in float64, so that equal means equal.
 
     The added function's gradient is a picture: another image of the test set, around its mean.
+    amplitude: of the function; epsilon: of the sine.
     """
 
+    images: Count
+    amplitude: float
+    epsilon: Positive
+    frequencies: Sequence[Positive]
+    shown: Count
+
     def __call__(self, run: Run, upstream: Upstream) -> Result:
-        look, task = Evaluation(run, upstream), run.config["task"]
+        look = Evaluation(run, upstream)
         model = look.model("model").double()
-        batch = next(look.batches(task["images"] + 1, task["images"] + 1))
+        batch = next(look.batches(self.images + 1, self.images + 1))
         images, labels = batch.images[1:].double(), batch.labels[1:]
         picture = batch.images[0].double() - batch.images[0].double().mean()
-        shifted = Shifted(model, picture, amplitude=task["amplitude"])
+        shifted = Shifted(model, picture, amplitude=self.amplitude)
         metrics: dict[str, Any] = shift_effects(model, shifted, images, labels)
-        sines = [sine_effects(model, images, labels, epsilon=task["epsilon"], frequency=m) for m in task["frequencies"]]
+        sines = [sine_effects(model, images, labels, epsilon=self.epsilon, frequency=m) for m in self.frequencies]
         size = images[0].numel()
-        metrics |= {"sine/frequency": list(task["frequencies"]), "sine/loss_change": [loss for loss, _ in sines]}
+        metrics |= {"sine/frequency": list(self.frequencies), "sine/loss_change": [loss for loss, _ in sines]}
         metrics |= {"sine/gradient_change": [gradient for _, gradient in sines]}
-        metrics |= {"sine/gradient_bound": [task["epsilon"] * m * size for m in task["frequencies"]]}
-        some, their = images[: task["shown"]], labels[: task["shown"]]
+        metrics |= {"sine/gradient_bound": [self.epsilon * m * size for m in self.frequencies]}
+        some, their = images[: self.shown], labels[: self.shown]
         maps = {"picture": picture[None]}
         for name, network in (("before", model), ("after", shifted)):
             maps[f"logit_{name}"] = gradients.input_gradient(network, some, their)

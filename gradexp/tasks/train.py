@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import traceback
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning
 from torch import distributed, nn
@@ -35,7 +35,7 @@ from gradexp.training.targets import make_targets
 class Train(Task):
     """Leaves the run's model after its last step as `weights.pt`; measures `test/accuracy` (percent) and the curves."""
 
-    product = "weights.pt"
+    product: ClassVar[str] = "weights.pt"
 
     def check(self, run: Run) -> None:
         """Builds everything with untrained networks: whether data, terms, student and teacher fit each other."""

@@ -1,6 +1,7 @@
 from torch import Tensor
 
 from gradexp.base.errors import choose
+from gradexp.base.ranges import NonNegative
 from gradexp.gradients import precise
 from gradexp.terms.step import Step
 from gradexp.terms.term import Term, reduce
@@ -15,7 +16,7 @@ class Activations(Term):
 
     needs_teacher = True
 
-    def __init__(self, *, weight: float, reduction: str, head: str | None = None) -> None:
+    def __init__(self, *, weight: NonNegative, reduction: str, head: str | None = None) -> None:
         super().__init__(weight=weight)
         self.student_layers = (head,) if head else ()
         self.reduction = choose("reduction", reduction, "sum", "mean")

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gradexp.base.errors import UserError, choose
+from gradexp.base.ranges import Index, NonNegative
 from gradexp.gradients import attention_map, precise
 from gradexp.terms.maps import common_size
 from gradexp.terms.step import Step
@@ -26,10 +27,10 @@ class AttentionJacobian(Term):
     def __init__(
         self,
         *,
-        weight: float,
+        weight: NonNegative,
         student_layers: Sequence[str],
         teacher_layers: Sequence[str],
-        level: int,
+        level: Index,
         window: str | int,
         student_bn: str,
     ) -> None:

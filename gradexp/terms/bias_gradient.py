@@ -1,6 +1,7 @@
 from torch import Tensor, nn
 
 from gradexp.base.errors import choose
+from gradexp.base.ranges import NonNegative
 from gradexp.gradients import SCALARS, precise
 from gradexp.terms.layer_bias import LayerBias
 from gradexp.terms.maps import map_size
@@ -17,7 +18,7 @@ class BiasGradient(LayerBias):
     """
 
     def __init__(
-        self, *, weight: float, layer: str, bias: str, noise: str, target: str, reduction: str, student_bn: str
+        self, *, weight: NonNegative, layer: str, bias: str, noise: str, target: str, reduction: str, student_bn: str
     ) -> None:
         super().__init__(weight=weight, layer=layer, bias=bias, student_bn=student_bn)
         self.reduction = choose("reduction", reduction, "sum", "mean")

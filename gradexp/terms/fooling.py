@@ -2,6 +2,7 @@ import torch
 from torch import Tensor
 
 from gradexp.base.errors import UserError, choose
+from gradexp.base.ranges import Count, NonNegative
 from gradexp.gradients import SCALARS, precise
 from gradexp.terms.step import Step
 from gradexp.terms.term import Term
@@ -24,7 +25,7 @@ class Fooling(Term):
     mask: its side in pixels. target: whose gradient; student_bn: `batch` or `running`. Mean over the batch.
     """
 
-    def __init__(self, *, weight: float, mask: int, target: str, student_bn: str) -> None:
+    def __init__(self, *, weight: NonNegative, mask: Count, target: str, student_bn: str) -> None:
         super().__init__(weight=weight)
         self.mask = mask
         self.target = self.gradient_target = choose("target", target, *SCALARS)

@@ -1,6 +1,7 @@
 from torch import Tensor
 
 from gradexp.base.errors import choose
+from gradexp.base.ranges import NonNegative
 from gradexp.gradients import TARGETS, precise
 from gradexp.terms.step import Step
 from gradexp.terms.term import Term, reduce
@@ -13,7 +14,7 @@ class GradientNorm(Term):
     the batch. student_bn: `batch` or `running` statistics.
     """
 
-    def __init__(self, *, weight: float, reduction: str, target: str, student_bn: str) -> None:
+    def __init__(self, *, weight: NonNegative, reduction: str, target: str, student_bn: str) -> None:
         super().__init__(weight=weight)
         self.reduction = choose("reduction", reduction, "sum", "mean")
         self.target = self.gradient_target = choose("target", target, *TARGETS)

@@ -2,6 +2,7 @@ import torch
 from torch import Tensor
 
 from gradexp.base.errors import UserError, choose
+from gradexp.base.ranges import NonNegative
 from gradexp.gradients import TARGETS, precise
 from gradexp.terms.step import Step
 from gradexp.terms.term import Term, reduce
@@ -18,7 +19,7 @@ class Jacobian(Term):
 
     needs_teacher = True
 
-    def __init__(self, *, weight: float, reduction: str, target: str, student_bn: str, head: str | None = None) -> None:
+    def __init__(self, *, weight: NonNegative, reduction: str, target: str, student_bn: str, head: str | None = None) -> None:
         super().__init__(weight=weight)
         if head and target != "top":
             raise UserError(

@@ -1,6 +1,7 @@
 from torch import Tensor, nn
 
 from gradexp.base.errors import UserError, choose
+from gradexp.base.ranges import NonNegative
 from gradexp.terms.step import Step
 from gradexp.terms.term import Term
 
@@ -13,7 +14,7 @@ class LayerBias(Term):
     `running` statistics.
     """
 
-    def __init__(self, *, weight: float, layer: str, bias: str, student_bn: str) -> None:
+    def __init__(self, *, weight: NonNegative, layer: str, bias: str, student_bn: str) -> None:
         super().__init__(weight=weight)
         self.student_layers = (layer,)
         self.reads_bias = choose("bias", bias, "explicit", "effective") == "effective"

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from gradexp import gradients
 from gradexp.base.errors import UserError
+from gradexp.base.ranges import NonNegative
 from gradexp.terms.step import Step
 from gradexp.terms.term import Term
 
@@ -25,7 +26,9 @@ class MatchMaps(Term, ABC):
     needs_teacher = True
     resizes = False
 
-    def __init__(self, *, weight: float, student_layers: Sequence[str], teacher_layers: Sequence[str], squared: bool) -> None:
+    def __init__(
+        self, *, weight: NonNegative, student_layers: Sequence[str], teacher_layers: Sequence[str], squared: bool
+    ) -> None:
         super().__init__(weight=weight)
         if len(student_layers) != len(teacher_layers):
             raise UserError(

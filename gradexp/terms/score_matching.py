@@ -3,6 +3,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from gradexp.base.errors import UserError, choose
+from gradexp.base.ranges import NonNegative, Positive
 from gradexp.gradients import SCALARS
 from gradexp.terms.step import Step
 from gradexp.terms.term import Term
@@ -20,7 +21,7 @@ class HessianTrace(Term):
 
     full_precision = True  # 2/sigma^2 times the difference of two logits: bf16 would leave only rounding
 
-    def __init__(self, *, weight: float, estimator: str, sigma: float, target: str, student_bn: str = "batch") -> None:
+    def __init__(self, *, weight: NonNegative, estimator: str, sigma: Positive, target: str, student_bn: str = "batch") -> None:
         super().__init__(weight=weight)
         if sigma <= 0:
             raise UserError(f"sigma={sigma}: the noise of a trace estimate has a positive standard deviation, such as 0.01")

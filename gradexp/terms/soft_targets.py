@@ -1,6 +1,7 @@
 from torch import Tensor
 
 from gradexp.base.errors import UserError
+from gradexp.base.ranges import NonNegative, Positive
 from gradexp.gradients import precise
 from gradexp.terms.step import Step
 from gradexp.terms.term import Term
@@ -15,7 +16,7 @@ class SoftTargets(Term):
 
     needs_teacher = True
 
-    def __init__(self, *, weight: float, temperature: float) -> None:
+    def __init__(self, *, weight: NonNegative, temperature: Positive) -> None:
         super().__init__(weight=weight)
         if temperature <= 0:
             raise UserError(f"temperature={temperature:g}: it divides logits; give a positive number")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gradexp import gradients
+from gradexp.base.ranges import Positive
 from gradexp.data.loader import Batch
 from gradexp.gradients import Layer
 from gradexp.terms.targets import Map, Targets
@@ -94,7 +95,7 @@ class Step:
         values = pick(self.student_features(layer, student_bn))
         return gradients.gradient_of_values(values, self.images, differentiable=torch.is_grad_enabled())
 
-    def student_hessian_trace(self, estimator: str, sigma: float, target: str, student_bn: str) -> Tensor:
+    def student_hessian_trace(self, estimator: str, sigma: Positive, target: str, student_bn: str) -> Tensor:
         """(B,), one-sample estimate, differentiable.
 
         estimator: `taylor` costs one more forward pass of the student, with noise of standard deviation sigma;

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 
 from torch import Tensor, nn
 
+from gradexp.base.ranges import NonNegative
 from gradexp.gradients import Layer, find_layer, layer_bias
 from gradexp.terms.step import Step
 from gradexp.terms.targets import Map
@@ -41,7 +42,7 @@ class Term(nn.Module, ABC):
     def teacher_maps(self) -> tuple[Map, ...]:
         return ()
 
-    def __init__(self, *, weight: float) -> None:
+    def __init__(self, *, weight: NonNegative) -> None:
         super().__init__()
         self.weight = weight
         self.seen: dict[str, Tensor] = {}

@@ -11,6 +11,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 from gradexp.base.errors import UserError
+from gradexp.base.ranges import Count, Fraction, NonNegative
 
 Schedule = Callable[[float], float]
 
@@ -22,18 +23,17 @@ class Optim:
     optimizer: makes one from parameters; schedule: progress in [0, 1) -> factor of the learning rate.
     """
 
-    batch_size: int
+    batch_size: Count
     optimizer: Callable[..., torch.optim.Optimizer]
     schedule: Schedule
-    passes: int | None
-    steps: int | None
+    passes: Count | None
+    steps: Count | None
 
     def total_steps(self, steps_per_pass: int) -> int:
         if (self.passes is None) == (self.steps is None):
             raise UserError("state the length of training once: optim.passes or optim.steps, the other one null")
         total = self.steps if self.passes is None else self.passes * steps_per_pass
-        if total is None or total < 1:
-            raise UserError(f"optim.passes={self.passes} optim.steps={self.steps}: train for at least one step")
+        assert total is not None
         return total
 
     def build(self, parameters: Sequence[torch.nn.Parameter], total_steps: int) -> tuple[torch.optim.Optimizer, LambdaLR]:
@@ -42,12 +42,12 @@ class Optim:
         return optimizer, LambdaLR(optimizer, lambda step: self.schedule(step / total_steps))
 
 
-def steps_down(progress: float, *, at: Sequence[float], factor: float) -> float:
+def steps_down(progress: float, *, at: Sequence[Fraction], factor: NonNegative) -> float:
     """1, then multiplied by `factor` at each fraction of the training in `at`."""
     return factor ** sum(progress >= point for point in at)
 
 
-def one_cycle(progress: float, *, warmup: float, start: float, end: float) -> float:
+def one_cycle(progress: float, *, warmup: Fraction, start: NonNegative, end: NonNegative) -> float:
     """Cosine from `start` up to 1 during the fraction `warmup`, then cosine down to `end` (Smith and Topin, 2018)."""
     if progress < warmup:
         return _cosine(start, 1.0, progress / warmup)

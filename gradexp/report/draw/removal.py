@@ -6,11 +6,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
+from gradexp.engine.record import value_of
 from gradexp.engine.run import Config
 from gradexp.report.draw.methods import style
 from gradexp.report.figures import COLUMN_WIDTH, Row, Series
@@ -56,7 +58,7 @@ def output_change(spec: Config, series: Sequence[Series]) -> tuple[Figure, list[
     axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
     axes.xaxis.set_minor_locator(NullLocator())
     _draw(axes, lines, spec, {label: f"{area.mean:.3f} ± {NORMAL * area.error:.3f}" for label, area in areas.items()})
-    axes.set_ylim(0, 1.05 * max(point.mean + point.error for line in lines.values() for point in line))
+    axes.set_ylim(0, 1.05 * np.nanmax([point.mean + point.error for line in lines.values() for point in line]))
     return figure, _rows(lines, spec) + [_row(label, "area", area, "") for label, area in areas.items()]
 
 
@@ -77,7 +79,7 @@ def retrained_accuracy(spec: Config, series: Sequence[Series]) -> tuple[Figure, 
 
 
 def _over_images(record: Config, name: str, x: float) -> Point:
-    mean, std, images = record["metrics"][name], record["metrics"][f"{name}/std"], record["images"]
+    mean, std, images = value_of(record, name), value_of(record, f"{name}/std"), record["images"]
     return Point(x, mean, std, std / math.sqrt(images), images)
 
 
