@@ -175,18 +175,25 @@ def test_a_table_says_where_the_models_that_it_looks_at_were_trained(tmp_path: P
     here = {"precision": "32", "device": "here", "git": {"commit": "c" * 40, "dirty": False}, "seconds": {"wall": 3600}}
     here["started"] = "2026-01-02T03:04:05+00:00"
     began = {"precision": "bf16", "device": "there", "git": {"commit": "b" * 40, "dirty": True}}
-    model = fake_run("aa", tmp_path / "teacher" / "aa.json")
+    model = fake_run(12 * "a", tmp_path / "teacher" / "model.json")
     looks = [
         dataclasses.replace(fake_run(name, tmp_path / "noise" / f"{name}.json"), below={"model": model, "explainer": model})
-        for name in "xy"
+        for name in (12 * "b", 12 * "c")
     ]
     for run in looks:
-        upstream = {"model": {"experiment": "teacher", "id": "aa"}}
+        upstream = {"model": {"experiment": "teacher", "id": 12 * "a"}}
         write_record(run.record_path, {"id": run.id, "metrics": {}, "upstream": upstream, **here})
-    trained = {"id": "aa", "metrics": {}, "attempts": [began], **here, "device": "elsewhere", "started": "2026-01-01T00:00:00"}
+    trained = {
+        "id": 12 * "a",
+        "metrics": {},
+        "attempts": [began],
+        **here,
+        "device": "elsewhere",
+        "started": "2026-01-01T00:00:00",
+    }
     write_record(model.record_path, trained)
     records, below = provenance.read([*looks, *looks, fake_run("z", tmp_path / "noise" / "missing.json")])
-    assert [record["id"] for record in (*records, *below)] == ["x", "y", "aa"]
+    assert [record["id"] for record in (*records, *below)] == [12 * "b", 12 * "c", 12 * "a"]
     assert provenance.origins(records, below) == (
         "2 runs and 1 that they stand on, 3.0 h; precision 32 on elsewhere, 32 on here, bf16 on there; "
         "commit bbbbbbbb (dirty), cccccccc."

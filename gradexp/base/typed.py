@@ -22,13 +22,16 @@ def check(kind: type[T], value: Any, where: str) -> T:
     return value
 
 
-def faults(kind: Any, value: Any) -> list[str]:
-    """What is wrong with a value, a line each; nothing where it has the shape of `kind`."""
+def faults(kind: Any, value: Any, *, missing: bool = True) -> list[str]:
+    """What is wrong with a value, a line each; nothing where it has the shape of `kind`.
+
+    missing: whether a key that is not there is a fault.
+    """
     try:
         _adapter(kind).validate_python(value)
     except ValidationError as error:
         misspelt_first = sorted(error.errors(include_url=False), key=lambda each: each["type"] != "extra_forbidden")
-        return [_sentence(kind, each) for each in misspelt_first]
+        return [_sentence(kind, each) for each in misspelt_first if missing or each["type"] != "missing"]
     return []
 
 

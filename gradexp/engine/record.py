@@ -8,100 +8,107 @@ import json
 import math
 import re
 import zlib
-from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, NotRequired
 
 import numpy as np
+from pydantic import AfterValidator, ConfigDict, StringConstraints, with_config
+from typing_extensions import TypedDict
 
+from gradexp.base import typed
 from gradexp.base.errors import UserError, nearest
 from gradexp.base.files import sha256, write_atomically
 
-Config = dict[str, Any]
 RECORD_LIMIT = 64 * 1024  # bytes; longer curves go to a compressed file beside the record
-STATUS = ("finished", "diverged")
 
-# Every record has these; tasks add facts of their own.
-REQUIRED: dict[str, type | tuple[type, ...]] = {
-    "id": str,
-    "experiment": str,
-    "scale": str,
-    "seed": int,
-    "status": str,
-    "metrics": dict,
-    "config": dict,
-    "upstream": dict,
-    "seconds": dict,
-    "peak_memory_mib": int,
-    "versions": dict,
-    "git": dict,
-    "started": str,
-    "ended": str,
-}
-OPTIONAL: dict[str, type | tuple[type, ...]] = {
-    "data": dict,
-    "arrays": dict,
-    "attempts": list,  # the origins of earlier attempts of a training that was resumed elsewhere, or with other code
-    "curves_file": str,
-    "device": str,
-    "devices": int,
-    "precision": str,
-    "strict": bool,
-    "threads": int,
-    "parameters": int,
-    "peak_gpu_memory_mib": int,
-    "steps": int,
-    "planned_steps": int,  # steps are fewer only where the training diverged; records before 2026-11-29 lack it
-    "images_per_second": (int, float),
-    "targets": str,  # of a teacher: `stored` once, in bfloat16 but for the logits, or `live`, computed for every batch
-    "images": int,  # that a score is a mean over
-    "labels": list,  # of a gallery's images
-    "layers": list,
-    "sha256": dict,  # of saliency maps
-    "product": dict,  # the file that it left for others, and its digest; records before 2026-11-29 lack it
-    "weights_file": dict,
-}
+Metric = float | None | list[float | None]  # null where a number is not finite
+Moment = Annotated[str, AfterValidator(lambda text: datetime.fromisoformat(text) and text)]
+Config = dict[str, Any]
+lenient = with_config(ConfigDict(extra="allow", strict=True))  # tasks add facts of their own, and older records have others
+
+
+@lenient
+class Seconds(TypedDict):
+    """Of the run alone; its upstream runs have their own."""
+
+    wall: float
+    cpu: float
+
+
+@lenient
+class Git(TypedDict):
+    commit: str | None
+    dirty: bool | None
+
+
+@lenient
+class Used(TypedDict):
+    """An upstream run: which one, and (NAME_sha256) which file of it was used."""
+
+    id: str
+    experiment: NotRequired[str]
+
+
+@lenient
+class Product(TypedDict):
+    """The file that a run left for others."""
+
+    file: str
+    sha256: str
+
+
+@lenient
+class Record(TypedDict):
+    """What a finished run leaves in results/runs/."""
+
+    id: Annotated[str, StringConstraints(pattern="^[0-9a-f]{12}$")]
+    experiment: str
+    scale: str
+    seed: int
+    status: Literal["finished", "diverged"]
+    metrics: dict[str, Metric]
+    config: dict[str, Any]
+    upstream: dict[str, Used]
+    seconds: Seconds
+    peak_memory_mib: int
+    versions: dict[str, Any]
+    git: Git
+    started: Moment
+    ended: Moment
+    data: NotRequired[dict[str, Any]]
+    arrays: NotRequired[dict[str, Any]]
+    attempts: NotRequired[list[dict[str, Any]]]  # origins of earlier attempts, on other machines or with other code
+    curves_file: NotRequired[str]
+    device: NotRequired[str]
+    devices: NotRequired[int]
+    precision: NotRequired[str]
+    strict: NotRequired[bool]
+    threads: NotRequired[int]
+    parameters: NotRequired[int]
+    peak_gpu_memory_mib: NotRequired[int]
+    steps: NotRequired[int]
+    planned_steps: NotRequired[int]  # steps are fewer only where the training diverged; records before 2026-11-29 lack it
+    images_per_second: NotRequired[float]
+    targets: NotRequired[
+        str
+    ]  # of a teacher: `stored` (once, in bfloat16 but for the logits) or `live` (computed for every batch)
+    images: NotRequired[int]  # that a score is a mean over
+    labels: NotRequired[list[int]]  # of a gallery's images
+    layers: NotRequired[list[str]]
+    sha256: NotRequired[dict[str, str]]  # of saliency maps
+    product: NotRequired[Product]  # records before 2026-11-29 lack it
+    weights_file: NotRequired[dict[str, str]]
 
 
 def faults(record: Any, *, complete: bool) -> list[str]:
     """What is wrong with a record, nothing where it is right. complete: every required field must be there."""
     if not isinstance(record, dict) or not isinstance(record.get("metrics"), dict):
         return ["it has no metrics"]
-    found = [f"it has no {name}" for name in REQUIRED if complete and name not in record]
-    for name, kind in (REQUIRED | OPTIONAL).items():
-        if name in record and (not isinstance(record[name], kind) or (isinstance(record[name], bool) and kind is not bool)):
-            found.append(f"{name} is {type(record[name]).__name__}")
-    if found:
-        return found
-    found += [f"metric {name} is no number" for name, value in record["metrics"].items() if not _numbers(value)]
-    if record.get("status", STATUS[0]) not in STATUS:
-        found.append(f"status is {record['status']}")
-    if record.get("status") == "finished" and record.get("steps", 0) < record.get("planned_steps", 0):
+    found = typed.faults(Record, record, missing=complete)
+    if not found and record.get("status") == "finished" and record.get("steps", 0) < record.get("planned_steps", 0):
         found.append(f"its training ended after {record['steps']} of {record['planned_steps']} steps")
-    if complete:
-        found += _details(record)
     return found
-
-
-def _details(record: Mapping[str, Any]) -> list[str]:
-    found = [] if re.fullmatch("[0-9a-f]{12}", record["id"]) else [f"id is {record['id']}"]
-    found += [f"seconds has no {name}" for name in ("wall", "cpu") if not isinstance(record["seconds"].get(name), int | float)]
-    found += [f"upstream {name} has no id" for name, run in record["upstream"].items() if "id" not in run]
-    for name in ("started", "ended"):
-        try:
-            datetime.fromisoformat(record[name])
-        except ValueError:
-            found.append(f"{name} is no time")
-    return found
-
-
-def _numbers(value: Any) -> bool:
-    return all(map(_number, value)) if isinstance(value, list) else _number(value)
-
-
-def _number(value: Any) -> bool:
-    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
 
 
 # --- reading ----------------------------------------------------------------------------------------------
