@@ -1,4 +1,7 @@
-"""python run.py experiment=NAME [overrides]: one run.   python run.py -m ...: Hydra multirun."""
+"""python run.py experiment=NAME [overrides]: one run.   python run.py -m ...: Hydra multirun.
+
+python run.py --show ID: a record.   python run.py --id ID: its run, answered from the record where it is there.
+"""
 
 import sys
 from contextlib import nullcontext
@@ -9,6 +12,7 @@ from omegaconf import DictConfig
 from gradexp.engine.compose import check_overrides, plan, refuse_many_devices
 from gradexp.engine.ensure import ensure
 from gradexp.engine.exits import honest
+from gradexp.engine.known import answered
 from gradexp.engine.record import objective, say
 from gradexp.engine.run import Paths
 
@@ -33,6 +37,10 @@ def main(_: DictConfig) -> float | None:
 
 if __name__ == "__main__":
     with honest():
+        if sys.argv[1:2] in (["--show"], ["--id"]):
+            if run := answered(sys.argv[1:]):
+                say(ensure(run))
+            sys.exit()
         for config in check_overrides(sys.argv[1:]):
             (Paths.of(config).outputs / "hydra").mkdir(parents=True, exist_ok=True)  # Hydra would give a traceback
     main()

@@ -15,6 +15,7 @@ import pytest
 from gradexp.base.errors import UserError
 from gradexp.engine import loggers
 from gradexp.engine.compose import check_overrides, plan
+from gradexp.engine.known import answered
 from gradexp.engine.many import run_all
 from gradexp.engine.registry import locate
 from gradexp.engine.run import ROOT
@@ -43,6 +44,9 @@ def test_a_run_trains_once_and_then_answers_from_its_record(tmp_path: Path, run_
     assert len(record["metrics"]["train/loss/jacobian"]) == len(record["metrics"]["train/angle"]) == 2
     wanted = {"config", "data", "device", "ended", "git", "images_per_second", "parameters", "peak_memory_mib"}
     assert wanted | {"precision", "scale", "seconds", "seed", "started", "threads", "upstream", "versions"} <= record.keys()
+    words = record["command"].split()[2:]
+    assert plan(words).id == run
+    assert not any(word.startswith(("paths.", "trainer.", "logger")) for word in words)
 
     (weights,) = tmp_path.rglob("jacobian_distill/*/weights.pt")
     weights.unlink()  # the record alone is enough
@@ -63,6 +67,43 @@ def test_a_multirun_does_only_what_is_missing(tmp_path: Path, run_py: RunPy) -> 
     assert len(records(tmp_path, "jacobian_distill")) == 3
     assert {file: file.stat().st_mtime_ns for file in before} == before
     assert done.stdout.count("finished") == 3
+
+
+def quickest() -> Path:
+    """A committed record whose run takes seconds and needs no data."""
+    return next((ROOT / "results" / "runs" / "jacobian_illustration").glob("*.json"))
+
+
+def test_a_record_is_shown_and_its_run_done_again_by_its_id(tmp_path: Path) -> None:
+    file = quickest()
+    record = json.loads(file.read_text())
+    command = [sys.executable, "run.py"]
+    shown = subprocess.run([*command, "--show", file.stem[:6]], cwd=ROOT, capture_output=True, text=True)
+    assert shown.stdout.startswith(f"run {file.stem}\n")
+    assert f"commit {record['git']['commit']}" in shown.stdout
+    assert f"{record['metrics']['rms/jacobian']:.6g}" in shown.stdout
+    answer = subprocess.run([*command, "--id", file.stem], cwd=ROOT, capture_output=True, text=True)
+    assert answer.stdout.startswith(f"run {file.stem} finished")
+    elsewhere = [f"paths.results={tmp_path}", f"paths.outputs={tmp_path}", "logger=none"]
+    again = subprocess.run([*command, "--id", file.stem, *elsewhere], cwd=ROOT, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    fresh = json.loads((tmp_path / "runs" / file.parent.name / file.name).read_text())
+    assert fresh["metrics"] == pytest.approx(record["metrics"], rel=0.05)
+    assert fresh["started"] != record["started"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--id"], "type python run.py --id ID"),
+        (["--show", "0000"], "'0000' fits none in"),
+        (["--show", "ab"], "4 or more characters"),
+        (["--id", quickest().stem, "seed=3"], "seed=3: with --id only paths, trainer"),
+    ],
+)
+def test_what_is_no_id_is_an_error(words: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        answered(words)
 
 
 # run.py, killed as by kill -9 in the middle of its 70th checkpoint: the moment does not depend on how busy the machine is.

@@ -77,6 +77,7 @@ def _done(run: Run, task: Task, upstream: Upstream) -> Config:
         "experiment": run.name,
         "scale": run.config["scale"]["name"],
         "seed": run.config["seed"],
+        **({"command": run.recorded_command} if run.recorded_command else {}),
         "status": result.status,
         "metrics": result.metrics,
         "config": {key: value for key, value in run.config.items() if key != "paths"},

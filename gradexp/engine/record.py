@@ -76,6 +76,7 @@ class Record(TypedDict):
     git: Git
     started: Moment
     ended: Moment
+    command: NotRequired[str]  # hardware and folders aside; records before 2026-11-29 lack it
     data: NotRequired[dict[str, Any]]
     arrays: NotRequired[dict[str, Any]]
     attempts: NotRequired[list[dict[str, Any]]]  # origins of earlier attempts, on other machines or with other code

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -178,6 +179,12 @@ class Run:
     @property
     def command(self) -> str:
         return shlex.join(["python", "run.py", *self.overrides])
+
+    @property
+    def recorded_command(self) -> str | None:
+        """The command without what names hardware and folders of this machine; None where the run has none."""
+        words = [word for word in self.overrides if re.split(r"[.=]", word.lstrip("+~"), maxsplit=1)[0] not in HARDWARE]
+        return shlex.join(["python", "run.py", *words]) if words else None
 
     @cached_property
     def upstream(self) -> Mapping[str, Run]:

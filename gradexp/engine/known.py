@@ -1,0 +1,74 @@
+"""Runs by their ids: `python run.py --show ID` prints a record, `python run.py --id ID` does its run.
+
+As every run, that one is answered from its record where there is one: with `paths.results=FOLDER` it is done again elsewhere.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from gradexp.base.errors import UserError
+from gradexp.engine.compose import compose_run
+from gradexp.engine.record import read_record
+from gradexp.engine.run import HARDWARE, ROOT, Config, Paths, Run, hardware
+
+SHORTEST = 4  # characters of an id that are enough where only one record begins with them
+
+
+def find(name: str, results: Path) -> Path:
+    """The record whose id is, or begins with, `name`. Raises UserError where there is none, or there are several."""
+    files = sorted(results.glob(f"runs/*/{name}*.json")) if len(name) >= SHORTEST and name.isalnum() else []
+    if len(files) != 1:
+        found = f"several: {', '.join(file.stem for file in files)}" if files else f"none in {results / 'runs'}"
+        raise UserError(
+            f"--id and --show take the id of one record, or its first {SHORTEST} or more characters; {name!r} fits {found}. "
+            f"gradexp.records() lists all of them"
+        )
+    return files[0]
+
+
+def run_of(record: Config, words: Sequence[str] = ()) -> Run:
+    """The run of a record, on today's hardware. words: overrides of hardware and paths. Raises UserError for others."""
+    for word in words:
+        if word.lstrip("+~").partition("=")[0].partition(".")[0] not in HARDWARE:
+            raise UserError(f"{word}: with --id only {', '.join(HARDWARE)} can be set, which do not change the run")
+    today = compose_run(["experiment=teacher", f"scale={record['scale']}", *words])
+    command = tuple(shlex.split(record["command"])[2:]) if "command" in record else ()
+    return Run(record["config"] | hardware(today), Paths.of(today), command)
+
+
+def show(record: Config, file: Path) -> str:
+    """A record for the eye: what ran, where, and what came out; curves are left to the file."""
+    numbers = {name: value for name, value in record["metrics"].items() if not isinstance(value, list)}
+    curves = [name for name in record["metrics"] if name not in numbers]
+    git, seconds = record["git"], record["seconds"]
+    facts = {
+        "experiment": f"{record['experiment']}, scale={record['scale']}, seed={record['seed']}",
+        "command": record.get("command", "not stored (the record is older than the field); --id ID answers from it"),
+        "status": f"{record['status']}, {record['ended']}",
+        "time": f"{seconds['wall']:.0f} s",
+        "device": f"{record.get('device', 'unknown')}, precision {record.get('precision', 'unknown')}",
+        "code": f"commit {git['commit'] or 'none'}{' (dirty)' if git['dirty'] else ''}",
+        **{f"upstream {name}": f"{below.get('experiment', '')} {below['id']}" for name, below in record["upstream"].items()},
+        **{name: "diverged" if value is None else f"{value:.6g}" for name, value in sorted(numbers.items())},
+        **({"curves": ", ".join(curves)} if curves else {}),
+        "record": str(file),
+    }
+    width = max(map(len, facts))
+    return "\n".join([f"run {record['id']}", *(f"  {name:<{width}}  {value}" for name, value in facts.items())])
+
+
+def answered(arguments: Sequence[str]) -> Run | None:
+    """Prints the record for `--show ID`; returns the run to do for `--id ID`. Raises UserError where the id is missing."""
+    option, *rest = arguments
+    if not rest:
+        raise UserError(f"type python run.py {option} ID")
+    name, *words = rest
+    file = find(name, ROOT / "results")
+    record = read_record(file)
+    if option == "--show":
+        print(show(record, file))
+        return None
+    return run_of(record, words)
