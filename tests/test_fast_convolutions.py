@@ -180,6 +180,18 @@ def test_the_compiler_is_loaded_when_it_is_needed() -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
+def test_without_the_compiler_torchs_kernels_are_used_and_it_is_said_once() -> None:
+    code = (
+        "import sys; sys.modules['numba'] = None\n"
+        "import torch; from gradexp.layers import convolution, winograd; winograd.find_spec = lambda name: None\n"
+        "x = torch.randn(64, 128, 8, 8).contiguous(memory_format=torch.channels_last); w = torch.randn(128, 128, 3, 3)\n"
+        "for _ in range(2): y = convolution._convolve(x, w, None, convolution.SAME)\n"
+        "assert torch.allclose(y, torch.conv2d(x, w, padding=1), atol=1e-3)"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert ended.stdout.count("numba is not installed") == 1
+
+
 def test_no_more_threads_than_torch_has() -> None:
     """One more, waiting in a loop on a core of another run, halves the speed of both."""
     code = (

@@ -13,6 +13,7 @@ In fp32 the rounding error is that of the ordinary CPU kernels (3e-6 of the norm
 from __future__ import annotations
 
 from functools import cache
+from importlib.util import find_spec
 from types import ModuleType
 
 import torch
@@ -52,7 +53,17 @@ def suits(x: Tensor, w: Tensor) -> bool:
     """
     batch, _, height, width = x.shape
     whole, tiles = height % TILE == width % TILE == 0, batch * (height // TILE) * (width // TILE)
-    return whole and w.shape[0] * w.shape[1] >= MIN_PAIRS and height * width <= MAX_PIXELS and tiles >= MIN_TILES
+    large = w.shape[0] * w.shape[1] >= MIN_PAIRS and height * width <= MAX_PIXELS and tiles >= MIN_TILES
+    return whole and large and _compiler_installed()
+
+
+@cache
+def _compiler_installed() -> bool:
+    """Whether Numba is there, which compiles the loops of tiles.py; says once what its absence costs."""
+    found = find_spec("numba") is not None
+    if not found:
+        print("numba is not installed: 3x3 convolutions in fp32 take torch's slower CPU kernels; pip install 'gradexp[numba]'")
+    return found
 
 
 def convolve(x: Tensor, w: Tensor) -> Tensor:
