@@ -165,8 +165,8 @@ class TensorLoader(Loader):
 class TrainingStream:
     """A whole training as one sequence of `steps` batches, pass after pass.
 
-    To the trainer it is a single long epoch, so that short passes cost nothing, and a checkpoint can be taken
-    after any step: the state is the number of batches given so far, by whatever number of processes.
+    To the trainer it is a single long epoch, so that a checkpoint can be taken after any step: the state is the number of
+    batches given so far, by whatever number of processes.
     rank, world: this process gives its part of every batch.
     """
 
