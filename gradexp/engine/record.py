@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired
 
 import numpy as np
-from pydantic import AfterValidator, ConfigDict, StringConstraints, with_config
+from pydantic import AfterValidator, ConfigDict, with_config
 from typing_extensions import TypedDict
 
 from gradexp.base import typed
@@ -62,7 +62,7 @@ class Product(TypedDict):
 class Record(TypedDict):
     """What a finished run leaves in results/runs/."""
 
-    id: Annotated[str, StringConstraints(pattern="^[0-9a-f]{12}$")]
+    id: str
     experiment: str
     scale: str
     seed: int
@@ -107,6 +107,8 @@ def faults(record: Any, *, complete: bool) -> list[str]:
     if not isinstance(record, dict) or not isinstance(record.get("metrics"), dict):
         return ["it has no metrics"]
     found = typed.faults(Record, record, missing=complete)
+    if complete and not re.fullmatch("[0-9a-f]{12}", str(record.get("id"))):
+        found.append(f"id={record.get('id')!r} is not twelve hexadecimal digits")
     if not found and record.get("status") == "finished" and record.get("steps", 0) < record.get("planned_steps", 0):
         found.append(f"its training ended after {record['steps']} of {record['planned_steps']} steps")
     return found
