@@ -3,13 +3,14 @@
 python run.py --show ID: a record.   python run.py --id ID: its run, answered from the record where it is there.
 """
 
+import os
 import sys
 from contextlib import nullcontext
 
 import hydra
 from omegaconf import DictConfig
 
-from gradexp.engine.compose import check_overrides, plan, refuse_many_devices
+from gradexp.engine.compose import check_overrides, plan, refuse_copies, refuse_many_devices
 from gradexp.engine.ensure import ensure
 from gradexp.engine.exits import honest
 from gradexp.engine.known import answered
@@ -41,6 +42,7 @@ if __name__ == "__main__":
             if run := answered(sys.argv[1:]):
                 say(ensure(run))
             sys.exit()
+        refuse_copies(sys.argv[1:], os.environ)
         for config in check_overrides(sys.argv[1:]):
             (Paths.of(config).outputs / "hydra").mkdir(parents=True, exist_ok=True)  # Hydra would give a traceback
     main()

@@ -10,11 +10,12 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from gradexp.base.errors import UserError
 from gradexp.data.loader import TensorLoader
 from gradexp.data.sources import Split
 from gradexp.engine.assemble import accelerate, make_terms
 from gradexp.engine.build import build
-from gradexp.engine.compose import compose_run
+from gradexp.engine.compose import compose_run, refuse_copies
 from gradexp.sampling import Ascent
 from gradexp.terms.targets import Targets
 from gradexp.training.classifier import Classifier
@@ -91,3 +92,23 @@ def test_sampling_stays_on_its_device() -> None:
     ascent = Ascent(steps=2, rate=0.1, pull=0.01, langevin=1.0, start=(0.5, 0.2), noise=0.1)
     labels = torch.zeros(3, dtype=torch.long, device=ELSEWHERE)
     assert ascent.sample(model, labels, range(3), (3, 32, 32)).device.type == ELSEWHERE.type
+
+
+@pytest.mark.parametrize(
+    ("environment", "command"),
+    [
+        (
+            {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2"},
+            "2 times, .* without torchrun: .* seed=1 trainer=ddp trainer.devices=2$",
+        ),
+        (
+            {"SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NUM_NODES": "2"},
+            "8 times, .* without srun: .* trainer=ddp trainer.devices=4 trainer.num_nodes=2$",
+        ),
+    ],
+)
+def test_copies_of_one_command_are_refused_with_the_command_that_works(environment: dict[str, str], command: str) -> None:
+    words = ["experiment=teacher", "seed=1", "trainer=ddp", "trainer.devices=2"]
+    with pytest.raises(UserError, match=command):
+        refuse_copies(words, environment)
+    refuse_copies(words, {"WORLD_SIZE": "2", "SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "8"})

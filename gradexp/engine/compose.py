@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from functools import cache
@@ -143,6 +144,24 @@ def refuse_many_devices(config: Config) -> None:
             f"runs that each take all devices get in each other's way. Give each run one device (trainer.devices=1), or "
             f"start them one by one without -m"
         )
+
+
+def refuse_copies(words: Sequence[str], environment: Mapping[str, str]) -> None:
+    """Raises UserError where torchrun, or srun, started several copies of one command: one is enough, and starts the others."""
+    if "TORCHELASTIC_RUN_ID" in environment:
+        launcher, count, machines = "torchrun", int(environment["WORLD_SIZE"]), int(environment.get("GROUP_WORLD_SIZE", 1))
+    else:
+        launcher = "srun"
+        count, machines = (int(environment.get(f"SLURM_STEP_NUM_{what}", 1)) for what in ("TASKS", "NODES"))
+        if count == 1:
+            return
+    kept = [word for word in words if not word.startswith(("trainer=", "trainer.devices=", "trainer.num_nodes="))]
+    wanted = ["trainer=ddp", f"trainer.devices={count // machines}"]
+    wanted += [f"trainer.num_nodes={machines}"] if machines > 1 else []
+    raise UserError(
+        f"{launcher} started this command {count} times, which starts its processes itself; type it once, without {launcher}: "
+        f"python run.py {shlex.join([*kept, *wanted])}"
+    )
 
 
 def _choices(override: Override) -> list[str]:

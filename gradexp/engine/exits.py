@@ -31,6 +31,9 @@ def honest() -> Iterator[None]:
         if "HYDRA_FULL_ERROR" in os.environ:
             raise
         sys.exit(f"error: {error}")
+    except BrokenPipeError:  # of `make table-2.1 | head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except OSError as error:
         if error.errno not in MENDS:
             raise
