@@ -33,6 +33,7 @@ class RowSpec(Shown):
     thesis: NotRequired[str | None]  # the label in results/thesis.csv, where it is another one
     overrides: NotRequired[list[str]]
     apart: NotRequired[bool]  # is not compared with the others, such as an oracle
+    scales: NotRequired[list[str]]  # that have this row, where not all do
 
 
 @strict
