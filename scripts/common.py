@@ -47,8 +47,8 @@ class Job:
         if not absent:
             return []
         below = sum(map(len, generations(absent))) - len(absent)
-        stand_on = f", and {below} that they stand on" if below else ""
-        print(f"{title}, scale={self.scale}: {len(absent)} of {len(runs)} runs are missing{stand_on}", flush=True)
+        upstream = f", and {below} upstream" if below else ""
+        print(f"{title}, scale={self.scale}: {len(absent)} of {len(runs)} runs are missing{upstream}", flush=True)
         return run_all(absent, workers=self.workers, extra=self.extra, launcher=self.launcher)
 
 
@@ -121,7 +121,7 @@ def report(files: Iterable[Path], failures: Sequence[Failure]) -> None:
         print("written:", *written)
     if failures:
         failed = "\n".join(f"  {failure.command}   (log: {shown(failure.log)})" for failure in failures)
-        raise UserError(f"{len(failures)} run{'s' * (len(failures) > 1)} failed; mend and retry:\n{failed}")
+        raise UserError(f"{len(failures)} run{'s' * (len(failures) > 1)} failed; fix and retry:\n{failed}")
 
 
 def shown(path: Path) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from gradexp.base.errors import UserError, nearest
 from gradexp.engine.assemble import declare_data
 from gradexp.engine.compose import compose_run
-from gradexp.engine.exits import MENDS, honest
+from gradexp.engine.exits import FIXES, honest
 from gradexp.engine.run import Paths
 
 # MIT publishes no checksums; these MD5 sums are those that a public reader of the data set records.
@@ -97,7 +97,7 @@ def extract(archive: Path, home: Path) -> None:
                     member.name = "/".join(parts[parts.index("Images") + 1 :])
                     content.extract(member, draft, filter="data")
     except (tarfile.TarError, OSError) as error:
-        if isinstance(error, OSError) and error.errno in MENDS:  # the archive may be well
+        if isinstance(error, OSError) and error.errno in FIXES:  # the archive may be well
             raise
         raise UserError(f"{archive} can't be extracted ({error}); delete it and run this again") from None
     if not draft.exists():

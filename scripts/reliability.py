@@ -328,7 +328,7 @@ def page(done: Sequence[Trial]) -> str:
             "# Faults, tried",
             "",
             "Written by `python scripts/reliability.py`, which tries each of these on narrow networks and scikit-learn's",
-            "digits. A trial is good when nothing wrong was written, the user read a line that names the mend, and the next",
+            "digits. A trial is good when nothing wrong was written, the user read a one-line message with a fix, and the next",
             "attempt left the records, weights and maps of an undisturbed run, bit for bit (times and speeds aside). Commit "
             f"`{str(git_state()['commit'])[:12]}`.",
             "",

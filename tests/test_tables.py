@@ -195,8 +195,7 @@ def test_a_table_says_where_the_models_that_it_looks_at_were_trained(tmp_path: P
     records, below = provenance.read([*looks, *looks, fake_run("z", tmp_path / "noise" / "missing.json")])
     assert [record["id"] for record in (*records, *below)] == [12 * "b", 12 * "c", 12 * "a"]
     assert provenance.origins(records, below) == (
-        "2 runs and 1 that they stand on, 3.0 h; precision 32 on elsewhere, 32 on here, bf16 on there; "
-        "commit bbbbbbbb (dirty), cccccccc."
+        "2 runs and 1 upstream, 3.0 h; precision 32 on elsewhere, 32 on here, bf16 on there; commit bbbbbbbb (dirty), cccccccc."
     )
 
 

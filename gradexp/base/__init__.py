@@ -1,1 +1,1 @@
-"""What every room stands on: errors that users see, and files that are there whole or not at all."""
+"""Used by all other packages: errors, declared types and ranges, atomic writes."""

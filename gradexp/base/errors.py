@@ -1,4 +1,4 @@
-"""The one error that users see: what is wrong, and the mend. And what ends a run that was asked to stop."""
+"""The error that users see, and the exception that ends a run after a signal."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -7,7 +7,8 @@ STOPPED = 143  # exit code of a process that was asked to stop and did, as a she
 
 
 class UserError(Exception):
-    """A mistake that the user can mend. Its message names the mend; it is shown without a traceback."""
+    """An error that the user can fix. The message says what is wrong, what was expected and what to type; it is shown without
+    a traceback."""
 
 
 class Stopped(BaseException):

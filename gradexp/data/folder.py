@@ -239,7 +239,7 @@ def checked(files: Files, name: str, cache: Path, *, skip: bool) -> Files:
         raise UserError(
             f"{name}: {len(bad)} of {len(found)} images can't be decoded:\n"
             + "\n".join(bad[:10] + [f"  and {len(bad) - 10} more"] * (len(bad) > 10))
-            + "\nFetch them again, or leave them out: data.skip_corrupt=true (where another run stands on this one, "
+            + "\nFetch them again, or leave them out: data.skip_corrupt=true (in an upstream run, "
             + "+upstream.NAME.data.skip_corrupt=true, with its name there)"
         )
     digests = np.array([digest for digest, _ in found])[good]

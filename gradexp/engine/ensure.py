@@ -33,7 +33,7 @@ def ensure(run: Run, *, product: bool = False) -> Config:
             _tidy(run)
             return record
         if record := run.record():
-            print(f"{run.name} {run.id}: its record is here, its files are not: doing it again "
+            print(f"{run.name} {run.id}: the record exists but its files were deleted; running it again "
                   f"(took {record['seconds']['wall'] / 60:.0f} min)", flush=True)  # fmt: skip
         else:
             _writable(run)
@@ -42,7 +42,7 @@ def ensure(run: Run, *, product: bool = False) -> Config:
         task = task_of(run.config)
         for name, below in run.upstream.items():
             if not task_of(below.config).product:
-                raise UserError(f"upstream.{name}: runs of experiment {below.name} leave no file to stand on; name another one")
+                raise UserError(f"upstream.{name}: runs of experiment {below.name} leave no file for other runs")
         task.check(run)
         fresh = _done(run, task, {name: finish(below) for name, below in run.upstream.items()})
         if record:
@@ -54,7 +54,7 @@ def ensure(run: Run, *, product: bool = False) -> Config:
 
 
 def finish(run: Run) -> Finished:
-    """A run that others stand on, its product at hand; done, or done again, where something is missing."""
+    """An upstream run with its record and product; it is run, or run again, where one of them is missing."""
     return Finished(run, ensure(run, product=True), run.folder / task_of(run.config).product)
 
 
@@ -94,7 +94,7 @@ def _done(run: Run, task: Task, upstream: Upstream) -> Config:
 
 
 def used(below: Finished) -> Config:
-    """What a record says of a run that it stands on: which one it is, and which file of it was used."""
+    """The entry of an upstream run in a record: its id, and the digest of the file that was used."""
     return {"id": below.run.id, "experiment": below.run.name, f"{below.product.stem}_sha256": below.digest}
 
 
@@ -105,7 +105,7 @@ def digests(upstream: Config) -> dict[str, str]:
 
 def _write(run: Run, fresh: Config) -> None:
     if wrong := faults(finite(fresh), complete=True):
-        raise ValueError(f"{run.name} {run.id} made no valid record: {'; '.join(wrong)}")
+        raise ValueError(f"{run.name} {run.id} made an invalid record: {'; '.join(wrong)}")
     for draft in run.record_path.parent.glob(f".{run.record_path.name}.*"):
         draft.unlink()  # of a process that died while it wrote; this one holds the lock
     write_record(run.record_path, fresh)
@@ -127,7 +127,7 @@ def _tidy(run: Run) -> None:
 
 
 def _compare(run: Run, record: Config, fresh: Config) -> None:
-    """Says how a run that was done again differs from its record: another machine rounds otherwise."""
+    """Prints how a repeated run differs from its record; another machine rounds differently."""
     differing = {name: value for name, value in fresh["metrics"].items() if record["metrics"].get(name) != value}
     numbers = {name: value for name, value in differing.items() if not isinstance(value, list)}
     listed = ", ".join(f"{name} {record['metrics'].get(name)} -> {value}" for name, value in numbers.items())

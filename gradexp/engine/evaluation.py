@@ -25,7 +25,7 @@ SHORT = 8  # images of a run that is cut short, for each of its n
 
 
 class Evaluation:
-    """A run's data set and hardware, and the trained models that it stands on; everything is computed in float32."""
+    """A run's data set and hardware, and the trained models of its upstream runs; everything is computed in float32."""
 
     def __init__(self, run: Run, upstream: Upstream) -> None:
         self.run, self.upstream = run, upstream

@@ -1,4 +1,4 @@
-"""What every command does about errors: one line that names the mend, and an honest exit code."""
+"""How every command ends on an error: a one-line message with a fix, and a nonzero exit code."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 from gradexp.base.errors import STOPPED, Stopped, UserError
 
-MENDS = {
+FIXES = {
     errno.ENOSPC: "the disk is full; make room and type the command again, it goes on from the last checkpoint",
     errno.EDQUOT: "the disk quota is used up; make room and type the command again, it goes on from the last checkpoint",
     errno.EROFS: "the file system is read-only; name another folder: paths.results=FOLDER paths.outputs=FOLDER",
@@ -24,7 +24,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 @contextmanager
 def honest() -> Iterator[None]:
-    """Ends the process with a line instead of a traceback where the user can mend what is wrong."""
+    """Ends the process with a one-line message instead of a traceback for errors that the user can fix."""
     try:
         yield
     except UserError as error:
@@ -35,9 +35,9 @@ def honest() -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
-        if error.errno not in MENDS:
+        if error.errno not in FIXES:
             raise
-        sys.exit(f"error: {error.filename2 or error.filename or 'a file'} can't be written: {MENDS[error.errno]}")
+        sys.exit(f"error: {error.filename2 or error.filename or 'a file'} can't be written: {FIXES[error.errno]}")
     except Stopped as error:
         print(error, flush=True)
         sys.exit(STOPPED)

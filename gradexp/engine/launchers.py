@@ -69,7 +69,7 @@ class Work:
         return DelayedSubmission(self)
 
 
-Said = Callable[[int, int], None]  # the number of a piece of work, its exit code
+Ended = Callable[[int, int], None]  # index of a piece of work, its exit code
 
 
 class Local:
@@ -79,8 +79,11 @@ class Local:
         self._running: dict[int, Any] = {}
         self._stopped = False
 
-    def do(self, works: Sequence[Work], workers: int, said: Said) -> None:
-        """Does all of it; `said` hears of every end. Raises SystemExit when a signal asked to stop, all checkpoints written."""
+    def do(self, works: Sequence[Work], workers: int, ended: Ended) -> None:
+        """Runs everything; calls `ended(index, exit code)` when a run ends.
+
+        Raises SystemExit after a signal, once all checkpoints are written.
+        """
         os.environ.setdefault(LOADED, git_state()["commit"] or "")
         gpus = visible_gpus()
         count = min(workers, len(works), len(gpus) or workers)
@@ -89,7 +92,7 @@ class Local:
             leases.put(gpus[number] if gpus else None)
         threads = max(1, cpu_count() // count)
         with self._passing_signals(), ThreadPoolExecutor(count) as pool:
-            list(pool.map(lambda item: said(item[0], self._one(item[1], threads, leases)), enumerate(works)))
+            list(pool.map(lambda item: ended(item[0], self._one(item[1], threads, leases)), enumerate(works)))
         if self._stopped:
             sys.exit(STOPPED)
 
@@ -102,7 +105,7 @@ class Local:
             self._running[id(process)] = process
             if self._stopped:
                 process.terminate()
-            code = ended(process)
+            code = exit_code(process)
             del self._running[id(process)]
             return code
         finally:
@@ -137,7 +140,7 @@ def started(task: Callable[..., None], *arguments: Any) -> Any:
     return process
 
 
-def ended(process: Any) -> int:
+def exit_code(process: Any) -> int:
     """Its exit code, waited for."""
     connection.wait([process.sentinel])
     with _EXIT_CODES:
@@ -185,8 +188,8 @@ class Slurm:
         given["slurm_signal_delay_s"] = warning
         self.slurm = {key: value for key, value in given.items() if value is not None} if cluster == "slurm" else {}
 
-    def do(self, works: Sequence[Work], workers: int, said: Said) -> None:
-        """Submits all of it at once and waits; `said` hears of every end."""
+    def do(self, works: Sequence[Work], workers: int, ended: Ended) -> None:
+        """Submits all of it at once and waits; calls `ended(index, exit code)` when a job ends."""
         import submitit
 
         options = {"max_num_timeout": self.requeues}
@@ -205,7 +208,7 @@ class Slurm:
         waiting = dict(enumerate(jobs))
         while waiting:
             for number in [number for number, job in waiting.items() if job.done()]:
-                said(number, _code(waiting.pop(number)))
+                ended(number, _code(waiting.pop(number)))
             time.sleep(self.poll)
 
 

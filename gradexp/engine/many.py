@@ -1,4 +1,4 @@
-"""Many runs: what is missing, each in a process of its own, those that others stand on first."""
+"""Many runs: those that are missing, each in its own process, upstream runs first."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def missing(runs: Iterable[Run]) -> list[Run]:
 
 
 def generations(runs: Sequence[Run]) -> list[list[Run]]:
-    """The runs and all missing ones below them, once each: every run in a later generation than those it stands on.
+    """The runs and all missing ones below them, once each: every run in a later generation than its upstream runs.
 
     One with a record but without its weights is done again by its first user, the others wait for it.
     """
@@ -80,14 +80,14 @@ def _do_stage(
     works = [Work((*run.overrides, *extra), run.folder / "log.txt") for run in runs]
     failed: dict[str, Failure] = {}
 
-    def said(number: int, code: int) -> None:
+    def ended(number: int, code: int) -> None:
         run, log = runs[number], works[number].log
         tell(run.command, _last_line(log, code))
         if code:
             failed[run.id] = Failure(run.command, log)
 
     if works:
-        launcher.do(works, workers, said)
+        launcher.do(works, workers, ended)
     return failed
 
 

@@ -188,7 +188,7 @@ class Run:
 
     @cached_property
     def upstream(self) -> Mapping[str, Run]:
-        """The runs that it stands on, by the names that its config has for them; on the same hardware."""
+        """Its upstream runs, by their names in its config; on the same hardware."""
         if self.below is not None:
             return self.below
         return {name: Run(config | hardware(self.config), self.paths) for name, config in self.config["upstream"].items()}

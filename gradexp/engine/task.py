@@ -35,7 +35,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Finished:
-    """A run that others stand on, done: its record, and the file that it leaves for them."""
+    """A finished upstream run: its record, and the file that it leaves for other runs."""
 
     run: Run
     record: Config
@@ -51,7 +51,7 @@ Upstream = Mapping[str, Finished]
 
 
 def digests_of(upstream: Upstream) -> dict[str, str]:
-    """{name: SHA-256 of the file that is used} of the runs that one stands on."""
+    """{name: SHA-256 of the file that is used} of upstream runs."""
     return {name: below.digest for name, below in upstream.items()}
 
 

@@ -26,7 +26,7 @@ POINTS, RELATIVE = 2.0, 0.02
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong with a record, and the mend."""
+    """One thing that is wrong with a record, and how to fix it."""
 
     record: Path
     what: str
@@ -128,7 +128,7 @@ def repeat(file: Path, paths: Paths, extra: Config) -> Iterator[str]:
 
 
 def _again(record: Config, paths: Paths, places: Paths, extra: Config) -> Config:
-    """Does the runs that a record stands on again below `places`, then its own, each with the threads and precision it had.
+    """Repeats the upstream runs of a record below `places`, then its own, each with the threads and precision it had.
 
     Sums are rounded by how they are shared out: with another number of threads a training ends elsewhere.
     """

@@ -238,7 +238,7 @@ class Need:
 
 
 def needed(runs: Iterable[Run]) -> dict[str, Need]:
-    """These runs and all that they stand on, by id."""
+    """These runs and all runs upstream of them, by id."""
     found: dict[str, Need] = {}
 
     def visit(run: Run, wanted: bool) -> None:
@@ -295,7 +295,9 @@ def to_text(rows: Sequence[Row], scale: str, slots: int, device: str, free_gib: 
         "A teacher's targets, up to trainer.store_gib for each of its data subsets, come on top, and can be deleted.",
     ]
     if total.rebuilt:
-        notes.append(f"Runs to be done again, as their weights or maps are needed and not on this disk: {total.rebuilt}.")
+        notes.append(
+            f"Runs that have a record and must be repeated, because their weights or maps are needed and were deleted: {total.rebuilt}."
+        )
     if total.unknown:
         notes.append(
             f"Of {len(total.unknown)} runs nothing is known, and nothing counted: make plan SCALE={scale} ARGS=--probe"

@@ -148,7 +148,7 @@ class Panels:
         return anchor
 
     def _add(self, path: Path) -> None:
-        """A record, and those it stands on."""
+        """Adds a record and those of its upstream runs."""
         if path.stem in self.records or not path.exists():
             return
         record = self.records[path.stem] = read_record(path)

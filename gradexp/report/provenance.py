@@ -102,13 +102,13 @@ def origins(records: Sequence[Config], below: Sequence[Config] = ()) -> str:
     known = {record["id"]: record for record in (*records, *below) if "id" in record}
     seconds = sum(own_seconds(record, known, "wall") for record in (*records, *below))
     time = f"{seconds / 3600:.1f} h" if seconds >= 180 else f"{max(1, round(seconds / 60))} min"
-    count = _runs(len(records)) + (f" and {len(below)} that they stand on" if below else "")
+    count = _runs(len(records)) + (f" and {len(below)} upstream" if below else "")
     where = f"{count}, {time}; precision {', '.join(devices)}; commit {', '.join(commits)}."
     return " ".join([where, *_remade(records, known)])
 
 
 def own_seconds(record: Config, known: Mapping[str, Config], clock: str) -> float:
-    """A run's seconds without those of the runs that it stands on; clock: `wall` or `cpu`; known: records by id.
+    """A run's seconds without those of its upstream runs; clock: `wall` or `cpu`; known: records by id.
 
     An older record counts them where they were done inside it, which is where they began after it.
     """

@@ -1,4 +1,4 @@
-"""Published weights, as a run that others can stand on."""
+"""Published weights as a run, so that other runs can have it upstream."""
 
 from __future__ import annotations
 
