@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from gradexp.base.files import sha256, write_atomically
-from gradexp.engine.launchers import Work, ended, started
+from gradexp.engine.launchers import Work, exit_code, started
 from gradexp.engine.origin import git_state
 from gradexp.engine.record import read_record
 from gradexp.engine.run import ROOT
@@ -69,7 +69,7 @@ def work(place: Path, words: Sequence[str], *more: str) -> Work:
 
 
 def finish(task: Callable[[], None]) -> int:
-    return ended(started(task))
+    return exit_code(started(task))
 
 
 def left(place: Path) -> dict[str, Any]:
@@ -354,7 +354,7 @@ def soak(count: int, seed: int) -> Trial:
             if chance.random() < 0.5 and not connection.wait([process.sentinel], chance.uniform(0, 4)):
                 killed.append(1)
                 process.kill()
-            code = ended(process)
+            code = exit_code(process)
             if code == 0:
                 return
             expect(code == -9, last(work(folder / "disturbed", words)))

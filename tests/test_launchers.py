@@ -17,7 +17,7 @@ from gradexp.base.errors import Stopped, UserError
 from gradexp.engine.callbacks import Checkpointer
 from gradexp.engine.compose import compose_run, plan
 from gradexp.engine.ensure import ensure
-from gradexp.engine.launchers import Local, started, visible_gpus
+from gradexp.engine.launchers import Local, exit_code, started, visible_gpus
 from gradexp.engine.many import generations, make_launcher, run_all
 from gradexp.engine.record import objective
 from gradexp.engine.run import Paths, Run, run_id
@@ -206,5 +206,5 @@ def test_joblib_finishes_the_others_when_one_fails(tmp_path: Path, run_py: Calla
 def test_processes_that_end_together_keep_their_exit_codes() -> None:
     """multiprocessing reads the codes of all processes when one is started: who joins one then finds 255."""
     with ThreadPoolExecutor(8) as pool:
-        codes = list(pool.map(lambda _: ended(started(time.sleep, 0.0)), range(60)))
+        codes = list(pool.map(lambda _: exit_code(started(time.sleep, 0.0)), range(60)))
     assert codes == [0] * 60

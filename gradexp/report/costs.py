@@ -295,9 +295,7 @@ def to_text(rows: Sequence[Row], scale: str, slots: int, device: str, free_gib: 
         "A teacher's targets, up to trainer.store_gib for each of its data subsets, come on top, and can be deleted.",
     ]
     if total.rebuilt:
-        notes.append(
-            f"Runs that have a record and must be repeated, because their weights or maps are needed and were deleted: {total.rebuilt}."
-        )
+        notes.append(f"Runs with a record that must be repeated, because their weights or maps were deleted: {total.rebuilt}.")
     if total.unknown:
         notes.append(
             f"Of {len(total.unknown)} runs nothing is known, and nothing counted: make plan SCALE={scale} ARGS=--probe"
