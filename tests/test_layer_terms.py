@@ -19,6 +19,7 @@ from gradexp.engine.build import build
 from gradexp.engine.compose import compose_run
 from gradexp.engine.ensure import ensure
 from gradexp.engine.run import Paths, Run
+from gradexp.gradients import inputs
 from gradexp.models.vgg import VGG
 from gradexp.terms import Attention, BiasDecay, BiasGradient, CrossEntropy, FullGradient, Jacobian, Step, Term
 from gradexp.terms.maps import resized
@@ -564,8 +565,8 @@ def test_a_step_of_fg_att_takes_one_forward_and_one_gradient_of_each_network(mon
     calls: list[str] = []
     for name, model in names.items():
         model.register_forward_hook(lambda *_, name=name: calls.append(name))
-    taken = gradients._gradients
-    monkeypatch.setattr(gradients, "_gradients", lambda *call: calls.append("gradient") or taken(*call))
+    taken = inputs._gradients
+    monkeypatch.setattr(inputs, "_gradients", lambda *call: calls.append("gradient") or taken(*call))
     assert terms[3].student_layers == ("features.norm1", "features.norm2", "features.norm3") == terms[3].teacher_layers
     assert terms[4].student_layers == ("features.norm1", "features.norm2", "features.norm3") == terms[4].teacher_layers
     layers_read = terms[3].student_layers + terms[4].student_layers

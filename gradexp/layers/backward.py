@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.overrides import wrap_torch_function
 
 _only_inputs = False
 
@@ -23,6 +24,11 @@ def only_inputs() -> Iterator[None]:
         yield
     finally:
         _only_inputs = before
+
+
+def visible(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A function as one operation for torch-function modes, which do not see a Function (gradexp.gradients.operations)."""
+    return wrap_torch_function(lambda *tensors: tensors)(function)
 
 
 def wants_parameters() -> bool:

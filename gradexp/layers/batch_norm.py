@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn import functional
 
-from gradexp.layers.backward import aligned, wants_parameters
+from gradexp.layers.backward import aligned, visible, wants_parameters
 
 _batch_norm_backward = torch.ops.aten.native_batch_norm_backward
 
@@ -119,7 +119,13 @@ class BatchNorm(nn.BatchNorm2d):
             seen.add_(1)
             y: Tensor = NormaliseBatch.apply(input, self.weight, self.bias, (mean, variance), self.momentum, self.eps)[0]
             return y
-        scale = self.weight * torch.rsqrt(variance + self.eps)
-        shift = self.bias - mean * scale
-        # The channels' numbers stay in their own precision: rounded to bf16 first, they would triple the error.
-        return torch.addcmul(shift.view(-1, 1, 1), input, scale.view(-1, 1, 1)).to(input.dtype)
+        return normalise(input, self.weight, self.bias, mean, variance, self.eps)
+
+
+@visible
+def normalise(input: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor, running_var: Tensor, eps: float) -> Tensor:
+    """Batch normalisation by running statistics. input (B, C, H, W), the others (C,)."""
+    scale = weight * torch.rsqrt(running_var + eps)
+    shift = bias - running_mean * scale
+    # The channels' numbers stay in their own precision: rounded to bf16 first, they would triple the error.
+    return torch.addcmul(shift.view(-1, 1, 1), input, scale.view(-1, 1, 1)).to(input.dtype)

@@ -15,7 +15,7 @@ from torch.autograd import Function
 from torch.nn import functional
 
 from gradexp.layers import dense, winograd
-from gradexp.layers.backward import wants_parameters
+from gradexp.layers.backward import visible, wants_parameters
 
 _convolution_backward = torch.ops.aten.convolution_backward
 
@@ -146,7 +146,13 @@ class Convolution(nn.Conv2d):
         if self.padding_mode != "zeros" or isinstance(self.padding, str):
             return super().forward(input)
         x, w, b = _autocast(input, self.weight, self.bias)
-        return Convolve.apply(x, w, b, (self.stride, self.padding, self.dilation, self.groups))
+        return convolve(x, w, b, (self.stride, self.padding, self.dilation, self.groups))
+
+
+@visible
+def convolve(x: Tensor, w: Tensor, b: Tensor | None, shape: Shape) -> Tensor:
+    y: Tensor = Convolve.apply(x, w, b, shape)
+    return y
 
 
 def _autocast(*tensors: Tensor | None) -> list[Any]:

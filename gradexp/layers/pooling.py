@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from gradexp.layers.backward import visible
+
 
 class Pool(Function):
     """Max-pooling: picks the entries at `indices`, so its backward puts them there, and that one's picks them."""
@@ -55,7 +57,13 @@ class MaxPool(nn.MaxPool2d):
         if self.return_indices:
             return super().forward(input)
         size = tuple(_pair(value) for value in (self.kernel_size, self.stride, self.padding, self.dilation))
-        return Pool.apply(input, (*size, self.ceil_mode))
+        return max_pool(input, (*size, self.ceil_mode))
+
+
+@visible
+def max_pool(x: Tensor, size: tuple[Any, ...]) -> Tensor:
+    y: Tensor = Pool.apply(x, size)
+    return y
 
 
 def _pair(value: Any) -> list[int]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn import functional
 
-from gradexp.layers.backward import aligned
+from gradexp.layers.backward import aligned, visible
 
 _softplus_backward = torch.ops.aten.softplus_backward
 
@@ -59,4 +59,10 @@ class Softplus(nn.Softplus):
     """nn.Softplus, differentiable twice at first-order cost."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return ApplySoftplus.apply(input, self.beta, self.threshold)
+        return softplus(input, self.beta, self.threshold)
+
+
+@visible
+def softplus(x: Tensor, beta: float, threshold: float) -> Tensor:
+    y: Tensor = ApplySoftplus.apply(x, beta, threshold)
+    return y

@@ -54,8 +54,7 @@ class FullGrad(Saliency):
     def terms(self, model: nn.Module, images: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
         """What ψ is applied to. Biases of fully-connected layers lie in no plane, and are left out."""
         full = self.full_gradient(model, images, labels)
-        planes = {name: maps for name, maps in self.of_biases(full).items() if maps.ndim == 4}
-        return {gradients.INPUT: full.input * full.images, **planes}
+        return {gradients.INPUT: full.input * full.images, **full.planes(self.of_biases(full))}
 
     def of_biases(self, full: FullGradient) -> dict[str, Tensor]:
         return full.biases
@@ -70,7 +69,7 @@ class SimpleFullGrad(FullGrad):
     """
 
     def of_biases(self, full: FullGradient) -> dict[str, Tensor]:
-        return {name: maps for name, maps in full.gradients.items() if name not in full.curved}
+        return {name: maps for name, maps in full.gradients.items() if name not in full.nonlinear}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,71 @@
+"""What layers compute: their outputs in a forward pass, and maps made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradexp.base.errors import UserError, nearest
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is in eval mode; afterwards each of its modules is in the mode that it had."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+@contextmanager
+def captured(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """Inside, {name: output of that module in the last forward pass}.
+
+    The network goes on with a copy, so that in-place operations behind a module do not change what was captured. Hooks are
+    removed at exit. Raises UserError for a name that no module of `model` has, and for a module whose output is no tensor.
+    """
+    modules = dict(model.named_modules())
+    for name in names:
+        if name not in modules:
+            raise UserError(f"{type(model).__name__} has no layer {name}{nearest(name, modules)}")
+    values: dict[str, Tensor] = {}
+
+    def keep(name: str, _: nn.Module, __: Any, output: Any) -> Tensor:
+        if not isinstance(output, Tensor):
+            raise UserError(
+                f"layer {name} returns a {type(output).__name__} and not a tensor; choose a layer inside or behind it"
+            )
+        values[name] = output
+        return output.clone()
+
+    with ExitStack() as hooks:
+        for name in names:
+            hooks.callback(modules[name].register_forward_hook(partial(keep, name)).remove)
+        yield values
+
+
+def attention_map(features: Tensor, power: int = 2) -> Tensor:
+    """Sum over channels of squares (Eq. 2.7) or, with power=1, of absolute values (§4.4.1), at least in float32.
+
+    (B, c, h, w) -> (B, h, w).
+    """
+    values = precise(features)
+    return (values.abs() if power == 1 else values.square()).sum(1)
+
+
+def channel_sum(values: Tensor) -> Tensor:
+    """Sum over channels, at least in float32. (B, c, h, w) -> (B, h, w)."""
+    return values.sum(1, dtype=values.dtype if values.dtype == torch.float64 else torch.float32)
+
+
+def precise(values: Tensor) -> Tensor:
+    """At least float32: squares of bf16 numbers lose what a loss needs, float64 stays as it is."""
+    return values if values.dtype == torch.float64 else values.float()

@@ -1,0 +1,219 @@
+"""Full-gradients (Chapter 3): the input-gradient and the bias-gradients of all operations of any network."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from gradexp.base.errors import UserError
+from gradexp.gradients.inputs import checked_logits, constant, differentiable_anyway, gradient_of, scalar
+from gradexp.gradients.operations import Operations
+
+TOKENS = 8  # at most so many tokens without a place (class, registers) in front of those of a grid
+
+
+@dataclass(frozen=True)
+class FullGradient:
+    """The full-gradient of Proposition 6, image by image.
+
+    images (B, C, H, W), output (B,), input: input-gradient (B, C, H, W). biases: {operation: bias-gradient f^b, that is bias
+    times gradient}, gradients: {operation: the gradient alone}, both (B, ...). nonlinear: operations that are no convolution,
+    linear layer or batch normalisation. grids: sizes (h, w) of the network's maps.
+    """
+
+    images: Tensor
+    output: Tensor
+    input: Tensor
+    biases: dict[str, Tensor]
+    gradients: dict[str, Tensor]
+    nonlinear: frozenset[str] = frozenset()
+    grids: frozenset[tuple[int, ...]] = frozenset()
+
+    def total(self) -> Tensor:
+        """Input term plus all bias terms: the output (Eq. 3.1). (B,)."""
+        return torch.stack(self._sums()).sum(0)
+
+    def error(self) -> Tensor:
+        """How far `total` is from the output, relative to it. (B,)."""
+        return (self.total() - self.output).abs() / self.output.abs()
+
+    def planes(self, values: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Those of `values` (default: the bias-gradients) that lie in a plane, as (B, c, h, w): maps and grids of tokens."""
+        sizes = {tuple(self.images.shape[-2:])}.union(*map(_halved, self.grids))
+        found = {name: _plane(value, sizes) for name, value in (self.biases if values is None else values).items()}
+        return {name: plane for name, plane in found.items() if plane is not None}
+
+    def outside(self) -> Tensor:
+        """The part of the output whose bias-gradients lie in no plane: those of linear layers, class tokens, windows. (B,)."""
+        inside = [_sum(plane) for plane in [self.input * self.images, *self.planes().values()]]
+        return self.total() - torch.stack(inside).sum(0)
+
+    def inexact(self) -> Tensor:
+        """(B,), whether `total` misses the output by more than rounding explains."""
+        sums = self._sums()
+        magnitude = torch.stack([values.abs() for values in (*sums, self.output)]).sum(0)
+        difference = (torch.stack(sums).sum(0) - self.output).abs()
+        return self.output.isfinite() & ~(difference <= magnitude * torch.finfo(self.output.dtype).eps ** 0.5)
+
+    def _sums(self) -> list[Tensor]:
+        return [_sum(values) for values in [self.input * self.images, *self.biases.values()]]
+
+
+def full_gradient(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    target: str = "label",
+    separate: bool = False,
+    differentiable: bool = False,
+) -> FullGradient:
+    """Input-gradient and bias-gradients of all operations of `model`, in eval mode, in one backward pass (§3.4).
+
+    Any network of torch functions: the biases are those of `gradexp.gradients.operations`. An operation is named by its module,
+    and by its function where the module has several; the second call of a module is `name:2`. A batch normalisation and the
+    layer in front of it share one bias, under the name of the normalisation; `separate` keeps both. The sum over everything is
+    the output, exactly, for `target="label"` and `"top"`. images (B, C, H, W), labels (B,). differentiable: with the graph for
+    a further backward pass. Works under `no_grad`, `inference_mode` and autocast.
+
+    Raises UserError for a model in train mode, and for an operation whose bias can't be computed; warns where the sum differs
+    from the output by more than rounding explains.
+    """
+    model = plain(model)
+    if model.training:
+        raise UserError("full-gradients are those of a model in eval mode: call model.eval()")
+    with _exact(model):
+        images = constant(images)
+        full = _decomposed(model, images, labels, target, separate, differentiable)
+        if full is None or (len(images) > 1 and full.inexact().any()):
+            # Images may share an axis with something else, such as windows or tokens in front of the batch.
+            parts = [
+                _decomposed(model, images[i : i + 1], labels[i : i + 1], target, separate, differentiable)
+                for i in range(len(images))
+            ]
+            full = _joined([part for part in parts if part is not None])
+    if full.inexact().any():
+        largest = sorted(full.biases, key=lambda name: -float(_sum(full.biases[name]).abs().max()))[:3]
+        warnings.warn(
+            f"the full-gradients of {type(model).__name__} sum up to {full.total().tolist()} and not to the output, "
+            f"{full.output.tolist()}, in {full.output.dtype}; the largest terms are those of {', '.join(largest)}",
+            stacklevel=2,
+        )
+    return full
+
+
+def plain(model: nn.Module) -> nn.Module:
+    """The network inside torch.compile, DataParallel and DistributedDataParallel."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+@contextmanager
+def _exact(model: nn.Module) -> Iterator[None]:
+    """Inside, all operations have derivatives of all kinds: no inference mode, no fused attention, nothing compiled."""
+    with ExitStack() as stack:
+        stack.enter_context(differentiable_anyway())
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        if any(hasattr(module, "_orig_mod") or module._compiled_call_impl for module in model.modules()):
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield
+
+
+def _decomposed(
+    model: nn.Module, images: Tensor, labels: Tensor, target: str, separate: bool, differentiable: bool
+) -> FullGradient | None:
+    """None where it is not clear which part of a bias-gradient belongs to which image."""
+    images = images.detach().requires_grad_()
+    met = Operations(model, images, differentiable=differentiable)
+    with met.recording():
+        logits = checked_logits(model(images))
+    met.check_seen(logits)
+    at_input = gradient_of(logits, images, labels, target=target, differentiable=differentiable)
+    operations = [each for each in (met.all if separate else met.merged()) if each.gradient is not None]
+    biases, gradients = dict[str, Tensor](), dict[str, Tensor]()
+    for operation in operations:
+        assert operation.gradient is not None
+        slope = _by_image(operation.gradient, len(images))
+        if slope is None:
+            return None
+        gradients[operation.name] = slope
+        if operation.bias is not None:
+            product = _by_image(operation.gradient * operation.bias, len(images))
+            assert product is not None
+            biases[operation.name] = product
+    output = scalar(logits, labels, target)
+    nonlinear = frozenset(operation.name for operation in operations if operation.kind == "other")
+    full = FullGradient(images, output, at_input, biases, gradients, nonlinear, frozenset(met.grids))
+    return full if differentiable else _constant(full)
+
+
+def _constant(full: FullGradient) -> FullGradient:
+    biases = {name: values.detach() for name, values in full.biases.items()}
+    return replace(full, images=full.images.detach(), output=full.output.detach(), biases=biases)
+
+
+def _joined(parts: Sequence[FullGradient]) -> FullGradient:
+    """The full-gradients of single images as those of a batch."""
+
+    def joined(which: str) -> dict[str, Tensor]:
+        names = dict.fromkeys(name for part in parts for name in getattr(part, which))
+        shapes = {name: next(getattr(part, which)[name] for part in parts if name in getattr(part, which)) for name in names}
+        return {
+            name: torch.cat([getattr(part, which).get(name, torch.zeros_like(shapes[name])) for part in parts])
+            for name in names
+        }
+
+    whole = [torch.cat([getattr(part, which) for part in parts]) for which in ("images", "output", "input")]
+    nonlinear = frozenset[str]().union(*(part.nonlinear for part in parts))
+    return FullGradient(whole[0], whole[1], whole[2], joined("biases"), joined("gradients"), nonlinear, parts[0].grids)
+
+
+def _by_image(values: Tensor, batch: int) -> Tensor | None:
+    """With the images first: (B, ...), (N, B, ...) and (B N, ...) -> (B, ...). None for anything else."""
+    if values.ndim and len(values) == batch:
+        return values
+    if values.ndim > 1 and values.shape[1] == batch:
+        return values.movedim(1, 0)
+    if batch == 1:
+        return values[None]
+    return values.unflatten(0, (batch, -1)) if values.ndim and len(values) % batch == 0 else None  # type: ignore[no-untyped-call]
+
+
+def _sum(values: Tensor) -> Tensor:
+    """(B, ...) -> (B,), at least in float32."""
+    return values.flatten(1).sum(1, dtype=torch.promote_types(values.dtype, torch.float32))
+
+
+def _plane(values: Tensor, sizes: set[tuple[int, ...]]) -> Tensor | None:
+    """(B, c, h, w), (B, h, w, c) or (B, N, c) with N tokens -> (B, c, h, w). None for what lies in none of these sizes."""
+    if values.ndim == 4 and tuple(values.shape[2:]) in sizes:
+        return values
+    if values.ndim == 4 and tuple(values.shape[1:3]) in sizes:
+        return values.permute(0, 3, 1, 2)
+    if values.ndim == 3:
+        extra = {size: values.shape[1] - math.prod(size) for size in sizes}
+        fitting = [size for size in extra if 0 <= extra[size] <= TOKENS]
+        if fitting:
+            size = min(fitting, key=lambda size: extra[size])
+            return values[:, extra[size] :].transpose(1, 2).unflatten(2, size)  # type: ignore[no-untyped-call]
+    return None
+
+
+def _halved(grid: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """The grid, and those of every second row and column of it, again and again; one position alone is no plane."""
+    h, w = grid
+    while h * w > 1:
+        yield h, w
+        h, w = -(-h // 2), -(-w // 2)

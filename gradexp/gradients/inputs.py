@@ -1,0 +1,167 @@
+"""Gradients of a classifier with respect to its input and to values on the way, and traces of its Hessian."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradexp import layers
+from gradexp.base.errors import UserError
+from gradexp.layers import ranks
+
+SCALARS = ("label", "top", "logprob")  # one number an image
+TARGETS = (*SCALARS, "all")
+INPUT = "input"  # the name of the images among layers
+
+
+def scalar(logits: Tensor, labels: Tensor, target: str) -> Tensor:
+    """The function whose gradient is taken, one value an image.
+
+    target: `label` (logit of the correct class, §2.4.1), `top` (largest logit), `logprob` (log-probability of
+    the correct class, Eq. 2.3). logits (B, K), labels (B,) -> (B,).
+    """
+    if target == "label":
+        return logits.gather(1, labels[:, None])[:, 0]
+    if target == "top":
+        return logits.max(dim=1).values
+    if target == "logprob":
+        return logits.log_softmax(dim=1).gather(1, labels[:, None])[:, 0]
+    raise UserError(f"target={target}: it is one of {', '.join(TARGETS)}")
+
+
+def gradient_of(logits: Tensor, images: Tensor, labels: Tensor, *, target: str, differentiable: bool) -> Tensor:
+    """Input-gradient of logits that were computed from `images` with `images.requires_grad`.
+
+    With `target="all"` the full Jacobian of the logits (§2.4), at K times the cost.
+    -> (B, C, H, W), or (B, K, C, H, W) for `all`. The graph of `logits` stays usable.
+    """
+    if target == "all":
+        columns = [_gradients(logits[:, k], [images], differentiable)[0] for k in range(logits.shape[1])]
+        return torch.stack(columns, dim=1)
+    return _gradients(scalar(logits, labels, target), [images], differentiable)[0]
+
+
+def gradients_of(
+    logits: Tensor, values: dict[str, Tensor], labels: Tensor, *, target: str, differentiable: bool
+) -> dict[str, Tensor]:
+    """Gradients of logits at several of the values they were computed from, in one backward pass.
+
+    values: {name: (B, ...)}, on the way from the images to the logits, such as the outputs of layers. The gradient at
+    a layer's output is the gradient with respect to the layer's bias, position by position. -> {name: (B, ...)}.
+    """
+    with torch.enable_grad():
+        output = scalar(logits, labels, target)
+    found = _gradients(output, list(values.values()), differentiable)
+    return dict(zip(values, found, strict=True))
+
+
+def gradient_of_values(values: Tensor, images: Tensor, *, differentiable: bool) -> Tensor:
+    """Input-gradient of one value an image, computed from `images` with `images.requires_grad`. (B,) -> (B, C, H, W)."""
+    return _gradients(values, [images], differentiable)[0]
+
+
+def input_gradient(model: nn.Module, images: Tensor, labels: Tensor, *, target: str = "label") -> Tensor:
+    """Input-gradient of `model` in its present mode, as a constant.
+
+    images (B, C, H, W), labels (B,) -> (B, C, H, W), or (B, K, C, H, W) for `target="all"`. Works under `no_grad` and
+    `inference_mode`. Raises UserError for a model that does not return logits (B, K).
+    """
+    with differentiable_anyway():
+        images = constant(images).requires_grad_()
+        return gradient_of(checked_logits(model(images)), images, labels, target=target, differentiable=False).detach()
+
+
+@contextmanager
+def differentiable_anyway() -> Iterator[None]:
+    """Inside, autograd records, whatever the caller has switched off."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+def constant(images: Tensor) -> Tensor:
+    """The images without their history. Those made under `inference_mode` are copied, because autograd refuses them."""
+    return images.clone() if images.is_inference() else images.detach()
+
+
+def checked_logits(output: Any) -> Tensor:
+    """A model's output. Raises UserError unless it is a tensor (B, K)."""
+    if isinstance(output, Tensor) and output.ndim == 2:
+        return output
+    kind = f"a tensor {tuple(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
+    raise UserError(f"the model returns {kind}, where logits (B, K) are expected: wrap it so that it returns these alone")
+
+
+def loss_gradient(model: nn.Module, images: Tensor, labels: Tensor, *, temperature: float) -> Tensor:
+    """Input-gradient of the cross-entropy of softmax(logits / temperature) (Eq. 5.6), as a constant. -> (B, C, H, W).
+
+    It is Σ_j p_j (∇f_j - ∇f_y) / temperature, and computed as that. With the p_y - 1 of the ordinary form, which rounds
+    where p_y is near 1, a function added to all logits would show in the gradients of confident images.
+    """
+    with torch.enable_grad():
+        images = images.detach().requires_grad_()
+        logits = model(images)
+        others = (logits.detach() / temperature).softmax(1).scatter(1, labels[:, None], 0)
+        loss = (others * (logits - logits.gather(1, labels[:, None]))).sum(1) / temperature
+        return _gradients(loss, [images], False)[0].detach()
+
+
+def taylor_trace(model: nn.Module, images: Tensor, logits: Tensor, labels: Tensor, *, sigma: float, target: str) -> Tensor:
+    """One-sample Taylor estimate of the trace of the Hessian (Eq. 5.9): 2/sigma^2 (f(x + v) - f(x)), v ~ N(0, sigma^2).
+
+    logits = model(images); the noisy images are a second pass in the model's present mode. In train mode they have batch
+    statistics of their own, so that the estimate is not that of the network in eval mode, and they enter its running
+    statistics. -> (B,).
+    """
+    noisy = model(images + sigma * ranks.normal_like(images))
+    return 2 / sigma**2 * (scalar(noisy, labels, target) - scalar(logits, labels, target))
+
+
+def hutchinson_trace(gradient: Tensor, images: Tensor, *, differentiable: bool, direction: Tensor | None = None) -> Tensor:
+    """One-sample estimate of the trace of the Hessian with an exact product (Hutchinson, 1990): v' H v, v ~ N(0, I).
+
+    gradient: the differentiable input-gradient at `images`. Where batch statistics couple the images, it is that of the
+    whole batch's sum, whose second derivatives are not those of an image's own output. direction: v, None to draw it. -> (B,).
+    """
+    direction = ranks.normal_like(images) if direction is None else direction
+    return (_product(gradient, images, direction, differentiable) * direction).flatten(1).sum(1)
+
+
+def exact_trace(gradient: Tensor, images: Tensor) -> Tensor:
+    """The trace of the Hessian, entry by entry of the image: C·H·W backward passes, for small images only.
+
+    gradient: the differentiable input-gradient at `images`, which no batch statistics couple. -> (B,).
+    """
+    entries = torch.eye(images[0].numel(), dtype=images.dtype, device=images.device).view(-1, *images.shape[1:])
+    diagonal = [(_product(gradient, images, entry.expand_as(images), False) * entry).flatten(1).sum(1) for entry in entries]
+    return torch.stack(diagonal).sum(0)
+
+
+def check_third_derivatives(model: nn.Module) -> None:
+    """Raises UserError where training through a Hessian would meet a layer that is differentiable only twice."""
+    if any(type(module) is nn.BatchNorm2d for module in model.modules()):
+        raise UserError(
+            "the hutchinson estimator needs third derivatives, and torch's batch normalisation has two: "
+            "set gradients.backend=fast, or take the taylor estimator"
+        )
+
+
+def angle(first: Tensor, second: Tensor) -> Tensor:
+    """Angle in degrees between two gradients, image by image. (B, ...) and (B, ...) -> (B,)."""
+    cosine = torch.nn.functional.cosine_similarity(first.flatten(1), second.flatten(1), dim=1)
+    return torch.rad2deg(torch.acos(cosine.clamp(-1, 1)))
+
+
+def _product(gradient: Tensor, images: Tensor, direction: Tensor, differentiable: bool) -> Tensor:
+    """The Hessian times `direction` (Pearlmutter, 1994)."""
+    return _gradients(gradient * direction, [images], differentiable)[0]
+
+
+def _gradients(values: Tensor, inputs: Sequence[Tensor], differentiable: bool) -> tuple[Tensor, ...]:
+    # The sum keeps one backward pass for the whole batch. In train mode, batch statistics couple the images:
+    # this is then the gradient of the batch's sum, as in the author's code.
+    with torch.enable_grad(), layers.only_inputs():
+        return torch.autograd.grad(values.sum(), inputs, create_graph=differentiable, retain_graph=True)

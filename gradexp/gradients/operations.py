@@ -1,0 +1,367 @@
+"""The bias of every operation of a network (§3.4, for any network).
+
+Where it stands, a differentiable operation y = op(z) is the affine map y = J z + b, with J its Jacobian at z. The bias
+b = y - J z is explicit in a convolution (its parameter), implicit in a batch normalisation (beta - gamma mean / sigma), in an
+activation (y - s'(z) z), a product (-z1 z2) or a softmax, and zero in a ReLU, a pooling, a concatenation and whatever else
+satisfies op(k z) = k op(z) for k > 0. With the biases of all operations f(x) = <df/dx, x> + sum_op <df/dy, b>, which is
+Proposition 6 without a list of layers.
+
+A TorchFunctionMode sees the operations of a forward pass: functional calls, methods, operators and in-place calls. FX would
+refuse control flow that depends on data, and a dispatch mode works below autograd, where no gradients can be taken.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from gradexp.base.errors import UserError
+
+# Functions by their names, for speed: `Operations` would find the biases of all of them, by a second evaluation.
+HOMOGENEOUS = {  # op(k z) = k op(z) for k > 0, where all operands depend on the images
+    *("relu", "relu_", "leaky_relu", "max_pool", "max_pool2d", "avg_pool2d", "adaptive_max_pool2d", "adaptive_avg_pool2d"),
+    *("dropout", "interpolate", "mean", "sum", "cat", "chunk", "split", "unbind", "__getitem__", "contiguous", "flatten"),
+    *("unflatten", "permute", "reshape", "roll", "squeeze", "to", "transpose", "unsqueeze", "view"),
+}
+SUMS = {"add", "add_", "sub", "sub_"}  # homogeneous where no operand is a number
+MULTILINEAR = {"mul", "mul_", "matmul", "mm", "bmm", "einsum"}  # no bias where one operand depends on the images
+DIVISIONS = {"div", "div_"}  # no bias where the numerator alone depends on them
+AFFINE = {"linear", "convolve", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"}
+PLANAR = {  # the outputs (B, c, h, w) are planes
+    *("convolve", "conv2d", "conv_transpose2d", "interpolate"),
+    *("max_pool", "max_pool2d", "avg_pool2d", "adaptive_max_pool2d", "adaptive_avg_pool2d"),
+}
+
+
+@dataclass(eq=False)
+class Operation:
+    """An operation with a bias.
+
+    kind: `affine` (convolution or linear layer), `norm` (batch normalisation by running statistics) or `other`. bias: to be
+    multiplied with the gradient at the output; None for a layer without one. gradient: at the output, once a backward pass has
+    reached it. channels: the bias of an affine operation, (C,). statistics: of a norm, the arguments of `norm_bias`. before:
+    of a norm, the affine operation whose output it was given.
+    """
+
+    name: str
+    kind: str
+    bias: Tensor | None
+    gradient: Tensor | None = None
+    channels: Tensor | None = None
+    statistics: dict[str, Any] = field(default_factory=dict)
+    before: Operation | None = None
+    uses: int = 0  # of its output, by other operations
+
+
+def norm_bias(mean: Tensor, variance: Tensor, weight: Any, bias: Any, eps: float, before: Tensor | None = None) -> Tensor:
+    """beta - gamma (mean - b) / sqrt(variance + eps), the bias of a batch normalisation; all (C,).
+
+    weight, bias: gamma and beta; None for 1 and 0. before: b, the bias of the layer in front of it, merged into this one.
+    """
+    shift = mean if before is None else mean - before
+    return (0 if bias is None else bias) - (1 if weight is None else weight) * shift * torch.rsqrt(variance + eps)
+
+
+class Operations(TorchFunctionMode):
+    """The operations with a bias of the forward passes inside `recording`, and the grids of pixels that their maps have.
+
+    images: the leaf that all is computed from. differentiable: whether biases keep their graph. Gradients are stored in the
+    operations by the backward pass. Raises UserError for an operation that can't be seen.
+    """
+
+    def __init__(self, model: nn.Module, images: Tensor, *, differentiable: bool) -> None:
+        super().__init__()
+        self.all: list[Operation] = []
+        self.grids = {tuple(images.shape[-2:])}
+        self._model, self._images, self._differentiable = model, images, differentiable
+        self._dependent = {id(images): images}  # what depends on the images; kept alive, so that no id is used twice
+        self._constant: set[int] = set()  # copies of tensors that did not depend on the images before a call wrote to them
+        self._makers: dict[int, Operation] = {}  # by the id of the output
+        self._calls: list[tuple[str, bool]] = []  # modules that are being called: name, whether it is a leaf
+        self._count: Counter[str] = Counter()
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Inside, operations are recorded. All hooks are removed at exit."""
+        with ExitStack() as stack:
+            for name, module in self._model.named_modules():
+                stack.callback(module.register_forward_pre_hook(partial(self._enter, name)).remove)
+                stack.callback(module.register_forward_hook(self._leave, always_call=True).remove)
+            stack.enter_context(self)
+            yield
+
+    def depends(self, value: Any) -> bool:
+        """Whether a value was computed from the images by operations that were seen."""
+        return id(value) in self._dependent
+
+    def merged(self) -> list[Operation]:
+        """The operations, each batch normalisation together with the layer in front of it, unless others use its output."""
+        swallowed = set()
+        for operation in self.all:
+            before = operation.before
+            if before and before.uses == 1:
+                swallowed.add(before)
+                if operation.bias is not None and before.channels is not None:
+                    whole = norm_bias(**operation.statistics, before=before.channels)
+                    operation.bias = whole.view_as(operation.bias)
+        return [operation for operation in self.all if operation not in swallowed]
+
+    # --- names ----------------------------------------------------------------------------------------------
+
+    def _enter(self, name: str, module: nn.Module, _: Any) -> None:
+        self._calls.append((self._unique(name), not list(module.children())))
+
+    def _leave(self, *_: Any) -> None:
+        self._calls.pop()
+
+    def _unique(self, name: str) -> str:
+        self._count[name] += 1
+        return name if self._count[name] == 1 else f"{name}:{self._count[name]}"
+
+    def _name(self, function: str) -> str:
+        """The module's name for the first operation of a leaf; otherwise with the function's name behind it."""
+        path, leaf = self._calls[-1] if self._calls else ("", False)
+        if leaf and all(operation.name != path for operation in self.all):
+            return path
+        return self._unique(f"{path}.{function.strip('_')}".lstrip("."))
+
+    # --- operations -----------------------------------------------------------------------------------------
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        operands = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        for operand in operands:
+            self.check_seen(operand)
+        dependent = [operand for operand in operands if self.depends(operand)]
+        if not dependent:
+            return function(*args, **kwargs)
+        call = Call(function, getattr(function, "__name__", str(function)), args, kwargs, operands)
+        changed = call.changed()
+        rule = self._rule(call)
+        given = call if changed is None or rule != self._linearise else self._with_copy(call, changed)
+        versions = [operand._version for operand in dependent]
+        returned = function(*args, **kwargs)
+        if changed is None and versions != [operand._version for operand in dependent]:
+            raise UserError(
+                f"{self._name(call.name)} changes its input in place, unseen; call the form that returns a new tensor"
+            )
+        outputs = tree_leaves(returned if changed is None else changed)
+        if any(map(_differentiable, outputs)):
+            for maker in {self._makers[id(operand)] for operand in dependent if id(operand) in self._makers}:
+                maker.uses += 1
+            operations = rule(given, outputs) if rule else [None] * len(outputs)
+            for output, operation in zip(outputs, operations, strict=True):
+                if _differentiable(output):
+                    self._record(output, operation, call.name, in_place=changed is not None)
+        return returned
+
+    def _rule(self, call: Call) -> Any:
+        """The method that computes the biases of a call; None where there are none."""
+        floating = [operand for operand in call.operands if operand.is_floating_point()]
+        varying = sum(map(self.depends, floating))
+        if varying == len(floating) and (call.name in HOMOGENEOUS or (call.name in SUMS and varying == len(call.args))):
+            return None
+        if varying > 1:
+            return self._linearise
+        if call.name in MULTILINEAR or (call.name in DIVISIONS and self.depends(call.args[0]) and not call.kwargs):
+            return None
+        if call.name in AFFINE:
+            return self._affine
+        return self._linearise if call.statistics() is None else self._norm
+
+    def _affine(self, call: Call, outputs: list[Any]) -> list[Operation | None]:
+        bias = call.kwargs.get("bias", call.args[2] if len(call.args) > 2 else None)
+        shaped = bias if bias is None or call.name == "linear" else bias.view(-1, *[1] * (outputs[0].ndim - 2))
+        return [Operation(self._name(call.name), "affine", shaped, channels=bias)]
+
+    def _norm(self, call: Call, outputs: list[Any]) -> list[Operation | None]:
+        statistics = call.statistics() or {}
+        before = self._makers.get(id(statistics.pop("input")))
+        if before and (before.kind != "affine" or outputs[0].ndim == 3):  # a linear layer's channels are last, a norm's second
+            before = None
+        bias = norm_bias(**statistics).view(-1, *[1] * (outputs[0].ndim - 2))
+        return [Operation(self._name(call.name), "norm", bias, statistics=statistics, before=before)]
+
+    def _linearise(self, call: Call, outputs: list[Any]) -> list[Operation | None]:
+        """b = y - J z of any operation."""
+        try:
+            images = self._by_reverse_mode(call) if self._differentiable else self._by_forward_mode(call)
+        except RuntimeError as error:
+            why = str(error).splitlines()[0]
+            raise UserError(f"the bias of {self._name(call.name)} can't be computed: {why}") from None
+        operations: list[Operation | None] = []
+        for output, image in zip(outputs, images, strict=True):
+            operations.append(None)
+            if _differentiable(output):
+                value = output if self._differentiable else output.detach()
+                bias = value.clone() if image is None else value - image
+                if bias.any():
+                    operations[-1] = Operation(self._name(call.name), "other", bias)
+        return operations
+
+    def _by_forward_mode(self, call: Call) -> list[Tensor | None]:
+        """J z for each output: the operation is evaluated once more, on dual numbers whose tangent is the operand itself."""
+
+        def dual(leaf: Any) -> Any:
+            if not self.depends(leaf):
+                return leaf
+            value = leaf.detach()
+            tangent = torch.zeros_like(value) if id(leaf) in self._constant else value.clone()
+            return forward_ad.make_dual(value, tangent)  # type: ignore[no-untyped-call]
+
+        try:
+            with torch.no_grad(), forward_ad.dual_level():
+                outputs = call.with_arguments(dual).outputs()
+                return [_tangent(leaf) for leaf in outputs]
+        except NotImplementedError:
+            return [image if image is None else image.detach() for image in self._by_reverse_mode(call)]
+
+    def _by_reverse_mode(self, call: Call) -> list[Tensor | None]:
+        """The same, differentiable: d/du <J'u, z>, which is J z, at u = 0."""
+        operands, changed = list[Tensor](), call.changed()
+
+        def copied(leaf: Any) -> Any:  # what is in the network may be changed in place later
+            if not self.depends(leaf) or id(leaf) in self._constant:
+                return leaf
+            operands.append(leaf.clone() if leaf.requires_grad else leaf.clone().requires_grad_())
+            return operands[-1].clone() if leaf is changed else operands[-1]
+
+        with torch.enable_grad():
+            images: list[Tensor | None] = []
+            for output in call.with_arguments(copied).outputs():
+                if not _differentiable(output):
+                    images.append(None)
+                    continue
+                u = torch.zeros_like(output, requires_grad=True)
+                products = torch.autograd.grad(output, operands, u, create_graph=True, allow_unused=True)
+                paired = [(product, z) for product, z in zip(products, operands, strict=True) if product is not None]
+                sums, values = [product for product, _ in paired], [z for _, z in paired]
+                images.append(torch.autograd.grad(sums, u, values, create_graph=True)[0] if paired else None)
+        return images
+
+    def _record(self, output: Tensor, operation: Operation | None, name: str, *, in_place: bool) -> None:
+        if name in PLANAR and output.ndim == 4:
+            self.grids.add(tuple(output.shape[-2:]))
+        base = output._base if in_place and output._is_view() else None
+        for tensor in (output,) if base is None else (output, base):
+            self._dependent[id(tensor)] = tensor
+            self._makers.pop(id(tensor), None)
+        if operation is None:
+            return
+        self.all.append(operation)
+        self._makers[id(output)] = operation
+        if base is None:
+            output.register_hook(partial(_keep, operation))  # type: ignore[no-untyped-call]
+            return
+        # What changed is the tensor behind the view, and later operations may take it through any other view.
+        operation.bias = _behind(operation.bias, output, base)
+        base.register_hook(partial(_keep, operation))  # type: ignore[no-untyped-call]
+
+    def _with_copy(self, call: Call, changed: Tensor) -> Call:
+        """The call with a copy of the tensor that it is going to change."""
+        copy = changed.clone() if self._differentiable else changed.detach().clone()
+        if not self.depends(changed):
+            self._constant.add(id(copy))
+        self._dependent[id(copy)] = copy
+        return call.with_arguments(lambda leaf: copy if leaf is changed else leaf)
+
+    def check_seen(self, operand: Tensor) -> None:
+        """Raises UserError for a value that was computed from the images by something that is no torch function."""
+        if operand.grad_fn is None or self.depends(operand):
+            return
+        nodes, seen = [operand.grad_fn], set()
+        while nodes:
+            node = nodes.pop()
+            if getattr(node, "variable", None) is self._images:
+                where = f" of {self._calls[-1][0]}" if self._calls and self._calls[-1][0] else ""
+                raise UserError(
+                    f"{operand.grad_fn.name().removesuffix('Backward')}, whose value is an input{where}, is no torch function: "
+                    f"its bias can't be computed. Write it with torch's own functions (no autograd.Function, no TorchScript)"
+                )
+            seen.add(node)
+            nodes += [below for below, _ in node.next_functions if below is not None and below not in seen]
+
+
+# --- calls ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of a torch function."""
+
+    function: Any
+    name: str
+    args: Any
+    kwargs: Any
+    operands: list[Tensor]
+
+    def with_arguments(self, change: Any) -> Call:
+        """The same call with each leaf of its arguments replaced by `change(leaf)`."""
+        args, kwargs = tree_map(change, (self.args, self.kwargs))
+        return replace(self, args=args, kwargs=kwargs)
+
+    def outputs(self) -> list[Any]:
+        """Calls. Returns the leaves of what it returns, or the tensor that it changes."""
+        returned = self.function(*self.args, **self.kwargs)
+        changed = self.changed()
+        return tree_leaves(returned if changed is None else changed)
+
+    def changed(self) -> Tensor | None:
+        """The tensor that the call changes in place or writes to, if it does."""
+        if isinstance(self.kwargs.get("out"), Tensor):
+            written: Tensor = self.kwargs["out"]
+            return written
+        first = self.args[0] if self.args else self.kwargs.get("input")
+        method = self.name == "__setitem__" or (self.name.endswith("_") and not self.name.endswith("__"))
+        if method or _named_arguments(self).get("inplace"):
+            assert isinstance(first, Tensor)
+            return first
+        return None
+
+    def statistics(self) -> dict[str, Any] | None:
+        """Of a batch normalisation by running statistics: its input, and what `norm_bias` takes. None for other calls."""
+        if self.name not in ("batch_norm", "normalise"):
+            return None
+        given = _named_arguments(self)
+        if given.get("training") or given.get("running_mean") is None or given.get("running_var") is None:
+            return None
+        names = {"input": "input", "mean": "running_mean", "variance": "running_var", "weight": "weight", "bias": "bias"}
+        return {key: given.get(name) for key, name in names.items()} | {"eps": given.get("eps", 1e-5)}
+
+
+def _named_arguments(call: Call) -> dict[str, Any]:
+    """The arguments by their names, as far as these are known: those of builtin functions are not."""
+    code = getattr(call.function, "__code__", None)
+    names = code.co_varnames[: code.co_argcount] if code else ()
+    return dict(zip(names, call.args, strict=False)) | call.kwargs
+
+
+def _differentiable(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.requires_grad
+
+
+def _tangent(leaf: Any) -> Tensor | None:
+    return forward_ad.unpack_dual(leaf).tangent if isinstance(leaf, Tensor) and leaf.is_floating_point() else None  # type: ignore[no-untyped-call]
+
+
+def _keep(operation: Operation, gradient: Tensor) -> None:
+    operation.gradient = gradient
+
+
+def _behind(bias: Tensor | None, view: Tensor, base: Tensor) -> Tensor | None:
+    """The bias of a view as one of the tensor behind it, zero elsewhere."""
+    if bias is None:
+        return None
+    whole = torch.zeros_like(base)
+    whole.as_strided(view.size(), view.stride(), view.storage_offset() - base.storage_offset()).copy_(bias)
+    return whole

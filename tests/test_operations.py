@@ -1,0 +1,373 @@
+"""Full-gradients of any network: each operation's bias against finite differences, completeness, and what is refused."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.nn import functional
+
+from gradexp import gradients, layers
+from gradexp.base.errors import UserError
+
+CHANNELS, SIZE = 4, 6
+
+
+def parameter(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.randn(*shape, dtype=torch.float64))
+
+
+class Operation(nn.Module):
+    """x (B, 4, 6, 6) -> the same shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = parameter(CHANNELS, CHANNELS, 3, 3), parameter(CHANNELS)
+        self.mean, self.variance = parameter(CHANNELS), nn.Parameter(torch.rand(CHANNELS, dtype=torch.float64) + 0.5)
+        self.conv = nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1).double()
+        self.norm = nn.BatchNorm2d(CHANNELS).double()
+        self.attention = nn.MultiheadAttention(CHANNELS, 2, batch_first=True).double()
+
+    def statistics(self) -> tuple[Tensor, Tensor]:
+        return self.mean.detach(), self.variance.detach()
+
+
+def squeeze_and_excite(op: Operation, x: Tensor) -> Tensor:
+    return x * torch.sigmoid(op.conv(x.mean((2, 3), keepdim=True)))
+
+
+def in_place(op: Operation, x: Tensor) -> Tensor:
+    y = op.conv(x)
+    y += x
+    y.mul_(2)
+    y.add_(1.5)
+    return y.relu_()
+
+
+def part_in_place(op: Operation, x: Tensor) -> Tensor:
+    y = op.conv(x)
+    y[:, :2] = torch.tanh(y[:, :2])
+    y[:, 2] += 0.7
+    y[:, 3].exp_()
+    return y
+
+
+def into_zeros(op: Operation, x: Tensor) -> Tensor:
+    y = torch.ones_like(x)
+    y[:, :3] = x[:, 1:].square()
+    return y
+
+
+def token(op: Operation, x: Tensor) -> Tensor:
+    tokens = x.flatten(2).transpose(1, 2)
+    tokens = torch.cat([op.bias.expand(len(x), 1, CHANNELS), tokens], 1)
+    mixed, _ = op.attention(tokens, tokens, tokens)
+    return (tokens + mixed)[:, 1:].transpose(1, 2).reshape(x.shape)
+
+
+def fused_attention(op: Operation, x: Tensor) -> Tensor:
+    tokens = x.flatten(2).transpose(1, 2)
+    return functional.scaled_dot_product_attention(tokens, 2 * tokens, tokens).transpose(1, 2).reshape(x.shape)
+
+
+def standardised(op: Operation, x: Tensor) -> Tensor:
+    weight = (op.weight - op.weight.mean((1, 2, 3), keepdim=True)) / op.weight.std((1, 2, 3), keepdim=True)
+    return functional.conv2d(input=x, weight=weight, bias=op.bias, padding=1)
+
+
+def gated(op: Operation, x: Tensor) -> Tensor:
+    left, right = op.conv(x).chunk(2, 1)
+    return torch.cat([left * right.sigmoid(), right], 1)
+
+
+def twice(op: Operation, x: Tensor) -> Tensor:
+    return op.conv(torch.relu(op.conv(x)))
+
+
+def also_used_raw(op: Operation, x: Tensor) -> Tensor:
+    y = op.conv(x)
+    return op.norm(y) + y
+
+
+OPERATIONS: dict[str, Callable[[Operation, Tensor], Tensor]] = {
+    "called with a keyword": lambda op, x: op.conv(input=x),
+    "convolution and normalisation": lambda op, x: op.norm(op.conv(x)),
+    "convolution used beside its normalisation": also_used_raw,
+    "functional normalisation": lambda op, x: functional.batch_norm(x, *op.statistics(), op.mean, op.bias),
+    "normalisation by the batch": lambda op, x: functional.instance_norm(x, weight=op.mean, bias=op.bias),
+    "layer norm": lambda op, x: functional.layer_norm(x, x.shape[1:]),
+    "group norm": lambda op, x: functional.group_norm(x, 2, op.mean, op.bias),
+    "local response": lambda op, x: functional.local_response_norm(x, 3),
+    "softplus": lambda op, x: functional.softplus(x, beta=2),
+    "gelu": lambda op, x: functional.gelu(x),
+    "hardswish": lambda op, x: functional.hardswish(x, inplace=False),
+    "silu in place": lambda op, x: functional.silu(op.conv(x), inplace=True),
+    "relu6 in place": lambda op, x: functional.hardtanh(op.conv(x), 0.0, 1.0, True),
+    "clamp": lambda op, x: op.conv(x).clamp(-0.3, 0.4),
+    "softmax": lambda op, x: x.softmax(1),
+    "product": lambda op, x: op.conv(x) * x,
+    "product of three": lambda op, x: torch.einsum("bchw,bchw,bchw->bchw", x, op.conv(x), x),
+    "quotient": lambda op, x: x / (1 + op.conv(x).square()),
+    "normalised": lambda op, x: x / x.norm(dim=1, keepdim=True),
+    "reciprocal": lambda op, x: 1 / (2 + x.tanh()),
+    "constants": lambda op, x: (3 - 2 * x) / 4 + 5,
+    "power": lambda op, x: x**3,
+    "added parameter": lambda op, x: x + op.bias.view(-1, 1, 1),
+    "prelu": lambda op, x: functional.prelu(x, op.bias),
+    "maximum with a constant": lambda op, x: torch.maximum(x, torch.full_like(x, 0.2)),
+    "where": lambda op, x: torch.where(x > 0, x.sin(), x),
+    "padding with ones": lambda op, x: functional.conv2d(functional.pad(x, (1, 1, 1, 1), value=1.0), op.weight),
+    "resized": lambda op, x: functional.interpolate(functional.max_pool2d(x, 2), scale_factor=2.0, mode="bilinear"),
+    "squeeze and excite": squeeze_and_excite,
+    "in place": in_place,
+    "in place in a part": part_in_place,
+    "written into ones": into_zeros,
+    "class token and attention": token,
+    "fused attention": fused_attention,
+    "standardised weights": standardised,
+    "gated": gated,
+    "module called twice": twice,
+    "detached": lambda op, x: x * x.detach().sigmoid() + x.detach(),
+    "detached only": lambda op, x: x + x.detach().square(),
+    "chosen by the data": lambda op, x: x.exp() if float(x[0, 0, 0, 0].detach()) < 1e9 else x,
+}
+
+
+class Chain(nn.Module):
+    """A convolution, the operation, and a linear layer."""
+
+    def __init__(self, function: Callable[[Operation, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(2, CHANNELS, 3, padding=1)
+        self.operation = Operation()
+        self.last = nn.Linear(CHANNELS * SIZE * SIZE, 3)
+        self.function = function
+        self.between: tuple[Tensor, Tensor] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        given = self.first(x)
+        made = _Called()(self.operation, self.function, given)
+        self.between = (given, made)
+        return self.last(made.flatten(1))  # type: ignore[no-any-return]
+
+
+class _Called(nn.Module):
+    def forward(self, operation: Operation, function: Callable[[Operation, Tensor], Tensor], x: Tensor) -> Tensor:
+        return function(operation, x)
+
+
+def chain(name: str) -> tuple[Chain, Tensor, Tensor]:
+    torch.manual_seed(0)
+    model = Chain(OPERATIONS[name]).double().eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean = torch.randn(CHANNELS, dtype=torch.float64)
+            module.running_var = torch.rand(CHANNELS, dtype=torch.float64) + 0.5
+    return model, torch.randn(3, 2, SIZE, SIZE, dtype=torch.float64), torch.tensor([0, 1, 2])
+
+
+@pytest.mark.parametrize("separate", [False, True], ids=["merged", "separate"])
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_the_bias_of_an_operation_is_what_finite_differences_leave(name: str, separate: bool) -> None:
+    """b = y - J z with J z = d/dk op(k z) at k = 1; the bias-gradients of all that is inside add up to ∂f/∂y · b.
+
+    What a network detaches counts as a constant: its values are held while z is scaled.
+    """
+    model, images, labels = chain(name)
+    full = gradients.full_gradient(model, images, labels, separate=separate)
+    assert float(full.error().max()) < 1e-9, name
+
+    output = model(images).gather(1, labels[:, None]).sum()
+    assert model.between is not None
+    given, made = model.between
+    slope = torch.autograd.grad(output, made)[0]
+    found = full.total() - (full.input * full.images).flatten(1).sum(1)
+    if "detached" in name or not separate:
+        return
+    ends = [full.biases[layer].flatten(1).sum(1) for layer in ("first", "last")]
+    with torch.no_grad():
+        step, z = 1e-5, given.clone()
+        scaled = [model.function(model.operation, (1 + sign * step) * z) for sign in (1, -1)]
+        bias = made - (scaled[0] - scaled[1]) / (2 * step)
+    expected = (slope * bias).flatten(1).sum(1)
+    torch.testing.assert_close(found - ends[0] - ends[1], expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["in place in a part", "class token and attention", "softplus", "product"])
+def test_full_gradients_of_any_operation_are_differentiable(name: str) -> None:
+    """The derivative of the sum of all terms is that of the output: for the parameters, and for the images."""
+    model, images, labels = chain(name)
+    full = gradients.full_gradient(model, images, labels, differentiable=True)
+    weights = [model.first.weight, model.operation.conv.weight, model.last.weight, full.images]
+    ours = torch.autograd.grad(full.total().sum(), weights, retain_graph=True, allow_unused=True)
+    theirs = torch.autograd.grad(full.output.sum(), weights, allow_unused=True)
+    for mine, wanted in zip(ours, theirs, strict=True):
+        assert (mine is None) == (wanted is None)
+        if mine is not None:
+            torch.testing.assert_close(mine, wanted)
+
+
+def test_operations_are_named_by_module_and_function() -> None:
+    full = gradients.full_gradient(*chain("squeeze and excite"))
+    assert list(full.biases) == ["first", "operation.conv", "sigmoid", "mul", "last"]
+    full = gradients.full_gradient(*chain("module called twice"))
+    assert list(full.biases) == ["first", "operation.conv", "operation.conv:2", "last"]
+    assert full.nonlinear == frozenset()
+
+
+def test_tokens_and_channels_last_are_planes_and_the_class_token_is_none() -> None:
+    model = torchvision.models.VisionTransformer(8, 4, 1, 2, 8, 16, num_classes=3).double().eval()
+    for value in model.parameters():
+        nn.init.normal_(value, std=0.3)
+    full = gradients.full_gradient(model, torch.randn(2, 3, 8, 8).double(), torch.tensor([0, 1]))
+    planes = full.planes()
+    ln = "encoder.layers.encoder_layer_0.ln_1"
+    assert planes[ln].shape == (2, 8, 2, 2)
+    torch.testing.assert_close(planes[ln][:, :, 0, 1], full.biases[ln][:, 2])  # token 0 is the class's
+    whole = torch.stack([each.flatten(1).sum(1) for each in (full.input * full.images, *planes.values())]).sum(0)
+    torch.testing.assert_close(whole + full.outside(), full.output)
+
+    class Last(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm, self.head = nn.Conv2d(3, 5, 1), nn.LayerNorm(5), nn.Linear(5, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.norm(self.conv(x).permute(0, 2, 3, 1)).mean((1, 2)))  # type: ignore[no-any-return]
+
+    full = gradients.full_gradient(Last().double().eval(), torch.randn(2, 3, 4, 6).double(), torch.tensor([0, 1]))
+    assert full.biases["norm"].shape == (2, 4, 6, 5)
+    assert full.planes()["norm"].shape == (2, 5, 4, 6)
+
+
+def test_images_that_share_an_axis_with_windows_or_stand_second_are_kept_apart() -> None:
+    class Windows(nn.Module):
+        """Windows in front of the images (w B), tokens in front of them (N, B), and rows mixed into the batch."""
+
+        def __init__(self, order: str) -> None:
+            super().__init__()
+            self.order, self.linear, self.head = order, nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            size = len(x)
+            tokens = x.flatten(2)  # (B, 3, N)
+            if self.order == "batch first":
+                mixed = torch.tanh(self.linear(tokens.transpose(1, 2).reshape(-1, 3))).unflatten(0, (size, -1)).mean(1)
+            elif self.order == "batch second":
+                mixed = torch.tanh(self.linear(tokens.permute(2, 0, 1))).mean(0)
+            else:
+                mixed = torch.tanh(self.linear(tokens.permute(2, 0, 1).reshape(-1, 3))).unflatten(0, (-1, size)).mean(0)
+            return self.head(mixed)  # type: ignore[no-any-return]
+
+    for order in ("batch first", "batch second", "batch last"):
+        torch.manual_seed(0)
+        model, images = Windows(order).double().eval(), torch.randn(3, 3, 2, 3).double()
+        whole = gradients.full_gradient(model, images, torch.tensor([0, 1, 1]))
+        assert float(whole.error().max()) < 1e-12, order
+        for i in range(3):
+            alone = gradients.full_gradient(model, images[i : i + 1], torch.tensor([0, 1, 1])[i : i + 1])
+            for name, values in alone.biases.items():
+                torch.testing.assert_close(whole.biases[name][i].flatten().sum(), values.sum())
+
+
+# --- what is around a call --------------------------------------------------------------------------------
+
+
+def small() -> tuple[nn.Module, Tensor, Tensor]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Softplus(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(36, 3))
+    return model.eval(), torch.randn(2, 3, 8, 8), torch.tensor([0, 1])
+
+
+@pytest.mark.parametrize("switch", [torch.no_grad, torch.inference_mode], ids=lambda switch: switch.__name__)
+def test_gradients_under_modes_that_record_nothing(switch: Any) -> None:
+    model, images, labels = small()
+    expected = gradients.full_gradient(model, images, labels), gradients.input_gradient(model, images, labels)
+    with switch():
+        made_inside = images + 0
+        for given in (images, made_inside):
+            full = gradients.full_gradient(model, given, labels)
+            torch.testing.assert_close(full.biases, expected[0].biases)
+            torch.testing.assert_close(gradients.input_gradient(model, given, labels), expected[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_and_autocast_are_complete_to_their_own_rounding(dtype: torch.dtype) -> None:
+    model, images, labels = small()
+    with torch.autocast("cpu", dtype=dtype):
+        gradients.full_gradient(model, images, labels)  # a warning is an error in these tests
+    full = gradients.full_gradient(model.to(dtype), images.to(dtype), labels)
+    assert not full.inexact().any()
+
+
+@pytest.mark.parametrize("fast", [False, True], ids=["stock", "fast"])
+def test_wrapped_models_are_looked_into(fast: bool) -> None:
+    model, images, labels = small()
+    model = layers.accelerate(model) if fast else model
+    expected = gradients.full_gradient(model, images, labels).biases
+    compiled: Any = torch.compile(model, backend="eager")
+    for wrapped in (nn.DataParallel(model), compiled, nn.Sequential(compiled, nn.Identity()).eval()):
+        biases = gradients.full_gradient(wrapped, images, labels).biases
+        torch.testing.assert_close(list(biases.values()), list(expected.values()))
+
+
+def test_no_hook_and_no_mode_survives_even_an_error() -> None:
+    model, images, labels = small()
+    model.append(nn.Linear(7, 2).eval())
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        gradients.full_gradient(model, images, labels)
+    assert torch.overrides._get_current_function_mode() is None
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+class Square(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return 2 * ctx.saved_tensors[0] * g
+
+
+class Unseen(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return Square.apply(x)  # type: ignore[no-any-return]
+
+
+def test_what_is_no_torch_function_is_refused_by_name() -> None:
+    model, images, labels = small()
+    model[2] = Unseen().eval()  # type: ignore[index]
+    with pytest.raises(UserError, match=r"Square.*input of 3, is no torch function.*no autograd.Function"):
+        gradients.full_gradient(model, images, labels)
+    scripted = torch.jit.trace(small()[0], images)  # type: ignore[no-untyped-call]
+    with pytest.raises(UserError, match="is no torch function"):
+        gradients.full_gradient(nn.Sequential(scripted).eval(), images, labels)
+
+
+class Tupled(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x.flatten(1), x
+
+
+def test_models_that_return_no_logits_are_told_what_is_wanted() -> None:
+    for call in (gradients.full_gradient, gradients.input_gradient):
+        with pytest.raises(UserError, match=r"returns a tuple, where logits \(B, K\)"):
+            call(Tupled().eval(), torch.randn(1, 3, 2, 2), torch.tensor([0]))
+
+
+class Noisy(nn.Module):
+    """Other noise in each evaluation: no affine map of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.rrelu(x, 0.1, 0.9, training=True)
+
+
+def test_a_sum_that_misses_the_output_is_a_warning() -> None:
+    model, images, labels = small()
+    model[2] = Noisy().eval()  # type: ignore[index]
+    with pytest.warns(UserWarning, match="the full-gradients of Sequential sum up to"):
+        gradients.full_gradient(model, 10 * images, labels)
