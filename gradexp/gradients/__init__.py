@@ -1,13 +1,16 @@
 """Gradients of a classifier: at its input, at its layers, and full-gradients; fast or differentiable, as they are asked for."""
 
-from gradexp.gradients.capture import attention_map, captured, channel_sum, evaluating, precise
-from gradexp.gradients.full import FullGradient, full_gradient
+from gradexp.gradients.capture import as_plane, attention_map, captured, channel_sum, evaluating, halved, precise
+from gradexp.gradients.full import FullGradient, full_gradient, plain
 from gradexp.gradients.inputs import (
     INPUT,
     SCALARS,
     TARGETS,
     angle,
     check_third_derivatives,
+    checked_logits,
+    constant,
+    differentiable_anyway,
     exact_trace,
     gradient_of,
     gradient_of_values,
@@ -18,7 +21,7 @@ from gradexp.gradients.inputs import (
     scalar,
     taylor_trace,
 )
-from gradexp.gradients.layers import NORMS, Layer, biases_of, effective_bias, find_layer, last_features, layer_bias
+from gradexp.gradients.layers import NORMS, Layer, biases_of, effective_bias, find_layer, last_features, last_tokens, layer_bias
 
 __all__ = [
     "INPUT",
@@ -28,11 +31,15 @@ __all__ = [
     "FullGradient",
     "Layer",
     "angle",
+    "as_plane",
     "attention_map",
     "biases_of",
     "captured",
     "channel_sum",
     "check_third_derivatives",
+    "checked_logits",
+    "constant",
+    "differentiable_anyway",
     "effective_bias",
     "evaluating",
     "exact_trace",
@@ -41,11 +48,14 @@ __all__ = [
     "gradient_of",
     "gradient_of_values",
     "gradients_of",
+    "halved",
     "hutchinson_trace",
     "input_gradient",
     "last_features",
+    "last_tokens",
     "layer_bias",
     "loss_gradient",
+    "plain",
     "precise",
     "scalar",
     "taylor_trace",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -69,3 +70,29 @@ def channel_sum(values: Tensor) -> Tensor:
 def precise(values: Tensor) -> Tensor:
     """At least float32: squares of bf16 numbers lose what a loss needs, float64 stays as it is."""
     return values if values.dtype == torch.float64 else values.float()
+
+
+TOKENS = 8  # at most so many tokens without a place (class, registers) in front of those of a grid
+
+
+def as_plane(values: Tensor, sizes: Collection[tuple[int, ...]]) -> Tensor | None:
+    """(B, c, h, w), (B, h, w, c) or (B, N, c) with N tokens -> (B, c, h, w). None for what lies in none of these sizes."""
+    if values.ndim == 4 and tuple(values.shape[2:]) in sizes:
+        return values
+    if values.ndim == 4 and tuple(values.shape[1:3]) in sizes:
+        return values.permute(0, 3, 1, 2)
+    if values.ndim == 3:
+        extra = {size: values.shape[1] - math.prod(size) for size in sizes}
+        fitting = [size for size in extra if 0 <= extra[size] <= TOKENS]
+        if fitting:
+            size = min(fitting, key=lambda size: extra[size])
+            return values[:, extra[size] :].transpose(1, 2).unflatten(2, size)  # type: ignore[no-untyped-call]
+    return None
+
+
+def halved(grid: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """The grid, and those of every second row and column of it, again and again; one position alone is no plane."""
+    h, w = grid
+    while h * w > 1:
+        yield h, w
+        h, w = -(-h // 2), -(-w // 2)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -13,10 +12,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gradexp.base.errors import UserError
+from gradexp.gradients.capture import as_plane, halved
 from gradexp.gradients.inputs import checked_logits, constant, differentiable_anyway, gradient_of, scalar
 from gradexp.gradients.operations import Operations
-
-TOKENS = 8  # at most so many tokens without a place (class, registers) in front of those of a grid
 
 
 @dataclass(frozen=True)
@@ -46,8 +44,8 @@ class FullGradient:
 
     def planes(self, values: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Those of `values` (default: the bias-gradients) that lie in a plane, as (B, c, h, w): maps and grids of tokens."""
-        sizes = {tuple(self.images.shape[-2:])}.union(*map(_halved, self.grids))
-        found = {name: _plane(value, sizes) for name, value in (self.biases if values is None else values).items()}
+        sizes = {tuple(self.images.shape[-2:])}.union(*map(halved, self.grids))
+        found = {name: as_plane(value, sizes) for name, value in (self.biases if values is None else values).items()}
         return {name: plane for name, plane in found.items() if plane is not None}
 
     def outside(self) -> Tensor:
@@ -194,26 +192,3 @@ def _by_image(values: Tensor, batch: int) -> Tensor | None:
 def _sum(values: Tensor) -> Tensor:
     """(B, ...) -> (B,), at least in float32."""
     return values.flatten(1).sum(1, dtype=torch.promote_types(values.dtype, torch.float32))
-
-
-def _plane(values: Tensor, sizes: set[tuple[int, ...]]) -> Tensor | None:
-    """(B, c, h, w), (B, h, w, c) or (B, N, c) with N tokens -> (B, c, h, w). None for what lies in none of these sizes."""
-    if values.ndim == 4 and tuple(values.shape[2:]) in sizes:
-        return values
-    if values.ndim == 4 and tuple(values.shape[1:3]) in sizes:
-        return values.permute(0, 3, 1, 2)
-    if values.ndim == 3:
-        extra = {size: values.shape[1] - math.prod(size) for size in sizes}
-        fitting = [size for size in extra if 0 <= extra[size] <= TOKENS]
-        if fitting:
-            size = min(fitting, key=lambda size: extra[size])
-            return values[:, extra[size] :].transpose(1, 2).unflatten(2, size)  # type: ignore[no-untyped-call]
-    return None
-
-
-def _halved(grid: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """The grid, and those of every second row and column of it, again and again; one position alone is no plane."""
-    h, w = grid
-    while h * w > 1:
-        yield h, w
-        h, w = -(-h // 2), -(-w // 2)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gradexp.base.errors import UserError, nearest
-from gradexp.gradients.capture import evaluating, precise
+from gradexp.gradients.capture import as_plane, evaluating, halved, precise
 from gradexp.gradients.operations import norm_bias
 from gradexp.layers import ranks
 
@@ -156,15 +156,7 @@ def last_features(model: nn.Module, images: Tensor, smallest: int) -> str:
     normalisation's output is the map, or the convolution's. images (B, C, H, W): any, of the right size. Raises UserError
     where no convolution has such a map.
     """
-    calls: list[_Call] = []
-    wanted = (nn.Conv2d, *NORMS, *ACTIVATIONS)
-
-    def keep(name: str, module: nn.Module, given: Tensor, output: Tensor) -> None:
-        calls.append(_Call(name, module, given, output))
-
-    hooks: dict[str, Hook] = {name: partial(keep, name) for name, module in model.named_modules() if isinstance(module, wanted)}
-    with evaluating(model), torch.no_grad(), _hooked(model, hooks):
-        model(images)
+    calls = _calls(model, images, (nn.Conv2d, *NORMS, *ACTIVATIONS))
     sizes = [tuple(call.output.shape[-2:]) if isinstance(call.module, nn.Conv2d) else (0, 0) for call in calls]
     large = [i for i, size in enumerate(sizes) if min(size) >= max(1, smallest)]
     if not large:
@@ -177,6 +169,38 @@ def last_features(model: nn.Module, images: Tensor, smallest: int) -> str:
     norm = next((call for call in after[:1] if call.given is convolution.output and isinstance(call.module, NORMS)), None)
     same = [call for call in after if isinstance(call.module, ACTIVATIONS) and call.output.shape == convolution.output.shape]
     return (same or [norm or convolution])[0].name
+
+
+def last_tokens(model: nn.Module, images: Tensor) -> list[str]:
+    """The normalisations behind the last convolution whose outputs are tokens of a grid, the last one first.
+
+    Tokens are (B, N, D), or (B, h, w, D) on a coarser grid than the last convolution's; none for a network without attention.
+    """
+    calls = _calls(model, images, (nn.Conv2d, nn.LayerNorm))
+    last = max((i for i, call in enumerate(calls) if isinstance(call.module, nn.Conv2d)), default=-1)
+    if last < 0:
+        return []
+    size = tuple(calls[last].output.shape[-2:])
+    sizes = set(halved(size))
+    behind = [
+        call
+        for call in calls[last + 1 :]
+        if as_plane(call.output, sizes if call.output.ndim == 3 else sizes - {size}) is not None
+    ]
+    return [call.name for call in reversed(behind)]
+
+
+def _calls(model: nn.Module, images: Tensor, kinds: tuple[type[nn.Module], ...]) -> list[_Call]:
+    """The calls of modules of these kinds in a forward pass in eval mode."""
+    calls: list[_Call] = []
+
+    def keep(name: str, module: nn.Module, given: Tensor, output: Tensor) -> None:
+        calls.append(_Call(name, module, given, output))
+
+    hooks: dict[str, Hook] = {name: partial(keep, name) for name, module in model.named_modules() if isinstance(module, kinds)}
+    with evaluating(model), torch.no_grad(), _hooked(model, hooks):
+        model(images)
+    return calls
 
 
 class _Taker(NamedTuple):

@@ -23,31 +23,41 @@ from gradexp.layers.batch_norm import BatchNorm
 from gradexp.layers.convolution import Convolution
 from gradexp.layers.pooling import MaxPool
 from gradexp.layers.softplus import Softplus
+from gradexp.layers.twice import Attention, Hardsigmoid
 
-__all__ = ["BatchNorm", "Convolution", "MaxPool", "Softplus", "accelerate", "only_inputs"]
+__all__ = ["Attention", "BatchNorm", "Convolution", "Hardsigmoid", "MaxPool", "Softplus", "accelerate", "only_inputs"]
 
 FAST: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv2d: Convolution,
     nn.BatchNorm2d: BatchNorm,
     nn.MaxPool2d: MaxPool,
     nn.Softplus: Softplus,
+    nn.Hardsigmoid: Hardsigmoid,
+    nn.MultiheadAttention: Attention,
 }
 
 # Stock layers whose double backward is first-order work already.
-PLAIN = (nn.ReLU, nn.Linear, nn.Dropout, nn.Identity, nn.Flatten, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
+PLAIN = (
+    *(nn.ReLU, nn.ReLU6, nn.Hardswish, nn.SiLU, nn.GELU, nn.Sigmoid, nn.Linear, nn.LayerNorm, nn.Dropout, nn.Identity),
+    *(nn.Flatten, nn.AvgPool2d, nn.AdaptiveAvgPool2d),
+)
 
 
 def accelerate(model: nn.Module) -> nn.Module:
     """Gives the layers of `model` fast double backward passes, in place; layers it does not know keep autograd's.
 
-    The layers' classes change, their parameters, buffers, hooks and names do not. Returns `model`.
+    The layers' classes change, their parameters, buffers, hooks and names do not. Layers that torch differentiates once
+    (Hardsigmoid, nn.MultiheadAttention with its fused kernels) become differentiable twice; an attention that calls
+    scaled_dot_product_attention itself needs `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)` around the forward pass. Returns
+    `model`.
     """
     unknown: set[str] = set()
     for module in model.modules():
-        if type(module) in FAST:
-            module.__class__ = FAST[type(module)]
-        elif not list(module.children()) and type(module) not in (*FAST.values(), *PLAIN):
-            unknown.add(type(module).__name__)
+        kind = type(module)
+        if kind in FAST:
+            module.__class__ = FAST[kind]
+        elif kind.__module__.startswith("torch.nn") and not list(module.children()) and kind not in PLAIN:
+            unknown.add(kind.__name__)
     if unknown:
         logging.getLogger(__name__).warning(
             "autograd's own double backward for %s: exact, but slower", ", ".join(sorted(unknown))

@@ -21,7 +21,7 @@ CHUNK = 256 * 32 * 32
 class InputGradient(Saliency):
     """∇ₓf (Simonyan et al., 2013). channels: `abs`, `sum` (signed), `square` or `std`."""
 
-    channels: str
+    channels: str = "abs"
 
     def map(self, model: nn.Module, images: Tensor, labels: Tensor | None) -> Tensor:
         return over_channels(_input_gradient(model, images, labels), self.channels)
@@ -31,7 +31,7 @@ class InputGradient(Saliency):
 class GradientTimesInput(Saliency):
     """∇ₓf ⊙ x, the first term of Eq. 3.1. channels as for InputGradient."""
 
-    channels: str
+    channels: str = "abs"
 
     def map(self, model: nn.Module, images: Tensor, labels: Tensor | None) -> Tensor:
         return over_channels(_input_gradient(model, images, labels) * images, self.channels)
@@ -44,8 +44,8 @@ class IntegratedGradients(Saliency):
     steps: of the Gauss-Legendre quadrature. channels as for InputGradient.
     """
 
-    steps: Count
-    channels: str
+    steps: Count = 50
+    channels: str = "abs"
 
     def map(self, model: nn.Module, images: Tensor, labels: Tensor | None) -> Tensor:
         baseline = torch.as_tensor(self.black, device=images.device, dtype=images.dtype).expand(images.shape)
@@ -68,9 +68,9 @@ class SmoothGrad(Saliency):
     without noise.
     """
 
-    samples: Count
-    sigma: NonNegative
-    channels: str
+    samples: Count = 50
+    sigma: NonNegative = 0.15
+    channels: str = "abs"
     units: str = "normalised"
     mean_of = "smoothgrad"
     power = 1
@@ -78,10 +78,11 @@ class SmoothGrad(Saliency):
     def map(self, model: nn.Module, images: Tensor, labels: Tensor | None) -> Tensor:
         # Captum's noise has one standard deviation for the whole batch: so the noise is added in units of each
         # image's range, and the model is given the images in their own units again.
-        span = value_range(images, self.units, self)
-        tunnel = attr.NoiseTunnel(attr.Saliency(lambda units, span: model(units * span)))
+        precise = gradients.precise(images)  # Captum draws noise in float32 at least
+        span = value_range(precise, self.units, self)
+        tunnel = attr.NoiseTunnel(attr.Saliency(lambda units, span: model((units * span).to(images.dtype))))
         values = tunnel.attribute(
-            images / span,
+            precise / span,
             nt_type=self.mean_of,
             nt_samples=self.samples,
             nt_samples_batch_size=max(1, CHUNK // images[:, 0].numel()),
@@ -105,27 +106,42 @@ class SmoothGradSquared(SmoothGrad):
 class GradCAM(Saliency):
     """Feature maps weighted by their mean gradients, positive part, upsampled (Selvaraju et al., 2017).
 
-    layer: the module whose output is used; None for the last convolution's map behind its normalisation and activation.
+    layer: the module whose output is used, a map or tokens of a grid; None for the last convolution's map behind its
+    normalisation and activation or, in a network with attention, the last normalised tokens that the output depends on.
     smallest: of the convolutions whose map has at least so many rows and columns (gradients.last_features).
     """
 
     layer: str | None = None
-    smallest: Count = 1
+    smallest: Count = 2
 
     def map(self, model: nn.Module, images: Tensor, labels: Tensor | None) -> Tensor:
-        target = predicted(model, images, labels)
-        maps = attr.LayerGradCam(model, self.module(model, images)).attribute(images, target=target, relu_attributions=True)
-        if maps.ndim != 4:
-            raise UserError(f"saliency.layer={self.layer}: its output is no map; choose a layer with rows and columns")
-        return upsample(maps, images.shape[-2:])
+        classes, images = predicted(model, images, labels), images.detach().requires_grad_()
+        names = self.layers(model, images)
+        with gradients.captured(model, names) as outputs:
+            logits = gradients.checked_logits(model(images))
+        slopes = gradients.gradients_of(logits, outputs, classes, target="label", differentiable=False)
+        pairs = [(self.plane(outputs[name], images), self.plane(slopes[name], images)) for name in names]
+        features, slope = next(((features, slope) for features, slope in pairs if slope.any()), pairs[-1])
+        return upsample((slope.mean((2, 3), keepdim=True) * features).sum(1, keepdim=True).relu(), images.shape[-2:])
 
-    def module(self, model: nn.Module, images: Tensor) -> nn.Module:
-        """The module whose output is used."""
+    def plane(self, values: Tensor, images: Tensor) -> Tensor:
+        """A layer's values as (B, c, h, w)."""
+        height, width = images.shape[-2:]
+        plane = gradients.as_plane(values, {(height // stride, width // stride) for stride in range(1, min(height, width))})
+        if plane is None and values.ndim == 4:
+            return values
+        if plane is None:
+            raise UserError(f"saliency.layer={self.layer}: its output is no map; choose a layer with rows and columns")
+        return plane
+
+    def layers(self, model: nn.Module, images: Tensor) -> list[str]:
+        """The modules of which the first one is used whose map or tokens the output depends on."""
         modules = dict(model.named_modules())
-        name = gradients.last_features(model, images[:1], self.smallest) if self.layer is None else self.layer
-        if name not in modules:
-            raise UserError(f"saliency.layer={name}: the model has no such module; it has {', '.join(modules)}")
-        return modules[name]
+        if self.layer is None:
+            return gradients.last_tokens(model, images[:1]) or [gradients.last_features(model, images[:1], self.smallest)]
+        if self.layer not in modules:
+            raise UserError(f"saliency.layer={self.layer}: the model has no such module; it has {', '.join(modules)}")
+        return [self.layer]
 
 
 def _input_gradient(model: nn.Module, images: Tensor, labels: Tensor | None) -> Tensor:

@@ -17,15 +17,16 @@ from gradexp.saliency.psi import check, psi
 
 @dataclass(frozen=True, kw_only=True)
 class FullGrad(Saliency):
-    """S = ψ(∇ₓf ⊙ x) + Σ_layers Σ_channels ψ(f^b), over the layers whose biases lie in a plane (Eq. 3.2).
+    """S = ψ(∇ₓf ⊙ x) + Σ_layers Σ_channels ψ(f^b), over the operations whose biases lie in a plane (Eq. 3.2).
 
-    psi: the steps of ψ (gradexp/saliency/psi.py). separate: a map a module; otherwise a convolution and its batch
-    normalisation share one. With [abs, rescale, upsample] and without `separate` it is the author's code of December 2019;
-    what he released last is ReferenceFullGrad.
+    For any network of torch functions (gradexp.gradients.full_gradient); tokens of a grid are a plane. psi: the steps of ψ
+    (gradexp/saliency/psi.py). separate: a map a module; otherwise a convolution and its batch normalisation share one. With
+    [abs, rescale, upsample] and without `separate` it is the author's code of December 2019; what he released last is
+    ReferenceFullGrad.
     """
 
-    psi: Sequence[str]
-    separate: bool
+    psi: Sequence[str] = ("abs", "rescale", "upsample")
+    separate: bool = False
 
     def __post_init__(self) -> None:
         check(self.psi)
@@ -46,13 +47,19 @@ class FullGrad(Saliency):
         with evaluating(model):
             return self.full_gradient(model, images, checked(model, images, target)).error()
 
+    def share_without_place(self, model: nn.Module, images: Tensor, target: Tensor | int | None = None) -> Tensor:
+        """The part of f(x) that the map can't show, relative to f(x): the bias-gradients that lie in no plane. (B,)."""
+        with evaluating(model):
+            full = self.full_gradient(model, images, checked(model, images, target))
+        return full.outside() / full.output
+
     def full_gradient(self, model: nn.Module, images: Tensor, labels: Tensor | None) -> FullGradient:
         target = "top" if labels is None else "label"
         labels = images.new_zeros(len(images), dtype=torch.long) if labels is None else labels
         return gradients.full_gradient(model, images, labels, target=target, separate=self.separate)
 
     def terms(self, model: nn.Module, images: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
-        """What ψ is applied to. Biases of fully-connected layers lie in no plane, and are left out."""
+        """What ψ is applied to. Biases of linear layers and class tokens lie in no plane, and are left out."""
         full = self.full_gradient(model, images, labels)
         return {gradients.INPUT: full.input * full.images, **full.planes(self.of_biases(full))}
 
@@ -79,8 +86,8 @@ class SmoothFullGrad(FullGrad):
     samples, sigma, units: as for SmoothGrad. The author's release, whose idea it is, is ReferenceSmoothFullGrad.
     """
 
-    samples: Count
-    sigma: NonNegative
+    samples: Count = 25
+    sigma: NonNegative = 0.15
     units: str = "normalised"
 
     def terms(self, model: nn.Module, images: Tensor, labels: Tensor | None) -> dict[str, Tensor]:

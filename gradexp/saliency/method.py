@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from gradexp import gradients
 from gradexp.base.errors import UserError
-from gradexp.gradients import evaluating
 
 UNITS = ("normalised", "raw")
 
@@ -33,8 +33,9 @@ class Saliency(ABC):
         from torch's generator. Raises UserError for a target out of range, images that do not fit the model, and a
         map that is not finite.
         """
-        with evaluating(model), torch.enable_grad():
-            images = images.detach()
+        model = gradients.plain(model)
+        with gradients.evaluating(model), gradients.differentiable_anyway():
+            images = gradients.constant(images)
             saliency = self.map(model, images, checked(model, images, target)).detach()
         if not saliency.isfinite().all():
             raise UserError(
@@ -62,7 +63,7 @@ def checked(model: nn.Module, images: Tensor, target: Tensor | int | None) -> Te
         raise UserError(f"target has shape {tuple(labels.shape)}: give one class, or one an image, ({len(images)},)")
     labels = labels.expand(len(images))
     with torch.no_grad():
-        classes = model(images[:1]).shape[1]
+        classes = gradients.checked_logits(model(images[:1])).shape[1]
     wrong = labels[(labels < 0) | (labels >= classes)]
     if len(wrong):
         raise UserError(f"target={int(wrong[0])}: the model has classes 0 to {classes - 1}")
@@ -74,7 +75,7 @@ def predicted(model: nn.Module, images: Tensor, labels: Tensor | None) -> Tensor
     if labels is not None:
         return labels
     with torch.no_grad():
-        return model(images).argmax(1)
+        return gradients.checked_logits(model(images)).argmax(1)
 
 
 def value_range(images: Tensor, units: str, method: Saliency) -> Tensor:
