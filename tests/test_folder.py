@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_pictures import DAMAGES, damage
 
 from gradexp.base.errors import UserError
 from gradexp.data import folder
@@ -164,6 +165,23 @@ def test_corrupt_files_are_named_and_counted(root: Path) -> None:
     assert data.fingerprint()["corrupt_images"] == 2
     with pytest.raises(UserError, match="per_class=4"):
         scenes(root, skip=True, per_class=4).train_loader(batch_size=2, device="cpu")
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_damage_of_any_kind_is_named_and_left_out(root: Path, kind: str) -> None:
+    damage(root / "mit_scenes" / "Images" / "bar" / "bar_1.jpg", kind)
+    with pytest.raises(UserError, match=r"1 of 12 images can't be decoded:\n.*bar_1\.jpg \(.+\)"):
+        scenes(root).train_loader(batch_size=2, device="cpu")
+    assert scenes(root, skip=True).train_loader(batch_size=2, device="cpu").count == 11
+
+
+def test_a_file_that_is_damaged_later_is_named(root: Path) -> None:
+    for kind in ("chunk type", "words"):
+        loader = scenes(root, skip=True).train_loader(batch_size=2, device="cpu")
+        damage(root / "mit_scenes" / "Images" / "bar" / "bar_1.jpg", kind)
+        with pytest.raises(UserError, match=r"bar_1\.jpg can't be read any more"):
+            list(loader)
+        photograph(root / "mit_scenes" / "Images" / "bar" / "bar_1.jpg")
 
 
 def test_a_file_that_vanishes_later_is_named(root: Path) -> None:

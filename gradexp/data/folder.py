@@ -23,7 +23,7 @@ from torch import Tensor
 
 from gradexp.base.errors import UserError
 from gradexp.base.files import write_atomically
-from gradexp.data import subsets
+from gradexp.data import pictures, subsets
 from gradexp.data.dataset import ImageData
 from gradexp.data.loader import Batch, Loader
 
@@ -189,7 +189,7 @@ class FileLoader(Loader):
         file = self.root / self.names[row]
         try:
             return window(file, size=self.size, resize=self.resize, place=place, mirrored=view >= side**2)
-        except OSError as error:
+        except pictures.UnreadableError as error:
             raise UserError(f"{file} can't be read any more ({error}); put it back and run again") from None
 
 
@@ -199,9 +199,7 @@ def window(file: Path, *, size: int, resize: int, place: tuple[float, float], mi
     place: (row, column) of the window, as fractions of what there is to choose from. What lies outside the window is not
     resized, and a large JPEG is decoded at a half, a quarter or an eighth of its size where that is enough.
     """
-    with Image.open(file) as picture:
-        picture.draft("RGB", (resize, resize))
-        image = picture.convert("RGB")
+    image = pictures.decode(file, short=resize)
     short = min(image.size)
     box: list[list[float]] = []
     for length, part in zip(image.size, place[::-1], strict=True):
@@ -250,9 +248,7 @@ def _examine(file: Path) -> tuple[str, str]:
     """(digest of the bytes, "") of an image that can be decoded, ("", why) of another."""
     try:
         content = file.read_bytes()
-        with Image.open(io.BytesIO(content)) as picture:
-            picture.draft("RGB", (1, 1))  # an eighth of the size shows as well whether the stream is whole
-            picture.convert("RGB")
-    except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error, ...
-        return "", str(error).splitlines()[0] if str(error) else type(error).__name__
+        pictures.decode(io.BytesIO(content), short=1)  # an eighth of the size shows as well whether the stream is complete
+    except (OSError, pictures.UnreadableError) as error:
+        return "", str(error)
     return hashlib.sha1(content).hexdigest()[:16], ""
