@@ -148,8 +148,10 @@ class ImageData:
         return TensorLoader(split, indices, batch_size=batch_size, mean=mean, std=std, device=device, seed=self.seed, **options)
 
     def fingerprint(self) -> dict[str, Any]:
-        """What a record says of its data: contents, subset and counts."""
+        """Contents, subset and counts, for the record of a run. Raises UserError where packed data lacks one of the images."""
         (train, chosen), (test, evaluated) = self._training, self._testing
+        train.rows(chosen)
+        test.rows(evaluated)
         return {
             "name": self.name,
             "train": train.fingerprint,

@@ -215,22 +215,23 @@ def window(file: Path, *, size: int, resize: int, place: tuple[float, float], mi
 
 
 def checked(files: Files, name: str, cache: Path, *, skip: bool) -> Files:
-    """The files that can be decoded, with digests of their bytes. Every file is read once; the findings are kept.
+    """The files that can be decoded, with digests of their bytes. Every file is read once; what was seen is kept.
 
+    A file is examined again when its size or a time of its last change (of the contents, of the entry) is another.
     Raises UserError naming those that can't be decoded, unless they are to be skipped.
     """
     stats = [(files.root / file).stat() for file in files.names]
-    stamp = [str(files.root), files.names.tolist(), [[stat.st_size, stat.st_mtime_ns] for stat in stats]]
-    key = hashlib.sha256(json.dumps(stamp).encode()).hexdigest()[:12]
+    stamps = [[stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns] for stat in stats]
+    key = hashlib.sha256(json.dumps([str(files.root), files.names.tolist(), stamps]).encode()).hexdigest()[:12]
     kept = cache / "data" / f"{name}-{key}.json"
     kept.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(f"{kept}.lock"):
-        if not kept.exists():
+        if (found := _kept(kept)) is None:
             print(f"{name}: checking {len(files.names)} images (once)", flush=True)
             with ThreadPool(THREADS) as pool:
                 found = pool.map(_examine, [files.root / file for file in files.names])
-            write_atomically(kept, json.dumps(found).encode())
-    found = json.loads(kept.read_text())
+            content = json.dumps(found)
+            write_atomically(kept, f"{_digest(content)}\n{content}".encode())
     good = np.array([bool(digest) for digest, _ in found])
     if not good.all() and not skip:
         bad = [f"  {files.root / file} ({why})" for file, (digest, why) in zip(files.names, found, strict=True) if not digest]
@@ -242,6 +243,19 @@ def checked(files: Files, name: str, cache: Path, *, skip: bool) -> Files:
         )
     digests = np.array([digest for digest, _ in found])[good]
     return Files(files.root, files.names[good], files.labels[good], digests, corrupt=int((~good).sum()))
+
+
+def _kept(file: Path) -> Any:
+    """What an earlier check saw; None where no file has it, or a damaged one."""
+    try:
+        digest, _, content = file.read_text().partition("\n")
+    except (OSError, ValueError):
+        return None
+    return json.loads(content) if digest == _digest(content) else None
+
+
+def _digest(content: str) -> str:
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def _examine(file: Path) -> tuple[str, str]:
