@@ -92,7 +92,7 @@ class FolderData(ImageData, ABC):
         return torch.tensor(self.mean), torch.tensor(self.std)
 
     def fingerprint(self) -> dict[str, Any]:
-        """What a record says of the splits that were opened (the test split, where none was)."""
+        """Contents and counts, for the record of a run, of the splits that were opened (of the test split where none was)."""
         facts: dict[str, Any] = {"name": self.name}
         if "train" in self._opened:
             train, chosen = self._training
@@ -215,7 +215,7 @@ def window(file: Path, *, size: int, resize: int, place: tuple[float, float], mi
 
 
 def checked(files: Files, name: str, cache: Path, *, skip: bool) -> Files:
-    """The files that can be decoded, with digests of their bytes. Every file is read once; what was seen is kept.
+    """The files that can be decoded, with digests of their bytes. Every file is read once; the results are cached.
 
     A file is examined again when its size or a time of its last change (of the contents, of the entry) is another.
     Raises UserError naming those that can't be decoded, unless they are to be skipped.
@@ -226,27 +226,27 @@ def checked(files: Files, name: str, cache: Path, *, skip: bool) -> Files:
     kept = cache / "data" / f"{name}-{key}.json"
     kept.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(f"{kept}.lock"):
-        if (found := _kept(kept)) is None:
+        if (results := _cached(kept)) is None:
             print(f"{name}: checking {len(files.names)} images (once)", flush=True)
             with ThreadPool(THREADS) as pool:
-                found = pool.map(_examine, [files.root / file for file in files.names])
-            content = json.dumps(found)
+                results = pool.map(_examine, [files.root / file for file in files.names])
+            content = json.dumps(results)
             write_atomically(kept, f"{_digest(content)}\n{content}".encode())
-    good = np.array([bool(digest) for digest, _ in found])
+    good = np.array([bool(digest) for digest, _ in results])
     if not good.all() and not skip:
-        bad = [f"  {files.root / file} ({why})" for file, (digest, why) in zip(files.names, found, strict=True) if not digest]
+        bad = [f"  {files.root / file} ({why})" for file, (digest, why) in zip(files.names, results, strict=True) if not digest]
         raise UserError(
-            f"{name}: {len(bad)} of {len(found)} images can't be decoded:\n"
+            f"{name}: {len(bad)} of {len(results)} images can't be decoded:\n"
             + "\n".join(bad[:10] + [f"  and {len(bad) - 10} more"] * (len(bad) > 10))
             + "\nFetch them again, or leave them out: data.skip_corrupt=true (in an upstream run, "
             + "+upstream.NAME.data.skip_corrupt=true, with its name there)"
         )
-    digests = np.array([digest for digest, _ in found])[good]
+    digests = np.array([digest for digest, _ in results])[good]
     return Files(files.root, files.names[good], files.labels[good], digests, corrupt=int((~good).sum()))
 
 
-def _kept(file: Path) -> Any:
-    """What an earlier check saw; None where no file has it, or a damaged one."""
+def _cached(file: Path) -> Any:
+    """The results of an earlier check; None where they are missing or damaged."""
     try:
         digest, _, content = file.read_text().partition("\n")
     except (OSError, ValueError):
