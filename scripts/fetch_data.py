@@ -1,17 +1,20 @@
-"""python scripts/fetch_data.py mit_scenes: fetches a data set that has no loader with a download of its own, and verifies it.
+"""python scripts/fetch_data.py mit_scenes: downloads a data set that torchvision does not download, and verifies it.
 
-What cannot be fetched is named with the place to put it; run it again, and it goes on from there. CIFAR and MNIST are fetched
-at their first use; ImageNet is never downloaded.
+What can't be downloaded is named with the folder to put it into; run the command again, and it goes on from there. CIFAR and
+MNIST are downloaded at their first use; ImageNet is never downloaded.
 """
 
 import argparse
+import contextlib
 import hashlib
 import shutil
 import tarfile
 import urllib.request
+from http.client import HTTPException
 from pathlib import Path, PurePosixPath
 
 from gradexp.base.errors import UserError, nearest
+from gradexp.base.files import draft_of, put
 from gradexp.engine.assemble import declare_data
 from gradexp.engine.compose import compose_run
 from gradexp.engine.exits import FIXES, honest
@@ -33,11 +36,10 @@ CHUNK = 2**20  # bytes
 def mit_scenes(paths: Paths, mirror: str | None, unverified: bool) -> None:
     """The published archive and its two lists, under mit_scenes/ in the data root. Raises UserError naming what is missing."""
     home = paths.data / "mit_scenes"
-    home.mkdir(parents=True, exist_ok=True)
     extracted = (home / "Images").exists()
     wanted = [name for name in MIT_SCENES if not (extracted and name == ARCHIVE)]
     troubles = [trouble for name in wanted if (trouble := fetch(name, home, mirror))]
-    for name in wanted:  # also what was there already: a file that was refused stays refused
+    for name in wanted:  # also files of an earlier download: one that was refused stays refused
         if (home / name).exists():
             verify(home / name, MIT_SCENES[name][1], unverified)
     if troubles:
@@ -49,28 +51,34 @@ def mit_scenes(paths: Paths, mirror: str | None, unverified: bool) -> None:
     print(f"MIT Scenes is in {home}: {counts[0]} + {counts[1]} images of {data.classes} classes, all of which can be decoded")
 
 
-HELP = """Put what is missing into {home}, from wherever you have it, and run this again:
+HELP = """Put what is missing into {home} and run this again:
   indoorCVPR_09.tar (2.4 GB; or the folder Images/ that it holds), TrainImages.txt, TestImages.txt
-or name an address (or file:///FOLDER) under which these three lie: --from ADDRESS"""
+or name an address (or file:///FOLDER) that has these three: --from ADDRESS"""
 
 
 def fetch(name: str, home: Path, mirror: str | None) -> str | None:
-    """Downloads a file that is not there yet; what stood in the way, if something did."""
+    """Downloads a missing file; returns what went wrong, None otherwise. A download that fails leaves nothing behind."""
     file, address = home / name, f"{mirror.rstrip('/')}/{name}" if mirror else MIT_SCENES[name][0]
     if file.exists():
         return None
-    part = file.with_suffix(".part")
+    made = [folder for folder in (home, *home.parents) if not folder.exists()]
+    draft = draft_of(file)
     try:
         print(f"fetching {address}", flush=True)
-        with urllib.request.urlopen(address, timeout=60) as source, part.open("wb") as target:
+        with urllib.request.urlopen(address, timeout=60) as source, draft.open("wb") as target:
             shutil.copyfileobj(source, target, CHUNK)
             expected = source.headers.get("Content-Length")
             if expected and target.tell() != int(expected):
                 raise OSError(f"it broke off after {target.tell()} of {expected} bytes")
-        part.replace(file)
-    except (OSError, ValueError) as error:  # URLError is an OSError; ValueError: no address
-        part.unlink(missing_ok=True)
+        put(draft, file)
+    except (OSError, ValueError, HTTPException) as error:  # URLError is an OSError; ValueError: no address
         return f"  {address}: {error}"
+    finally:
+        draft.unlink(missing_ok=True)
+        if not file.exists():
+            with contextlib.suppress(OSError):  # not empty: another process uses it
+                for folder in made:
+                    folder.rmdir()
     return None
 
 
@@ -79,15 +87,14 @@ def verify(file: Path, checksum: str, unverified: bool) -> None:
         found = hashlib.file_digest(content, "md5").hexdigest()
     if found != checksum and not unverified:
         raise UserError(
-            f"{file} has the MD5 sum {found}, known is {checksum}: delete it and run this again, "
-            f"or take it as it is: --unverified"
+            f"{file} has the MD5 sum {found}, expected {checksum}: delete it and run this again, or use it all the same with "
+            f"--unverified"
         )
 
 
 def extract(archive: Path, home: Path) -> None:
-    """The archive's folder Images/, wherever in the archive it lies."""
-    draft = home / "Images.part"
-    shutil.rmtree(draft, ignore_errors=True)
+    """Extracts the folder Images/, at whatever depth of the archive it is."""
+    draft = draft_of(home / "Images")
     print(f"extracting {archive}", flush=True)
     try:
         with tarfile.open(archive) as content:
@@ -96,13 +103,15 @@ def extract(archive: Path, home: Path) -> None:
                 if member.isfile() and "Images" in parts:
                     member.name = "/".join(parts[parts.index("Images") + 1 :])
                     content.extract(member, draft, filter="data")
+        if not draft.exists():
+            raise UserError(f"{archive} holds no folder Images/; delete it and run this again")
+        draft.rename(home / "Images")
     except (tarfile.TarError, OSError) as error:
-        if isinstance(error, OSError) and error.errno in FIXES:  # the archive may be well
+        if isinstance(error, OSError) and error.errno in FIXES:  # the archive may be intact
             raise
         raise UserError(f"{archive} can't be extracted ({error}); delete it and run this again") from None
-    if not draft.exists():
-        raise UserError(f"{archive} holds no folder Images/; delete it and run this again")
-    draft.rename(home / "Images")
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
     print(f"{archive} is not needed any more")
 
 
@@ -113,14 +122,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("name", help=", ".join(FETCHERS))
     parser.add_argument(
-        "--from", dest="mirror", metavar="ADDRESS", help="where the files lie, if not where they were published"
+        "--from", dest="mirror", metavar="ADDRESS", help="where the files are, if not at their published addresses"
     )
     parser.add_argument("--unverified", action="store_true", help="take files whose checksum is not the known one")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="of paths, such as paths.data=FOLDER")
     given = parser.parse_args()
     with honest():
         if given.name not in FETCHERS:
-            raise UserError(f"{given.name} can't be fetched{nearest(given.name, FETCHERS)} There is: {', '.join(FETCHERS)}")
+            raise UserError(f"{given.name} can't be fetched{nearest(given.name, FETCHERS)} Expected: {', '.join(FETCHERS)}")
         FETCHERS[given.name](Paths.of(compose_run(["experiment=teacher", *given.set])), given.mirror, given.unverified)
 
 

@@ -19,7 +19,8 @@ from gradexp.data.digits import Digits
 from gradexp.data.imagenet import ImageNet
 from gradexp.data.loader import TensorLoader, TrainingStream
 from gradexp.data.sources import Layout, Split
-from gradexp.engine.compose import plan
+from gradexp.engine.compose import compose_run, plan
+from gradexp.engine.run import ROOT, Paths
 
 LAYOUT = Layout("toy", "Toy", classes=2, channels=3, size=8, image_column="img", label_column="label", torchvision="CIFAR10")
 
@@ -132,19 +133,71 @@ def test_no_source_lists_all_that_was_tried(tmp_path: Path) -> None:
         assert part in str(caught.value)
 
 
-def test_torchvision_files_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def as_torchvision(monkeypatch: pytest.MonkeyPatch, fails: str = "") -> None:
+    """torchvision's CIFAR10 with a download of our own, which may fail half-way, or leave files that can't be read."""
+
     class Fake:
         base_folder = "fake"
 
         def __init__(self, root: str, train: bool, download: bool) -> None:
-            assert not download, "the files are there"
+            file = Path(root) / "fake" / "batch"
+            if download and not file.exists():
+                file.parent.mkdir()
+                (Path(root) / "archive.tar.gz").write_bytes(b"half")
+                if fails == "half-way":
+                    raise RuntimeError("connection reset")
+                file.write_bytes(b"half" if fails == "unreadable" else b"whole")
+            if not file.exists() or file.read_bytes() != b"whole":
+                raise RuntimeError("Dataset not found or corrupted")
             self.data = np.random.default_rng(train).integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
             self.targets = [0, 1, 1, 0]
 
     monkeypatch.setattr("torchvision.datasets.CIFAR10", Fake)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_torchvision_files_are_read_or_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: bool) -> None:
+    as_torchvision(monkeypatch)
+    if there:
+        (tmp_path / "fake").mkdir()
+        (tmp_path / "fake" / "batch").write_bytes(b"whole")
     splits = sources.load(LAYOUT, tmp_path, tmp_path / "cache")
     assert splits["train"].images.shape == (4, 3, 8, 8)
     assert sorted(splits["train"].labels) == [0, 0, 1, 1]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["cache", "fake"]
+
+
+@pytest.mark.parametrize("fails", ["half-way", "unreadable"])
+def test_a_failed_download_leaves_nothing_and_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str
+) -> None:
+    root = tmp_path / "data"
+    root.mkdir()
+    as_torchvision(monkeypatch, fails)
+    with pytest.raises(UserError, match=r"torchvision's download into .*data \((connection reset|Dataset not found)"):
+        sources.load(LAYOUT, root, tmp_path / "cache")
+    assert not list(root.iterdir())
+    as_torchvision(monkeypatch)
+    assert sources.load(LAYOUT, root, tmp_path / "cache")
+
+
+def test_files_that_a_killed_download_left_are_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    as_torchvision(monkeypatch)
+    (tmp_path / "fake").mkdir()
+    (tmp_path / "fake" / "batch").write_bytes(b"half")
+    (tmp_path / "fake" / "notes.txt").write_text("of the user's")
+    sources.load(LAYOUT, tmp_path, tmp_path / "cache")
+    assert (tmp_path / "fake" / "batch").read_bytes() == b"whole"
+    assert (tmp_path / "fake" / "notes.txt").exists()
+
+
+def test_an_empty_data_root_is_unset(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not the repository, below which a failed download would leave a folder."""
+    monkeypatch.setenv("GRADEXP_DATA", "")
+    for words in ([], ["paths.data="], ["paths.data=''"]):
+        assert Paths.of(compose_run(["experiment=teacher", *words])).data == ROOT / "data"
+    monkeypatch.delenv("GRADEXP_DATA")
+    assert Paths.of(compose_run(["experiment=teacher"])).data == ROOT / "data"
 
 
 # --- subsets ----------------------------------------------------------------------------------------------

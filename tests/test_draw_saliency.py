@@ -166,26 +166,6 @@ def test_the_galleries_have_as_many_images_as_figure_3_4_shows(scale: str) -> No
 # --- python -m gradexp.saliency ---------------------------------------------------------------------------
 
 
-def test_pictures_of_any_mode_are_read(tmp_path: Path) -> None:
-    pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 4), dtype=np.uint8)
-    pixels[:10, :, 3] = 0  # transparent: becomes white
-    Image.fromarray(pixels).save(tmp_path / "rgba.png")
-    Image.fromarray(pixels[..., 0]).save(tmp_path / "grey.png")
-    Image.fromarray(pixels[:1, :1]).save(tmp_path / "one.png")
-    (tmp_path / "words.png").write_text("no picture")
-    ramp = np.linspace(0, 2**16 - 1, 400).astype(np.uint16).reshape(20, 20)
-    Image.fromarray(ramp).save(tmp_path / "deep.png")
-    Image.fromarray(ramp.astype(np.float32) - 1e5).save(tmp_path / "float.tiff")
-    assert (np.asarray(explain.read(tmp_path / "rgba.png"))[:10] == 255).all()
-    assert explain.read(tmp_path / "grey.png").mode == "RGB"
-    assert np.abs(np.asarray(explain.read(tmp_path / "deep.png"))[..., 0] - ramp / 257).max() <= 0.5
-    with pytest.raises(UserError, match="8 or 16 bits"):
-        explain.read(tmp_path / "float.tiff")
-    for name, message in (("one.png", "at least 8x8"), ("words.png", "can't be read"), ("absent.png", "can't be read")):
-        with pytest.raises(UserError, match=message):
-            explain.read(tmp_path / name)
-
-
 def test_a_published_network_explains_a_picture_without_its_data_set(
     tmp_path: Path, places: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

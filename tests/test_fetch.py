@@ -2,9 +2,11 @@
 
 import errno
 import hashlib
+import http.server
 import importlib.util
 import io
 import tarfile
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -98,3 +100,61 @@ def test_a_full_disk_is_not_blamed_on_the_archive(tmp_path: Path, mirror: Path, 
     monkeypatch.setattr(tarfile.TarFile, "extract", full)
     with pytest.raises(OSError, match="No space left"):
         script.mit_scenes(paths(tmp_path), mirror.as_uri(), False)
+
+
+class Cut(http.server.BaseHTTPRequestHandler):
+    """Closes the connection in the middle of each file, however its length is declared."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        if "chunked" in self.path:
+            self.send_header("Transfer-Encoding", "chunked")
+            self.end_headers()
+            self.wfile.write(b"100\r\nhalf")
+        elif "length" in self.path:
+            self.send_header("Content-Length", "100")
+            self.end_headers()
+            self.wfile.write(b"half")
+        else:
+            self.wfile.write(b"no header ends")
+        self.close_connection = True
+
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize("how", ["chunked", "length", "header", "no server", "no address"])
+def test_a_download_that_fails_leaves_nothing(tmp_path: Path, script: Any, how: str) -> None:
+    with http.server.ThreadingHTTPServer(("localhost", 0), Cut) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = {"no server": "http://localhost:1", "no address": "nowhere"}.get(
+            how, f"http://localhost:{server.server_port}/{how}"
+        )
+        with pytest.raises(UserError, match="not everything could be fetched") as caught:
+            script.mit_scenes(paths(tmp_path), address, False)
+        server.shutdown()
+    assert f"{address}/TestImages.txt: " in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+def test_an_interrupted_download_leaves_nothing(
+    tmp_path: Path, mirror: Path, script: Any, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(script.shutil, "copyfileobj", interrupted)
+    with pytest.raises(error):
+        script.mit_scenes(paths(tmp_path), mirror.as_uri(), False)
+    assert not (tmp_path / "data").exists()
+
+
+def test_an_archive_that_is_cut_off_leaves_no_images(tmp_path: Path, mirror: Path, script: Any) -> None:
+    archive = mirror / "indoorCVPR_09.tar"
+    archive.write_bytes(archive.read_bytes()[:-30000])
+    with pytest.raises(UserError, match="can't be extracted"):
+        script.extract(archive, tmp_path / "home")
+    assert not list((tmp_path / "home").iterdir())

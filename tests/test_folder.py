@@ -1,5 +1,6 @@
 """Data sets of image files: what is decoded, what is checked, what is refused."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_pictures import DAMAGES, damage
 
 from gradexp.base.errors import UserError
 from gradexp.data import folder
@@ -164,6 +166,49 @@ def test_corrupt_files_are_named_and_counted(root: Path) -> None:
     assert data.fingerprint()["corrupt_images"] == 2
     with pytest.raises(UserError, match="per_class=4"):
         scenes(root, skip=True, per_class=4).train_loader(batch_size=2, device="cpu")
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_damage_of_any_kind_is_named_and_left_out(root: Path, kind: str) -> None:
+    damage(root / "mit_scenes" / "Images" / "bar" / "bar_1.jpg", kind)
+    with pytest.raises(UserError, match=r"1 of 12 images can't be decoded:\n.*bar_1\.jpg \(.+\)"):
+        scenes(root).train_loader(batch_size=2, device="cpu")
+    assert scenes(root, skip=True).train_loader(batch_size=2, device="cpu").count == 11
+
+
+def test_a_file_that_is_damaged_later_is_named(root: Path) -> None:
+    for kind in ("chunk type", "words"):
+        loader = scenes(root, skip=True).train_loader(batch_size=2, device="cpu")
+        damage(root / "mit_scenes" / "Images" / "bar" / "bar_1.jpg", kind)
+        with pytest.raises(UserError, match=r"bar_1\.jpg can't be read any more"):
+            list(loader)
+        photograph(root / "mit_scenes" / "Images" / "bar" / "bar_1.jpg")
+
+
+@pytest.mark.parametrize("damage", ["a flipped bit", "cut off", "empty", "no UTF-8"])
+def test_a_damaged_note_of_the_check_is_made_again(root: Path, damage: str, capsys: pytest.CaptureFixture[str]) -> None:
+    first = scenes(root).fingerprint()
+    (note,) = (root / "cache" / "data").glob("mit_scenes-test-*.json")
+    content = note.read_bytes()
+    damaged = {
+        "a flipped bit": content[:-20] + bytes([content[-20] ^ 1]) + content[-19:],
+        "cut off": content[:-20],
+        "empty": b"",
+        "no UTF-8": b"\xff" + content,
+    }
+    note.write_bytes(damaged[damage])
+    assert scenes(root).fingerprint() == first
+    assert note.read_bytes() == content
+    assert capsys.readouterr().out.count("checking") == 2
+
+
+def test_contents_that_change_behind_the_same_time_are_noticed(root: Path) -> None:
+    file = root / "mit_scenes" / "Images" / "bar" / "bar_4.jpg"
+    first, stat, content = scenes(root).fingerprint(), file.stat(), bytearray(file.read_bytes())
+    content[-30] ^= 1
+    file.write_bytes(content)
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert scenes(root, skip=True).fingerprint() != first
 
 
 def test_a_file_that_vanishes_later_is_named(root: Path) -> None:

@@ -16,7 +16,9 @@ class CIFAR10(ImageData):
         image_column="img",
         label_column="label",
         torchvision="CIFAR10",
+        images=(50_000, 10_000),
+        names=("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
     )
 
     def names(self) -> Sequence[str]:
-        return ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+        return self.layout.names

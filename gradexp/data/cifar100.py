@@ -25,7 +25,9 @@ class CIFAR100(ImageData):
         image_column="img",
         label_column="fine_label",
         torchvision="CIFAR100",
+        images=(50_000, 10_000),
+        names=tuple(name.replace("_", " ") for name in NAMES.split()),  # the fine labels
     )
 
     def names(self) -> Sequence[str]:
-        return [name.replace("_", " ") for name in NAMES.split()]  # the fine labels
+        return self.layout.names

@@ -1,4 +1,4 @@
-"""What every data set shares: splits, normalisation, subsets, loaders."""
+"""The base class of data sets: splits, normalisation, subsets, loaders."""
 
 from __future__ import annotations
 
@@ -98,29 +98,29 @@ class ImageData:
 
     @property
     def statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """What is subtracted from pixels in [0, 1], and what they are then divided by; (C,) each."""
+        """Mean and standard deviation by which pixels in [0, 1] are normalised; (C,) each."""
         if self.normalise == "none":
             return torch.zeros(self.channels), torch.ones(self.channels)
         return self.colours
 
     def names(self) -> Sequence[str]:
-        """What all classes are called, in the order of their labels; nothing where the data set has no names."""
+        """Names of all classes in the order of their labels; empty where the data set has none."""
         return ()
 
     def class_names(self, labels: Sequence[int]) -> list[str]:
-        """What the classes of these labels are called; their numbers where they have no names."""
+        """Names of the classes of these labels; their numbers where they have no names."""
         original = [self.only_classes[label] if self.only_classes is not None else label for label in labels]
         names = self.names()
         return [names[label] if names else str(label) for label in original]
 
     @property
     def black(self) -> torch.Tensor:
-        """What a black pixel is after normalisation; (C, 1, 1)."""
+        """The value of a black pixel after normalisation; (C, 1, 1)."""
         mean, std = self.statistics
         return (-mean / std).view(-1, 1, 1)
 
     def pixels(self, images: torch.Tensor) -> torch.Tensor:
-        """Normalised images as they look: (B, C, H, W) -> uint8."""
+        """Normalised images as pixels: (B, C, H, W) -> uint8."""
         mean, std = (values.view(-1, 1, 1).to(images.device) for values in self.statistics)
         return ((images * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
 
@@ -148,8 +148,10 @@ class ImageData:
         return TensorLoader(split, indices, batch_size=batch_size, mean=mean, std=std, device=device, seed=self.seed, **options)
 
     def fingerprint(self) -> dict[str, Any]:
-        """What a record says of its data: contents, subset and counts."""
+        """Contents, subset and counts, for the record of a run. Raises UserError where packed data lacks one of the images."""
         (train, chosen), (test, evaluated) = self._training, self._testing
+        train.rows(chosen)
+        test.rows(evaluated)
         return {
             "name": self.name,
             "train": train.fingerprint,

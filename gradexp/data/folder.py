@@ -23,7 +23,7 @@ from torch import Tensor
 
 from gradexp.base.errors import UserError
 from gradexp.base.files import write_atomically
-from gradexp.data import subsets
+from gradexp.data import pictures, subsets
 from gradexp.data.dataset import ImageData
 from gradexp.data.loader import Batch, Loader
 
@@ -92,7 +92,7 @@ class FolderData(ImageData, ABC):
         return torch.tensor(self.mean), torch.tensor(self.std)
 
     def fingerprint(self) -> dict[str, Any]:
-        """What a record says of the splits that were opened (the test split, where none was)."""
+        """Contents and counts, for the record of a run, of the splits that were opened (of the test split where none was)."""
         facts: dict[str, Any] = {"name": self.name}
         if "train" in self._opened:
             train, chosen = self._training
@@ -189,7 +189,7 @@ class FileLoader(Loader):
         file = self.root / self.names[row]
         try:
             return window(file, size=self.size, resize=self.resize, place=place, mirrored=view >= side**2)
-        except OSError as error:
+        except pictures.UnreadableError as error:
             raise UserError(f"{file} can't be read any more ({error}); put it back and run again") from None
 
 
@@ -199,9 +199,7 @@ def window(file: Path, *, size: int, resize: int, place: tuple[float, float], mi
     place: (row, column) of the window, as fractions of what there is to choose from. What lies outside the window is not
     resized, and a large JPEG is decoded at a half, a quarter or an eighth of its size where that is enough.
     """
-    with Image.open(file) as picture:
-        picture.draft("RGB", (resize, resize))
-        image = picture.convert("RGB")
+    image = pictures.decode(file, short=resize)
     short = min(image.size)
     box: list[list[float]] = []
     for length, part in zip(image.size, place[::-1], strict=True):
@@ -217,42 +215,54 @@ def window(file: Path, *, size: int, resize: int, place: tuple[float, float], mi
 
 
 def checked(files: Files, name: str, cache: Path, *, skip: bool) -> Files:
-    """The files that can be decoded, with digests of their bytes. Every file is read once; the findings are kept.
+    """The files that can be decoded, with digests of their bytes. Every file is read once; the results are cached.
 
+    A file is examined again when its size or a time of its last change (of the contents, of the entry) is another.
     Raises UserError naming those that can't be decoded, unless they are to be skipped.
     """
     stats = [(files.root / file).stat() for file in files.names]
-    stamp = [str(files.root), files.names.tolist(), [[stat.st_size, stat.st_mtime_ns] for stat in stats]]
-    key = hashlib.sha256(json.dumps(stamp).encode()).hexdigest()[:12]
+    stamps = [[stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns] for stat in stats]
+    key = hashlib.sha256(json.dumps([str(files.root), files.names.tolist(), stamps]).encode()).hexdigest()[:12]
     kept = cache / "data" / f"{name}-{key}.json"
     kept.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(f"{kept}.lock"):
-        if not kept.exists():
+        if (results := _cached(kept)) is None:
             print(f"{name}: checking {len(files.names)} images (once)", flush=True)
             with ThreadPool(THREADS) as pool:
-                found = pool.map(_examine, [files.root / file for file in files.names])
-            write_atomically(kept, json.dumps(found).encode())
-    found = json.loads(kept.read_text())
-    good = np.array([bool(digest) for digest, _ in found])
+                results = pool.map(_examine, [files.root / file for file in files.names])
+            content = json.dumps(results)
+            write_atomically(kept, f"{_digest(content)}\n{content}".encode())
+    good = np.array([bool(digest) for digest, _ in results])
     if not good.all() and not skip:
-        bad = [f"  {files.root / file} ({why})" for file, (digest, why) in zip(files.names, found, strict=True) if not digest]
+        bad = [f"  {files.root / file} ({why})" for file, (digest, why) in zip(files.names, results, strict=True) if not digest]
         raise UserError(
-            f"{name}: {len(bad)} of {len(found)} images can't be decoded:\n"
+            f"{name}: {len(bad)} of {len(results)} images can't be decoded:\n"
             + "\n".join(bad[:10] + [f"  and {len(bad) - 10} more"] * (len(bad) > 10))
             + "\nFetch them again, or leave them out: data.skip_corrupt=true (in an upstream run, "
             + "+upstream.NAME.data.skip_corrupt=true, with its name there)"
         )
-    digests = np.array([digest for digest, _ in found])[good]
+    digests = np.array([digest for digest, _ in results])[good]
     return Files(files.root, files.names[good], files.labels[good], digests, corrupt=int((~good).sum()))
+
+
+def _cached(file: Path) -> Any:
+    """The results of an earlier check; None where they are missing or damaged."""
+    try:
+        digest, _, content = file.read_text().partition("\n")
+    except (OSError, ValueError):
+        return None
+    return json.loads(content) if digest == _digest(content) else None
+
+
+def _digest(content: str) -> str:
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def _examine(file: Path) -> tuple[str, str]:
     """(digest of the bytes, "") of an image that can be decoded, ("", why) of another."""
     try:
         content = file.read_bytes()
-        with Image.open(io.BytesIO(content)) as picture:
-            picture.draft("RGB", (1, 1))  # an eighth of the size shows as well whether the stream is whole
-            picture.convert("RGB")
-    except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error, ...
-        return "", str(error).splitlines()[0] if str(error) else type(error).__name__
+        pictures.decode(io.BytesIO(content), short=1)  # an eighth of the size shows as well whether the stream is complete
+    except (OSError, pictures.UnreadableError) as error:
+        return "", str(error)
     return hashlib.sha1(content).hexdigest()[:16], ""

@@ -134,7 +134,7 @@ class TensorLoader(Loader):
     def __init__(self, split: Split, indices: Any, *, removed: Any = None, fill: Tensor | None = None, **options: Any) -> None:
         super().__init__(split.labels[indices], **options)
         device = self.labels.device
-        self.images = torch.as_tensor(split.images[indices]).to(device)
+        self.images = torch.as_tensor(split.images[split.rows(indices)]).to(device)
         self.removed = None if removed is None else torch.as_tensor(removed).to(device)
         self.fill = (255 * (torch.zeros(1) if fill is None else fill)).view(-1, 1, 1).to(device)
 

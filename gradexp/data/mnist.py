@@ -14,4 +14,5 @@ class MNIST(ImageData):
         image_column="image",
         label_column="label",
         torchvision="MNIST",
+        images=(60_000, 10_000),
     )

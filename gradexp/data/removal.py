@@ -30,7 +30,7 @@ class Removal:
     def open(self, folder: Path, fingerprint: dict[str, Any]) -> None:
         """Reads the ranks that a `saliency_maps` run left in `folder`, of the images that `fingerprint` describes.
 
-        Raises UserError where they are damaged, or are those of other images.
+        Raises UserError where they are damaged or belong to other images.
         """
         self._folder, manifest = folder, json.loads((folder / MANIFEST).read_text())
         for file, digest in manifest["sha256"].items():
@@ -43,7 +43,7 @@ class Removal:
             )
 
     def mask(self, split: str) -> np.ndarray:
-        """Which pixels go, for the images of `train` or `test` in the order of the loader. (N, 1, H, W) bool."""
+        """Which pixels are replaced, for the images of `train` or `test` in the order of the loader. (N, 1, H, W) bool."""
         if self._folder is None:
             raise UserError("data.removal needs the maps of an upstream run; use it with experiment=roar")
         places = np.load(self._folder / f"{split}.npy", mmap_mode="r")

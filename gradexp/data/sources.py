@@ -7,12 +7,12 @@ pixels: subsets and fingerprints do not depend on the order in which a source st
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,19 @@ import numpy as np
 
 from gradexp.base.errors import UserError
 from gradexp.base.files import draft_of, sha256
-from gradexp.data import subsets
+from gradexp.data import parquet, subsets
 
-SPLITS = ("train", "test")
+SPLITS, PARTS = ("train", "test"), ("images", "labels")
+CHECKSUMS, PACK = "checksums.json", "pack.json"  # beside the arrays of a cached data set
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What is needed to read and check one data set."""
+    """What is needed to read and check one data set.
+
+    images: how many the training and the test split have, None where that is not known. names: of the classes, () where
+    they have none.
+    """
 
     name: str
     title: str
@@ -38,6 +43,8 @@ class Layout:
     image_column: str
     label_column: str
     torchvision: str
+    images: tuple[int, int] | None = None
+    names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,10 @@ class Split:
         """The images of these classes, numbered anew from 0 in the order of `classes`."""
         rows, labels = subsets.only(self.labels, classes)
         return Split(self.images[rows], labels)
+
+    def rows(self, indices: np.ndarray) -> np.ndarray:
+        """Where in `images` those of these indices are."""
+        return indices
 
     @cached_property
     def fingerprint(self) -> str:
@@ -70,6 +81,40 @@ class Split:
         return mean, np.sqrt(np.maximum(weights @ values**2 - mean**2, 1e-12))
 
 
+@dataclass(frozen=True)
+class PackedSplit(Split):
+    """Some images of a training set, as scripts/pack_data.py leaves them, that stand for all of it.
+
+    images: only those that were packed. labels (N,), fingerprint and colours are of the complete split, as they were noted
+    in `pack` when it was at hand, so that subsets, normalisation and records are those of the complete data set.
+    """
+
+    pack: dict[str, Any]
+
+    def only(self, classes: Sequence[int]) -> Split:
+        raise UserError("data.only_classes is not for packed data; use the complete data set")
+
+    def rows(self, indices: np.ndarray) -> np.ndarray:
+        """Where in `images` those of these indices are. Raises UserError for one that was not packed."""
+        packed = np.asarray(self.pack["rows"])
+        rows = np.minimum(np.searchsorted(packed, indices), len(packed) - 1)
+        if not np.array_equal(packed[rows], indices):
+            raise UserError(
+                f"the packed data holds {len(packed)} of {len(self.labels)} training images ({self.pack['subset']}), this run "
+                f"needs others; take such a subset, or the complete data set, or pack again with scripts/pack_data.py"
+            )
+        return rows
+
+    @property
+    def fingerprint(self) -> str:
+        return str(self.pack["fingerprint"])
+
+    @property
+    def colours(self) -> tuple[np.ndarray, np.ndarray]:
+        mean, std = self.pack["colours"]
+        return np.asarray(mean), np.asarray(std)
+
+
 def load(layout: Layout, root: Path, cache: Path) -> dict[str, Split]:
     """Both splits of a data set as read-only memory maps; converts on first use.
 
@@ -78,120 +123,137 @@ def load(layout: Layout, root: Path, cache: Path) -> dict[str, Split]:
     (cache / "data").mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(cache / "data" / f"{layout.name}.lock"):  # of the download too
         source, files, read = _find(layout, root)
-        key = hashlib.sha256(json.dumps([source, _stamps(files)]).encode()).hexdigest()[:12]
-        folder = cache / "data" / f"{layout.name}-{key}"
-        if (splits := _opened(folder, json.dumps(_stamps(sorted(folder.glob("*")))))) is None:
+        contents = [[file.name, _digest(file, *_stamp(file))] for file in files]
+        folder = cache / "data" / f"{layout.name}-{_key([source, repr(layout), contents])}"
+        if (splits := _opened(folder, _stamps(folder))) is None:
             print(f"{layout.title}: converting from {source} (once)", flush=True)
-            _save(folder, {split: _sorted(_checked(layout, *read(split), split)) for split in SPLITS})
-            splits = _opened(folder, json.dumps(_stamps(sorted(folder.glob("*")))))
+            _save(folder, read())
+            splits = _opened(folder, _stamps(folder))
     assert splits is not None
     return splits
 
 
 # --- the three sources ------------------------------------------------------------------------------------
 
-Rows = tuple[np.ndarray, np.ndarray]
-Reader = Callable[[str], Rows]
+Reader = Callable[[], dict[str, Split]]
 
 
 def _find(layout: Layout, root: Path) -> tuple[str, list[Path], Reader]:
-    parquet = {split: sorted((root / layout.name).glob(f"{split}-*.parquet")) for split in SPLITS}
-    if all(parquet.values()):
-        files = [file for split in SPLITS for file in parquet[split]]
-        return "parquet", files, lambda split: _read_parquet(layout, parquet[split])
-    partial = [file for split in SPLITS for file in parquet[split]]
-    trouble = f"only {', '.join(file.name for file in partial)} there" if partial else "none there"
-    for download in (False, True):
-        if download and not root.is_dir():
-            reason = f"{root} does not exist"
-            break
+    """(name of the source, its files, what reads them)."""
+    folder = root / layout.name
+    parts = {split: parquet.parts(folder, split) for split in SPLITS}
+    if any(parts.values()):
+        return "parquet", _different(folder, parts), partial(_from_parquet, layout, parts)
+    reasons = []
+    for get in (_torchvision, _download):
         try:
-            splits = {split: _torchvision(layout, root, split, download) for split in SPLITS}
-            files = sorted(file for file in _torchvision_folder(layout, root).rglob("*") if file.is_file())
-            return "torchvision", files, splits.__getitem__
+            rows = get(layout, root)
+            return "torchvision", _torchvision_files(layout, root), partial(_from_torchvision, layout, rows)
         except Exception as error:  # torchvision raises RuntimeError, OSError, URLError, pickle errors, ...
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            reasons.append(str(error).splitlines()[0] if str(error) else type(error).__name__)
     raise UserError(
         f"{layout.title} not found. Tried:\n"
-        f"  1. parquet: {root / layout.name}/train-*.parquet and test-*.parquet ({trouble})\n"
-        f"  2. torchvision's files in {root}\n"
-        f"  3. torchvision's download into {root} ({reason})\n"
+        f"  1. parquet: {folder}/train-*.parquet and test-*.parquet (none there)\n"
+        f"  2. torchvision's files in {root} ({reasons[0]})\n"
+        f"  3. torchvision's download into {root} ({reasons[1]})\n"
         f"Put one of them there, or name the folder that has it: GRADEXP_DATA=FOLDER or paths.data=FOLDER; "
         f"see README, Data sets."
     )
 
 
-def _read_parquet(layout: Layout, files: Iterable[Path]) -> Rows:
-    import pyarrow
-    import pyarrow.parquet
-
-    images: list[np.ndarray] = []
-    labels: list[int] = []
+def _different(folder: Path, parts: dict[str, list[Path]]) -> list[Path]:
+    """The files of both splits. Raises UserError where a split has none, or where two files are the same."""
+    files = [file for split in SPLITS for file in parts[split]]
+    absent = [split for split in SPLITS if not parts[split]]
+    if absent:
+        names = ", ".join(file.name for file in files)
+        what = f"{folder} holds no {absent[0]}-*.parquet, only {names}"
+        raise UserError(f"{what}; fetch it, or delete them to use another source")
+    digests: dict[str, Path] = {}
     for file in files:
-        try:
-            columns = {layout.image_column, layout.label_column}
-            missing = columns - set(pyarrow.parquet.read_schema(file).names)
-            if missing:
-                raise _damaged(file, f"it has no column {', '.join(sorted(missing))}")
-            table = pyarrow.parquet.read_table(file, columns=sorted(columns))
-        except (pyarrow.ArrowException, OSError) as error:
-            raise _damaged(file, str(error).splitlines()[0]) from None
-        for row, value in enumerate(table[layout.image_column].to_pylist()):
-            images.append(_decode(layout, file, row, value))
-        labels += table[layout.label_column].to_pylist()
-        wrong = [label for label in labels if not isinstance(label, int) or not 0 <= label < layout.classes]
-        if wrong:
-            raise _damaged(file, f"label {wrong[0]} is outside 0..{layout.classes - 1}")
-    return np.stack(images), np.asarray(labels, dtype=np.int64)
+        same = digests.setdefault(_digest(file, *_stamp(file)), file)
+        if same != file:
+            raise UserError(f"{folder}: {same.name} and {file.name} are the same file; delete one and fetch what is missing")
+    return files
 
 
-def _decode(layout: Layout, file: Path, row: int, value: dict[str, bytes] | None) -> np.ndarray:
-    from PIL import Image
+def _from_parquet(layout: Layout, parts: dict[str, list[Path]]) -> dict[str, Split]:
+    splits = {split: _sorted(*parquet.read(layout, parts[split])) for split in SPLITS}
+    if (pack := parquet.read_pack(parts["train"])) is not None:
+        splits["train"] = _unpacked(parts["train"][0], splits["train"], pack)
+    return _checked(layout, splits)
 
+
+def _unpacked(file: Path, split: Split, pack: dict[str, Any]) -> PackedSplit:
+    """Raises UserError where the images are not those that were packed."""
     try:
-        with Image.open(io.BytesIO((value or {})["bytes"])) as picture:
-            pixels = np.asarray(picture.convert("RGB" if layout.channels == 3 else "L"))
-    except Exception as error:
-        raise _damaged(file, f"row {row} holds no readable image ({error})") from None
-    pixels = pixels.transpose(2, 0, 1) if pixels.ndim == 3 else pixels[None]
-    if pixels.shape != (layout.channels, layout.size, layout.size):
-        raise _damaged(file, f"row {row} is {pixels.shape[2]}x{pixels.shape[1]} pixels, not {layout.size}x{layout.size}")
-    return pixels
+        labels = np.asarray(pack["labels"], dtype=np.int64)
+        intact = pack["packed"] == split.fingerprint and np.array_equal(labels[pack["rows"]], split.labels)
+    except (KeyError, IndexError, TypeError, ValueError):
+        intact = False
+    if not intact:
+        raise UserError(f"{file} was changed after it was packed; pack it again with scripts/pack_data.py")
+    return PackedSplit(split.images, labels, pack)
 
 
-def _damaged(file: Path, why: str) -> UserError:
-    return UserError(f"{file} can't be used: {why.rstrip('.')}. Fetch the file again, or delete it to use another source.")
+Rows = tuple[np.ndarray, np.ndarray]
 
 
-def _torchvision(layout: Layout, root: Path, split: str, download: bool) -> Rows:
+def _torchvision(layout: Layout, root: Path, download: bool = False) -> dict[str, Rows]:
     import torchvision.datasets
 
-    dataset = getattr(torchvision.datasets, layout.torchvision)(str(root), train=split == "train", download=download)
-    pixels = np.asarray(dataset.data)
-    pixels = pixels.transpose(0, 3, 1, 2) if pixels.ndim == 4 else pixels[:, None]
-    return pixels, np.asarray(dataset.targets, dtype=np.int64)
+    splits = {}
+    for split in SPLITS:
+        dataset = getattr(torchvision.datasets, layout.torchvision)(str(root), train=split == "train", download=download)
+        pixels = np.asarray(dataset.data)
+        pixels = pixels.transpose(0, 3, 1, 2) if pixels.ndim == 4 else pixels[:, None]
+        splits[split] = pixels, np.asarray(dataset.targets, dtype=np.int64)
+    return splits
 
 
-def _torchvision_folder(layout: Layout, root: Path) -> Path:
+def _from_torchvision(layout: Layout, rows: dict[str, Rows]) -> dict[str, Split]:
+    return _checked(layout, {split: _sorted(*rows[split]) for split in SPLITS})
+
+
+def _download(layout: Layout, root: Path) -> dict[str, Rows]:
+    """Downloads beside the data root's folders and moves the files there when all of them can be read."""
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root} does not exist")
+    with tempfile.TemporaryDirectory(prefix=f".{layout.name}.", dir=root) as draft:
+        splits = _torchvision(layout, Path(draft), download=True)
+        for file in _torchvision_files(layout, Path(draft)):
+            target = root / file.relative_to(draft)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            file.replace(target)
+    return splits
+
+
+def _torchvision_files(layout: Layout, root: Path) -> list[Path]:
     import torchvision.datasets
 
-    return root / getattr(getattr(torchvision.datasets, layout.torchvision), "base_folder", layout.torchvision)
+    folder = root / getattr(getattr(torchvision.datasets, layout.torchvision), "base_folder", layout.torchvision)
+    return sorted(file for file in folder.rglob("*") if file.is_file())
 
 
 # --- the converted arrays ---------------------------------------------------------------------------------
 
 
-def _checked(layout: Layout, images: np.ndarray, labels: np.ndarray, split: str) -> Split:
-    empty = sorted(set(range(layout.classes)) - set(labels.tolist()))
-    if empty:
-        raise UserError(f"{layout.title}, {split}: no image of class {empty[0]}; fetch the data set again")
-    return Split(np.ascontiguousarray(images, dtype=np.uint8), labels)
+def _checked(layout: Layout, splits: dict[str, Split]) -> dict[str, Split]:
+    """Raises UserError where a class has no image, or where there are not as many images as the data set has."""
+    for number, (name, split) in enumerate(splits.items()):
+        empty = sorted(set(range(layout.classes)) - set(split.labels.tolist()))
+        if empty:
+            raise UserError(f"{layout.title}, {name}: no image of class {empty[0]}; fetch the data set again")
+        if layout.images and len(split.labels) != layout.images[number]:
+            counts = f"{len(split.labels)} images instead of {layout.images[number]}"
+            raise UserError(f"{layout.title}, {name}: {counts}; fetch the data set again")
+    return splits
 
 
-def _sorted(split: Split) -> Split:
-    keys = [(hashlib.sha1(image.tobytes()).digest(), label) for image, label in zip(split.images, split.labels, strict=True)]
+def _sorted(images: np.ndarray, labels: np.ndarray) -> Split:
+    keys = [(hashlib.sha1(image.tobytes()).digest(), label) for image, label in zip(images, labels, strict=True)]
     order = sorted(range(len(keys)), key=keys.__getitem__)
-    return Split(split.images[order], split.labels[order])
+    return Split(np.ascontiguousarray(images[order], dtype=np.uint8), labels[order])
 
 
 def _save(folder: Path, splits: dict[str, Split]) -> None:
@@ -199,13 +261,18 @@ def _save(folder: Path, splits: dict[str, Split]) -> None:
         shutil.rmtree(left)  # of a process that died; this one holds the lock
     draft = draft_of(folder)
     draft.mkdir()
-    for name, split in splits.items():
-        np.save(draft / f"{name}_images.npy", split.images)
-        np.save(draft / f"{name}_labels.npy", split.labels)
-    checksums = {file.name: sha256(file) for file in sorted(draft.glob("*.npy"))}
-    (draft / "checksums.json").write_text(json.dumps(checksums, indent=2))
-    shutil.rmtree(folder, ignore_errors=True)
-    draft.rename(folder)
+    try:
+        for name, split in splits.items():
+            np.save(draft / f"{name}_images.npy", split.images)
+            np.save(draft / f"{name}_labels.npy", split.labels)
+        if isinstance(split := splits["train"], PackedSplit):
+            (draft / PACK).write_text(json.dumps(split.pack))
+        checksums = {file.name: sha256(file) for file in sorted(draft.iterdir())}
+        (draft / CHECKSUMS).write_text(json.dumps(checksums, indent=2))
+        shutil.rmtree(folder, ignore_errors=True)
+        draft.rename(folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
 
 
 @lru_cache(maxsize=8)
@@ -217,19 +284,37 @@ def _opened(folder: Path, stamps: str) -> dict[str, Split] | None:
     """
     if not _intact(folder):
         return None
-    return {
-        split: Split(*(np.load(folder / f"{split}_{part}.npy", mmap_mode="r") for part in ("images", "labels")))
-        for split in SPLITS
-    }
-
-
-def _stamps(files: Iterable[Path]) -> list[list[Any]]:
-    return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    splits = {split: Split(*(np.load(folder / f"{split}_{part}.npy", mmap_mode="r") for part in PARTS)) for split in SPLITS}
+    if (folder / PACK).exists():
+        pack = json.loads((folder / PACK).read_text())
+        splits["train"] = PackedSplit(splits["train"].images, splits["train"].labels, pack)
+    return splits
 
 
 def _intact(folder: Path) -> bool:
     try:
-        checksums = json.loads((folder / "checksums.json").read_text())
-        return all(sha256(folder / name) == value for name, value in checksums.items())
-    except (OSError, ValueError):
+        checksums = dict(json.loads((folder / CHECKSUMS).read_text()))
+        complete = {f"{split}_{part}.npy" for split in SPLITS for part in PARTS} <= checksums.keys()
+        return complete and all(sha256(folder / name) == value for name, value in checksums.items())
+    except (OSError, ValueError, TypeError):
         return False
+
+
+@lru_cache(maxsize=64)
+def _digest(file: Path, size: int, changed: int) -> str:
+    """Of the contents, computed once a process."""
+    return sha256(file)
+
+
+def _stamp(file: Path) -> tuple[int, int]:
+    """(bytes, time of the last change)."""
+    stat = file.stat()
+    return stat.st_size, stat.st_mtime_ns
+
+
+def _stamps(folder: Path) -> str:
+    return json.dumps([[file.name, *_stamp(file)] for file in sorted(folder.glob("*"))])
+
+
+def _key(what: Any) -> str:
+    return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]

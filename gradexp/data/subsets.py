@@ -32,7 +32,7 @@ def nested(labels: np.ndarray, *, per_class: int | None, seed: int) -> np.ndarra
 
 
 def only(labels: np.ndarray, classes: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """(indices, new labels) of the images whose label is in `classes`; the new label is its place there.
+    """(indices, new labels) of the images whose label is in `classes`; the new label is its position there.
 
     Raises UserError for a label that no image has.
     """
@@ -40,8 +40,8 @@ def only(labels: np.ndarray, classes: Sequence[int]) -> tuple[np.ndarray, np.nda
     if absent:
         raise UserError(f"data.only_classes: there is no image of class {absent[0]}")
     rows = np.flatnonzero(np.isin(labels, classes))
-    places = {label: place for place, label in enumerate(classes)}
-    return rows, np.array([places[label] for label in labels[rows].tolist()], dtype=np.int64)
+    positions = {label: position for position, label in enumerate(classes)}
+    return rows, np.array([positions[label] for label in labels[rows].tolist()], dtype=np.int64)
 
 
 def split_off(labels: np.ndarray, *, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -55,5 +55,5 @@ def split_off(labels: np.ndarray, *, fraction: float, seed: int) -> tuple[np.nda
 
 
 def fingerprint(indices: np.ndarray) -> str:
-    """Sixteen digits that name a subset."""
+    """SHA-256 of the indices, shortened to 16 digits."""
     return hashlib.sha256(indices.astype(np.int64).tobytes()).hexdigest()[:16]

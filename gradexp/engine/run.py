@@ -125,10 +125,11 @@ class Paths:
     @classmethod
     def of(cls, config: Config) -> Paths:
         """The places that a config names. Raises UserError for a data root that is named but not there."""
-        places = {name: ROOT / Path(value).expanduser() for name, value in config["paths"].items()}
-        if config["paths"]["data"] != DEFAULT_DATA and not places["data"].is_dir():
+        named = config["paths"] | {"data": config["paths"]["data"] or DEFAULT_DATA}  # GRADEXP_DATA= is unset
+        places = {name: ROOT / Path(value).expanduser() for name, value in named.items()}
+        if named["data"] != DEFAULT_DATA and not places["data"].is_dir():
             raise UserError(
-                f"paths.data={config['paths']['data']}: there is no such folder. Name the one that holds the data sets "
+                f"paths.data={named['data']}: there is no such folder. Name the one that holds the data sets "
                 f"(GRADEXP_DATA=FOLDER or paths.data=FOLDER), or create it, and they are downloaded into it"
             )
         return cls(**places)

@@ -10,10 +10,11 @@ import matplotlib as mpl
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from gradexp.base.errors import UserError
 from gradexp.base.files import write_atomically
+from gradexp.data import pictures
 from gradexp.data.dataset import ImageData
 from gradexp.engine.assemble import declare_data, load_model, make_hardware, make_saliency
 from gradexp.engine.compose import compose_run, plan
@@ -22,8 +23,6 @@ from gradexp.engine.exits import honest
 from gradexp.report.draw.gallery import draw_map, picture
 from gradexp.report.figures import STYLE
 from gradexp.tasks.saliency_score import completeness
-
-SMALLEST = 8  # pixels on a side; below that there is nothing to see
 
 
 def main(words: list[str] | None = None) -> None:
@@ -47,7 +46,7 @@ def explain(path: Path, model_name: str, method_name: str, target: int | None, o
         raise UserError(f"--model {model_name}: its runs train no model; give an experiment that does, such as teacher")
     of_method = [word for word in overrides if word.startswith(("saliency.", "scale"))]
     saliency = compose_run(["experiment=saliency_gallery", f"saliency={method_name}", *of_method])
-    image = read(path)
+    image = pictures.read(path)
     hardware = make_hardware(run.config)
     model = load_model(finish(run), hardware)
     # The data set says how pixels are normalised; only where that is by its own statistics are its images read.
@@ -64,28 +63,6 @@ def explain(path: Path, model_name: str, method_name: str, target: int | None, o
         print(f"{name.replace('_', ' ')}: {float(error):.1e} of the logit")
     write_atomically(out, drawn(pixels, saliency_map, f"{method_name}, class {shown}"))
     print(f"class {shown}, logit {float(logits[shown]):.2f}; written: {out}")
-
-
-def read(path: Path) -> Image.Image:
-    """Any picture as RGB; transparent parts become white."""
-    try:
-        with Image.open(path) as opened:
-            picture = eight_bit(opened).convert("RGBA")
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} can't be read as a picture ({error}); give a PNG or JPEG file") from None
-    if min(picture.size) < SMALLEST:
-        raise UserError(f"{path} is {picture.width}x{picture.height} pixels; give one of at least {SMALLEST}x{SMALLEST}")
-    return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
-
-
-def eight_bit(picture: Image.Image) -> Image.Image:
-    """Pillow cuts the values of deeper pictures off at 255; these are scaled, from black to the largest value of 16 bits."""
-    if not picture.mode.startswith(("I", "F")):
-        return picture
-    values = np.asarray(picture, dtype=np.float64)
-    if not (values.min() >= 0 and values.max() < 2**16):
-        raise UserError(f"its values go from {values.min():g} to {values.max():g}; save it with 8 or 16 bits a pixel")
-    return Image.fromarray((values / 257).round().astype(np.uint8))
 
 
 def fitted(image: Image.Image, data: ImageData) -> np.ndarray:
