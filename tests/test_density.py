@@ -21,7 +21,7 @@ from gradexp.engine.evaluation import Evaluation
 from gradexp.engine.record import read_arrays, write_arrays, write_record
 from gradexp.engine.run import Paths, Run, run_id
 from gradexp.evaluate.accuracy import accuracy_on_test
-from gradexp.evaluate.discriminative_perturbation import accuracies, saliency, still_right
+from gradexp.evaluate.discriminative_perturbation import accuracies, count_correct, saliency
 from gradexp.evaluate.score_objective import objective, objective_parts
 from gradexp.evaluate.shift import Shifted, shift_effects, sine_effects
 from gradexp.report import figures, specs
@@ -200,7 +200,7 @@ def test_samples_of_other_weights_are_not_gone_on_with(places: list[str], monkey
         (
             "discriminative_pixel_perturbation",
             [*shrunk("explainer"), "task.images=20"],
-            "gradexp.evaluate.discriminative_perturbation.still_right",
+            "gradexp.evaluate.discriminative_perturbation.count_correct",
             "gradexp.tasks.discriminative_perturbation.BATCH",
         ),
     ],
@@ -372,7 +372,7 @@ def test_a_fine_tuning_that_diverged_keeps_what_was_measured_before_it(places: l
 @pytest.mark.parametrize(
     ("experiment", "wrong", "message"),
     [
-        ("gan_test", "task.sampling.start=[0.5,-0.2]", "no standard deviation"),
+        ("gan_test", "task.sampling.start=[0.5,-0.2]", "greater than or equal to 0"),
         ("implicit_samples", "task.denoising.noise=-1", "greater than or equal to 0"),
         ("density_ratio", "task.sigmas=[0,-0.1]", "greater than or equal to 0"),
         ("discriminative_pixel_perturbation", "task.saliency=std", "channel_std or magnitude"),
@@ -431,12 +431,12 @@ def test_removing_what_does_not_matter_keeps_the_accuracy() -> None:
     data = Batch(images, labels, labels, labels)
     how = {"kind": "magnitude", "target": "top", "replacement": 0.0, "seed": 0}
     fractions = [0, 0.75, 1]
-    counts = still_right(Corners(), Corners(), data, fractions=fractions, **how)  # type: ignore[arg-type]
+    counts = count_correct(Corners(), Corners(), data, fractions=fractions, **how)  # type: ignore[arg-type]
     found = accuracies(fractions, counts + counts)
     assert found["accuracy"] == pytest.approx([500 / 6, 500 / 6, 500 / 6])  # black images: the first class wins the tie
     how["replacement"] = "image_mean"
     shifted = Shifted(Corners(), torch.zeros(2, 4, 4), amplitude=0.0)
-    same = still_right(shifted, Corners(), data, fractions=[0.75], **how)  # type: ignore[arg-type]
+    same = count_correct(shifted, Corners(), data, fractions=[0.75], **how)  # type: ignore[arg-type]
     assert accuracies([0.75], same)["accuracy/correct"] == [100.0]
 
 
@@ -452,7 +452,7 @@ def test_a_bad_explainer_removes_what_matters() -> None:
     images[:, :, 0], images[:, 0, -1] = 1.0, 0.6
     data = Batch(images, *[torch.zeros(4, dtype=torch.long)] * 3)
     how = {"kind": "magnitude", "target": "label", "replacement": 0.0, "seed": 0, "fractions": [0.25]}
-    good, bad = (still_right(Corners(), by, data, **how).tolist() for by in (Corners(), Wrong()))  # type: ignore[arg-type]
+    good, bad = (count_correct(Corners(), by, data, **how).tolist() for by in (Corners(), Wrong()))  # type: ignore[arg-type]
     assert (good, bad) == ([[4, 4], [4, 4]], [[0, 0], [4, 4]])
 
 
@@ -486,7 +486,7 @@ def test_the_explained_class_is_the_one_that_the_perturbed_model_predicts() -> N
     for target, kept in (("top", 5), ("label", 0)):
         seen.clear()
         how = {"kind": "magnitude", "target": target, "replacement": 0.0, "seed": 0, "fractions": [15 / 16]}
-        still_right(Watched(perturbed), Rows(explainer), data, **how)  # type: ignore[arg-type]
+        count_correct(Watched(perturbed), Rows(explainer), data, **how)  # type: ignore[arg-type]
         left = seen[-1].flatten(1).nonzero()  # all pixels went but the one that the explained logit rests on
         assert left[:, 1].tolist() == [kept, kept]
 

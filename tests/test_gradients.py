@@ -153,7 +153,7 @@ def test_soft_targets_at_a_high_temperature_match_centred_logits() -> None:
         torch.autograd.grad(loss, logits[0])[0] for loss in (SoftTargets(weight=1, temperature=1e5)(one), matched)
     )
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-9)
-    with pytest.raises(UserError, match="temperature=0: it divides logits"):
+    with pytest.raises(UserError, match="temperature=0: it should be greater than 0"):
         SoftTargets(weight=1, temperature=0)
 
 
@@ -458,7 +458,7 @@ def test_filling_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Mo
     whole = stored(tmp_path / "whole", net(1))[2]
     folder = tmp_path / "cut"
     stored(folder, net(1))
-    for name in whole.kept:
+    for name in whole.stored:
         content = bytearray((folder / name).read_bytes())
         content[len(content) // 2 :] = bytes(len(content) - len(content) // 2)
         (folder / name).write_bytes(content)
@@ -466,28 +466,28 @@ def test_filling_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Mo
         sums.write_text(json.dumps(json.loads(sums.read_text())[:3]))
     again = stored(folder, net(1))[2]
     maps = [f"attention-{LAYER}", f"absolute-{LAYER}", f"gradient-{LAYER}-label"]
-    assert list(whole.kept) == ["logits", "gradient-label", *maps]
-    for name, values in whole.kept.items():
-        assert torch.equal(again.kept[name], values), name
+    assert list(whole.stored) == ["logits", "gradient-label", *maps]
+    for name, values in whole.stored.items():
+        assert torch.equal(again.stored[name], values), name
 
 
 def test_another_method_adds_what_it_needs_to_the_same_folder(tmp_path: Path) -> None:
     before = stored(tmp_path / "targets", net(1), maps=[])[2]
-    assert list(before.kept) == ["logits", "gradient-label"]
+    assert list(before.stored) == ["logits", "gradient-label"]
     sums = tmp_path / "targets" / "logits.crc"
     written = sums.stat().st_mtime_ns
     after = stored(tmp_path / "targets", net(1))[2]
     assert sums.stat().st_mtime_ns == written, "the logits were computed again"
-    assert torch.equal(after.kept["logits"], before.kept["logits"])
-    assert len(after.kept) == 2 + len(MAPS)
+    assert torch.equal(after.stored["logits"], before.stored["logits"])
+    assert len(after.stored) == 2 + len(MAPS)
 
 
 def test_damaged_targets_are_computed_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Out of the canary's sight too."""
-    kept = stored(tmp_path / "targets", net(1))[2].kept
+    kept = stored(tmp_path / "targets", net(1))[2].stored
     whole = kept["logits"].clone()
     kept["logits"][len(whole) // 2] = 7
-    assert torch.equal(stored(tmp_path / "targets", net(1))[2].kept["logits"], whole)
+    assert torch.equal(stored(tmp_path / "targets", net(1))[2].stored["logits"], whole)
     assert "logits is damaged" in capsys.readouterr().out
 
 

@@ -42,7 +42,7 @@ def batch(count: int = 4) -> Batch:
 def value(term: Term, student: nn.Module, teacher: nn.Module | None = None, data: Batch | None = None) -> Tensor:
     """The term as a training step computes it."""
     data = data or batch()
-    term.place(student, teacher, data.images[:1])
+    term.resolve_layers(student, teacher, data.images[:1])
     live = Targets(copy.deepcopy(teacher), with_gradient=True, layers=term.teacher_layers) if teacher else None
     step = Step(data, student, live, student_layers=term.student_layers, student_biases=term.student_biases)
     return term(step)
@@ -120,7 +120,7 @@ def test_attention_of_chapter_4_is_of_absolute_values_of_normalised_convolutions
     config = compose_run(["experiment=fullgrad_distill", "method=fg_att", "scale.width=0.05"])
     student, teacher = build(config["model"], where="model"), build(config["model"], where="model")
     term = build(config["method"]["terms"]["attention"], where="method.terms.attention")
-    term.place(student, teacher, torch.zeros(1, 3, 32, 32))
+    term.resolve_layers(student, teacher, torch.zeros(1, 3, 32, 32))
     assert term.student_layers == ("features.norm1", "features.norm3", "features.norm5")
     assert [wanted.kind for wanted in term.teacher_maps] == ["absolute"] * 3
     squares = build({**config["method"]["terms"]["attention"], "power": None}, where="method.terms.attention")
@@ -279,7 +279,7 @@ def test_input_gradients_of_a_student_in_train_mode(training: bool) -> None:
 
 
 def test_a_power_that_no_attention_map_has_is_an_error() -> None:
-    with pytest.raises(UserError, match=r"power=3: it is 1 \(absolute values\) or 2 \(squares\)"):
+    with pytest.raises(UserError, match=r"power=3: it must be 1 \(absolute values\) or 2 \(squares\)"):
         attention(power=3)
 
 
@@ -559,7 +559,7 @@ def test_a_step_of_fg_att_takes_one_forward_and_one_gradient_of_each_network(mon
     terms: list[Term] = [build(node, where=f"method.terms.{name}") for name, node in config.items()]
     student, teacher, data = net(0, (4, "M", 5, "M", 6)).train(), net(1, (4, "M", 5, "M", 6)), batch()
     for term in terms:
-        term.place(student, teacher, data.images[:1])
+        term.resolve_layers(student, teacher, data.images[:1])
     names = {"student": student, "teacher": teacher}
     calls: list[str] = []
     for name, model in names.items():

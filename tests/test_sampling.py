@@ -78,14 +78,18 @@ def test_langevin_noise_samples_a_gaussian_density() -> None:
 
 
 def test_mistakes() -> None:
-    for wrong in ({"start": [0.5, -0.2]}, {"noise": -0.1}, {"langevin": -1.0}):
-        with pytest.raises(UserError, match="no standard deviation"):
-            ascent(**wrong)
-    with pytest.raises(UserError, match="at least one step"):
+    for name, wrong in {"start": [0.5, -0.2], "noise": -0.1, "langevin": -1.0}.items():
+        with pytest.raises(UserError, match=f"{name}=.*: it should be greater than or equal to 0"):
+            ascent(**{name: wrong})
+    with pytest.raises(UserError, match="steps=0: it should be greater than or equal to 1"):
         ascent(steps=0)
+    with pytest.raises(UserError, match="rate=0: it should be greater than 0"):
+        ascent(rate=0)
+    with pytest.raises(UserError, match=r"start=\[0.5\]: it is incomplete"):
+        ascent(start=[0.5])
     with pytest.raises(UserError, match="eval mode"):
         ascent().sample(net().float().train(), torch.tensor([0]), [0], SHAPE)
-    with pytest.raises(UserError, match="not negative"):
+    with pytest.raises(UserError, match=r"sigmas=.*: it should be greater than or equal to 0"):
         density_ratio(net(), [batch()], sigmas=[-0.1], seed=0)
 
 

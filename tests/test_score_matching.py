@@ -210,7 +210,7 @@ def test_anti_score_matching_is_flat_above_its_ceiling_image_by_image() -> None:
 
 @pytest.mark.parametrize("sigma", [0.0, -0.01])
 def test_noise_that_is_no_noise_is_an_error(sigma: float) -> None:
-    with pytest.raises(UserError, match="positive standard deviation"):
+    with pytest.raises(UserError, match=r"sigma=.*: it should be greater than 0"):
         score(sigma=sigma)
 
 

@@ -147,7 +147,7 @@ def test_the_output_jacobian_is_that_of_the_teachers_largest_logit_at_the_studen
     student.double().train()
     data = batch()
     term = Jacobian(weight=1, reduction="sum", target="top", student_bn=student_bn, head="source")
-    term.place(student, teacher, data.images)
+    term.resolve_layers(student, teacher, data.images)
     live = Targets(copy.deepcopy(teacher), with_gradient=True)
     value = term(Step(data, student, live, differentiable_input=True, student_layers=term.student_layers)).item()
 
@@ -158,7 +158,7 @@ def test_the_output_jacobian_is_that_of_the_teachers_largest_logit_at_the_studen
     assert teacher(images).argmax(1).tolist() == [1, 1, 1]
     assert 1 not in mine.source(hidden).argmax(1)
     assert value == pytest.approx((slope - theirs).square().sum().item() / 3, rel=1e-9)
-    with pytest.raises(UserError, match="target=label: head=source has the teacher's classes, and labels are of others"):
+    with pytest.raises(UserError, match="target=label: head=source has the teacher's classes, not the labels'"):
         Jacobian(weight=1, reduction="sum", target="label", student_bn=student_bn, head="source")
 
 
@@ -188,11 +188,11 @@ def test_what_cannot_be_matched_is_said_before_training() -> None:
     images = batch(1).images
     term = AttentionJacobian(weight=1, level=2, window=5, **OPTIONS)
     with pytest.raises(UserError, match="window=5: the attention map has only 4x4 pixels; take a smaller window"):
-        term.place(net(0), net(1), images)
+        term.resolve_layers(net(0), net(1), images)
     term = AttentionJacobian(weight=1, level=1, window="s/5", **{**OPTIONS, "teacher_layers": LAYERS[::-1]})
     with pytest.raises(UserError, match=r"features\.relu1 has 8x8 positions, the teacher's features\.relu3 4x4"):
-        term.place(net(0), net(1), images)
-    with pytest.raises(UserError, match="level=3: there are the levels 1 to 2"):
+        term.resolve_layers(net(0), net(1), images)
+    with pytest.raises(UserError, match="level=3: it must be from 1 to 2"):
         AttentionJacobian(weight=1, level=3, window="s/5", **OPTIONS)
 
 

@@ -1,4 +1,4 @@
-"""GAN-test (Shmelkov et al., 2018): how often a judge gives samples the class that they were made for (§5.5.1)."""
+"""GAN-test: accuracy of an independent classifier on class-conditional samples (Shmelkov et al., 2018; §5.5.1)."""
 
 import torch
 from scipy.stats import binomtest
@@ -9,9 +9,10 @@ BATCH = 512
 
 @torch.inference_mode()
 def gan_test(judge: nn.Module, samples: Tensor, labels: Tensor, *, confidence: float) -> dict[str, float]:
-    """Accuracy of `judge` (in eval mode) on samples, in percent, with its exact binomial interval.
+    """Accuracy of `judge`, in eval mode, on samples, in percent, with its exact binomial interval (Clopper and Pearson).
 
-    samples (N, C, H, W), labels (N,). NaN where a sample is not finite: the model that made it had diverged.
+    samples (N, C, H, W), labels (N,): the classes that they were sampled for. NaN if any sample is not finite, as from a model
+    that diverged.
     """
     if not samples.isfinite().all():
         return dict.fromkeys(("gan_test", "gan_test/low", "gan_test/high"), float("nan"))

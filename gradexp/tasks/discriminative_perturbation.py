@@ -51,7 +51,7 @@ class DiscriminativePerturbation(PerImageTask):
         rows = look.rows(self.images, BATCH)
 
         def perturbed(_: int, some: Tensor) -> Tensor:
-            return perturbation.still_right(model, explainer, look.batch(some), seed=run.config["seed"], **how)
+            return perturbation.count_correct(model, explainer, look.batch(some), seed=run.config["seed"], **how)
 
         counts = look.pieces.each("perturbed", rows, perturbed, count=len(rows))
         metrics: dict[str, Any] = perturbation.accuracies(how["fractions"], torch.stack(counts).sum(0))

@@ -51,7 +51,7 @@ class Train(Task):
             teacher = hardware.place(make_model(run.upstream["teacher"], "upstream.teacher.model")).eval()
         for term in terms.values():
             term.check(student)
-            term.place(student, teacher, loader.example)
+            term.resolve_layers(student, teacher, loader.example)
 
     def __call__(self, run: Run, upstream: Upstream) -> Result:
         training = prepare(run, upstream)
@@ -133,7 +133,7 @@ def make_module(
             raise UserError(f"the teacher, run {trained.run.id}, diverged in training; name another one, such as another seed")
         teacher = assemble.load_model(trained, hardware)
     for term in terms.values():
-        term.place(student, teacher, loader.example)
+        term.resolve_layers(student, teacher, loader.example)
     if teacher is not None:
         if method.get("angle"):
             options["angle"] = method["angle"]

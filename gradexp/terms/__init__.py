@@ -1,4 +1,4 @@
-"""Loss terms, one a file."""
+"""Loss terms, one per file. A new one: subclass Term in a file here, export it below, and name it in a file of conf/method/."""
 
 from gradexp.terms.activations import Activations
 from gradexp.terms.attention import Attention

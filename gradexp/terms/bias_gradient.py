@@ -10,11 +10,12 @@ from gradexp.terms.term import reduce
 
 
 class BiasGradient(LayerBias):
-    """Squared norm of one layer's bias-gradient f^b, bias times gradient (Proposition 10, second term).
+    """Squared norm of one layer's bias-gradient f^b = b ⊙ ∇_b f (Proposition 10, second term; σ² is the weight).
 
-    noise: the multiplicative noise that this stands for; one draw a `position` (f^b is a map, §3.4.2), or one a
-    `channel` and image. target: whose gradient. reduction: `sum` (the proposition's) or `mean` over the layer; mean over
-    the batch.
+    noise: what shares one draw of the proposition's multiplicative noise: each `position` has its own (f^b is then a map, as
+    in §3.4.2), or a `channel` shares one (∂f/∂b is then summed over positions).
+    target: the output f, see gradients.scalar. reduction: `sum` (the proposition's) or `mean` over the layer; mean over the
+    batch. layer, bias, student_bn: see LayerBias.
     """
 
     def __init__(
@@ -25,8 +26,8 @@ class BiasGradient(LayerBias):
         self.noise = choose("noise", noise, "position", "channel")
         self.target = self.gradient_target = choose("target", target, *SCALARS)
 
-    def place(self, student: nn.Module, teacher: nn.Module | None, images: Tensor) -> None:
-        super().place(student, teacher, images)
+    def resolve_layers(self, student: nn.Module, teacher: nn.Module | None, images: Tensor) -> None:
+        super().resolve_layers(student, teacher, images)
         map_size(student, self.layer, images)
 
     @property
