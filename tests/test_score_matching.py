@@ -253,4 +253,4 @@ def test_fooling_is_zero_for_a_saliency_that_is_the_mask_and_ignores_its_size() 
 def test_a_mask_larger_than_the_image_is_an_error() -> None:
     with pytest.raises(UserError, match="a side from 1 to 4"):
         fooling(torch.ones(CLASSES, 2, 4, 4, dtype=torch.float64), mask=5)
-    assert corner(3, batch().images).sum() == 9
+    assert corner(3, (4, 4)).sum() == 9

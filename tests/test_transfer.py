@@ -387,7 +387,7 @@ def test_imagenet_to_mit_scenes_from_end_to_end(tmp_path: Path, places: list[str
         config = compose_run([*common, *short, *words])
         return ensure(Run(config, Paths.of(config)))
 
-    with pytest.raises(UserError, match=r"other\.pth is of another architecture: layer1\.2\.conv1\.weight is not there"):
+    with pytest.raises(UserError, match=r"other\.pth is of another architecture: layer1\.2\.conv1\.weight is missing"):
         made("method=lwf", "+upstream.teacher.task.file=other.pth")
     with pytest.raises(UserError, match=r"data\.per_class=2: class 0 has 1 training images; ask for at most 1"):
         made("method=transfer_ce", "data.per_class=2")

@@ -4,7 +4,7 @@ import torch
 from scipy.stats import binomtest
 from torch import Tensor, nn
 
-BATCH = 512
+from gradexp.evaluate.accuracy import EVALUATION_BATCH
 
 
 @torch.inference_mode()
@@ -16,8 +16,8 @@ def gan_test(judge: nn.Module, samples: Tensor, labels: Tensor, *, confidence: f
     """
     if not samples.isfinite().all():
         return dict.fromkeys(("gan_test", "gan_test/low", "gan_test/high"), float("nan"))
-    parts = [slice(start, start + BATCH) for start in range(0, len(labels), BATCH)]
-    right = sum(int((judge(samples[part]).argmax(1) == labels[part]).sum()) for part in parts)
-    interval = binomtest(right, len(labels)).proportion_ci(confidence_level=confidence, method="exact")
-    percents = {"gan_test": right / len(labels), "gan_test/low": interval.low, "gan_test/high": interval.high}
+    batches = zip(torch.split(samples, EVALUATION_BATCH), torch.split(labels, EVALUATION_BATCH), strict=True)
+    correct = sum(int((judge(images).argmax(1) == classes).sum()) for images, classes in batches)
+    interval = binomtest(correct, len(labels)).proportion_ci(confidence_level=confidence, method="exact")
+    percents = {"gan_test": correct / len(labels), "gan_test/low": interval.low, "gan_test/high": interval.high}
     return {name: round(100 * float(value), 4) for name, value in percents.items()}

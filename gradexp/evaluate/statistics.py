@@ -59,9 +59,9 @@ def _moments(parts: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     for part in parts:
         values = part.transpose(0, 1).flatten(1).double()
         added, part_mean = values.shape[1], values.mean(1)
-        part_squares = (values - part_mean[:, None]).square().sum(1)
+        within = (values - part_mean[:, None]).square().sum(1)
         gap = part_mean - mean.to(part_mean)
-        squares = squares.to(part_mean) + part_squares + gap.square() * (count * added / (count + added))
+        squares = squares.to(part_mean) + within + gap.square() * (count * added / (count + added))
         mean = mean.to(part_mean) + gap * (added / (count + added))
         count += added
     return mean, squares / count

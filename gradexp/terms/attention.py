@@ -12,16 +12,16 @@ from gradexp.terms.targets import Map
 class Attention(MatchMaps):
     """Distance between attention maps A = Σ_channels |z|^power, each divided by its norm (Eq. 2.8).
 
-    power: 1, absolute values (§4.4.1), or 2, squares (Eq. 2.7); None means 2.
+    power: 1, absolute values (§4.4.1), or 2, squares (Eq. 2.7).
     squared: Eq. 2.8 is the distance itself; common code, and Chapter 4 here, squares it.
     Sum over the pairs of layers, which must have equal spatial sizes; mean over the batch.
     """
 
-    def __init__(self, *, power: int | None = None, **options: Any) -> None:
+    def __init__(self, *, power: int = 2, **options: Any) -> None:
         super().__init__(**options)
-        if power not in (None, 1, 2):
+        if power not in (1, 2):
             raise UserError(f"power={power}: it must be 1 (absolute values) or 2 (squares)")
-        self.power = power or 2
+        self.power = power
         self.kind = "absolute" if self.power == 1 else "attention"
 
     @property

@@ -71,11 +71,9 @@ def window_size(window: str | int, size: int) -> int:
     window: `full`, `none` (one pixel), `s/N` (a fraction of the size, rounded down, at least one pixel) or a number of pixels.
     Raises UserError for any other word and for a window larger than the map.
     """
-    word = str(window)
-    if word == "full":
-        return size
-    if word == "none":
-        return 1
+    word, named = str(window), {"full": size, "none": 1}
+    if word in named:
+        return named[word]
     if word.startswith("s/") and word[2:].isdecimal() and int(word[2:]):
         return max(1, size // int(word[2:]))
     if not word.isdecimal() or not int(word):

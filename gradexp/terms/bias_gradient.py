@@ -18,6 +18,8 @@ class BiasGradient(LayerBias):
     batch. layer, bias, student_bn: see LayerBias.
     """
 
+    needs_input_gradient = False
+
     def __init__(
         self, *, weight: NonNegative, layer: str, bias: str, noise: str, target: str, reduction: str, student_bn: str
     ) -> None:
@@ -29,10 +31,6 @@ class BiasGradient(LayerBias):
     def resolve_layers(self, student: nn.Module, teacher: nn.Module | None, images: Tensor) -> None:
         super().resolve_layers(student, teacher, images)
         map_size(student, self.layer, images)
-
-    @property
-    def needs_input_gradient(self) -> bool:
-        return False
 
     def forward(self, step: Step) -> Tensor:
         gradient = precise(step.student_layer_gradients(self.target, self.student_bn)[self.layer]).flatten(2)

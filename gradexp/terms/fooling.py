@@ -1,3 +1,5 @@
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -24,7 +26,7 @@ class Fooling(Term):
 
     def forward(self, step: Step) -> Tensor:
         saliency = unsigned_saliency(precise(step.student_input_gradient(self.target, self.student_bn)))
-        mask = corner(self.mask, step.images)
+        mask = corner(self.mask, step.images.shape[-2:]).to(step.images)
         return (saliency - mask / mask.sum()).square().flatten(1).sum(1).mean()
 
 
@@ -34,14 +36,14 @@ def unsigned_saliency(gradient: Tensor) -> Tensor:
     return size / size.sum((1, 2), keepdim=True).clamp(min=torch.finfo(size.dtype).tiny)
 
 
-def corner(side: int, images: Tensor) -> Tensor:
-    """The mask of Figure 5.5a: 1 in the top left square of `side` pixels, 0 elsewhere. images (B, C, H, W) -> (H, W).
+def corner(side: int, size: Sequence[int]) -> Tensor:
+    """The mask of Figure 5.5a, of `size` (H, W): 1 in the top left square of `side` pixels, 0 elsewhere.
 
-    Raises UserError for a square larger than the images.
+    Raises UserError for a square larger than the mask.
     """
-    height, width = images.shape[-2:]
+    height, width = size
     if not 0 < side <= min(height, width):
         raise UserError(f"mask={side}: images have {height}x{width} pixels; take a side from 1 to {min(height, width)}")
-    mask = torch.zeros(height, width, dtype=images.dtype, device=images.device)
+    mask = torch.zeros(height, width)
     mask[:side, :side] = 1
     return mask

@@ -19,16 +19,13 @@ class FullGradient(MatchMaps):
     """
 
     resizes = True
+    needs_input_gradient = False
 
     def __init__(self, *, target: str, student_bn: str, times_bias: bool, **options: Any) -> None:
         super().__init__(**options)
         self.target = self.gradient_target = choose("target", target, *SCALARS)
         self.student_bn = choose("student_bn", student_bn, "batch", "running")
         self.reads_bias = times_bias
-
-    @property
-    def needs_input_gradient(self) -> bool:
-        return False
 
     @property
     def teacher_maps(self) -> tuple[Map, ...]:
