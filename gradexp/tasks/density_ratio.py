@@ -29,9 +29,9 @@ class DensityRatio(PerImageTask):
     statistics: Statistics = None
 
     def __call__(self, run: Run, upstream: Upstream) -> Result:
-        look = Evaluation(run, upstream)
-        model = look.model("model", clean=self.statistics)
-        batches, seed = look.batches(self.images, BATCH), run.config["seed"]
+        evaluation = Evaluation(run, upstream)
+        model = evaluation.model("model", clean=self.statistics)
+        batches, seed = evaluation.batches(self.images, BATCH), run.config["seed"]
         metrics: dict[str, Any] = density_ratio(model, batches, sigmas=self.sigmas, seed=seed)
         metrics["mean_log_ratio"] = float(np.mean(metrics["density_ratio/log"]))
-        return look.result(metrics, keep=["sigma"])
+        return evaluation.result(metrics, keep=["sigma"])

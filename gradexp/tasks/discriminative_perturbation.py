@@ -44,26 +44,26 @@ class DiscriminativePerturbation(PerImageTask):
     images: Count | None = None
     statistics: Statistics = None
 
-    def check_setup(self, look: Evaluation) -> None:
-        super().check_setup(look)
+    def check_setup(self, evaluation: Evaluation) -> None:
+        super().check_setup(evaluation)
         perturbation.check(**self.options())
 
     def __call__(self, run: Run, upstream: Upstream) -> Result:
-        look, options = Evaluation(run, upstream), self.options()
-        model, explainer = (look.model(name, clean=self.statistics) for name in ("model", "explainer"))
-        rows = look.rows(self.images, BATCH)
+        evaluation, options = Evaluation(run, upstream), self.options()
+        model, explainer = (evaluation.model(name, clean=self.statistics) for name in ("model", "explainer"))
+        rows = evaluation.rows(self.images, BATCH)
 
         def count(_: int, rows: Tensor) -> Tensor:
-            return perturbation.count_correct(model, explainer, look.batch(rows), seed=run.config["seed"], **options)
+            return perturbation.count_correct(model, explainer, evaluation.batch(rows), seed=run.config["seed"], **options)
 
-        counts = look.pieces.each("perturbed", rows, count, count=len(rows))
+        counts = evaluation.pieces.each("perturbed", rows, count, count=len(rows))
         metrics: dict[str, Any] = perturbation.accuracies(options["fractions"], torch.stack(counts).sum(0))
         metrics["mean_accuracy"] = float(np.mean(metrics["accuracy"]))
-        metrics["gradient/high_frequency"] = gradient_noise(look, explainer, rows)
-        batch = next(look.batches(self.shown, self.shown))
+        metrics["gradient/high_frequency"] = gradient_noise(evaluation, explainer, rows)
+        batch = next(evaluation.batches(self.shown, self.shown))
         gradient = gradients.input_gradient(explainer, batch.images, batch.labels)
         shown = {"images": as_bytes(batch.images), "gradients": gradient.nan_to_num(0).cpu().numpy().astype(np.float16)}
-        return look.result(metrics, shown, keep=["removed"])
+        return evaluation.result(metrics, shown, keep=["removed"])
 
     def options(self) -> dict[str, Any]:
         """The options of perturbation.count_correct."""
@@ -72,8 +72,8 @@ class DiscriminativePerturbation(PerImageTask):
         return {"fractions": fractions, "kind": self.saliency, "target": self.target, "replacement": self.replacement}
 
 
-def gradient_noise(look: Evaluation, model: nn.Module, rows: Sequence[Tensor]) -> float:
+def gradient_noise(evaluation: Evaluation, model: nn.Module, rows: Sequence[Tensor]) -> float:
     """Percentage of the energy of the label's logit-gradient at high frequencies (high_frequency), a mean over test images."""
-    batches = map(look.batch, rows)
+    batches = map(evaluation.batch, rows)
     shares = [high_frequency(gradients.input_gradient(model, batch.images, batch.labels)).cpu() for batch in batches]
     return float(torch.cat(shares).nanmean())

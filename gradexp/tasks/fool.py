@@ -51,24 +51,24 @@ class Fool(Train):
     def __call__(self, run: Run, upstream: Upstream) -> Result:
         training = super().__call__(run, upstream)
         fooled = Finished(run, {"status": training.status}, run.weights)
-        look = Evaluation(run, {**upstream, "fooled": fooled})
-        models = {"before": look.model("start"), "after": look.model("fooled")}
-        mask = corner(self.mask, [look.data.size] * 2)
-        shown = next(look.batches(self.shown, self.shown))
+        evaluation = Evaluation(run, {**upstream, "fooled": fooled})
+        models = {"before": evaluation.model("start"), "after": evaluation.model("fooled")}
+        mask = corner(self.mask, [evaluation.data.size] * 2)
+        shown = next(evaluation.batches(self.shown, self.shown))
         metrics: dict[str, Any] = {"energy/uniform": 100 * float(mask.mean())}
-        metrics["test/accuracy/before"] = accuracy_on_test(models["before"], look.data, look.hardware.device)
+        metrics["test/accuracy/before"] = accuracy_on_test(models["before"], evaluation.data, evaluation.hardware.device)
         arrays: dict[str, Any] = {"images": as_bytes(shown.images), "mask": mask.numpy()}
         for name, model in models.items():
-            metrics |= {f"{what}/{name}": value for what, value in self.energies(look, model, mask).items()}
+            metrics |= {f"{what}/{name}": value for what, value in self.energies(evaluation, model, mask).items()}
             arrays |= {f"{kind}_{name}": drawn(gradient) for kind, gradient in maps(model, shown, self.temperature).items()}
         before = [name for name in metrics if not name.endswith("/after")]  # valid even if the fine-tuning diverged
-        measured = look.result(metrics, arrays, keep=before)
+        measured = evaluation.result(metrics, arrays, keep=before)
         return Result(training.metrics | measured.metrics, training.status, training.facts, measured.arrays)
 
-    def energies(self, look: Evaluation, model: nn.Module, mask: Tensor) -> dict[str, float]:
+    def energies(self, evaluation: Evaluation, model: nn.Module, mask: Tensor) -> dict[str, float]:
         """Energy of the gradients inside the mask, in percent, and relative size of the common one; means over test images."""
         values: dict[str, list[Tensor]] = {}
-        for batch in look.batches(self.images, BATCH):
+        for batch in evaluation.batches(self.images, BATCH):
             gradient_maps = maps(model, batch, self.temperature)
             for kind, gradient in gradient_maps.items():
                 values.setdefault(f"energy/{kind}", []).append(energy_inside(gradient, mask.to(gradient)))

@@ -55,36 +55,36 @@ class GANTest(SamplingTask):
 
     confidence: Annotated[float, Gt(0), Lt(1)]
 
-    def check_setup(self, look: Evaluation) -> None:
-        super().check_setup(look)
-        if look.run.upstream["judge"].id == look.run.upstream["model"].id:
+    def check_setup(self, evaluation: Evaluation) -> None:
+        super().check_setup(evaluation)
+        if evaluation.run.upstream["judge"].id == evaluation.run.upstream["model"].id:
             raise UserError(
                 "upstream.judge is the sampled model itself: take another network, "
                 "such as the same one with another seed (upstream.judge.seed=1)"
             )
 
     def __call__(self, run: Run, upstream: Upstream) -> Result:
-        look = Evaluation(run, upstream)
-        model, judge = look.model("model", clean=self.statistics), look.model("judge")
-        labels = torch.arange(self.samples, device=look.hardware.device) % look.data.classes
-        samples = sample(look, self.sampling, model, labels)
+        evaluation = Evaluation(run, upstream)
+        model, judge = evaluation.model("model", clean=self.statistics), evaluation.model("judge")
+        labels = torch.arange(self.samples, device=evaluation.hardware.device) % evaluation.data.classes
+        samples = sample(evaluation, self.sampling, model, labels)
         metrics = gan_test.gan_test(judge, samples, labels, confidence=self.confidence)
         metrics["samples/high_frequency"] = float(high_frequency(samples).nanmean())
         accuracies = {f"{name}/accuracy": value_of(upstream[name].record, "test/accuracy") for name in ("model", "judge")}
-        if self.statistics is not None and not look.diverged:  # no longer the network of the record
-            accuracies["model/accuracy"] = accuracy_on_test(model, look.data, look.hardware.device)
-        return look.result(metrics | accuracies, keep=accuracies)
+        if self.statistics is not None and not evaluation.diverged:  # no longer the network of the record
+            accuracies["model/accuracy"] = accuracy_on_test(model, evaluation.data, evaluation.hardware.device)
+        return evaluation.result(metrics | accuracies, keep=accuracies)
 
 
-def sample(look: Evaluation, ascent: Ascent, model: nn.Module, labels: Tensor) -> Tensor:
+def sample(evaluation: Evaluation, ascent: Ascent, model: nn.Module, labels: Tensor) -> Tensor:
     """Samples of the classes `labels`, all NaN for a model that diverged: (B,) -> (B, C, H, W)."""
-    shape = (look.data.channels, look.data.size, look.data.size)
-    if look.diverged:
+    shape = (evaluation.data.channels, evaluation.data.size, evaluation.data.size)
+    if evaluation.diverged:
         return torch.full((len(labels), *shape), float("nan"), device=labels.device)
 
     def climb(number: int, classes: Tensor) -> Tensor:
-        seeds = [mix(look.run.config["seed"], number * SAMPLED + i) for i in range(len(classes))]
+        seeds = [mix(evaluation.run.config["seed"], number * SAMPLED + i) for i in range(len(classes))]
         return ascent.sample(model, classes, seeds, shape).cpu()
 
     parts = torch.split(labels, SAMPLED)
-    return torch.cat(look.pieces.each("samples", parts, climb, count=len(parts))).to(labels.device)
+    return torch.cat(evaluation.pieces.each("samples", parts, climb, count=len(parts))).to(labels.device)

@@ -33,27 +33,27 @@ class ImplicitSamples(SamplingTask):
     shown: Count
 
     def __call__(self, run: Run, upstream: Upstream) -> Result:
-        look = Evaluation(run, upstream)
-        model = look.model("model", clean=self.statistics)
-        labels = torch.arange(self.samples, device=look.hardware.device) % look.data.classes
-        samples = sample(look, self.sampling, model, labels)
+        evaluation = Evaluation(run, upstream)
+        model = evaluation.model("model", clean=self.statistics)
+        labels = torch.arange(self.samples, device=evaluation.hardware.device) % evaluation.data.classes
+        samples = sample(evaluation, self.sampling, model, labels)
         metrics = {"logit": float(gradients.scalar(model(samples), labels, "label").mean())}
 
         def denoise(number: int, rows: Tensor) -> tuple[Tensor, ...]:
-            batch, first = look.batch(rows), len(labels) + number * DENOISED  # the seeds before are those of the samples
+            batch, first = evaluation.batch(rows), len(labels) + number * DENOISED  # the seeds before are those of the samples
             seeds = [mix(run.config["seed"], first + i) for i in range(len(rows))]
             return tuple(images.cpu() for images in self.denoising.denoise(model, batch.images, batch.labels, seeds))
 
-        rows = look.rows(self.images, DENOISED)
-        parts = look.pieces.each("denoised", rows, denoise, count=len(rows))
+        rows = evaluation.rows(self.images, DENOISED)
+        parts = evaluation.pieces.each("denoised", rows, denoise, count=len(rows))
         noisy, denoised = map(torch.cat, zip(*parts, strict=True))
-        clean = torch.cat([look.batch(part).images.cpu() for part in rows])
+        clean = torch.cat([evaluation.batch(part).images.cpu() for part in rows])
         for name, images in {"noisy": noisy, "denoised": denoised}.items():
             metrics[f"error/{name}"] = float((images - clean).square().mean().sqrt())
         pictures = {"samples": samples, "images": clean, "noisy": noisy, "denoised": denoised}
         metrics |= {f"{name}/high_frequency": float(high_frequency(images).nanmean()) for name, images in pictures.items()}
         shown = {name: as_bytes(x if name == "samples" else x[: self.shown]) for name, x in pictures.items()}
-        return look.result(metrics, {"labels": labels.cpu().numpy(), **shown})
+        return evaluation.result(metrics, {"labels": labels.cpu().numpy(), **shown})
 
     def work(self, config: Config, sizes: Sizes) -> float | None:
         return float(self.samples * self.sampling.steps + self.images * self.denoising.steps)

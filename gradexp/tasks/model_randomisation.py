@@ -24,11 +24,11 @@ class ModelRandomisation(SaliencyTask):
     """
 
     def __call__(self, run: Run, upstream: Upstream) -> Result:
-        look, model, method = self.parts(run, upstream)
-        if look.diverged:
-            return look.result({})
+        evaluation, model, method = self.parts(run, upstream)
+        if evaluation.diverged:
+            return evaluation.result({})
         options, seed = run.config["evaluate"], run.config["seed"]
-        batches = list(look.first_images(options["images"], options["batch_size"])[0])
+        batches = list(evaluation.first_images(options["images"], options["batch_size"])[0])
         classes = [predicted(model, batch.images, None) for batch in batches]
         groups = layers_from_output(model)
 
@@ -46,9 +46,9 @@ class ModelRandomisation(SaliencyTask):
             return rank_correlation(original, maps())
 
         randomised = [groups[:count] for count in range(1, len(groups) + 1)]
-        correlations = [torch.ones(len(original)), *look.pieces.each("layers", randomised, correlate, count=len(groups))]
+        correlations = [torch.ones(len(original)), *evaluation.pieces.each("layers", randomised, correlate, count=len(groups))]
         facts = {"images": len(original), "layers": ["untouched", *(" and ".join(names) for names in groups)]}
-        return Result(curves(correlations), facts={**facts, **look.facts()})
+        return Result(curves(correlations), facts={**facts, **evaluation.facts()})
 
 
 def curves(correlations: list[Tensor]) -> dict[str, Any]:

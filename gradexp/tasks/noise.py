@@ -29,22 +29,24 @@ class Noise(EvaluationTask):
     draws: Count
 
     def __call__(self, run: Run, upstream: Upstream) -> Result:
-        look = Evaluation(run, upstream)
-        model = look.model("model")
-        batches = look.data.test_loader(batch_size=EVALUATION_BATCH, device=look.hardware.device)
-        common = {"seed": run.config["seed"], "classes": look.data.classes, "device": look.hardware.device}
+        evaluation = Evaluation(run, upstream)
+        model = evaluation.model("model")
+        batches = evaluation.data.test_loader(batch_size=EVALUATION_BATCH, device=evaluation.hardware.device)
+        common = {"seed": run.config["seed"], "classes": evaluation.data.classes, "device": evaluation.hardware.device}
         metrics: dict[str, Any] = {}
 
         def measure(_: int, sigma: float) -> list[float]:
             draws = self.draws if sigma else 1
-            return [nan] * draws if look.diverged else noise_accuracies(model, batches, sigma=sigma, draws=draws, **common)
+            if evaluation.diverged:
+                return [nan] * draws
+            return noise_accuracies(model, batches, sigma=sigma, draws=draws, **common)
 
-        accuracies = look.pieces.each("noise", self.sigmas, measure, count=len(self.sigmas))
+        accuracies = evaluation.pieces.each("noise", self.sigmas, measure, count=len(self.sigmas))
         for sigma, values in zip(self.sigmas, accuracies, strict=True):
             metrics[f"test/accuracy@noise={sigma:g}"] = round(float(np.mean(values)), 4)
             if len(values) > 1:
                 metrics[f"test/accuracy@noise={sigma:g}/std"] = round(float(np.std(values, ddof=1)), 4)
-        return look.result(metrics)
+        return evaluation.result(metrics)
 
     def work(self, config: Config, sizes: Sizes) -> float | None:
         test = images_of(config, sizes)[1]

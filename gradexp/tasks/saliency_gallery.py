@@ -23,15 +23,15 @@ class SaliencyGallery(SaliencyTask):
     """
 
     def __call__(self, run: Run, upstream: Upstream) -> Result:
-        look, model, method = self.parts(run, upstream)
-        images, labels = recognised(look, model, run.config["evaluate"]["images"])
+        evaluation, model, method = self.parts(run, upstream)
+        images, labels = recognised(evaluation, model, run.config["evaluate"]["images"])
         torch.manual_seed(run.config["seed"])
         explained = self.explain(model, method, images)
-        names = {"labels": labels.tolist(), "names": look.data.class_names(labels.tolist())}
+        names = {"labels": labels.tolist(), "names": evaluation.data.class_names(labels.tolist())}
         return Result(
             {"gallery/images": len(images), **explained.metrics},
-            facts={**names, **explained.facts, **look.facts()},
-            arrays={"images": look.data.pixels(images).cpu().numpy(), **explained.arrays},
+            facts={**names, **explained.facts, **evaluation.facts()},
+            arrays={"images": evaluation.data.pixels(images).cpu().numpy(), **explained.arrays},
         )
 
     def explain(self, model: nn.Module, method: Saliency, images: Tensor) -> Result:
@@ -48,10 +48,10 @@ class SaliencyGallery(SaliencyTask):
 
 
 @torch.no_grad()
-def recognised(look: Evaluation, model: nn.Module, count: int) -> tuple[Tensor, Tensor]:
+def recognised(evaluation: Evaluation, model: nn.Module, count: int) -> tuple[Tensor, Tensor]:
     """The first `count` test images, in the data set's order, whose largest logit is their label's; and the labels."""
     images, labels, chosen = [], [], 0
-    for batch in look.first_images(None, BATCH)[0]:
+    for batch in evaluation.first_images(None, BATCH)[0]:
         correct = model(batch.images).argmax(1) == batch.labels
         images.append(batch.images[correct])
         labels.append(batch.labels[correct])

@@ -35,8 +35,8 @@ class SaliencyMaps(SaliencyTask):
     product: ClassVar[str] = MANIFEST
 
     def __call__(self, run: Run, upstream: Upstream) -> Result:
-        look, model, method = self.parts(run, upstream)
-        data, device = look.data, look.hardware.device
+        evaluation, model, method = self.parts(run, upstream)
+        data, device = evaluation.data, evaluation.hardware.device
         loaders = {
             "train": data.train_loader(batch_size=CHUNK, device=device, augment=False),
             "test": data.test_loader(batch_size=CHUNK, device=device),
@@ -52,7 +52,7 @@ class SaliencyMaps(SaliencyTask):
         metrics: dict[str, Any] = {f"maps/{split}": loader.count for split, loader in loaders.items()}
         for name, values in completeness(method, model, next(iter(loaders["test"])).images).items():
             metrics |= {f"test/{name}": float(values.mean()), f"test/{name}/std": float(values.std())}
-        return Result(metrics, facts={"sha256": checksums, **look.facts()})
+        return Result(metrics, facts={"sha256": checksums, **evaluation.facts()})
 
     def work(self, config: Config, sizes: Sizes) -> float | None:
         train, test = images_of(config, sizes)

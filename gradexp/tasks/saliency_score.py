@@ -20,17 +20,17 @@ from gradexp.saliency import Saliency
 class SaliencyTask(PerImageTask):
     """A task on the maps of one saliency method for one trained model."""
 
-    def check_setup(self, look: Evaluation) -> None:
-        super().check_setup(look)
-        self.check_method(make_saliency(look.run.config, look.data, look.hardware))
+    def check_setup(self, evaluation: Evaluation) -> None:
+        super().check_setup(evaluation)
+        self.check_method(make_saliency(evaluation.run.config, evaluation.data, evaluation.hardware))
 
     def check_method(self, method: Saliency) -> None:
         """Raises UserError for a saliency method that the task can't evaluate."""
 
     def parts(self, run: Run, upstream: Upstream) -> tuple[Evaluation, nn.Module, Saliency]:
         """Data and hardware, the model of the upstream run, the saliency method."""
-        look = Evaluation(run, upstream)
-        return look, look.model("model"), make_saliency(run.config, look.data, look.hardware)
+        evaluation = Evaluation(run, upstream)
+        return evaluation, evaluation.model("model"), make_saliency(run.config, evaluation.data, evaluation.hardware)
 
 
 class SaliencyScore(SaliencyTask):
@@ -39,15 +39,15 @@ class SaliencyScore(SaliencyTask):
     A model that diverged makes the run `diverged`.
     """
 
-    def check_setup(self, look: Evaluation) -> None:
-        super().check_setup(look)
-        make_score(look.run.config)
+    def check_setup(self, evaluation: Evaluation) -> None:
+        super().check_setup(evaluation)
+        make_score(evaluation.run.config)
 
     def __call__(self, run: Run, upstream: Upstream) -> Result:
-        look, model, method = self.parts(run, upstream)
-        if look.diverged:
-            return look.result({})
-        score, black = make_score(run.config), look.data.black.to(look.hardware.device)
+        evaluation, model, method = self.parts(run, upstream)
+        if evaluation.diverged:
+            return evaluation.result({})
+        score, black = make_score(run.config), evaluation.data.black.to(evaluation.hardware.device)
 
         def measure(number: int, batch: Batch) -> tuple[int, dict[str, Tensor]]:
             seed = mix(run.config["seed"], number)
@@ -58,8 +58,8 @@ class SaliencyScore(SaliencyTask):
             return scored, {name: values.cpu() for name, values in scores.items()}
 
         options = run.config["evaluate"]
-        batches, count = look.first_images(options["images"], options["batch_size"])
-        pieces = look.pieces.each("scores", batches, measure, count=count)
+        batches, count = evaluation.first_images(options["images"], options["batch_size"])
+        pieces = evaluation.pieces.each("scores", batches, measure, count=count)
         images = sum(scored for scored, _ in pieces)
         if not images:
             raise UserError(f"evaluate.images={options['images']}: none of these test images can be scored; raise it")
@@ -67,7 +67,7 @@ class SaliencyScore(SaliencyTask):
         for name in dict.fromkeys(name for _, scores in pieces for name in scores):
             values = torch.cat([scores[name] for _, scores in pieces if name in scores]).double()
             metrics[f"test/{name}"], metrics[f"test/{name}/std"] = float(values.mean()), float(values.std())
-        return Result(metrics, facts={"images": images, **look.facts()})
+        return Result(metrics, facts={"images": images, **evaluation.facts()})
 
 
 def make_score(config: Config) -> Any:

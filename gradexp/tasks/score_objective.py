@@ -31,14 +31,14 @@ class ScoreObjective(PerImageTask):
     statistics: Statistics = None
 
     def __call__(self, run: Run, upstream: Upstream) -> Result:
-        look = Evaluation(run, upstream)
-        model = look.model("model", clean=self.statistics)
-        rows = look.rows(self.images, BATCH)
+        evaluation = Evaluation(run, upstream)
+        model = evaluation.model("model", clean=self.statistics)
+        rows = evaluation.rows(self.images, BATCH)
 
         def measure(number: int, rows: Tensor) -> Tensor:
             seed = mix(run.config["seed"], number)
-            return objective_parts(model, look.batch(rows), seed=seed, draws=self.draws, sigma=self.sigma)
+            return objective_parts(model, evaluation.batch(rows), seed=seed, draws=self.draws, sigma=self.sigma)
 
-        parts = torch.cat(look.pieces.each("objective", rows, measure, count=len(rows)))
-        result = look.result(objective(parts))
+        parts = torch.cat(evaluation.pieces.each("objective", rows, measure, count=len(rows)))
+        result = evaluation.result(objective(parts))
         return replace(result, facts=result.facts | {"images": len(parts)})

@@ -32,9 +32,9 @@ class Shift(EvaluationTask):
     shown: Count
 
     def __call__(self, run: Run, upstream: Upstream) -> Result:
-        look = Evaluation(run, upstream)
-        model = look.model("model").double()
-        batch = next(look.batches(self.images + 1, self.images + 1))
+        evaluation = Evaluation(run, upstream)
+        model = evaluation.model("model").double()
+        batch = next(evaluation.batches(self.images + 1, self.images + 1))
         images, labels = batch.images[1:].double(), batch.labels[1:]
         picture = batch.images[0].double() - batch.images[0].double().mean()
         shifted = Shifted(model, picture, amplitude=self.amplitude)
@@ -50,4 +50,4 @@ class Shift(EvaluationTask):
             maps[f"logit_{name}"] = gradients.input_gradient(network, images, labels)
             maps[f"loss_{name}"] = gradients.loss_gradient(network, images, labels, temperature=1.0)
         arrays = {name: values.cpu().numpy().astype(np.float32) for name, values in maps.items()}
-        return look.result(metrics, {"images": as_bytes(images), **arrays})
+        return evaluation.result(metrics, {"images": as_bytes(images), **arrays})

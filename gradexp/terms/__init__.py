@@ -1,4 +1,4 @@
-"""Loss terms, one per file. A new one: subclass Term in a file here, export it below, and name it in a file of conf/method/."""
+"""Loss terms, one per file; docs/extend.md adds one."""
 
 from gradexp.terms.activations import Activations
 from gradexp.terms.attention import Attention
