@@ -67,8 +67,8 @@ class AntiScoreMatching(HessianTrace):
     """Negative trace of the Hessian up to a ceiling, -min(h, ceiling), clamped image by image (§5.5); mean over the batch.
 
     Noise in h lowers the mean of min(h, ceiling). For `taylor` its standard deviation is about 2‖∇f‖/sigma (§5.8), with sigma
-    0.01 and a gradient norm of 20 four times a ceiling of 1000, so the term also penalises the gradient norm. `hutchinson`
-    has no such noise.
+    0.01 and a gradient norm of 20 four times a ceiling of 1000, so the term also penalises the gradient norm. The noise
+    of `hutchinson` does not depend on the gradient.
     """
 
     def __init__(self, *, ceiling: float, **options: Any) -> None:
