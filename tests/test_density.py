@@ -21,7 +21,7 @@ from gradexp.engine.evaluation import Evaluation
 from gradexp.engine.record import read_arrays, write_arrays, write_record
 from gradexp.engine.run import Paths, Run, run_id
 from gradexp.evaluate.accuracy import accuracy_on_test
-from gradexp.evaluate.discriminative_perturbation import accuracies, saliency, still_right
+from gradexp.evaluate.discriminative_perturbation import accuracies, count_correct, saliency
 from gradexp.evaluate.score_objective import objective, objective_parts
 from gradexp.evaluate.shift import Shifted, shift_effects, sine_effects
 from gradexp.report import figures, specs
@@ -78,7 +78,7 @@ def test_the_four_regularisers_train(places: list[str], method: str) -> None:
 
 
 def test_all_models_are_trained_in_float32_and_records_say_so(places: list[str]) -> None:
-    """Terms on the Hessian need it, so models that are compared with theirs have it too; whatever a processor can."""
+    """Terms on the Hessian need it, so models that are compared with theirs use it too, on every processor."""
     experiments = ["score_matching", "gan_test", "density_ratio", "discriminative_pixel_perturbation", "implicit_samples"]
     for name in [*experiments, "fooling", "shift"]:
         assert compose_run([f"experiment={name}"])["trainer"]["precision"] == 32, name
@@ -91,7 +91,7 @@ def test_the_hutchinson_estimator_trains_too(places: list[str]) -> None:
     assert np.isfinite(record["metrics"]["train/loss/score_matching"]).all()
 
 
-def test_an_earlier_network_may_not_be_flat(places: list[str]) -> None:
+def test_a_relu_network_is_refused_where_a_term_needs_its_hessian(places: list[str]) -> None:
     with pytest.raises(UserError, match="vgg11_softplus"):
         ensure(run(places, *TRAIN, "model=vgg11"))
 
@@ -147,7 +147,7 @@ def test_gan_test_records_its_interval_and_leaves_no_samples(places: list[str]) 
     assert not made.pieces.exists()
 
 
-def test_sampling_goes_on_after_an_interruption(places: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_sampling_continues(places: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     from gradexp.tasks import gan_test
 
     words = ["experiment=gan_test", *MODEL_AND_JUDGE]
@@ -170,7 +170,7 @@ def test_sampling_goes_on_after_an_interruption(places: list[str], monkeypatch: 
     assert seen == [5, 5, 5, 2]
 
 
-def test_samples_of_other_weights_are_not_gone_on_with(places: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_samples_of_other_weights_are_not_reused(places: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     from gradexp.tasks import gan_test
 
     made = run(places, "experiment=gan_test", *MODEL_AND_JUDGE)
@@ -200,12 +200,12 @@ def test_samples_of_other_weights_are_not_gone_on_with(places: list[str], monkey
         (
             "discriminative_pixel_perturbation",
             [*shrunk("explainer"), "task.images=20"],
-            "gradexp.evaluate.discriminative_perturbation.still_right",
+            "gradexp.evaluate.discriminative_perturbation.count_correct",
             "gradexp.tasks.discriminative_perturbation.BATCH",
         ),
     ],
 )
-def test_what_is_no_training_goes_on_after_an_interruption(
+def test_interrupted_evaluations_continue(
     experiment: str, words: list[str], place: str, size: str, places: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the third of its three pieces: the first two are not done again, and the numbers are those of an undisturbed run."""
@@ -231,7 +231,7 @@ def test_what_is_no_training_goes_on_after_an_interruption(
 
 
 def test_the_objective_is_recorded_with_its_error(places: list[str]) -> None:
-    """Of the run's own images and model, in batches; it is nothing for a model that diverged."""
+    """Of the run's own images and model, in batches; NaN for a model that diverged."""
     made = run(places, "experiment=score_objective", *shrunk("model"), "task.images=200", "task.draws=2")
     record = ensure(made)
     metrics = record["metrics"]
@@ -250,7 +250,7 @@ def test_the_objective_is_recorded_with_its_error(places: list[str]) -> None:
 
 
 def test_statistics_estimated_again_are_those_of_clean_training_images(places: list[str]) -> None:
-    """What is looked at is the network as it is in train mode on these images, and its accuracy is measured anew."""
+    """The evaluated network is that of train mode on these images, and its accuracy is measured again."""
     words = ["experiment=gan_test", *MODEL_AND_JUDGE]
     made = run(places, *words, "task.statistics=20")
     metrics = ensure(made)["metrics"]
@@ -313,8 +313,8 @@ def test_fooling_moves_the_energy_into_the_mask(places: list[str]) -> None:
     assert arrays["logit_after"].sum((1, 2)) == pytest.approx([1] * 4, rel=1e-3)
 
 
-def test_a_fine_tuning_that_fools_nobody_is_measured_alike(places: list[str]) -> None:
-    """The control of figure 5.5: its weight is 0; what is measured is the energy inside the task's mask."""
+def test_the_control_of_figure_5_5_is_measured_in_the_same_mask(places: list[str]) -> None:
+    """The control has weight 0; the energy is that inside the task's mask."""
     words = [*shrunk("start"), "scale.density.judge_width=0.015625", "data.per_class=4", "optim.passes=1"]
     control = [*words, "method.terms.fooling.weight=0"]
     record, _ = done(places, "experiment=fooling", *control)
@@ -327,7 +327,7 @@ def test_a_fine_tuning_that_fools_nobody_is_measured_alike(places: list[str]) ->
 
 
 def test_fooling_compares_accuracies_on_the_same_images(places: list[str]) -> None:
-    """Measured by the run itself: a start of one's own choice may have been tested on others."""
+    """Measured by the run itself: another start may have been tested on other images."""
     words = [*shrunk("start"), "scale.density.judge_width=0.015625", "optim.passes=1", "data.validation=0.3"]
     made = run(places, "experiment=fooling", *words)
     metrics = ensure(made)["metrics"]
@@ -339,7 +339,7 @@ def test_fooling_compares_accuracies_on_the_same_images(places: list[str]) -> No
     assert metrics["test/accuracy/before"] == pytest.approx(accuracy_on_test(start, data, hardware.device), rel=1e-5)
 
 
-def test_losing_the_measurement_loses_no_fine_tuning(places: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_measurement_does_not_repeat_the_fine_tuning(places: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     from gradexp.tasks import fool
 
     words = [*shrunk("start"), "scale.density.judge_width=0.015625", "data.per_class=4", "optim.passes=2"]
@@ -372,7 +372,7 @@ def test_a_fine_tuning_that_diverged_keeps_what_was_measured_before_it(places: l
 @pytest.mark.parametrize(
     ("experiment", "wrong", "message"),
     [
-        ("gan_test", "task.sampling.start=[0.5,-0.2]", "no standard deviation"),
+        ("gan_test", "task.sampling.start=[0.5,-0.2]", "greater than or equal to 0"),
         ("implicit_samples", "task.denoising.noise=-1", "greater than or equal to 0"),
         ("density_ratio", "task.sigmas=[0,-0.1]", "greater than or equal to 0"),
         ("discriminative_pixel_perturbation", "task.saliency=std", "channel_std or magnitude"),
@@ -381,7 +381,7 @@ def test_a_fine_tuning_that_diverged_keeps_what_was_measured_before_it(places: l
         ("discriminative_pixel_perturbation", "task.fractions.to=2", "less than or equal to 1"),
     ],
 )
-def test_what_can_not_be_measured_is_said_before_the_training(
+def test_wrong_settings_of_evaluations_are_errors_before_training(
     places: list[str], tmp_path: Path, experiment: str, wrong: str, message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
@@ -431,17 +431,17 @@ def test_removing_what_does_not_matter_keeps_the_accuracy() -> None:
     data = Batch(images, labels, labels, labels)
     how = {"kind": "magnitude", "target": "top", "replacement": 0.0, "seed": 0}
     fractions = [0, 0.75, 1]
-    counts = still_right(Corners(), Corners(), data, fractions=fractions, **how)  # type: ignore[arg-type]
+    counts = count_correct(Corners(), Corners(), data, fractions=fractions, **how)  # type: ignore[arg-type]
     found = accuracies(fractions, counts + counts)
     assert found["accuracy"] == pytest.approx([500 / 6, 500 / 6, 500 / 6])  # black images: the first class wins the tie
     how["replacement"] = "image_mean"
     shifted = Shifted(Corners(), torch.zeros(2, 4, 4), amplitude=0.0)
-    same = still_right(shifted, Corners(), data, fractions=[0.75], **how)  # type: ignore[arg-type]
+    same = count_correct(shifted, Corners(), data, fractions=[0.75], **how)  # type: ignore[arg-type]
     assert accuracies([0.75], same)["accuracy/correct"] == [100.0]
 
 
 class Wrong(nn.Module):
-    """Says that the top row does not matter."""
+    """An explainer by which the top row does not matter."""
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.stack([x[:, 0, 1:].sum((1, 2)), x[:, 0, 1:].sum((1, 2))], dim=1)
@@ -452,7 +452,7 @@ def test_a_bad_explainer_removes_what_matters() -> None:
     images[:, :, 0], images[:, 0, -1] = 1.0, 0.6
     data = Batch(images, *[torch.zeros(4, dtype=torch.long)] * 3)
     how = {"kind": "magnitude", "target": "label", "replacement": 0.0, "seed": 0, "fractions": [0.25]}
-    good, bad = (still_right(Corners(), by, data, **how).tolist() for by in (Corners(), Wrong()))  # type: ignore[arg-type]
+    good, bad = (count_correct(Corners(), by, data, **how).tolist() for by in (Corners(), Wrong()))  # type: ignore[arg-type]
     assert (good, bad) == ([[4, 4], [4, 4]], [[0, 0], [4, 4]])
 
 
@@ -486,7 +486,7 @@ def test_the_explained_class_is_the_one_that_the_perturbed_model_predicts() -> N
     for target, kept in (("top", 5), ("label", 0)):
         seen.clear()
         how = {"kind": "magnitude", "target": target, "replacement": 0.0, "seed": 0, "fractions": [15 / 16]}
-        still_right(Watched(perturbed), Rows(explainer), data, **how)  # type: ignore[arg-type]
+        count_correct(Watched(perturbed), Rows(explainer), data, **how)  # type: ignore[arg-type]
         left = seen[-1].flatten(1).nonzero()  # all pixels went but the one that the explained logit rests on
         assert left[:, 1].tolist() == [kept, kept]
 
@@ -515,7 +515,7 @@ def test_the_three_gradients_of_figure_5_5_against_equation_5_6() -> None:
     torch.testing.assert_close(shifted["loss"], found["loss"])
 
 
-def test_saliency_is_the_spread_of_the_signed_gradient() -> None:
+def test_saliency_is_the_standard_deviation_of_the_signed_gradient_over_channels() -> None:
     gradient = torch.tensor([[1.0, -1.0], [2.0, 2.0]])[:, :, None, None]
     assert saliency(gradient, "channel_std").flatten().tolist() == [1, 0]
     assert saliency(gradient, "magnitude").flatten().tolist() == [2, 4]

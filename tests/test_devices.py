@@ -70,7 +70,7 @@ def test_a_step_stays_on_its_device(experiment: str, method: str) -> None:
     optim = build(config["optim"], where="optim")
     teacher = network(config["upstream"]["teacher"]["model"]) if "teacher" in config["upstream"] else None
     for term in terms.values():
-        term.place(student, teacher, images.example)
+        term.resolve_layers(student, teacher, images.example)
     accelerate(student, terms, HARDWARE)
     module: Classifier
     if teacher is None:

@@ -66,7 +66,7 @@ def test_all_stacks_the_gradient_of_every_logit() -> None:
         torch.testing.assert_close(jacobian[:, k], row)
 
 
-def test_unknown_target_names_the_choices() -> None:
+def test_an_unknown_target_is_an_error_that_lists_the_targets() -> None:
     with pytest.raises(UserError, match="label, top, logprob, all"):
         gradients.scalar(torch.zeros(1, 2), torch.zeros(1, dtype=torch.long), "loss")
 
@@ -153,7 +153,7 @@ def test_soft_targets_at_a_high_temperature_match_centred_logits() -> None:
         torch.autograd.grad(loss, logits[0])[0] for loss in (SoftTargets(weight=1, temperature=1e5)(one), matched)
     )
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-9)
-    with pytest.raises(UserError, match="temperature=0: it divides logits"):
+    with pytest.raises(UserError, match="temperature=0: it should be greater than 0"):
         SoftTargets(weight=1, temperature=0)
 
 
@@ -167,8 +167,8 @@ def test_jacobian_term_against_two_gradients() -> None:
     assert jacobian(reduction="norm")(step(student, teacher)).item() == pytest.approx(sum(distances) / 4, rel=1e-5)
 
 
-def test_a_distance_of_zero_has_a_gradient() -> None:
-    """The root's own slope is infinite there."""
+def test_the_norm_reduction_has_a_finite_gradient_at_zero() -> None:
+    """The derivative of the square root is infinite there."""
     student = net(0)
     jacobian(reduction="norm")(step(student, copy.deepcopy(student).requires_grad_(False))).backward()
     slopes = [parameter.grad for parameter in student.parameters() if parameter.grad is not None]
@@ -177,7 +177,7 @@ def test_a_distance_of_zero_has_a_gradient() -> None:
 
 
 def test_the_teachers_largest_logit_is_matched_in_both_networks() -> None:
-    """§2.4.1 replaces the label by one output of a good model; the student's own favourite is another class."""
+    """§2.4.1: the class of the teacher's largest logit replaces the label; the student predicts another class here."""
     student, teacher, data = net(0), net(1), batch()
     teacher.get_parameter("linear.bias").data[1] += 5
     top = teacher(data.images).argmax(1)
@@ -199,14 +199,14 @@ def test_running_statistics_leave_the_student_as_it_was() -> None:
     assert all(torch.equal(before[name], value) for name, value in student.state_dict().items())
 
 
-def test_the_teacher_is_not_trained() -> None:
+def test_the_teacher_gets_no_gradients() -> None:
     student, teacher = net(0).train(), net(1)
     (jacobian()(step(student, teacher)) + Activations(weight=1, reduction="mean")(step(student, teacher))).backward()
     assert all(parameter.grad is None for parameter in teacher.parameters())
     assert not teacher.training
 
 
-def test_a_step_runs_each_network_once() -> None:
+def test_a_step_needs_one_forward_pass_of_each_network() -> None:
     calls = {"student": 0, "teacher": 0}
     student, teacher = net(0).train(), net(1)
     for name, model in (("student", student), ("teacher", teacher)):
@@ -239,7 +239,7 @@ def many(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def proposition_1(student: nn.Module, teacher: nn.Module, data: Batch, *, pairs: int) -> tuple[float, float, float]:
-    """What input noise adds to the squared error, over sigma^2, with its standard error; the (full) Jacobian term."""
+    """Increase of the squared error under input noise over sigma^2, with its standard error; the (full) Jacobian term."""
     sigma = 1e-4
     one = step(student, teacher, data)
     clean = Activations(weight=1, reduction="sum")(one).item()
@@ -270,8 +270,8 @@ def laplacians(function: Callable[[Tensor], Tensor], image: Tensor) -> Tensor:
     return hessian(image.flatten()).diagonal(dim1=1, dim2=2).sum(1).detach()
 
 
-def test_proposition_1_drops_a_term_that_piecewise_linear_nets_do_not_have() -> None:
-    """For smooth nets the remainder is no O(sigma^4): sigma^2 * sum (T - S) (trace of its Hessian) is missing."""
+def test_proposition_1_drops_a_term_of_smooth_networks() -> None:
+    """For smooth networks the remainder is O(sigma^2): it contains sigma^2 * sum (T - S) (trace of the Hessian of T - S)."""
     student, teacher, data = smooth_net(0), smooth_net(1), batch(1)
 
     def difference(images: Tensor) -> Tensor:
@@ -353,7 +353,7 @@ def test_equation_2_2_drops_terms_of_its_own_order(make: Callable[[int], nn.Modu
     assert abs(mean - clean + sigma**2 * printed) > 20 * error  # as printed
 
 
-def test_the_gradient_is_the_output_of_a_network_without_biases() -> None:
+def test_gradient_times_input_is_the_output_of_a_network_without_biases() -> None:
     """§2.3.2: f(x) = ∇f(x)·x where no layer has a bias; with batch normalisation in the limit of large inputs."""
     model, images = net(0), batch().images
 
@@ -387,7 +387,7 @@ def test_taylor_trace_is_unbiased_on_quadratics_within_the_bound_on_its_variance
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_score_matching_is_its_equation(training: bool) -> None:
+def test_score_matching_is_equation_5_4(training: bool) -> None:
     """Eq. 5.4 with Eq. 5.9; in train mode both passes have batch statistics of their own."""
     model, data, sigma = net(0).train(training), batch(), 0.01
     everyone = torch.arange(len(data.labels))
@@ -453,12 +453,12 @@ def test_stored_targets_are_computed_once_and_shared(tmp_path: Path, capsys: pyt
     assert capsys.readouterr().out.count("computing") == 1
 
 
-def test_filling_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_computation_of_targets_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gradexp.training.targets.CHUNK", 4)
     whole = stored(tmp_path / "whole", net(1))[2]
     folder = tmp_path / "cut"
     stored(folder, net(1))
-    for name in whole.kept:
+    for name in whole.stored:
         content = bytearray((folder / name).read_bytes())
         content[len(content) // 2 :] = bytes(len(content) - len(content) // 2)
         (folder / name).write_bytes(content)
@@ -466,38 +466,38 @@ def test_filling_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Mo
         sums.write_text(json.dumps(json.loads(sums.read_text())[:3]))
     again = stored(folder, net(1))[2]
     maps = [f"attention-{LAYER}", f"absolute-{LAYER}", f"gradient-{LAYER}-label"]
-    assert list(whole.kept) == ["logits", "gradient-label", *maps]
-    for name, values in whole.kept.items():
-        assert torch.equal(again.kept[name], values), name
+    assert list(whole.stored) == ["logits", "gradient-label", *maps]
+    for name, values in whole.stored.items():
+        assert torch.equal(again.stored[name], values), name
 
 
-def test_another_method_adds_what_it_needs_to_the_same_folder(tmp_path: Path) -> None:
+def test_another_method_adds_its_quantities_to_the_same_folder(tmp_path: Path) -> None:
     before = stored(tmp_path / "targets", net(1), maps=[])[2]
-    assert list(before.kept) == ["logits", "gradient-label"]
+    assert list(before.stored) == ["logits", "gradient-label"]
     sums = tmp_path / "targets" / "logits.crc"
     written = sums.stat().st_mtime_ns
     after = stored(tmp_path / "targets", net(1))[2]
     assert sums.stat().st_mtime_ns == written, "the logits were computed again"
-    assert torch.equal(after.kept["logits"], before.kept["logits"])
-    assert len(after.kept) == 2 + len(MAPS)
+    assert torch.equal(after.stored["logits"], before.stored["logits"])
+    assert len(after.stored) == 2 + len(MAPS)
 
 
 def test_damaged_targets_are_computed_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Out of the canary's sight too."""
-    kept = stored(tmp_path / "targets", net(1))[2].kept
+    """Also outside the values that are compared with the teacher's."""
+    kept = stored(tmp_path / "targets", net(1))[2].stored
     whole = kept["logits"].clone()
     kept["logits"][len(whole) // 2] = 7
-    assert torch.equal(stored(tmp_path / "targets", net(1))[2].kept["logits"], whole)
+    assert torch.equal(stored(tmp_path / "targets", net(1))[2].stored["logits"], whole)
     assert "logits is damaged" in capsys.readouterr().out
 
 
-def test_the_canary_finds_another_teachers_targets(tmp_path: Path) -> None:
+def test_stored_targets_of_another_teacher_are_refused(tmp_path: Path) -> None:
     stored(tmp_path / "targets", net(1))
     with pytest.raises(UserError, match="delete that folder"):
         stored(tmp_path / "targets", net(2))
 
 
-def test_the_canary_finds_numbers_that_are_none(tmp_path: Path) -> None:
+def test_stored_targets_that_are_nan_are_refused(tmp_path: Path) -> None:
     _, live, kept = stored(tmp_path / "targets", net(1))
     kept.compute["logits"] = lambda batch: live.logits(batch) * torch.nan
     with pytest.raises(UserError, match="delete that folder"):
@@ -505,7 +505,7 @@ def test_the_canary_finds_numbers_that_are_none(tmp_path: Path) -> None:
 
 
 class Elsewhere:
-    """Indices on another device, which must come back before they find what is kept in the CPU's memory."""
+    """Indices on another device, which must be moved to the CPU before they index stored targets."""
 
     def __init__(self, values: Tensor) -> None:
         self.values = values
@@ -514,7 +514,7 @@ class Elsewhere:
         return self.values
 
 
-def test_batches_that_a_trainer_moved_find_their_targets(tmp_path: Path) -> None:
+def test_stored_targets_of_a_batch_on_another_device(tmp_path: Path) -> None:
     loader, _, kept = stored(tmp_path / "targets", net(1))
     batch = next(iter(TrainingStream(loader, 12)))
     moved = batch._replace(row=Elsewhere(batch.row), view=Elsewhere(batch.view))  # type: ignore[arg-type]

@@ -43,7 +43,7 @@ def batch(count: int = 4) -> Batch:
 def value(term: Term, student: nn.Module, teacher: nn.Module | None = None, data: Batch | None = None) -> Tensor:
     """The term as a training step computes it."""
     data = data or batch()
-    term.place(student, teacher, data.images[:1])
+    term.resolve_layers(student, teacher, data.images[:1])
     live = Targets(copy.deepcopy(teacher), with_gradient=True, layers=term.teacher_layers) if teacher else None
     step = Step(data, student, live, student_layers=term.student_layers, student_biases=term.student_biases)
     return term(step)
@@ -90,8 +90,8 @@ def test_blocks_of_a_resnet_are_its_stages() -> None:
     assert names == ["norm", "stages.1.0.norm1", "stages.3.0.norm1"]
 
 
-def test_activations_are_found_behind_their_layer() -> None:
-    """By what they are given, not by their names; a block of a residual network gives its own to one, too."""
+def test_activations_follow_their_layer() -> None:
+    """The module that takes the layer's output, whatever its name; in a residual block, too."""
     image = torch.zeros(1, 3, 32, 32)
     vgg = build(compose_run(["experiment=teacher", "model=vgg11", "scale.width=0.05"])["model"], where="model")
     resnet = build(compose_run(["experiment=teacher", "model=resnet18", "scale.width=0.05"])["model"], where="model")
@@ -105,8 +105,8 @@ def test_activations_are_found_behind_their_layer() -> None:
         gradients.find_layer(resnet, "last activation", image)
 
 
-def test_a_tensor_that_is_gone_lends_its_place_to_no_other() -> None:
-    """Without normalisation nobody keeps what a pool was given, and its memory, and its id, go to later outputs."""
+def test_a_reused_tensor_id_names_no_wrong_activation() -> None:
+    """Without normalisation the input of a pool is freed, and its memory and id are reused by later outputs."""
     layers = [nn.Conv2d(3, 4, 3, padding=1)]
     for _ in range(6):
         layers += [nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 4, 3, padding=1)]
@@ -117,11 +117,11 @@ def test_a_tensor_that_is_gone_lends_its_place_to_no_other() -> None:
         assert gradients.find_layer(model, f"block {block} activation", image) == (str(3 * block - 2), None)
 
 
-def test_attention_of_chapter_4_is_of_absolute_values_of_normalised_convolutions() -> None:
+def test_attention_of_chapter_4_sums_absolute_values_after_normalisation() -> None:
     config = compose_run(["experiment=fullgrad_distill", "method=fg_att", "scale.width=0.05"])
     student, teacher = build(config["model"], where="model"), build(config["model"], where="model")
     term = build(config["method"]["terms"]["attention"], where="method.terms.attention")
-    term.place(student, teacher, torch.zeros(1, 3, 32, 32))
+    term.resolve_layers(student, teacher, torch.zeros(1, 3, 32, 32))
     assert term.student_layers == ("features.norm1", "features.norm3", "features.norm5")
     assert [wanted.kind for wanted in term.teacher_maps] == ["absolute"] * 3
     squares = build({**config["method"]["terms"]["attention"], "power": None}, where="method.terms.attention")
@@ -146,7 +146,7 @@ def test_a_rule_that_matches_nothing_is_an_error() -> None:
 
 @pytest.mark.parametrize("make", [full_gradient, attention])
 @pytest.mark.parametrize("squared", [True, False])
-def test_a_student_that_is_its_teacher_has_nothing_to_match(make: Callable[..., Term], squared: bool) -> None:
+def test_terms_vanish_for_a_student_that_is_its_teacher(make: Callable[..., Term], squared: bool) -> None:
     student = net(0)
     found = value(make(squared=squared), student, net(0))
     assert found.item() == pytest.approx(0, abs=1e-12)
@@ -154,7 +154,7 @@ def test_a_student_that_is_its_teacher_has_nothing_to_match(make: Callable[..., 
     assert gradient.abs().max() < 1e-12  # not NaN, where the distance has a corner
 
 
-def test_the_full_gradient_term_does_not_see_the_size_of_gradients() -> None:
+def test_the_full_gradient_term_does_not_depend_on_the_scale_of_gradients() -> None:
     teacher, expected = net(1), value(full_gradient(), net(0), net(1))
     assert expected > 0.01
     for side in (0, 1):
@@ -164,7 +164,7 @@ def test_the_full_gradient_term_does_not_see_the_size_of_gradients() -> None:
         torch.testing.assert_close(value(full_gradient(), *pair), expected)
 
 
-def test_the_attention_term_does_not_see_the_size_of_features() -> None:
+def test_the_attention_term_does_not_depend_on_the_scale_of_features() -> None:
     expected = value(attention(), net(0), net(1))
     assert expected > 0.01
     pair = [net(0), net(1)]
@@ -178,7 +178,7 @@ def test_the_attention_term_does_not_see_the_size_of_features() -> None:
 
 
 class Noise(NamedTuple):
-    """What multiplies a bias of one layer: `explicit`, beta, or `effective`; values (B, c, 1, 1) or (B, c, h, w)."""
+    """Noise that multiplies the bias of one layer: `explicit`, beta, or `effective`; values (B, c, 1, 1) or (B, c, h, w)."""
 
     layer: str
     bias: str
@@ -186,7 +186,7 @@ class Noise(NamedTuple):
 
 
 class Plain(NamedTuple):
-    """Logits, and what each normalised convolution gives: its output, its own bias beta, and all that it adds, (c, 1, 1)."""
+    """Logits, and of each normalised convolution: its output, its bias beta, and its effective bias, (c, 1, 1)."""
 
     logits: Tensor
     outputs: dict[str, Tensor]
@@ -195,7 +195,7 @@ class Plain(NamedTuple):
 
 
 def plainly(model: Any, images: Tensor, noise: Noise | None = None) -> Plain:
-    """A tiny VGG from its parameters; in train mode with the statistics of these images, which are differentiated."""
+    """A tiny VGG from its parameters; in train mode with differentiable statistics of these images."""
     values, outputs, explicit, effective = images, {}, {}, {}
     for kind, module in model.features.named_children():
         if isinstance(module, nn.Conv2d):
@@ -218,7 +218,7 @@ def plainly(model: Any, images: Tensor, noise: Noise | None = None) -> Plain:
 
 
 def slopes(plain: Plain, labels: Tensor, wanted: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Gradients of the labels' logits; where statistics are the batch's, those of their sum."""
+    """Gradients of the labels' logits; with batch statistics, of their sum over the batch."""
     own = [logits[label] for logits, label in zip(plain.logits, labels, strict=True)]
     return torch.autograd.grad(torch.stack(own).sum(), wanted)
 
@@ -260,7 +260,7 @@ def test_matched_maps_against_their_equations(squared: bool, training: bool) -> 
     assert value(attention(squared=squared), copy.deepcopy(student), teacher).item() == found["attention", 2]
 
 
-def test_running_statistics_give_a_student_in_train_mode_its_values_at_test_time() -> None:
+def test_running_statistics_give_a_student_in_train_mode_its_eval_values() -> None:
     student, teacher = net(0), net(1)
     for kind, times_bias in (("gradient", False), ("times_bias", True)):
         expected = by_hand(student.eval(), teacher, kind, True)
@@ -270,7 +270,7 @@ def test_running_statistics_give_a_student_in_train_mode_its_values_at_test_time
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 def test_input_gradients_of_a_student_in_train_mode(training: bool) -> None:
-    """Those of the batch's sum, through its statistics, as in the author's code."""
+    """Gradients of the sum over the batch, through its statistics, as in the author's code."""
     student, teacher, data = net(0).train(training), net(1), batch()
     images = data.images.clone().requires_grad_()
     mine, theirs = (slopes(plainly(model, images), data.labels, [images])[0] for model in (student, teacher))
@@ -279,8 +279,8 @@ def test_input_gradients_of_a_student_in_train_mode(training: bool) -> None:
     assert found.item() == pytest.approx(sum((mine[i] - theirs[i]).square().sum().item() for i in range(4)) / 4, rel=1e-10)
 
 
-def test_a_power_that_no_attention_map_has_is_an_error() -> None:
-    with pytest.raises(UserError, match=r"power=3: it is 1 \(absolute values\) or 2 \(squares\)"):
+def test_an_unknown_power_is_an_error() -> None:
+    with pytest.raises(UserError, match=r"power=3: it must be 1 \(absolute values\) or 2 \(squares\)"):
         attention(power=3)
 
 
@@ -416,7 +416,7 @@ def test_the_penalty_on_bias_gradients_against_its_definition(noise: str, bias: 
 
 
 def test_the_penalty_of_table_4_3_is_a_weight_decay_of_beta() -> None:
-    """Of strength 100 g^2, with g = df/dbeta: which makes 100 comparable with the decay of .1 beside it."""
+    """Of strength 100 g^2, with g = df/dbeta, which makes 100 comparable with the weight decay of .1."""
     node = compose_run(["experiment=bias_gradient"])["method"]["terms"]["bias_gradient"]
     model, data = net(0, (4, "M", 5)), batch()
     term = build({**node, "student_bn": "running"}, where="method.terms.bias_gradient")
@@ -431,14 +431,14 @@ def test_the_penalty_of_table_4_3_is_a_weight_decay_of_beta() -> None:
 
 
 @pytest.mark.parametrize(("noise", "entries"), [("position", 5 * 4 * 4), ("channel", 5)])
-def test_a_mean_over_the_layer_is_its_sum_over_the_number_of_entries(noise: str, entries: int) -> None:
+def test_the_mean_over_a_layer_is_the_sum_divided_by_the_number_of_entries(noise: str, entries: int) -> None:
     total, mean = (value(bias_gradient(noise=noise, reduction=kind), net(0)).item() for kind in ("sum", "mean"))
     assert total > 0
     assert mean == pytest.approx(total / entries, rel=1e-12)
 
 
 def test_a_bias_of_zero_is_moved_by_cross_entropy_and_not_by_its_penalty() -> None:
-    """As beta is at first; the effective bias is not 0 there."""
+    """beta is 0 when training starts; the effective bias is not."""
     model = net(0)
     with torch.no_grad():
         model.features.norm2.bias.zero_()  # type: ignore[operator, union-attr]
@@ -452,7 +452,7 @@ def test_a_bias_of_zero_is_moved_by_cross_entropy_and_not_by_its_penalty() -> No
 
 @pytest.mark.parametrize("kind", ["explicit", "effective"])
 def test_channel_noise_scales_the_bias_of_a_channel(kind: str) -> None:
-    """b df/db by moving the parameter, with b the parameter itself or all that the layer adds."""
+    """b df/db by moving the parameter, with b the parameter itself or the effective bias."""
     model, data = net(0), batch(1)
     bias = model.features.norm2.bias.detach().clone()  # type: ignore[operator, union-attr]
     if kind == "effective":
@@ -494,8 +494,8 @@ def test_dropout_in_the_limit_of_low_noise() -> None:
     assert abs(losses.mean().item() - sigma**2 * limit) < 4 * error
 
 
-def test_our_dropout_is_equation_4_1() -> None:
-    """Behind its layer the network is linear in the activations, so the equation holds for any noise: p = 0.5."""
+def test_dropout_after_is_equation_4_1() -> None:
+    """The network is linear in these activations, so the equation holds for any noise: p = 0.5."""
     model, data, count, p = net(0), batch(2), 4000, 0.5
     sigma2 = p / (1 - p)  # variance of a mask that is 0 or 1 / (1 - p)
     expected = sigma2 * squared_sensitivity(model, data, "features.relu3").mean().item()
@@ -521,7 +521,7 @@ def test_our_dropout_is_equation_4_1() -> None:
     assert not model.features.norm3._forward_hooks  # type: ignore[union-attr]
 
 
-def test_dropout_of_one_layer_is_silent_in_eval_mode_and_checked() -> None:
+def test_dropout_after_has_no_effect_in_eval_mode_and_checks_its_probability() -> None:
     model, data = net(0), batch()
     expected = model(data.images)
     with dropout_after(model, {"layer": "last block", "probability": 0.5}, data.images[:1]):
@@ -560,7 +560,7 @@ def test_a_step_of_fg_att_takes_one_forward_and_one_gradient_of_each_network(mon
     terms: list[Term] = [build(node, where=f"method.terms.{name}") for name, node in config.items()]
     student, teacher, data = net(0, (4, "M", 5, "M", 6)).train(), net(1, (4, "M", 5, "M", 6)), batch()
     for term in terms:
-        term.place(student, teacher, data.images[:1])
+        term.resolve_layers(student, teacher, data.images[:1])
     names = {"student": student, "teacher": teacher}
     calls: list[str] = []
     for name, model in names.items():

@@ -12,7 +12,7 @@ def test_ranks_order_pixels_by_saliency() -> None:
     assert ranks(saliency, seed=0).tolist() == [[[2, 0], [1, 3]], [[3, 2], [1, 0]]]
 
 
-def test_ties_fall_by_the_seed_and_not_by_position() -> None:
+def test_the_seed_orders_ties_not_their_position() -> None:
     flat = torch.zeros(1, 8, 8)
     first, again, other = (ranks(flat, seed=seed) for seed in (0, 0, 1))
     assert torch.equal(first, again)
@@ -21,7 +21,7 @@ def test_ties_fall_by_the_seed_and_not_by_position() -> None:
     assert first.flatten().tolist() != list(range(64))
 
 
-def test_a_fraction_of_pixels_goes_in_all_channels() -> None:
+def test_a_fraction_of_pixels_is_removed_in_all_channels() -> None:
     images = torch.rand(3, 2, 10, 10)
     places = ranks(torch.rand(3, 10, 10), seed=0)
     for fraction, count in ((0, 0), (0.01, 1), (0.25, 25), (1, 100)):
@@ -31,7 +31,7 @@ def test_a_fraction_of_pixels_goes_in_all_channels() -> None:
         assert torch.equal(removed != images, mask.expand_as(images))
 
 
-def test_the_mean_colour_is_each_images_own() -> None:
+def test_image_mean_is_the_mean_colour_of_each_image() -> None:
     images = torch.rand(3, 2, 4, 4)
     everything = least_salient(ranks(torch.rand(3, 4, 4), seed=0), 1.0)
     gone = remove(images, everything, "image_mean")
@@ -71,7 +71,7 @@ def test_imputed_pixels_have_a_little_noise_and_a_mask_of_everything_ends() -> N
     assert impute(image, everything).isfinite().all()
 
 
-def test_images_that_are_solved_wait_for_the_others_of_their_batch() -> None:
+def test_imputation_of_a_batch_is_that_of_each_image() -> None:
     """Some have a few masked pixels, one a large hole, which takes many more steps."""
     for seed in range(10):
         generator = torch.Generator().manual_seed(seed)
@@ -85,7 +85,7 @@ def test_images_that_are_solved_wait_for_the_others_of_their_batch() -> None:
         torch.testing.assert_close(filled[::9], alone)
 
 
-def test_mistakes() -> None:
+def test_unknown_replacements_and_fractions_are_errors() -> None:
     with pytest.raises(UserError, match="between 0 and 1"):
         least_salient(torch.zeros(1, 2, 2, dtype=torch.long), 1.5)
     with pytest.raises(UserError, match="image_mean, imputed or a number"):

@@ -17,7 +17,7 @@ from gradexp.models.vgg import VGG
 
 
 def trained() -> nn.Module:
-    """A small network whose every parameter and statistic is away from where training starts."""
+    """A small network with no parameter or statistic at its initial value."""
     model = VGG(name="t", layers=[4, "M", 5], width=1, channels=3, classes=2, dropout=None).eval()
     for value in (*model.parameters(), *model.buffers()):
         if value.is_floating_point():
@@ -51,8 +51,8 @@ def test_layers_go_from_the_output_to_the_input_with_their_normalisations() -> N
         layers_from_output(nn.Sequential(Bare()))
 
 
-def test_a_state_does_not_depend_on_the_states_before_it() -> None:
-    """A resumed run goes straight to the layers that it had not done; another seed draws other parameters."""
+def test_randomised_parameters_do_not_depend_on_earlier_randomisations() -> None:
+    """A resumed run skips the layers that were done; another seed draws other parameters."""
     step_by_step, at_once, other = trained(), trained(), trained()
     groups = layers_from_output(at_once)
     for count in range(1, 4):
@@ -66,7 +66,7 @@ def test_a_state_does_not_depend_on_the_states_before_it() -> None:
     assert any(differ)
 
 
-def test_rank_correlation_is_spearmans_of_sizes() -> None:
+def test_rank_correlation_is_spearmans_of_absolute_values() -> None:
     first, second = torch.randn(4, 1, 6, 6), torch.randn(4, 1, 6, 6)
     second[1] = -first[1] * 3  # the same sizes
     second[2].clamp_(min=0)  # ties, as Grad-CAM has

@@ -59,7 +59,7 @@ def test_the_authors_vgg11_has_the_parameters_of_his_code() -> None:
     assert build(small["model"], where="model").eval()(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
 
 
-def test_a_flattened_map_tells_its_pixels_apart_and_an_averaged_one_does_not() -> None:
+def test_a_flattened_head_has_weights_for_each_pixel() -> None:
     """The linear layer is the flattened map's own, pixel by pixel; one whose weights repeat is the average's."""
     torch.manual_seed(0)
     pooled, flat = tiny().double().eval(), tiny(head="flatten", size=8).double().eval()
@@ -99,7 +99,7 @@ def test_no_relu_is_in_place() -> None:
     assert not any(module.inplace for module in tiny().modules() if isinstance(module, torch.nn.ReLU))
 
 
-def test_an_image_that_vanishes_is_an_error_with_its_mend() -> None:
+def test_an_image_too_small_for_the_pools_is_an_error() -> None:
     with pytest.raises(UserError, match="at least 4 pixels"):
         tiny(layers=[4, "M", "M"])(torch.zeros(2, 3, 3, 3))
 

@@ -71,7 +71,7 @@ def classifier(words: list[str]) -> tuple[Classifier, dict[str, Any] | None]:
     terms = make_terms(config)
     example = torch.zeros(1, 3, SIZE, SIZE, dtype=torch.float64)
     for term in terms.values():
-        term.place(student, teacher if term.needs_teacher else None, example)
+        term.resolve_layers(student, teacher if term.needs_teacher else None, example)
     names = [layer for term in terms.values() for layer in term.teacher_layers]
     layers.accelerate(student)
     targets = Targets(teacher, with_gradient=True, layers=names)

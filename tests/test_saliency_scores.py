@@ -94,7 +94,7 @@ def scored(**options: Any) -> dict[str, Tensor]:
     return test(Weights(1, 2, 3, 4), method, batch([1.0] * 4, [3.0, -1.0, 2.0, 0.5]), black=torch.full((1, 1, 1), -0.5), seed=0)
 
 
-def test_one_number_a_curve_by_hand() -> None:
+def test_the_mean_height_of_a_curve_by_hand() -> None:
     """Trapezoids of (0.25, a), (0.5, b), (1, c): over fractions of width 1/4 and 1/2, over logarithms of the same width."""
     plain = scored()
     assert not any("area" in name for name in plain)
@@ -107,7 +107,7 @@ def test_one_number_a_curve_by_hand() -> None:
         scored(area="log", fractions=[0, 0.5])
 
 
-def test_readings_of_the_same_maps_are_what_runs_of_their_own_would_give() -> None:
+def test_readings_give_the_values_of_separate_runs() -> None:
     changed: dict[str, dict[str, Any]] = {
         "mean": {"fill": 0},
         "most": {"order": "most"},
@@ -126,7 +126,7 @@ def test_readings_of_the_same_maps_are_what_runs_of_their_own_would_give() -> No
         scored(readings={"mean": {"order": "last"}})
 
 
-def test_ties_are_drawn_and_not_taken_in_order() -> None:
+def test_ties_are_ordered_at_random() -> None:
     """Four equal pixels, one goes: a tenth, two, three or four tenths, by the seed; signs count, sizes do not."""
     test = PixelPerturbation(fractions=[0.25], order="least", fill="black")
     model, image = Weights(1, 2, 3, 4), batch([1.0] * 4)
@@ -146,7 +146,7 @@ def test_removed_pixels_are_black_in_the_images_units() -> None:
 
 
 def test_digit_flip_by_hand() -> None:
-    """S_0 - S_1 = (3, 2, 1, -1): log-odds 1.5 f = 15 lose pixel 1, then 2, never the pixel that speaks for class 1."""
+    """S_0 - S_1 = (3, 2, 1, -1): log-odds 1.5 f = 15 lose pixel 1, then 2, never the pixel that is evidence for class 1."""
     method = Given(maps={0: [3.0, 3.0, 1.0, 0.0], 1: [0.0, 1.0, 0.0, 1.0]})
     images = batch([1.0] * 4, [1.0] * 4, [2.0] * 4, labels=[0, 1, 0])
 

@@ -35,7 +35,7 @@ class Slope(nn.Module):
         return x.flatten(1) @ self.slopes.flatten(1).T
 
 
-def test_one_step_is_its_formula() -> None:
+def test_one_step_of_the_ascent() -> None:
     model = Slope(torch.randn(3, *SHAPE)).eval()
     images, labels = torch.rand(5, *SHAPE), torch.tensor([0, 1, 2, 1, 0])
     one = ascent(steps=1, noise=0)
@@ -77,19 +77,23 @@ def test_langevin_noise_samples_a_gaussian_density() -> None:
     assert values.std().item() == pytest.approx(0.1, rel=0.05)
 
 
-def test_mistakes() -> None:
-    for wrong in ({"start": [0.5, -0.2]}, {"noise": -0.1}, {"langevin": -1.0}):
-        with pytest.raises(UserError, match="no standard deviation"):
-            ascent(**wrong)
-    with pytest.raises(UserError, match="at least one step"):
+def test_settings_out_of_range_and_train_mode_are_errors() -> None:
+    for name, wrong in {"start": [0.5, -0.2], "noise": -0.1, "langevin": -1.0}.items():
+        with pytest.raises(UserError, match=f"{name}=.*: it should be greater than or equal to 0"):
+            ascent(**{name: wrong})
+    with pytest.raises(UserError, match="steps=0: it should be greater than or equal to 1"):
         ascent(steps=0)
+    with pytest.raises(UserError, match="rate=0: it should be greater than 0"):
+        ascent(rate=0)
+    with pytest.raises(UserError, match=r"start=\[0.5\]: it is incomplete"):
+        ascent(start=[0.5])
     with pytest.raises(UserError, match="eval mode"):
         ascent().sample(net().float().train(), torch.tensor([0]), [0], SHAPE)
-    with pytest.raises(UserError, match="not negative"):
+    with pytest.raises(UserError, match=r"sigmas=.*: it should be greater than or equal to 0"):
         density_ratio(net(), [batch()], sigmas=[-0.1], seed=0)
 
 
-def test_gan_test_counts_and_its_interval_is_clopper_and_pearsons() -> None:
+def test_the_gan_test_is_an_accuracy_with_the_interval_of_clopper_and_pearson() -> None:
     judge = Slope(torch.eye(3).view(3, 3, 1, 1))
     labels = torch.arange(3).repeat(20)
     samples = torch.eye(3)[labels].view(-1, 3, 1, 1)
@@ -101,7 +105,7 @@ def test_gan_test_counts_and_its_interval_is_clopper_and_pearsons() -> None:
     )
 
 
-def test_a_diverged_model_has_no_gan_test() -> None:
+def test_the_gan_test_of_a_diverged_model_is_nan() -> None:
     judge = Slope(torch.eye(3).view(3, 3, 1, 1))
     found = gan_test(judge, torch.full((2, 3, 1, 1), math.nan), torch.tensor([0, 1]), confidence=0.95)
     assert all(math.isnan(value) for value in found.values())
@@ -130,8 +134,8 @@ def test_energy_of_a_gradient_made_by_hand() -> None:
     assert energy[1].isnan()
 
 
-def test_the_loss_gradient_of_a_confident_image_does_not_see_a_common_shift_in_float32() -> None:
-    """p_y - 1 rounds where p_y is near 1: what is left of the weights' sum would carry the shift's gradient."""
+def test_a_common_shift_does_not_change_the_loss_gradient_of_a_confident_image_in_float32() -> None:
+    """p_y - 1 rounds where p_y is near 1, and the shift's gradient would remain, times the sum of the rounded weights."""
     torch.manual_seed(0)
     rivals, shift = 0.1 * torch.randn(100, *SHAPE, dtype=torch.float64), torch.randn(SHAPE, dtype=torch.float64)
     labels = torch.tensor([0])

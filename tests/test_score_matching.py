@@ -63,7 +63,7 @@ def test_exact_trace_against_autograds_hessian() -> None:
             torch.testing.assert_close(torch.autograd.functional.hessian(logit, image.flatten()).trace(), trace)
 
 
-def test_hutchinson_is_unbiased_with_its_variance_and_taylor_exceeds_it_by_no_more_than_the_bound() -> None:
+def test_the_variances_of_both_trace_estimators_are_those_of_section_5_8() -> None:
     """§5.8: Var(Hutchinson) = 2 ||A||_F^2, and Var(Taylor) is at most 4 ||grad f||^2 / sigma^2 above it."""
     model, sigma, count = Quadratic(8), 0.3, 40_000
     image = torch.randn(1, 2, 2, 2, dtype=torch.float64)
@@ -79,7 +79,7 @@ def test_hutchinson_is_unbiased_with_its_variance_and_taylor_exceeds_it_by_no_mo
 
 
 class Level(nn.Module):
-    """A model without its slope at one image: the same Hessian, and no noise of the gradient in Taylor's estimate."""
+    """A model minus its linear part at one image: the same Hessian, and no gradient noise in the Taylor estimate."""
 
     def __init__(self, model: nn.Module, image: Tensor, slope: Tensor) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ class Level(nn.Module):
 
 
 def test_taylor_tends_to_the_exact_trace_of_a_softplus_net_as_sigma_vanishes() -> None:
-    """Draw by draw to Hutchinson's product, at first order in sigma; and that one's mean is the trace."""
+    """Draw by draw it tends to Hutchinson's product, at first order in sigma, whose mean is the trace."""
     model, data, count = net(), batch(1), 4000
     gradient, image = slope_at(model, data.images, data.labels)
     exact = gradients.exact_trace(gradient, image)
@@ -108,7 +108,7 @@ def test_taylor_tends_to_the_exact_trace_of_a_softplus_net_as_sigma_vanishes() -
     assert errors[2] < 1e-3 * product.std()
 
 
-def test_training_through_hutchinson_is_exact_and_refused_without_third_derivatives() -> None:
+def test_training_through_hutchinson_is_exact_and_needs_third_derivatives() -> None:
     """Through batch statistics, against finite differences in a random direction."""
     data, term = batch(), score(estimator="hutchinson")
     fast = layers.accelerate(net()).train()
@@ -129,8 +129,8 @@ def test_training_through_hutchinson_is_exact_and_refused_without_third_derivati
 
 
 @pytest.mark.parametrize("estimator", ["taylor", "hutchinson"])
-def test_with_running_statistics_the_term_is_that_of_the_network_in_eval_mode(estimator: str) -> None:
-    """Value and parameter gradients; it leaves no statistics behind, and images do not see each other."""
+def test_with_running_statistics_score_matching_is_that_of_eval_mode(estimator: str) -> None:
+    """Value and parameter gradients; running statistics do not change, and images do not influence each other."""
     data, term = batch(), score(estimator=estimator, stability=1e-4, student_bn="running")
     training, tested = layers.accelerate(net()).train(), layers.accelerate(net()).eval()
     before = {name: value.clone() for name, value in training.named_buffers()}
@@ -173,7 +173,7 @@ class Gaussian(nn.Module):
 
 @pytest.mark.parametrize("estimator", ["taylor", "hutchinson"])
 def test_score_matching_recovers_a_gaussian(estimator: str) -> None:
-    """Hyvärinen's objective is least for the true score; sigma does not matter to Taylor on a quadratic."""
+    """Hyvärinen's objective is least for the true score; on a quadratic the Taylor estimate is exact for any sigma."""
     mean, variance, count = 0.7, 0.4, 4000
     images = mean + variance**0.5 * torch.randn(count, 1, 2, 2, dtype=torch.float64)
     zeros = torch.zeros(count, dtype=torch.long)
@@ -192,7 +192,7 @@ def test_score_matching_recovers_a_gaussian(estimator: str) -> None:
     assert model.log_variance.exp().item() == pytest.approx(variance, rel=0.06)
 
 
-def test_anti_score_matching_is_flat_above_its_ceiling_image_by_image() -> None:
+def test_anti_score_matching_has_no_gradient_above_its_ceiling() -> None:
     """The gradient is that of the images below the ceiling alone."""
     model, data = net(), batch(4)
     parameters = list(model.parameters())
@@ -209,8 +209,8 @@ def test_anti_score_matching_is_flat_above_its_ceiling_image_by_image() -> None:
 
 
 @pytest.mark.parametrize("sigma", [0.0, -0.01])
-def test_noise_that_is_no_noise_is_an_error(sigma: float) -> None:
-    with pytest.raises(UserError, match="positive standard deviation"):
+def test_a_sigma_that_is_not_positive_is_an_error(sigma: float) -> None:
+    with pytest.raises(UserError, match=r"sigma=.*: it should be greater than 0"):
         score(sigma=sigma)
 
 
@@ -241,7 +241,7 @@ def fooling(pictures: Tensor, mask: int = 2) -> float:
     return term(Step(data, Linear(pictures), differentiable_input=True)).item()
 
 
-def test_fooling_is_zero_for_a_saliency_that_is_the_mask_and_ignores_its_size() -> None:
+def test_fooling_is_zero_for_the_mask_and_does_not_depend_on_scale() -> None:
     pictures = torch.zeros(CLASSES, 2, 4, 4, dtype=torch.float64)
     pictures[:, 0, :2, :2], pictures[:, 1, :2, :2] = -3.0, 1.0
     assert fooling(pictures) == pytest.approx(0, abs=1e-15)
@@ -253,4 +253,4 @@ def test_fooling_is_zero_for_a_saliency_that_is_the_mask_and_ignores_its_size() 
 def test_a_mask_larger_than_the_image_is_an_error() -> None:
     with pytest.raises(UserError, match="a side from 1 to 4"):
         fooling(torch.ones(CLASSES, 2, 4, 4, dtype=torch.float64), mask=5)
-    assert corner(3, batch().images).sum() == 9
+    assert corner(3, (4, 4)).sum() == 9

@@ -37,7 +37,7 @@ def test_the_objective_is_unbiased_for_the_exact_one(prepared: object) -> None:
     assert ((averaged - exact).abs() < 4 * 2 * error).all()
 
 
-def test_by_taylor_it_is_equation_5_9_along_the_same_directions() -> None:
+def test_the_taylor_trace_is_equation_5_9_along_the_same_directions() -> None:
     """On a quadratic the two differ by the slope's noise alone: 2 <∇f, v> / σ."""
     model, data, sigma = Quadratic(8), batch(3, size=2), 0.1
     exact, taylor, *_ = objective_parts(model, data, draws=1, sigma=sigma, seed=3).unbind(1)
@@ -74,7 +74,7 @@ def test_the_objective_of_the_true_density_is_least() -> None:
 
 
 @pytest.mark.parametrize("prepared", [layers.accelerate, lambda model: model], ids=["fast", "autograd"])
-def test_statistics_estimated_again_are_exactly_those_of_all_images_as_one_batch(prepared: object) -> None:
+def test_reestimated_statistics_are_those_of_all_images_as_one_batch(prepared: object) -> None:
     """In eval mode as in train mode with the whole set, however it is batched; parameters and modes stay."""
     images = torch.rand(13, 2, 8, 8, dtype=torch.float64)
     for size in (13, 5, 1):
@@ -89,7 +89,7 @@ def test_statistics_estimated_again_are_exactly_those_of_all_images_as_one_batch
             torch.testing.assert_close(value, before[name])
 
 
-def test_a_normalisation_that_is_called_twice_has_no_one_input() -> None:
+def test_a_normalisation_that_is_called_twice_is_an_error() -> None:
     norm = nn.BatchNorm2d(2)
     with pytest.raises(UserError, match="twice"):
         reestimate(nn.Sequential(norm, nn.Softplus(), norm), lambda: [torch.rand(3, 2, 4, 4)])
@@ -99,7 +99,7 @@ def test_a_normalisation_that_is_called_twice_has_no_one_input() -> None:
 
 
 def wave(across: int, down: int = 0) -> Tensor:
-    """So many periods in each direction of 16 x 16 pixels."""
+    """A wave of this many periods in each direction, 16 x 16 pixels."""
     at = 2 * math.pi * torch.arange(16, dtype=torch.float64) / 16
     return torch.cos(down * at[:, None] + across * at[None])[None, None]
 
@@ -107,18 +107,18 @@ def wave(across: int, down: int = 0) -> Tensor:
 @pytest.mark.parametrize(
     ("picture", "percent"), [(wave(3), 0), (wave(4), 0), (wave(5), 100), (wave(0, 7), 100), (wave(3, 3), 100)]
 )
-def test_a_wave_is_fine_above_a_quarter_of_a_cycle_a_pixel(picture: Tensor, percent: float) -> None:
+def test_a_wave_above_a_quarter_of_a_cycle_per_pixel_is_high_frequency(picture: Tensor, percent: float) -> None:
     assert high_frequency(picture).item() == pytest.approx(percent, abs=1e-9)
 
 
-def test_shares_are_of_energy_and_ignore_size_and_mean() -> None:
+def test_high_frequency_does_not_depend_on_scale_and_mean() -> None:
     mixed = torch.cat([3 * wave(2) + 4 * wave(6), 0 * wave(1)], dim=1)
     other = torch.cat([3 * wave(2), 4 * wave(6)], dim=1)
     assert high_frequency(torch.cat([mixed, 7 + 0.1 * mixed, other])).tolist() == pytest.approx([64.0] * 3)
     assert high_frequency(torch.ones(1, 3, 8, 8)).isnan().all()
 
 
-def test_white_noise_has_the_share_of_the_plane() -> None:
+def test_high_frequency_of_white_noise() -> None:
     """The disc of radius 1/4 in the square of side 1 leaves 1 - π / 16."""
     noise = torch.randn(64, 3, 32, 32)
     assert high_frequency(noise).mean().item() == pytest.approx(100 * (1 - math.pi / 16), abs=1)

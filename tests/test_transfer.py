@@ -80,7 +80,7 @@ def test_the_attention_jacobian_is_equation_2_9(level: int, depth: int, window: 
 
 
 @pytest.mark.parametrize("student_bn", ["batch", "running"])
-def test_fast_layers_train_it_as_autograd_does(student_bn: str) -> None:
+def test_fast_layers_give_the_attention_jacobian_autograds_gradients(student_bn: str) -> None:
     """The attention pixel's input-gradient is differentiated once more, from the middle of the network."""
     student, teacher = net(0).train(), net(1)
     found = []
@@ -94,12 +94,12 @@ def test_fast_layers_train_it_as_autograd_does(student_bn: str) -> None:
         torch.testing.assert_close(found[1][name], gradient, rtol=1e-9, atol=1e-11)
 
 
-def test_it_vanishes_for_a_student_that_is_its_teacher() -> None:
+def test_the_attention_jacobian_vanishes_for_a_student_that_is_its_teacher() -> None:
     assert value(net(0), net(0), 1, "s/3") < 1e-20
     assert value(net(0), net(1), 1, "s/3") > 1e-3
 
 
-def test_running_statistics_are_those_of_test_time() -> None:
+def test_the_attention_jacobian_with_running_statistics_is_that_of_eval_mode() -> None:
     student, teacher = net(0), net(1)
     tested = value(student, teacher, 1, "s/3")
     student.train()
@@ -139,7 +139,7 @@ def test_equation_2_9_is_squared_error_under_noise() -> None:
 
 @pytest.mark.parametrize("student_bn", ["batch", "running"])
 def test_the_output_jacobian_is_that_of_the_teachers_largest_logit_at_the_students_second_head(student_bn: str) -> None:
-    """LwF (§2.5.1): the student's classes are others; its favourite among the teacher's, and a label, name other logits."""
+    """LwF (§2.5.1): the student has other classes; its own largest logit and the label are of other indices here."""
     torch.manual_seed(4)
     student = TwoHeadedVGG(source_classes=5, name="tiny", layers=[4, "M", 5], width=1, channels=2, classes=3, dropout=None)
     teacher = VGG(name="tiny", layers=[6, "M", 4], width=1, channels=2, classes=5, dropout=None).double().eval()
@@ -147,7 +147,7 @@ def test_the_output_jacobian_is_that_of_the_teachers_largest_logit_at_the_studen
     student.double().train()
     data = batch()
     term = Jacobian(weight=1, reduction="sum", target="top", student_bn=student_bn, head="source")
-    term.place(student, teacher, data.images)
+    term.resolve_layers(student, teacher, data.images)
     live = Targets(copy.deepcopy(teacher), with_gradient=True)
     value = term(Step(data, student, live, differentiable_input=True, student_layers=term.student_layers)).item()
 
@@ -158,7 +158,7 @@ def test_the_output_jacobian_is_that_of_the_teachers_largest_logit_at_the_studen
     assert teacher(images).argmax(1).tolist() == [1, 1, 1]
     assert 1 not in mine.source(hidden).argmax(1)
     assert value == pytest.approx((slope - theirs).square().sum().item() / 3, rel=1e-9)
-    with pytest.raises(UserError, match="target=label: head=source has the teacher's classes, and labels are of others"):
+    with pytest.raises(UserError, match="target=label: head=source has the teacher's classes, not the labels'"):
         Jacobian(weight=1, reduction="sum", target="label", student_bn=student_bn, head="source")
 
 
@@ -176,7 +176,7 @@ def test_pooling_against_a_loop() -> None:
     torch.testing.assert_close(pooled(maps, "2"), torch.tensor(by_hand, dtype=torch.float64))
 
 
-def test_windows_are_parts_of_the_map() -> None:
+def test_window_sizes() -> None:
     assert [window_size(w, 16) for w in ("full", "s/3", "s/5", "s/7", "none", 4)] == [16, 5, 3, 2, 1, 4]
     with pytest.raises(UserError, match="only 8x8 pixels"):
         window_size(9, 8)
@@ -184,21 +184,21 @@ def test_windows_are_parts_of_the_map() -> None:
         window_size("half", 8)
 
 
-def test_what_cannot_be_matched_is_said_before_training() -> None:
+def test_layers_that_cannot_be_matched_are_errors_before_training() -> None:
     images = batch(1).images
     term = AttentionJacobian(weight=1, level=2, window=5, **OPTIONS)
     with pytest.raises(UserError, match="window=5: the attention map has only 4x4 pixels; take a smaller window"):
-        term.place(net(0), net(1), images)
+        term.resolve_layers(net(0), net(1), images)
     term = AttentionJacobian(weight=1, level=1, window="s/5", **{**OPTIONS, "teacher_layers": LAYERS[::-1]})
     with pytest.raises(UserError, match=r"features\.relu1 has 8x8 positions, the teacher's features\.relu3 4x4"):
-        term.place(net(0), net(1), images)
-    with pytest.raises(UserError, match="level=3: there are the levels 1 to 2"):
+        term.resolve_layers(net(0), net(1), images)
+    with pytest.raises(UserError, match="level=3: it must be from 1 to 2"):
         AttentionJacobian(weight=1, level=3, window="s/5", **OPTIONS)
 
 
 @pytest.mark.parametrize(("scale", "sizes"), [("paper", [56, 28, 14, 7]), ("cpu", [16, 8, 4, 2]), ("quick", [16, 8, 4, 2])])
 def test_depths_are_those_of_table_2_4_and_maps_have_common_sizes(scale: str, sizes: list[int]) -> None:
-    """The real ResNet-34 and VGG-9, without numbers: convolutions in front of each map, its rows and columns."""
+    """ResNet-34 and VGG-9 on the meta device: number of convolutions before each map, and its rows and columns."""
     config = compose_run(["experiment=jacobian_transfer", f"scale={scale}"])
     term, size = config["method"]["terms"]["attention"], config["data"]["size"]
     depths = []
@@ -278,7 +278,7 @@ def test_proposition_3_bounds_the_loss_on_the_source() -> None:
 
 
 def test_proposition_3_is_tight_and_needs_each_of_its_parts() -> None:
-    """Where the loss grows fastest, the bound is missed by the square of the distance alone, and without any part exceeded."""
+    """In the direction of fastest growth the bound is met up to the square of the distance, and exceeded without any part."""
     generator = torch.Generator().manual_seed(6)
     for _ in range(10):
         student, teacher, lipschitz = pair(generator)
@@ -297,7 +297,7 @@ def test_proposition_3_is_tight_and_needs_each_of_its_parts() -> None:
         assert matched(source, student, teacher).item() > worst(0 * edge, student, teacher) == 0
 
 
-def test_noise_on_the_target_brings_it_nearer_to_the_source_but_need_not_tighten_the_bound() -> None:
+def test_noise_on_the_target_reduces_its_distance_but_need_not_tighten_the_bound() -> None:
     """The corollary is of the distance; the other summand, the largest loss on the target, can only grow with more points.
 
     Of the symmetric distance of two sets it is not true: a new point that is far from the source adds to it.
@@ -338,14 +338,14 @@ def test_a_transfer_run(run_py: Callable[..., subprocess.CompletedProcess[str]],
     assert len(metrics["train/loss/output_jacobian"]) == 2
 
 
-def test_where_only_output_gradients_are_matched_it_is_their_loss_whose_fall_is_recorded() -> None:
+def test_the_reduction_of_the_loss_of_output_gradients_is_recorded() -> None:
     module: Any = SimpleNamespace(curves={"train/loss": [9.0, 1.0], "train/loss/output_jacobian": [2.0, 3.0, 1.5]})
     assert Transfer.summary(module) == {"train/gradient_loss_reduction": 25.0}
     module.curves.pop("train/loss/output_jacobian")
     assert Transfer.summary(module) == {}
 
 
-def test_maps_that_can_not_be_matched_are_said_before_the_teacher_is_trained(tmp_path: Path, places: list[str]) -> None:
+def test_maps_that_cannot_be_matched_are_errors_before_the_teacher_is_trained(tmp_path: Path, places: list[str]) -> None:
     config = compose_run(
         ["experiment=jacobian_transfer", "scale=quick", "method=lwf_j", "method.terms.jacobian.window=20", *places]
     )
@@ -387,7 +387,7 @@ def test_imagenet_to_mit_scenes_from_end_to_end(tmp_path: Path, places: list[str
         config = compose_run([*common, *short, *words])
         return ensure(Run(config, Paths.of(config)))
 
-    with pytest.raises(UserError, match=r"other\.pth is of another architecture: layer1\.2\.conv1\.weight is not there"):
+    with pytest.raises(UserError, match=r"other\.pth is of another architecture: layer1\.2\.conv1\.weight is missing"):
         made("method=lwf", "+upstream.teacher.task.file=other.pth")
     with pytest.raises(UserError, match=r"data\.per_class=2: class 0 has 1 training images; ask for at most 1"):
         made("method=transfer_ce", "data.per_class=2")
@@ -408,7 +408,9 @@ def test_imagenet_to_mit_scenes_from_end_to_end(tmp_path: Path, places: list[str
     assert 0 <= oracle["metrics"]["test/accuracy"] <= 100
 
 
-def test_weights_that_cannot_be_had_are_named(tmp_path: Path, places: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_weights_are_an_error_that_names_the_file(
+    tmp_path: Path, places: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def offline(*_: object, **__: object) -> None:
         raise OSError("no network")
 

@@ -62,6 +62,8 @@ def _sentence(kind: Any, error: Any) -> str:
 
 
 def _message(error: Any) -> str:
+    if error["type"] == "missing":
+        return "is incomplete"
     return str(error["msg"]).removeprefix("Value error, ").removeprefix("Input ")
 
 

@@ -1,1 +1,1 @@
-"""What a trained model is judged by."""
+"""Measurements of trained models and of saliency maps, one per file."""

@@ -1,23 +1,23 @@
-"""How the implicit density changes under noise (§5.5.1, Figure 5.1)."""
+"""Ratios of the implicit density under input noise (§5.5.1, Figure 5.1)."""
 
 from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
 
-from gradexp.base.errors import UserError
+from gradexp.base.ranges import NonNegative, require
 from gradexp.data.loader import Batch
 
 
 @torch.inference_mode()
 def density_ratio(model: nn.Module, batches: Iterable[Batch], *, sigmas: Sequence[float], seed: int) -> dict[str, list[float]]:
-    """Mean over images of p(x + η | y) / p(x | y) = exp(f_y(x + η) - f_y(x)), η ~ N(0, sigma²), for each sigma.
+    """Mean over images of p(x + η | y) / p(x | y) = exp(f_y(x + η) - f_y(x)), η ~ N(0, sigma² I), for each sigma.
 
-    `density_ratio/log` is the mean of the logarithm, `density_ratio/log_std` its standard deviation over images. The
-    same directions are used for every sigma and every model. `model` is in eval mode.
+    `density_ratio/log`: mean of the logarithm; `density_ratio/log_std`: its standard deviation over images (N - 1).
+    One direction is drawn per image and scaled by each sigma; `seed` gives the same ones for every model, which must be in
+    eval mode. Raises UserError for a negative sigma.
     """
-    if any(sigma < 0 for sigma in sigmas):
-        raise UserError(f"sigmas={list(sigmas)}: a standard deviation is not negative")
+    require(Sequence[NonNegative], sigmas=sigmas)
     generator = torch.Generator().manual_seed(seed)
     parts = []
     for images, labels, *_ in batches:

@@ -1,4 +1,4 @@
-"""Digit flipping (§3.10.1): one digit is turned into another by removing what speaks for the first."""
+"""Digit flipping (§3.10.1): one digit becomes another when the evidence for the first is removed."""
 
 from __future__ import annotations
 
@@ -14,19 +14,23 @@ from gradexp.saliency import Saliency
 
 
 class DigitFlip:
-    """The fall of logit_source - logit_target when pixels for `source` and against `target` become black (Table 3.1).
+    """Decrease of logit_source - logit_target when pixels for `source` and against `target` become black (Table 3.1).
 
-    Pixels are ranked by S_source - S_target, with S the maps of the two logits. At most `fraction` of all pixels go, and
-    only where the difference is positive. Images of other digits are left out.
+    Pixels are ranked by S_source - S_target, the difference of the two logits' maps. The highest-ranked become black: at most
+    `fraction` of all pixels, and only where the difference is positive. Images of other digits are left out.
+    Raises UserError where source and target are the same class.
     """
 
     def __init__(self, *, source: Index, target: Index, fraction: Fraction) -> None:
         if source == target:
-            raise UserError(f"evaluate.target={target}: it is another class than evaluate.source")
+            raise UserError(f"evaluate.target={target}: it must be another class than evaluate.source")
         self.source, self.target, self.fraction = source, target, fraction
 
     def __call__(self, model: nn.Module, method: Saliency, batch: Batch, *, black: Tensor, seed: int) -> dict[str, Tensor]:
-        """black: (C, 1, 1), seed: of ties -> {`log_odds_change`: (number of images of `source`,)}."""
+        """{`log_odds_change`: (number of images of `source`,)}, computed in eval mode; empty without such an image.
+
+        black (C, 1, 1): the value of black pixels in the units of the images. seed: orders equal differences.
+        """
         images = batch.images[batch.labels == self.source]
         if not len(images):
             return {}
@@ -36,7 +40,7 @@ class DigitFlip:
             return {"log_odds_change": self._log_odds(model(images)) - self._log_odds(model(flipped))}
 
     def removed(self, difference: Tensor, seed: int) -> Tensor:
-        """Which pixels become black. (B, 1, H, W) -> (B, 1, H, W) bool."""
+        """Mask of the pixels that become black: (B, 1, H, W) -> bool (B, 1, H, W)."""
         return masking.most_salient(masking.ranks(difference[:, 0], seed=seed), self.fraction) & (difference > 0)
 
     def _log_odds(self, logits: Tensor) -> Tensor:

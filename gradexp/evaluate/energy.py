@@ -1,10 +1,10 @@
-"""Where the energy of a gradient lies (§5.7.2)."""
+"""Energy of a gradient inside a mask (§5.7.2)."""
 
 from torch import Tensor
 
 
 def energy_inside(gradient: Tensor, mask: Tensor) -> Tensor:
-    """Percentage of a gradient's magnitude, summed over channels, where `mask` is 1; NaN for a gradient of zeros.
+    """Percentage of a gradient's magnitude, summed over channels and pixels, where `mask` is 1; NaN for a gradient of zeros.
 
     gradient (B, C, H, W), mask (H, W) -> (B,).
     """

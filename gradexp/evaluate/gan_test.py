@@ -1,22 +1,23 @@
-"""GAN-test (Shmelkov et al., 2018): how often a judge gives samples the class that they were made for (§5.5.1)."""
+"""GAN-test: accuracy of an independent classifier on class-conditional samples (Shmelkov et al., 2018; §5.5.1)."""
 
 import torch
 from scipy.stats import binomtest
 from torch import Tensor, nn
 
-BATCH = 512
+from gradexp.evaluate.accuracy import EVALUATION_BATCH
 
 
 @torch.inference_mode()
 def gan_test(judge: nn.Module, samples: Tensor, labels: Tensor, *, confidence: float) -> dict[str, float]:
-    """Accuracy of `judge` (in eval mode) on samples, in percent, with its exact binomial interval.
+    """Accuracy of `judge`, in eval mode, on samples, in percent, with its exact binomial interval (Clopper and Pearson).
 
-    samples (N, C, H, W), labels (N,). NaN where a sample is not finite: the model that made it had diverged.
+    samples (N, C, H, W), labels (N,): the classes that they were sampled for. NaN if any sample is not finite, as from a model
+    that diverged.
     """
     if not samples.isfinite().all():
         return dict.fromkeys(("gan_test", "gan_test/low", "gan_test/high"), float("nan"))
-    parts = [slice(start, start + BATCH) for start in range(0, len(labels), BATCH)]
-    right = sum(int((judge(samples[part]).argmax(1) == labels[part]).sum()) for part in parts)
-    interval = binomtest(right, len(labels)).proportion_ci(confidence_level=confidence, method="exact")
-    percents = {"gan_test": right / len(labels), "gan_test/low": interval.low, "gan_test/high": interval.high}
+    batches = zip(torch.split(samples, EVALUATION_BATCH), torch.split(labels, EVALUATION_BATCH), strict=True)
+    correct = sum(int((judge(images).argmax(1) == classes).sum()) for images, classes in batches)
+    interval = binomtest(correct, len(labels)).proportion_ci(confidence_level=confidence, method="exact")
+    percents = {"gan_test": correct / len(labels), "gan_test/low": interval.low, "gan_test/high": interval.high}
     return {name: round(100 * float(value), 4) for name, value in percents.items()}

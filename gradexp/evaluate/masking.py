@@ -1,4 +1,4 @@
-"""Which pixels a saliency map removes, and what takes their place."""
+"""Removal of pixels by their saliency."""
 
 import torch
 from torch import Tensor, nn
@@ -7,48 +7,54 @@ from gradexp.base.errors import UserError
 
 
 def ranks(saliency: Tensor, *, seed: int) -> Tensor:
-    """The place of each pixel when they are ordered by saliency, 0 for the least salient; ties fall as `seed` has it.
+    """Rank of each pixel by saliency, 0 for the least salient; `seed` orders equal saliencies, alike in all images.
 
-    saliency (B, H, W) -> (B, H, W) integers below H·W, each once an image.
+    saliency (B, H, W) -> integers (B, H, W), a permutation of 0 to H·W - 1 for each image.
     """
     flat = saliency.flatten(1)
     shuffle = torch.randperm(flat.shape[1], generator=torch.Generator().manual_seed(seed)).to(flat.device)
     order = shuffle[flat[:, shuffle].argsort(dim=1, stable=True)]
-    places = torch.arange(flat.shape[1], device=flat.device).expand_as(order)
-    return torch.empty_like(order).scatter_(1, order, places).view(saliency.shape)
+    ascending = torch.arange(flat.shape[1], device=flat.device).expand_as(order)
+    return torch.empty_like(order).scatter_(1, order, ascending).view(saliency.shape)
 
 
 def least_salient(ranks: Tensor, fraction: float) -> Tensor:
-    """Mask of the `fraction` of pixels with the lowest ranks, the same for all channels. (B, H, W) -> bool (B, 1, H, W)."""
+    """Mask of the `fraction` of pixels with the lowest ranks, for all channels: (B, H, W) -> bool (B, 1, H, W).
+
+    The number of pixels is rounded. Raises UserError for a fraction outside [0, 1].
+    """
     if not 0 <= fraction <= 1:
-        raise UserError(f"removal fraction {fraction}: it lies between 0 and 1")
+        raise UserError(f"removal fraction {fraction}: it must be between 0 and 1")
     return (ranks < round(fraction * ranks[0].numel()))[:, None]
 
 
 def most_salient(ranks: Tensor, fraction: float) -> Tensor:
-    """Mask of the `fraction` of pixels with the highest ranks, likewise."""
+    """Mask of the `fraction` of pixels with the highest ranks, as `least_salient`."""
     return least_salient(ranks[0].numel() - 1 - ranks, fraction)
 
 
 def remove(images: Tensor, mask: Tensor, replacement: str | float | Tensor) -> Tensor:
-    """`images` (B, C, H, W) with the masked pixels (B, 1, H, W) replaced: by each image's mean colour (`image_mean`), by
-    what surrounds them (`imputed`), by a number, or by a colour (C, 1, 1)."""
+    """Images (B, C, H, W) whose pixels in `mask` (B, 1, H, W) are replaced.
+
+    replacement: `image_mean` (each image's mean colour), `imputed` (see impute), a number, or a colour (C, 1, 1). Raises
+    UserError for another word.
+    """
     if replacement == "image_mean":
         return torch.where(mask, images.mean((2, 3), keepdim=True), images)
     if replacement == "imputed":
         return impute(images, mask)
     if isinstance(replacement, str):
-        raise UserError(f"replacement={replacement}: it is image_mean, imputed or a number")
+        raise UserError(f"replacement={replacement}: it must be image_mean, imputed or a number")
     return torch.where(mask, torch.as_tensor(replacement, dtype=images.dtype, device=images.device), images)
 
 
 def impute(images: Tensor, mask: Tensor, *, noise: float = 0.01, tolerance: float = 1e-4, steps: int = 2000) -> Tensor:
-    """Noisy linear imputation (Rong et al., 2022, ROAD): each masked pixel is the weighted mean of its neighbours.
+    """Noisy linear imputation (Rong et al., 2022, ROAD): each masked pixel becomes the weighted mean of its neighbours.
 
-    Masked neighbours too, so that a linear system is solved, by conjugate gradients. A pixel at one's side counts twice as
-    much as one at a corner; at the border those that there are share the weight. noise: standard deviation of what is
-    added to masked pixels, in the units of `images`, from torch's generator. tolerance: of the residual, relative to the
-    right-hand side; steps: at most. images (B, C, H, W), mask (B, 1, H, W) -> as images.
+    Neighbours may be masked themselves, so a linear system is solved, by conjugate gradients. Direct neighbours weigh 1/6,
+    diagonal ones 1/12; at the border, weights are divided by their sum. noise: standard deviation of Gaussian noise added to
+    masked pixels, in the units of `images`, from torch's global generator. tolerance: of the residual, relative to the
+    right-hand side. steps: at most. images (B, C, H, W), mask (B, 1, H, W) -> (B, C, H, W).
     """
     kernel = images.new_tensor([[1, 2, 1], [2, 0, 2], [1, 2, 1]]) / 12
 
@@ -65,7 +71,7 @@ def impute(images: Tensor, mask: Tensor, *, noise: float = 0.01, tolerance: floa
     values, direction = torch.zeros_like(images), residual
     size = largest = dot(residual, residual)
     for _ in range(steps):
-        unsolved = size > tolerance**2 * largest  # a channel that is solved stands still: its next step would be 0 / 0
+        unsolved = size > tolerance**2 * largest  # a solved channel takes no further step, which would be 0 / 0
         if not unsolved.any():
             break
         product = mask * (weight * direction - around(direction))

@@ -1,4 +1,4 @@
-"""Model randomisation (Adebayo et al., 2018): does a map change when the layers behind it are made random? (§3.4.1)"""
+"""Model randomisation (Adebayo et al., 2018; §3.4.1): how far a map changes when layers of the model are randomised."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from gradexp.gradients import NORMS
 
 
 def layers_from_output(model: nn.Module) -> list[list[str]]:
-    """The modules with parameters, from the output to the input, a normalisation together with the layer before it.
+    """Names of the modules with parameters, from output to input, a normalisation in one group with the layer before it.
 
-    Raises UserError for a module whose parameters can't be drawn again.
+    Raises UserError for a module without `reset_parameters`.
     """
     groups: list[list[str]] = []
     for name, module in model.named_modules():
         if not list(module.parameters(recurse=False)):
             continue
         if not hasattr(module, "reset_parameters"):
-            raise UserError(f"{type(module).__name__} ({name}) can't be initialised anew: it has no reset_parameters")
+            raise UserError(f"{type(module).__name__} ({name}) can't be randomised: it has no reset_parameters")
         if isinstance(module, NORMS) and groups:
             groups[-1].append(name)
         else:
@@ -30,19 +30,19 @@ def layers_from_output(model: nn.Module) -> list[list[str]]:
 
 
 def randomise(model: nn.Module, groups: list[list[str]], seed: int) -> None:
-    """Gives the modules of `groups` parameters as before training, in place; a normalisation becomes the identity.
+    """Resets the parameters of the modules of `groups`, in place; a normalisation is reset to the identity.
 
-    What is drawn for a group depends on the seed and its place alone.
+    The parameters drawn for a group depend only on the seed and its position in `groups`.
     """
-    for place, names in enumerate(groups):
-        torch.manual_seed(mix(seed, place))
+    for position, names in enumerate(groups):
+        torch.manual_seed(mix(seed, position))
         for name in names:
             model.get_submodule(name).reset_parameters()  # type: ignore[operator]
 
 
 def rank_correlation(first: Tensor, second: Tensor) -> Tensor:
-    """Spearman's, of the absolute values of two maps, image by image; 0 where one of them is constant. (B, ...) -> (B,)."""
+    """Spearman's rank correlation of absolute values, image by image; 0 where a map is constant: (B, ...) twice -> (B,)."""
     ranks = [torch.from_numpy(stats.rankdata(maps.abs().flatten(1).cpu().numpy(), axis=1)) for maps in (first, second)]
     centred = [values - values.mean(1, keepdim=True) for values in ranks]
-    sizes = centred[0].norm(dim=1) * centred[1].norm(dim=1)
-    return torch.where(sizes > 0, (centred[0] * centred[1]).sum(1) / sizes.clamp(min=1e-12), 0)
+    norms = centred[0].norm(dim=1) * centred[1].norm(dim=1)
+    return torch.where(norms > 0, (centred[0] * centred[1]).sum(1) / norms.clamp(min=1e-12), 0)

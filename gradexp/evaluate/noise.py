@@ -21,9 +21,9 @@ def noise_accuracies(
     classes: int,
     device: torch.device,
 ) -> list[float]:
-    """Percentages of images classified correctly, one for each draw of Gaussian noise on the normalised images.
+    """Test accuracy in percent, in eval mode, for each of `draws` draws of Gaussian noise added to the normalised images.
 
-    sigma: the noise's standard deviation. Draw i is the same noise for every model and every sigma, scaled.
+    sigma: standard deviation of the noise. Draw i is the same for every model, and for every sigma up to that factor.
     """
     return [accuracy(model, _noisy(batches, sigma, mix(seed, draw)), classes=classes, device=device) for draw in range(draws)]
 

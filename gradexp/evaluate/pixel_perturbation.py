@@ -1,4 +1,4 @@
-"""Pixel perturbation (§3.5.1): what removing the least (or most) salient pixels does to the output."""
+"""Pixel perturbation (§3.5.1): change of the output when the least, or most, salient pixels are removed."""
 
 from __future__ import annotations
 
@@ -19,19 +19,20 @@ CHANGE = "output_change"
 
 
 class Reading(NamedTuple):
-    """One way to remove pixels: which go first, and what takes their place."""
+    """One way to remove pixels: `least` or `most` salient first, and the replacement."""
 
     order: str
     fill: str | float
 
 
 class PixelPerturbation:
-    """|f(perturbed) - f(x)| / |f(x)| of the most confident class, for each fraction of removed pixels (fig. 3.2a).
+    """|f(perturbed) - f(x)| / |f(x)| of the most confident class, for each removed fraction (Figure 3.2a, Table 3.2).
 
     fractions: of all pixels, rounded to whole pixels. order: `least` or `most` salient first. fill: `black`, `image_mean`,
-    `imputed` (masking.impute), or a number: 0 is the data's mean colour where images are normalised.
-    area: also one number a curve, its mean height over log fractions (`log`) or fractions (`linear`); None for none.
-    readings: {name: {order, fill}} of other ways to remove pixels by the same maps; what is left out is as above.
+    `imputed` (masking.impute) or a number; 0 is the mean colour of normalised data.
+    area: also the mean height of the curve over log fractions (`log`) or over fractions (`linear`); None for no area.
+    readings: {name: {order, fill}}, further ways to remove pixels by the same maps; a missing key is as above.
+    Raises UserError for an unknown word and for area=log with a fraction of 0.
     """
 
     def __init__(
@@ -44,44 +45,44 @@ class PixelPerturbation:
         readings: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         if area is not None and choose("evaluate.area", area, "log", "linear") == "log" and min(fractions) <= 0:
-            raise UserError("evaluate.area=log: it needs fractions above 0; take evaluate.area=linear, or leave 0 out")
+            raise UserError("evaluate.area=log needs fractions above 0: take evaluate.area=linear, or leave 0 out")
         self.fractions, self.area = list(fractions), area
         self.readings = {"": Reading(order, fill)}
         for name, changed in (readings or {}).items():
-            if wrong := [key for key in changed if key not in Reading._fields]:
-                raise UserError(
-                    f"evaluate.readings.{name}.{wrong[0]}: there is no such key; it has {', '.join(Reading._fields)}"
-                )
+            for key in changed:
+                if key not in Reading._fields:
+                    raise UserError(f"evaluate.readings.{name}.{key}: unknown key; take {' or '.join(Reading._fields)}")
             self.readings[f"{name}/"] = Reading(**{"order": order, "fill": fill, **changed})
         for reading in self.readings.values():
             choose("evaluate.order", reading.order, *MASKS)
 
     def __call__(self, model: nn.Module, method: Saliency, batch: Batch, *, black: Tensor, seed: int) -> dict[str, Tensor]:
-        """black: (C, 1, 1), seed: of ties -> {`output_change@removed=...`: (B,)}, and `output_change_area` where asked for.
+        """{`output_change@removed=FRACTION`: (B,)}, and `output_change_area` with an area; computed in eval mode.
 
-        Those of a further reading have its name and a slash in front.
+        The keys of a further reading begin with its name and a slash. black (C, 1, 1): the value of black pixels in the units
+        of the images. seed: orders equal saliencies.
         """
         ranks = masking.ranks(method(model, batch.images)[:, 0], seed=seed)
-        found: dict[str, Tensor] = {}
+        changes: dict[str, Tensor] = {}
         with torch.no_grad(), evaluating(model):
             before, top = model(batch.images).max(1)
             for name, reading in self.readings.items():
                 fill = black if reading.fill == "black" else reading.fill
                 curve = []
                 for fraction in self.fractions:
-                    removed = masking.remove(batch.images, MASKS[reading.order](ranks, fraction), fill)
-                    after = model(removed).gather(1, top[:, None])[:, 0]
+                    perturbed = masking.remove(batch.images, MASKS[reading.order](ranks, fraction), fill)
+                    after = model(perturbed).gather(1, top[:, None])[:, 0]
                     curve.append((after - before).abs() / before.abs())
-                    found[f"{name}{CHANGE}@removed={fraction:g}"] = curve[-1]
+                    changes[f"{name}{CHANGE}@removed={fraction:g}"] = curve[-1]
                 if self.area is not None:
-                    found[f"{name}{CHANGE}_area"] = mean_height(self.fractions, torch.stack(curve, 1), log=self.area == "log")
-        return found
+                    changes[f"{name}{CHANGE}_area"] = mean_height(self.fractions, torch.stack(curve, 1), log=self.area == "log")
+        return changes
 
 
 def mean_height(fractions: Sequence[float], curves: Tensor, *, log: bool) -> Tensor:
-    """The area below curves (trapezoids), divided by its width; log: over the logarithm of the fractions.
+    """Area below curves (trapezoidal rule) divided by its width: (B, F) -> (B,). For a single fraction, the curve's value.
 
-    curves (B, F) -> (B,). Of a single fraction, the curve's one value.
+    log: over the logarithms of the fractions.
     """
     x = torch.tensor(fractions, dtype=torch.float64)
     x = x.log() if log else x

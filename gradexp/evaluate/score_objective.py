@@ -1,4 +1,4 @@
-"""The objective of score-matching (Eq. 5.2), of a trained network as it is looked at: in eval mode."""
+"""The objective of score-matching (Eq. 5.2) of a trained network in eval mode."""
 
 import torch
 from torch import Tensor, nn
@@ -9,11 +9,11 @@ from gradexp.evaluate.spectrum import high_frequency
 
 
 def objective_parts(model: nn.Module, batch: Batch, *, draws: int, sigma: float, seed: int) -> Tensor:
-    """What Eq. 5.2 is made of, image by image, for the logit f of the label: (B, 4) in float64.
+    """The parts of Eq. 5.2, image by image, for the label's logit f: (B, 4) in float64 on the CPU.
 
-    Columns: the trace of the Hessian by exact products (Hutchinson, 1990), which is unbiased; the same by Eq. 5.9 with noise of
-    standard deviation `sigma`, along the same directions; ½‖∇f‖²; how noisy ∇f is (spectrum.high_frequency). Traces are means
-    over `draws` directions, drawn on the CPU from `seed`. `model` is in eval mode.
+    Columns: the trace of the Hessian by exact products (Hutchinson, 1990), unbiased; the same by Eq. 5.9 with noise of standard
+    deviation `sigma` along the same directions; ½‖∇f‖², summed over pixels; spectrum.high_frequency of ∇f, in percent. Traces
+    are means over `draws` directions, drawn on the CPU from `seed`. `model` must be in eval mode.
     """
     generator = torch.Generator().manual_seed(seed)
     images = batch.images.detach().requires_grad_()
@@ -34,17 +34,17 @@ def objective_parts(model: nn.Module, batch: Batch, *, draws: int, sigma: float,
 
 
 def objective(parts: Tensor) -> dict[str, float]:
-    """Means over images of `objective_parts` (N, 4), and what they sum to.
+    """Means over images of the objective and its parts, from `objective_parts` (N, 4).
 
     `objective` = `trace` + `half_gradient_norm`; `taylor/objective` and `taylor/trace` are by Eq. 5.9. `NAME/std`: standard
-    deviation over images; `NAME/error`: standard error of the mean, which holds the noise of images and of directions.
-    `gradient/high_frequency`: percent.
+    deviation over images; `NAME/error`: standard error of the mean, over the choice of images and directions.
+    `gradient/high_frequency`: percent, over the images where it is not NaN.
     """
     exact, taylor, half, noisy = parts.unbind(1)
     each = {"objective": exact + half, "trace": exact, "half_gradient_norm": half}
     each |= {"taylor/objective": taylor + half, "taylor/trace": taylor}
-    found = {"gradient/high_frequency": float(noisy.nanmean())}
+    metrics = {"gradient/high_frequency": float(noisy.nanmean())}
     for name, values in each.items():
         std = float(values.std())
-        found |= {name: float(values.mean()), f"{name}/std": std, f"{name}/error": std / len(values) ** 0.5}
-    return found
+        metrics |= {name: float(values.mean()), f"{name}/std": std, f"{name}/error": std / len(values) ** 0.5}
+    return metrics

@@ -1,4 +1,4 @@
-"""Input-gradients are not unique (§5.2), and loss-gradients hardly more so (§5.7.1)."""
+"""Changes of a network that leave its classification alone but not its input-gradients (§5.2, §5.7.1)."""
 
 from __future__ import annotations
 
@@ -10,10 +10,7 @@ from gradexp import gradients
 
 
 class Shifted(nn.Module):
-    """A model with one function added to all of its logits, g(x) = amplitude <picture, x>: its gradient is any picture.
-
-    picture (C, H, W).
-    """
+    """A model with g(x) = amplitude <picture, x> added to all logits; ∇g is the picture, scaled (§5.2). picture (C, H, W)."""
 
     def __init__(self, model: nn.Module, picture: Tensor, *, amplitude: float) -> None:
         super().__init__()
@@ -25,25 +22,29 @@ class Shifted(nn.Module):
 
 
 def shift_effects(model: nn.Module, shifted: nn.Module, images: Tensor, labels: Tensor) -> dict[str, float]:
-    """What a common shift of the logits changes: losses and loss-gradients not at all, logit-gradients at will.
+    """Changes of losses, loss-gradients and logit-gradients from `model` to `shifted`, each in its present mode.
 
-    Largest changes over images, relative to the largest entry before; the angle (degrees) is a mean.
+    Largest absolute change over images and pixels, relative to the largest absolute value before; by §5.2 zero for all but
+    logit-gradients. `shift/logit_gradient_angle`: mean over images, in degrees.
     """
+    models = (model, shifted)
     with torch.no_grad():
-        losses = [functional.cross_entropy(one(images), labels, reduction="none") for one in (model, shifted)]
-    of_loss = [gradients.loss_gradient(one, images, labels, temperature=1.0) for one in (model, shifted)]
-    of_logit = [gradients.input_gradient(one, images, labels) for one in (model, shifted)]
+        losses = [functional.cross_entropy(network(images), labels, reduction="none") for network in models]
+    loss_gradients = [gradients.loss_gradient(network, images, labels, temperature=1.0) for network in models]
+    logit_gradients = [gradients.input_gradient(network, images, labels) for network in models]
     return {
         "shift/loss_change": _change(*losses),
-        "shift/loss_gradient_change": _change(*of_loss),
-        "shift/logit_gradient_change": _change(*of_logit),
-        "shift/logit_gradient_angle": float(gradients.angle(*of_logit).mean()),
+        "shift/loss_gradient_change": _change(*loss_gradients),
+        "shift/logit_gradient_change": _change(*logit_gradients),
+        "shift/logit_gradient_angle": float(gradients.angle(*logit_gradients).mean()),
     }
 
 
 def sine_effects(model: nn.Module, images: Tensor, labels: Tensor, *, epsilon: float, frequency: float) -> tuple[float, float]:
-    """What adding g(x) = epsilon sin(frequency Σ x) to the loss changes: (largest change of the loss, mean L1 norm of that
-    of the loss-gradient). By §5.7.1 at most epsilon, and epsilon · frequency · D.
+    """Effects of adding g(x) = epsilon sin(frequency Σ x) to the loss (§5.7.1).
+
+    Returns the largest change of the loss over images, at most epsilon, and the L1 norm of the change of the loss-gradient,
+    a mean over images, at most epsilon · frequency · D.
     """
     points = images.detach().requires_grad_()
     loss = functional.cross_entropy(model(points), labels, reduction="none")

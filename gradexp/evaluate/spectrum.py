@@ -1,13 +1,13 @@
-"""How noisy a picture is: its energy at high spatial frequencies."""
+"""Energy of pictures at high spatial frequencies, a measure of their noise."""
 
 import torch
 from torch import Tensor
 
 
 def high_frequency(pictures: Tensor) -> Tensor:
-    """Percentage of a picture's energy at spatial frequencies above half of the highest, 0.25 cycles a pixel in any direction.
+    """Percentage of a picture's energy at spatial frequencies above 0.25 cycles per pixel, half the highest along an axis.
 
-    White noise has 80, whatever its size; the mean of each channel does not count. NaN for a picture without any other energy.
+    The mean of each channel is left out. White noise of any size has about 80; a constant picture has NaN.
     pictures (B, C, H, W) -> (B,).
     """
     height, width = pictures.shape[-2:]

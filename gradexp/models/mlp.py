@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class MLP(nn.Module):
-    """images (B, ...) -> logits (B, classes); softplus units, smooth enough to be drawn. inputs: numbers in an image."""
+    """images (B, ...) -> logits (B, classes), with softplus activations (β = 5). inputs: entries of an image."""
 
     def __init__(self, *, name: str, inputs: int, hidden: Sequence[int], classes: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""ResNets for 32x32 images (He et al., 2016), as Chapter 5 uses them: a 3x3 stem and no max-pool."""
+"""ResNets for 32x32 images (He et al., 2016): a 3x3 stem and no max-pool, as in Chapter 5 (§5.5)."""
 
 from __future__ import annotations
 
@@ -22,10 +22,9 @@ class Block(nn.Module):
         self.act2 = activation()
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or channels != out:
-            # A 1x1 convolution with a stride reads every second pixel; here a pool picks them first. Torch 2.14's backward
-            # of the former has corrupted memory on the CPU (8 to 16 channels, 99 images, channels_last).
-            pick = nn.AvgPool2d(1, stride)
-            self.shortcut = nn.Sequential(pick, nn.Conv2d(channels, out, 1, bias=False), nn.BatchNorm2d(out))
+            # A pool picks every second pixel, instead of a 1x1 convolution with a stride, whose backward in torch 2.14 has
+            # corrupted memory on the CPU (8 to 16 channels, 99 images, channels_last).
+            self.shortcut = nn.Sequential(nn.AvgPool2d(1, stride), nn.Conv2d(channels, out, 1, bias=False), nn.BatchNorm2d(out))
 
     def forward(self, features: Tensor) -> Tensor:
         inner = self.norm2(self.conv2(self.act1(self.norm1(self.conv1(features)))))
@@ -35,8 +34,8 @@ class Block(nn.Module):
 class ResNet(nn.Module):
     """images (B, channels, H, W) -> logits (B, classes).
 
-    blocks: number of blocks in each stage; stage i has 64 * width * 2^i channels and, but for the first, halves the
-    image. activation: makes one, such as nn.ReLU or a softplus. stem_stride: of the first convolution.
+    blocks: number of blocks in each stage. Stage i (from 0) has 64 * width * 2^i channels; all but the first halve the image.
+    activation: returns a new activation, such as nn.ReLU. stem_stride: of the first convolution.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Figure 5.1: how the density of a classifier changes with noise on the image."""
+"""Figure 5.1: ratios of the implicit density of a classifier under input noise (§5.5.1)."""
 
 from __future__ import annotations
 
@@ -12,23 +12,26 @@ from gradexp.base.ranges import Count, NonNegative
 from gradexp.engine.evaluation import Evaluation, PerImageTask, Statistics
 from gradexp.engine.run import Run
 from gradexp.engine.task import Result, Upstream
-from gradexp.evaluate import density_ratio
+from gradexp.evaluate.density_ratio import density_ratio
 
 BATCH = 256
 
 
 @dataclass(kw_only=True)
 class DensityRatio(PerImageTask):
-    """Curves over `sigma` (evaluate.density_ratio); `mean_log_ratio` is the mean of the logarithm's curve."""
+    """Metrics: the curves of evaluate.density_ratio over `sigma`; `mean_log_ratio`, the mean of `density_ratio/log`.
+
+    sigmas: standard deviations of the noise. images: test images, None for all. statistics: see Evaluation.model, `clean`.
+    """
 
     sigmas: Sequence[NonNegative]
     images: Count | None = None
     statistics: Statistics = None
 
     def __call__(self, run: Run, upstream: Upstream) -> Result:
-        look = Evaluation(run, upstream)
-        model = look.model("model", clean=self.statistics)
-        how = {"sigmas": self.sigmas, "seed": run.config["seed"]}
-        metrics: dict[str, Any] = density_ratio.density_ratio(model, look.batches(self.images, BATCH), **how)
+        evaluation = Evaluation(run, upstream)
+        model = evaluation.model("model", clean=self.statistics)
+        batches, seed = evaluation.batches(self.images, BATCH), run.config["seed"]
+        metrics: dict[str, Any] = density_ratio(model, batches, sigmas=self.sigmas, seed=seed)
         metrics["mean_log_ratio"] = float(np.mean(metrics["density_ratio/log"]))
-        return look.result(metrics, keep=["sigma"])
+        return evaluation.result(metrics, keep=["sigma"])

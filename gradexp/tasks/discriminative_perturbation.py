@@ -1,4 +1,4 @@
-"""Figures 5.3 and 5.6: accuracy while the pixels that gradients call unimportant disappear."""
+"""Figures 5.3 and 5.6: accuracy after the pixels of least gradient saliency are removed (§5.5.2)."""
 
 from __future__ import annotations
 
@@ -27,10 +27,13 @@ Spaced = TypedDict("Spaced", {"from": Fraction, "to": Fraction, "count": Count})
 
 @dataclass(kw_only=True)
 class DiscriminativePerturbation(PerImageTask):
-    """Curves of accuracy, and as arrays the gradients of Figures 5.4 and 5.7.
+    """Accuracy of the upstream run `model` on images whose pixels are removed by the gradients of the upstream run `explainer`.
 
-    `model` is perturbed, the gradients of `explainer` say where; both may be one. The gradients that are shown are those of
-    the correct class, the same for all models; `gradient/high_frequency` says how noisy these are, over all images.
+    Metrics: the curves of evaluate.discriminative_perturbation over `removed`; `mean_accuracy`, the mean of the first;
+    `gradient/high_frequency`, percent, of the explainer's gradients of the labels' logits. Arrays: the first `shown` images and
+    these gradients (Figures 5.4 and 5.7).
+    fractions: log-spaced, of all pixels. saliency, target, replacement: see evaluate.discriminative_perturbation.
+    images: test images, None for all.
     """
 
     fractions: Spaced
@@ -41,36 +44,36 @@ class DiscriminativePerturbation(PerImageTask):
     images: Count | None = None
     statistics: Statistics = None
 
-    def check_setup(self, look: Evaluation) -> None:
-        super().check_setup(look)
+    def check_setup(self, evaluation: Evaluation) -> None:
+        super().check_setup(evaluation)
         perturbation.check(**self.options())
 
     def __call__(self, run: Run, upstream: Upstream) -> Result:
-        look, how = Evaluation(run, upstream), self.options()
-        model, explainer = (look.model(name, clean=self.statistics) for name in ("model", "explainer"))
-        rows = look.rows(self.images, BATCH)
+        evaluation, options = Evaluation(run, upstream), self.options()
+        model, explainer = (evaluation.model(name, clean=self.statistics) for name in ("model", "explainer"))
+        rows = evaluation.rows(self.images, BATCH)
 
-        def perturbed(_: int, some: Tensor) -> Tensor:
-            return perturbation.still_right(model, explainer, look.batch(some), seed=run.config["seed"], **how)
+        def count(_: int, rows: Tensor) -> Tensor:
+            return perturbation.count_correct(model, explainer, evaluation.batch(rows), seed=run.config["seed"], **options)
 
-        counts = look.pieces.each("perturbed", rows, perturbed, count=len(rows))
-        metrics: dict[str, Any] = perturbation.accuracies(how["fractions"], torch.stack(counts).sum(0))
+        counts = evaluation.pieces.each("perturbed", rows, count, count=len(rows))
+        metrics: dict[str, Any] = perturbation.accuracies(options["fractions"], torch.stack(counts).sum(0))
         metrics["mean_accuracy"] = float(np.mean(metrics["accuracy"]))
-        metrics["gradient/high_frequency"] = roughness(look, explainer, rows)
-        batch = next(look.batches(self.shown, self.shown))
+        metrics["gradient/high_frequency"] = gradient_noise(evaluation, explainer, rows)
+        batch = next(evaluation.batches(self.shown, self.shown))
         gradient = gradients.input_gradient(explainer, batch.images, batch.labels)
         shown = {"images": as_bytes(batch.images), "gradients": gradient.nan_to_num(0).cpu().numpy().astype(np.float16)}
-        return look.result(metrics, shown, keep=["removed"])
+        return evaluation.result(metrics, shown, keep=["removed"])
 
     def options(self) -> dict[str, Any]:
-        """What evaluate.discriminative_perturbation takes."""
+        """The options of perturbation.count_correct."""
         low, high = np.log10(self.fractions["from"]), np.log10(self.fractions["to"])
         fractions = np.logspace(low, high, self.fractions["count"]).round(6).tolist()
         return {"fractions": fractions, "kind": self.saliency, "target": self.target, "replacement": self.replacement}
 
 
-def roughness(look: Evaluation, model: nn.Module, rows: Sequence[Tensor]) -> float:
-    """Percentage of the energy of the label's gradient at high spatial frequencies, a mean over these test images."""
-    batches = map(look.batch, rows)
+def gradient_noise(evaluation: Evaluation, model: nn.Module, rows: Sequence[Tensor]) -> float:
+    """Percentage of the energy of the label's logit-gradient at high frequencies (high_frequency), a mean over test images."""
+    batches = map(evaluation.batch, rows)
     shares = [high_frequency(gradients.input_gradient(model, batch.images, batch.labels)).cpu() for batch in batches]
     return float(torch.cat(shares).nanmean())

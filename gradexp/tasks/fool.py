@@ -1,4 +1,4 @@
-"""Figure 5.5: fine-tuning a classifier until its gradients show a mask, and where the energies then lie (§5.7.2)."""
+"""Figure 5.5: a classifier fine-tuned until its gradients show a mask, and the energy of its gradients there (§5.7.2)."""
 
 from __future__ import annotations
 
@@ -19,18 +19,19 @@ from gradexp.engine.task import Finished, Result, Upstream
 from gradexp.evaluate.accuracy import accuracy_on_test
 from gradexp.evaluate.energy import energy_inside
 from gradexp.tasks.train import Train
-from gradexp.terms.fooling import corner
+from gradexp.terms.fooling import corner, unsigned_saliency
 
 BATCH = 256
 
 
 @dataclass(kw_only=True)
 class Fool(Train):
-    """Trains from `start` with the fooling term, then measures the energy inside the mask before and after (percent).
+    """Trains from the upstream run `start` with the fooling term, and measures the energy inside the mask before and after.
 
-    `energy/logit`, `energy/loss`, `energy/loss@T=1000` and `energy/common`: means over test images whose gradient is not zero.
-    `common`: how large the gradient that all logits share is, relative to the correct logit's; a mean over the same images.
-    mask: pixels a side, at the top left.
+    Metrics, each with `/before` and `/after`: `energy/KIND` for the gradients of `maps`, percent, a mean over the test images
+    whose gradient is not zero; `common`, the L1 norm of the gradient of the mean logit divided by that of the label's logit.
+    Further: those of Train, `energy/uniform` and `test/accuracy/before`. Arrays: `shown` images, the mask and maps.
+    mask: side of the square at the top left, in pixels. temperature: T of the loss. images: test images, None for all.
     """
 
     mask: Count
@@ -40,52 +41,46 @@ class Fool(Train):
 
     def check(self, run: Run) -> None:
         super().check(run)
-        make_mask(self.mask, run.config["data"]["size"])
-        taught = run.config["method"]["terms"].get("fooling", {"mask": self.mask})["mask"]
-        if taught != self.mask:
+        corner(self.mask, [run.config["data"]["size"]] * 2)
+        trained = run.config["method"]["terms"].get("fooling", {"mask": self.mask})["mask"]
+        if trained != self.mask:
             raise UserError(
-                f"method.terms.fooling.mask={taught}, but the energy is measured in task.mask={self.mask}: set task.mask alone"
+                f"method.terms.fooling.mask={trained}, but the energy is measured in task.mask={self.mask}: set task.mask alone"
             )
 
     def __call__(self, run: Run, upstream: Upstream) -> Result:
         training = super().__call__(run, upstream)
         fooled = Finished(run, {"status": training.status}, run.weights)
-        look = Evaluation(run, {**upstream, "fooled": fooled})
-        models = {"before": look.model("start"), "after": look.model("fooled")}
-        mask = make_mask(self.mask, look.data.size)
-        shown = next(look.batches(self.shown, self.shown))
+        evaluation = Evaluation(run, {**upstream, "fooled": fooled})
+        models = {"before": evaluation.model("start"), "after": evaluation.model("fooled")}
+        mask = corner(self.mask, [evaluation.data.size] * 2)
+        shown = next(evaluation.batches(self.shown, self.shown))
         metrics: dict[str, Any] = {"energy/uniform": 100 * float(mask.mean())}
-        metrics["test/accuracy/before"] = accuracy_on_test(models["before"], look.data, look.hardware.device)
+        metrics["test/accuracy/before"] = accuracy_on_test(models["before"], evaluation.data, evaluation.hardware.device)
         arrays: dict[str, Any] = {"images": as_bytes(shown.images), "mask": mask.numpy()}
         for name, model in models.items():
-            metrics |= {f"{what}/{name}": value for what, value in self.energies(look, model, mask).items()}
-            gradients_shown = maps(model, shown, self.temperature)
-            arrays |= {f"{kind}_{name}": unsigned(gradient) for kind, gradient in gradients_shown.items()}
-        # The network that it started from is sound even where the fine-tuning diverged.
-        seen = look.result(metrics, arrays, keep=[name for name in metrics if not name.endswith("/after")])
-        return Result(training.metrics | seen.metrics, training.status, training.facts, seen.arrays)
+            metrics |= {f"{what}/{name}": value for what, value in self.energies(evaluation, model, mask).items()}
+            arrays |= {f"{kind}_{name}": drawn(gradient) for kind, gradient in maps(model, shown, self.temperature).items()}
+        before = [name for name in metrics if not name.endswith("/after")]  # valid even if the fine-tuning diverged
+        measured = evaluation.result(metrics, arrays, keep=before)
+        return Result(training.metrics | measured.metrics, training.status, training.facts, measured.arrays)
 
-    def energies(self, look: Evaluation, model: nn.Module, mask: Tensor) -> dict[str, float]:
-        """Energy of the gradients inside the mask (percent), and how large the common one is; means over test images."""
-        measured: dict[str, list[Tensor]] = {}
-        for batch in look.batches(self.images, BATCH):
-            found = maps(model, batch, self.temperature)
-            for kind, gradient in found.items():
-                measured.setdefault(f"energy/{kind}", []).append(energy_inside(gradient, mask.to(gradient)))
-            measured.setdefault("common", []).append(_size(found["common"]) / _size(found["logit"]))
-        return {what: float(torch.cat(parts).nanmean()) for what, parts in measured.items()}
-
-
-def make_mask(pixels: int, size: int) -> Tensor:
-    """Where the gradients are to show: 1 inside, 0 outside. (1, 1, size, size)."""
-    return corner(pixels, torch.zeros(1, 1, size, size))
+    def energies(self, evaluation: Evaluation, model: nn.Module, mask: Tensor) -> dict[str, float]:
+        """Energy of the gradients inside the mask, in percent, and relative size of the common one; means over test images."""
+        values: dict[str, list[Tensor]] = {}
+        for batch in evaluation.batches(self.images, BATCH):
+            gradient_maps = maps(model, batch, self.temperature)
+            for kind, gradient in gradient_maps.items():
+                values.setdefault(f"energy/{kind}", []).append(energy_inside(gradient, mask.to(gradient)))
+            values.setdefault("common", []).append(_l1(gradient_maps["common"]) / _l1(gradient_maps["logit"]))
+        return {name: float(torch.cat(parts).nanmean()) for name, parts in values.items()}
 
 
 def maps(model: nn.Module, batch: Batch, temperature: float) -> dict[str, Tensor]:
-    """The three gradients of Figure 5.5: of the correct logit, of the loss, of the loss at a high temperature.
+    """Gradients {kind: (B, C, H, W)} in eval mode: of the label's logit, of the loss (Eq. 5.6), of the loss at `temperature`.
 
-    And `common`, of the mean of all logits: the function g of §5.2, where fooling adds one to each. At a high temperature T the
-    loss-gradient is the common gradient minus the logit's, over T: without a common one it is the logit's.
+    These three are those of Figure 5.5. `common` is the gradient of the mean logit, which is ∇g where fooling added g to all
+    logits (§5.2). At a high temperature T the loss-gradient tends to (common - logit) / T.
     """
     with torch.enable_grad():
         images = batch.images.detach().requires_grad_()
@@ -98,12 +93,11 @@ def maps(model: nn.Module, batch: Batch, temperature: float) -> dict[str, Tensor
     }
 
 
-def _size(gradient: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B,)."""
+def _l1(gradient: Tensor) -> Tensor:
+    """L1 norm: (B, C, H, W) -> (B,)."""
     return gradient.abs().flatten(1).sum(1)
 
 
-def unsigned(gradient: Tensor) -> np.ndarray:
-    """Magnitude summed over channels, its sum 1 an image. (B, C, H, W) -> (B, H, W)."""
-    size = gradient.abs().sum(1)
-    return (size / size.sum((1, 2), keepdim=True)).nan_to_num(0).cpu().numpy().astype(np.float32)
+def drawn(gradient: Tensor) -> np.ndarray:
+    """The unsigned saliency as an array; NaN becomes 0: (B, C, H, W) -> (B, H, W)."""
+    return unsigned_saliency(gradient).nan_to_num(0).cpu().numpy().astype(np.float32)

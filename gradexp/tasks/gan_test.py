@@ -1,4 +1,4 @@
-"""Table 5.1: what another network sees in samples of a classifier's density (§5.5.1)."""
+"""Table 5.1: GAN-test of samples from the implicit density of a classifier (§5.5.1)."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from gradexp.evaluate.accuracy import accuracy_on_test
 from gradexp.evaluate.spectrum import high_frequency
 from gradexp.sampling import Ascent
 
-SAMPLED = 64  # images that climb together
+SAMPLED = 64  # images per batch of the ascent
 
 
 @dataclass(kw_only=True)
 class SamplingTask(EvaluationTask):
-    """A task that samples the density of a trained model; pixels are in [0, 1]."""
+    """A task that draws `samples` samples from the implicit density of a trained model; pixels are in [0, 1]."""
 
     unit_pixels: ClassVar[bool] = True
 
@@ -39,50 +39,52 @@ class SamplingTask(EvaluationTask):
 
     def shortened(self, config: Config, n: int) -> Config | None:
         task = config["task"]
-        cut = {name: task[name] | {"steps": n} for name in ("sampling", "denoising") if name in task}
-        few = {name: min(task[name], SAMPLED) for name in ("samples", "images") if name in task}
-        return config | {"task": task | cut | few}
+        ascents = {name: task[name] | {"steps": n} for name in ("sampling", "denoising") if name in task}
+        counts = {name: min(task[name], SAMPLED) for name in ("samples", "images") if name in task}
+        return config | {"task": task | ascents | counts}
 
 
 @dataclass(kw_only=True)
 class GANTest(SamplingTask):
-    """`gan_test` (percent) with its interval, beside the test accuracies of the sampled model and the judge.
+    """Accuracy of the upstream run `judge` on samples of the upstream run `model`, whose labels cycle over the classes.
 
-    `samples/high_frequency`: how noisy the samples are (evaluate.spectrum), a mean over them.
+    Metrics, in percent: `gan_test`, `gan_test/low` and `gan_test/high` (evaluate.gan_test); `model/accuracy` and
+    `judge/accuracy` on test images; `samples/high_frequency` (evaluate.spectrum), a mean over samples.
+    confidence: of the interval. statistics: see Evaluation.model, `clean`.
     """
 
     confidence: Annotated[float, Gt(0), Lt(1)]
 
-    def check_setup(self, look: Evaluation) -> None:
-        super().check_setup(look)
-        if look.run.upstream["judge"].id == look.run.upstream["model"].id:
+    def check_setup(self, evaluation: Evaluation) -> None:
+        super().check_setup(evaluation)
+        if evaluation.run.upstream["judge"].id == evaluation.run.upstream["model"].id:
             raise UserError(
-                "upstream.judge is the sampled model itself; take another one, "
-                "such as the same network with another seed (upstream.judge.seed=1)"
+                "upstream.judge is the sampled model itself: take another network, "
+                "such as the same one with another seed (upstream.judge.seed=1)"
             )
 
     def __call__(self, run: Run, upstream: Upstream) -> Result:
-        look = Evaluation(run, upstream)
-        model, judge = look.model("model", clean=self.statistics), look.model("judge")
-        labels = torch.arange(self.samples, device=look.hardware.device) % look.data.classes
-        samples = sample(look, self.sampling, model, labels)
+        evaluation = Evaluation(run, upstream)
+        model, judge = evaluation.model("model", clean=self.statistics), evaluation.model("judge")
+        labels = torch.arange(self.samples, device=evaluation.hardware.device) % evaluation.data.classes
+        samples = sample(evaluation, self.sampling, model, labels)
         metrics = gan_test.gan_test(judge, samples, labels, confidence=self.confidence)
         metrics["samples/high_frequency"] = float(high_frequency(samples).nanmean())
         accuracies = {f"{name}/accuracy": value_of(upstream[name].record, "test/accuracy") for name in ("model", "judge")}
-        if self.statistics is not None and not look.diverged:  # another network than the record's
-            accuracies["model/accuracy"] = accuracy_on_test(model, look.data, look.hardware.device)
-        return look.result(metrics | accuracies, keep=accuracies)
+        if self.statistics is not None and not evaluation.diverged:  # no longer the network of the record
+            accuracies["model/accuracy"] = accuracy_on_test(model, evaluation.data, evaluation.hardware.device)
+        return evaluation.result(metrics | accuracies, keep=accuracies)
 
 
-def sample(look: Evaluation, ascent: Ascent, model: nn.Module, labels: Tensor) -> Tensor:
-    """Samples of the classes `labels`; NaN where the model diverged. (B,) -> (B, C, H, W)."""
-    shape = (look.data.channels, look.data.size, look.data.size)
-    if look.diverged:
+def sample(evaluation: Evaluation, ascent: Ascent, model: nn.Module, labels: Tensor) -> Tensor:
+    """Samples of the classes `labels`, all NaN for a model that diverged: (B,) -> (B, C, H, W)."""
+    shape = (evaluation.data.channels, evaluation.data.size, evaluation.data.size)
+    if evaluation.diverged:
         return torch.full((len(labels), *shape), float("nan"), device=labels.device)
 
-    def climbed(number: int, chosen: Tensor) -> Tensor:
-        seeds = [mix(look.run.config["seed"], number * SAMPLED + i) for i in range(len(chosen))]
-        return ascent.sample(model, chosen, seeds, shape).cpu()
+    def climb(number: int, classes: Tensor) -> Tensor:
+        seeds = [mix(evaluation.run.config["seed"], number * SAMPLED + i) for i in range(len(classes))]
+        return ascent.sample(model, classes, seeds, shape).cpu()
 
     parts = torch.split(labels, SAMPLED)
-    return torch.cat(look.pieces.each("samples", parts, climbed, count=len(parts))).to(labels.device)
+    return torch.cat(evaluation.pieces.each("samples", parts, climb, count=len(parts))).to(labels.device)

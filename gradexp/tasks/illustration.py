@@ -1,4 +1,4 @@
-"""Figure 2.1: networks on the line. Matching slopes at a few points does what noise around these points does."""
+"""Figure 2.1: one-dimensional students. Matching slopes at a few points does what input noise at these points does."""
 
 from __future__ import annotations
 
@@ -20,14 +20,16 @@ from gradexp.gradients import input_gradient
 from gradexp.terms import Activations, Jacobian, Step, Term
 from gradexp.terms.targets import Targets
 
-GRID = 241  # points of the drawn curves
+GRID = 241  # points of the curves
 
 
 @dataclass(kw_only=True)
 class Illustration(Task):
-    """`rms/STUDENT`: root mean squared distance to the teacher on the interval. Arrays: the curves, the points.
+    """Fits a teacher to a wave, and students to it at `points`: by values, by values under noise, by values and slopes.
 
-    sigma: of the input noise; slopes weigh sigma² (Proposition 1). noisy_copies: of each point, drawn anew in each step.
+    Metrics: `rms/STUDENT`, root mean square distance to the teacher on the interval. Arrays: curves, points, slopes there.
+    sigma: standard deviation of the noise; slopes have weight sigma² (Proposition 1). noisy_copies: of each point, drawn anew
+    in every step. steps, lr: of Adam with a cosine schedule, for every network. Runs on the CPU.
     """
 
     interval: Sequence[float]
@@ -42,7 +44,7 @@ class Illustration(Task):
         lightning.seed_everything(run.config["seed"], verbose=False)
         start, end = self.interval
         x, points = torch.linspace(start, end, GRID), torch.tensor(self.points)
-        teacher = self.teacher(run, x)
+        teacher, at_points = self.teacher(run, x), _batch(points)
 
         def noisy() -> Batch:
             copies = points.repeat(self.noisy_copies)
@@ -51,25 +53,26 @@ class Illustration(Task):
         values = Activations(weight=1, reduction="sum")
         slopes = Jacobian(weight=self.sigma**2, reduction="sum", target="label", student_bn="batch")
         students = {
-            "activations": self.student(run, teacher, [values], lambda: _batch(points)),
+            "activations": self.student(run, teacher, [values], lambda: at_points),
             "noise": self.student(run, teacher, [values], noisy),
-            "jacobian": self.student(run, teacher, [values, slopes], lambda: _batch(points)),
+            "jacobian": self.student(run, teacher, [values, slopes], lambda: at_points),
         }
         curves = {"teacher": _curve(teacher, x)} | {name: _curve(student, x) for name, student in students.items()}
         metrics: dict[str, Any] = {f"rms/{name}": _rms(curves[name] - curves["teacher"]) for name in students}
-        at_points = {"points": points, "values": _curve(teacher, points), "slopes": _slopes(teacher, points)}
-        arrays = {name: array.numpy().astype(np.float32) for name, array in {"x": x, **curves, **at_points}.items()}
+        teacher_slopes = input_gradient(teacher, at_points.images, at_points.labels).flatten()
+        drawn = {"x": x, **curves, "points": points, "values": _curve(teacher, points), "slopes": teacher_slopes}
+        arrays = {name: array.numpy().astype(np.float32) for name, array in drawn.items()}
         return Result(metrics, facts=hardware.facts(mixed=False), arrays=arrays)
 
     def teacher(self, run: Run, x: Tensor) -> nn.Module:
-        """A network fitted to a wave on the whole interval."""
+        """A network fitted to sin(2x) + 0.4x on the interval."""
         teacher, batch = make_model(run), _batch(x)
         wave = torch.sin(2 * x) + 0.4 * x
         self.fit(teacher, lambda: (teacher(batch.images)[:, 0] - wave).square().mean())
         return teacher
 
     def student(self, run: Run, teacher: nn.Module, terms: Sequence[Term], batches: Callable[[], Batch]) -> nn.Module:
-        """A network fitted to the sum of the terms; every student starts from the same weights."""
+        """A network fitted to the weighted sum of the terms; every student starts from the same weights."""
         torch.manual_seed(run.config["seed"] + 1)
         student, targets = make_model(run), Targets(teacher, with_gradient=True)
 
@@ -91,7 +94,7 @@ class Illustration(Task):
 
 
 def _batch(x: Tensor) -> Batch:
-    """(N,) -> images (N, 1, 1, 1), all of the one class."""
+    """Points (N,) as images (N, 1, 1, 1), all of class 0."""
     rows = torch.arange(len(x))
     return Batch(x.view(-1, 1, 1, 1), torch.zeros_like(rows), rows, torch.zeros_like(rows))
 
@@ -99,11 +102,6 @@ def _batch(x: Tensor) -> Batch:
 def _curve(network: nn.Module, x: Tensor) -> Tensor:
     with torch.no_grad():
         return network(_batch(x).images)[:, 0]
-
-
-def _slopes(network: nn.Module, x: Tensor) -> Tensor:
-    batch = _batch(x)
-    return input_gradient(network, batch.images, batch.labels).flatten()
 
 
 def _rms(values: Tensor) -> float:

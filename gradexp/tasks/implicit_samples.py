@@ -1,4 +1,4 @@
-"""Figures 5.2 and 5.8: samples from noise, and images with noise that the ascent denoises."""
+"""Figures 5.2 and 5.8: samples from the implicit density, and noisy images denoised by the same ascent (§5.5.1, §5.10)."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from gradexp.evaluate.spectrum import high_frequency
 from gradexp.sampling import Ascent
 from gradexp.tasks.gan_test import SamplingTask, sample
 
-DENOISED = 64  # images that climb together
+DENOISED = 64  # images per batch of the ascent
 
 
 @dataclass(kw_only=True)
 class ImplicitSamples(SamplingTask):
-    """Metrics: the mean logit of the samples; root mean square errors of the noisy and of the denoised images; how noisy each
-    of these are (evaluate.spectrum). Arrays: all samples, and the first `shown` of the others.
+    """Metrics: `logit`, mean logit of the samples; `error/noisy` and `error/denoised`, root mean square error per pixel;
+    `PICTURES/high_frequency` (evaluate.spectrum), percent. Arrays: all samples with labels, the first `shown` of the others.
 
-    images: to denoise.
+    images: number of test images to denoise. statistics: see Evaluation.model, `clean`.
     """
 
     denoising: Ascent
@@ -33,26 +33,27 @@ class ImplicitSamples(SamplingTask):
     shown: Count
 
     def __call__(self, run: Run, upstream: Upstream) -> Result:
-        look = Evaluation(run, upstream)
-        model = look.model("model", clean=self.statistics)
-        labels = torch.arange(self.samples, device=look.hardware.device) % look.data.classes
-        samples = sample(look, self.sampling, model, labels)
+        evaluation = Evaluation(run, upstream)
+        model = evaluation.model("model", clean=self.statistics)
+        labels = torch.arange(self.samples, device=evaluation.hardware.device) % evaluation.data.classes
+        samples = sample(evaluation, self.sampling, model, labels)
         metrics = {"logit": float(gradients.scalar(model(samples), labels, "label").mean())}
 
-        def denoised(number: int, rows: Tensor) -> tuple[Tensor, ...]:
-            batch, first = look.batch(rows), len(labels) + number * DENOISED  # seeds before are those of the samples
+        def denoise(number: int, rows: Tensor) -> tuple[Tensor, ...]:
+            batch, first = evaluation.batch(rows), len(labels) + number * DENOISED  # the seeds before are those of the samples
             seeds = [mix(run.config["seed"], first + i) for i in range(len(rows))]
             return tuple(images.cpu() for images in self.denoising.denoise(model, batch.images, batch.labels, seeds))
 
-        rows = look.rows(self.images, DENOISED)
-        parts = look.pieces.each("denoised", rows, denoised, count=len(rows))
-        clean = torch.cat([look.batch(some).images.cpu() for some in rows])
-        found = dict(zip(("noisy", "denoised"), map(torch.cat, zip(*parts, strict=True)), strict=True))
-        metrics |= {f"error/{name}": float((images - clean).square().mean().sqrt()) for name, images in found.items()}
-        pictures = {"samples": samples, "images": clean, **found}
+        rows = evaluation.rows(self.images, DENOISED)
+        parts = evaluation.pieces.each("denoised", rows, denoise, count=len(rows))
+        noisy, denoised = map(torch.cat, zip(*parts, strict=True))
+        clean = torch.cat([evaluation.batch(part).images.cpu() for part in rows])
+        for name, images in {"noisy": noisy, "denoised": denoised}.items():
+            metrics[f"error/{name}"] = float((images - clean).square().mean().sqrt())
+        pictures = {"samples": samples, "images": clean, "noisy": noisy, "denoised": denoised}
         metrics |= {f"{name}/high_frequency": float(high_frequency(images).nanmean()) for name, images in pictures.items()}
-        shown = {"samples": samples, **{name: x[: self.shown] for name, x in {"images": clean, **found}.items()}}
-        return look.result(metrics, {"labels": labels.cpu().numpy(), **{name: as_bytes(x) for name, x in shown.items()}})
+        shown = {name: as_bytes(x if name == "samples" else x[: self.shown]) for name, x in pictures.items()}
+        return evaluation.result(metrics, {"labels": labels.cpu().numpy(), **shown})
 
     def work(self, config: Config, sizes: Sizes) -> float | None:
         return float(self.samples * self.sampling.steps + self.images * self.denoising.steps)

@@ -1,4 +1,4 @@
-"""How much of a saliency map is left when layers of the model become random."""
+"""Similarity of saliency maps before and after layers of the model are randomised (Adebayo et al., 2018; §3.4.1)."""
 
 from __future__ import annotations
 
@@ -16,42 +16,44 @@ from gradexp.tasks.saliency_score import SaliencyTask
 
 
 class ModelRandomisation(SaliencyTask):
-    """Rank correlation of maps with those of the untouched model, layer after layer made random, from the output on.
+    """Rank correlation of maps with those of the trained model, as its layers are randomised one after another from the output.
 
-    All maps are of the class that the untouched model predicts; what a method draws at random is the same for all models.
-    Metrics are curves over `randomised`, the number of random layers: `correlation`, the mean over images, and
-    `correlation/std`; with all layers random it is `test/correlation`. A model that diverged gives a run that diverged.
+    All maps are of the class that the trained model predicts, and a method draws the same noise for every model. Metrics are
+    curves over `randomised`, the number of randomised layers: `correlation`, the mean over images, and `correlation/std`;
+    `test/correlation` is the last value, with all layers randomised. A model that diverged makes the run `diverged`.
     """
 
     def __call__(self, run: Run, upstream: Upstream) -> Result:
-        look, model, method = self.parts(run, upstream)
-        if look.diverged:
-            return look.result({})
-        wanted, seed = run.config["evaluate"], run.config["seed"]
-        batches = list(look.first_images(wanted["images"], wanted["batch_size"])[0])
+        evaluation, model, method = self.parts(run, upstream)
+        if evaluation.diverged:
+            return evaluation.result({})
+        options, seed = run.config["evaluate"], run.config["seed"]
+        batches = list(evaluation.first_images(options["images"], options["batch_size"])[0])
         classes = [predicted(model, batch.images, None) for batch in batches]
         groups = layers_from_output(model)
 
         def maps() -> Tensor:
-            found = []
+            parts = []
             for number, (batch, labels) in enumerate(zip(batches, classes, strict=True)):
-                torch.manual_seed(mix(seed, number))  # of noisy copies
-                found.append(method(model, batch.images, labels).cpu())
-            return torch.cat(found)
+                torch.manual_seed(mix(seed, number))  # for methods that add noise
+                parts.append(method(model, batch.images, labels).cpu())
+            return torch.cat(parts)
 
         original = maps()
 
-        def correlated(number: int, layers: list[list[str]]) -> Tensor:
+        def correlate(_: int, layers: list[list[str]]) -> Tensor:
             randomise(model, layers, seed)
             return rank_correlation(original, maps())
 
-        states = [groups[:count] for count in range(1, len(groups) + 1)]
-        curve = [torch.ones(len(original)), *look.pieces.each("layers", states, correlated, count=len(states))]
-        metrics: dict[str, Any] = {
-            "randomised": list(range(len(curve))),
-            "correlation": [float(values.double().mean()) for values in curve],
-            "correlation/std": [float(values.double().std()) for values in curve],
-        }
-        metrics |= {f"test/{name}": metrics[name][-1] for name in ("correlation", "correlation/std")}
+        randomised = [groups[:count] for count in range(1, len(groups) + 1)]
+        correlations = [torch.ones(len(original)), *evaluation.pieces.each("layers", randomised, correlate, count=len(groups))]
         facts = {"images": len(original), "layers": ["untouched", *(" and ".join(names) for names in groups)]}
-        return Result(metrics, facts={**facts, **look.facts()})
+        return Result(curves(correlations), facts={**facts, **evaluation.facts()})
+
+
+def curves(correlations: list[Tensor]) -> dict[str, Any]:
+    """Metrics from the correlations of all images, (N,), with 0, 1, 2, ... layers randomised."""
+    means = [float(values.double().mean()) for values in correlations]
+    deviations = [float(values.double().std()) for values in correlations]
+    metrics: dict[str, Any] = {"randomised": list(range(len(means))), "correlation": means, "correlation/std": deviations}
+    return metrics | {"test/correlation": means[-1], "test/correlation/std": deviations[-1]}

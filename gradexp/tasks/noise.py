@@ -1,4 +1,4 @@
-"""Table 2.2: a trained model's test accuracy under noise."""
+"""Table 2.2: test accuracy of a trained model under input noise (§2.6.2)."""
 
 from __future__ import annotations
 
@@ -19,31 +19,34 @@ from gradexp.evaluate.noise import noise_accuracies
 
 @dataclass(kw_only=True)
 class Noise(EvaluationTask):
-    """`test/accuracy@noise=SIGMA` (percent), the mean over draws; with `/std`, their standard deviation (of the sample).
+    """Metrics: `test/accuracy@noise=SIGMA`, percent, a mean over draws of the noise; `/std`, standard deviation (draws - 1).
 
-    A model that diverged gives a run that diverged.
+    sigmas: standard deviations of the noise, in the units of normalised images; 0 has one draw. A model that diverged makes the
+    run `diverged`.
     """
 
     sigmas: Sequence[NonNegative]
     draws: Count
 
     def __call__(self, run: Run, upstream: Upstream) -> Result:
-        look = Evaluation(run, upstream)
-        model = look.model("model")
-        batches = look.data.test_loader(batch_size=EVALUATION_BATCH, device=look.hardware.device)
-        common = {"seed": run.config["seed"], "classes": look.data.classes, "device": look.hardware.device}
+        evaluation = Evaluation(run, upstream)
+        model = evaluation.model("model")
+        batches = evaluation.data.test_loader(batch_size=EVALUATION_BATCH, device=evaluation.hardware.device)
+        common = {"seed": run.config["seed"], "classes": evaluation.data.classes, "device": evaluation.hardware.device}
         metrics: dict[str, Any] = {}
 
-        def measured(_: int, sigma: float) -> list[float]:
+        def measure(_: int, sigma: float) -> list[float]:
             draws = self.draws if sigma else 1
-            return [nan] * draws if look.diverged else noise_accuracies(model, batches, sigma=sigma, draws=draws, **common)
+            if evaluation.diverged:
+                return [nan] * draws
+            return noise_accuracies(model, batches, sigma=sigma, draws=draws, **common)
 
-        found = look.pieces.each("noise", self.sigmas, measured, count=len(self.sigmas))
-        for sigma, values in zip(self.sigmas, found, strict=True):
+        accuracies = evaluation.pieces.each("noise", self.sigmas, measure, count=len(self.sigmas))
+        for sigma, values in zip(self.sigmas, accuracies, strict=True):
             metrics[f"test/accuracy@noise={sigma:g}"] = round(float(np.mean(values)), 4)
             if len(values) > 1:
                 metrics[f"test/accuracy@noise={sigma:g}/std"] = round(float(np.std(values, ddof=1)), 4)
-        return look.result(metrics)
+        return evaluation.result(metrics)
 
     def work(self, config: Config, sizes: Sizes) -> float | None:
         test = images_of(config, sizes)[1]

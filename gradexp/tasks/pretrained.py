@@ -1,4 +1,4 @@
-"""Published weights as a run, so that other runs can have it upstream."""
+"""Published weights as a run, so that they can be upstream of other runs."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from gradexp.models.pretrained import load_weights, published_file
 
 @dataclass(kw_only=True)
 class Pretrained(Task):
-    """Loads torchvision's weights into the run's model, from `weights/` below the data root; downloads them where it can.
+    """Loads torchvision's weights into the run's model, from `weights/` in the data folder, and downloads them if missing.
 
-    file: another file of `weights/` instead.
+    file: another file in `weights/`, which is never downloaded.
     """
 
     file: str | None = None
@@ -39,7 +39,7 @@ class Pretrained(Task):
         return Result({"parameters": parameters}, facts=facts | make_hardware(run.config).facts(mixed=False))
 
     def find(self, run: Run) -> Path:
-        """The weights file that the task names, or torchvision's own. Raises UserError naming the file to place."""
+        """The file to load. Raises UserError where it is damaged, or missing and cannot be downloaded."""
         name, address = published_file(run.config["model"]["architecture"])
         file = run.paths.data / "weights" / (self.file or name)
         if file.exists():
@@ -48,19 +48,18 @@ class Pretrained(Task):
             return file
         try:
             if self.file:
-                raise FileNotFoundError("a file of your own is not downloaded")
+                raise FileNotFoundError("task.file is never downloaded")
             file.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(address, str(file), hash_prefix=file.stem.rpartition("-")[2], progress=False)
         except Exception as error:  # URLError, OSError, RuntimeError for another hash, ...
             raise UserError(
                 f"{file} is missing and can't be downloaded ({error}). Place torchvision's {name} there, from {address}, "
-                f"or a file of your own with the same architecture: task.file=NAME (+upstream.teacher.task.file=NAME where a "
-                f"student's teacher is meant)"
+                "or your own weights of this architecture: task.file=NAME (for a teacher, +upstream.teacher.task.file=NAME)"
             ) from None
         return file
 
 
 def check_digest(file: Path) -> None:
-    """Raises UserError for a damaged file: torchvision's names end with the start of their SHA-256."""
+    """Raises UserError for a damaged file: the names of torchvision's files end with the start of their SHA-256."""
     if not sha256(file).startswith(file.stem.rpartition("-")[2]):
         raise UserError(f"{file} is damaged: its contents do not match its name; download it again")

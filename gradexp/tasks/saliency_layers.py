@@ -1,50 +1,37 @@
-"""Pictures and the terms of FullGrad's sum over layers (figure 3.1)."""
+"""Pictures and the terms of FullGrad's sum over layers (Figure 3.1)."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gradexp import gradients
 from gradexp.base.errors import UserError
-from gradexp.engine.run import Run
-from gradexp.engine.task import Result, Upstream
+from gradexp.engine.task import Result
 from gradexp.saliency import FullGrad, Saliency
-from gradexp.tasks.saliency_gallery import SaliencyGallery, named, recognised, shown
+from gradexp.tasks.saliency_gallery import SaliencyGallery, scaled
 
 
 class SaliencyLayers(SaliencyGallery):
-    """The gallery's images, and the map of each layer: arrays `images`, `maps`, `layer/NAME`.
-
-    Metrics say how large the model's biases are (bias_sizes).
-    """
+    """The gallery with full-gradients layer by layer: also arrays `layer/NAME`, and metrics `bias/...` (bias_sizes)."""
 
     def check_method(self, method: Saliency) -> None:
         if not isinstance(method, FullGrad):
-            raise UserError("maps of layers are those of full-gradients; take saliency=fullgrad or one of its variants")
+            raise UserError("maps of layers need full-gradients: take saliency=fullgrad or one of its variants")
 
-    def __call__(self, run: Run, upstream: Upstream) -> Result:
-        look, model, method = self.parts(run, upstream)
+    def explain(self, model: nn.Module, method: Saliency, images: Tensor) -> Result:
         assert isinstance(method, FullGrad)
-        images, labels = recognised(look, model, run.config["evaluate"]["images"])
-        torch.manual_seed(run.config["seed"])
         layers = method.layers(model, images)
-        errors = method.completeness_error(model, images)
-        arrays = {"images": look.data.pixels(images).cpu().numpy(), "maps": shown(torch.stack(list(layers.values())).sum(0))}
-        arrays |= {f"layer/{name}": shown(maps) for name, maps in layers.items()}
-        metrics: dict[str, Any] = {
-            "gallery/images": len(images),
-            "test/completeness_error": float(errors.max()),
-            **bias_sizes(model),
-        }
-        return Result(metrics, facts={**named(look, labels), "layers": list(layers), **look.facts()}, arrays=arrays)
+        error = float(method.completeness_error(model, images).max())
+        arrays = {"maps": scaled(torch.stack(list(layers.values())).sum(0))}
+        arrays |= {f"layer/{name}": scaled(maps) for name, maps in layers.items()}
+        return Result({"test/completeness_error": error, **bias_sizes(model)}, facts={"layers": list(layers)}, arrays=arrays)
 
 
-def bias_sizes(model: nn.Module) -> dict[str, float]:
-    """`bias/explicit`: mean absolute value of all bias parameters; `bias/implicit`: of what the running means of batch
-    normalisations subtract, γ mean / sqrt(var + ε); over the channels of all layers (§3.4). What there is none of is left out.
+def bias_sizes(model: nn.Module) -> dict[str, float | list[float]]:
+    """Mean absolute biases over the channels of all layers (§3.4); a kind that the model lacks is left out.
+
+    `bias/explicit`: bias parameters. `bias/implicit`: γ mean / sqrt(var + ε), which batch normalisations subtract.
     """
-    found = gradients.biases_of(model)
-    return {f"bias/{kind}": float(values.abs().mean()) for kind, values in found.items() if len(values)}
+    biases = gradients.biases_of(model)
+    return {f"bias/{kind}": float(values.abs().mean()) for kind, values in biases.items() if len(values)}

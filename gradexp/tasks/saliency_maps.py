@@ -1,4 +1,4 @@
-"""Saliency maps of a whole data set, once a method: what ROAR removes pixels by (§3.5.2)."""
+"""Saliency maps of a data set by one method, by which ROAR removes pixels (§3.5.2)."""
 
 from __future__ import annotations
 
@@ -21,21 +21,22 @@ from gradexp.evaluate import masking
 from gradexp.saliency import Saliency
 from gradexp.tasks.saliency_score import SaliencyTask, completeness
 
-CHUNK = 128  # images computed at a time; what is drawn for an image depends on it
+CHUNK = 128  # images per batch; the noise drawn for an image depends on it
 
 
 class SaliencyMaps(SaliencyTask):
-    """The pixels' order of salience for all training and test images, as `train.npy` and `test.npy` in the run's folder.
+    """Ranks of the pixels of all training and test images by saliency, as `train.npy` and `test.npy` in the run's folder.
 
-    Order, not values: it is all that removal needs, exact in two bytes, and equal values are put in order only once.
-    Goes on where it was interrupted; `maps.json`, written last, has checksums and the fingerprint of the images.
+    Removal needs only ranks, which are exact in two bytes, and equal values are thus ordered once. An interrupted run continues
+    at its last chunk. `maps.json`, written last, has the checksums and the fingerprint of the images.
+    Metrics: `maps/train` and `maps/test`, numbers of images; `test/completeness_error` of the first test batch.
     """
 
     product: ClassVar[str] = MANIFEST
 
     def __call__(self, run: Run, upstream: Upstream) -> Result:
-        look, model, method = self.parts(run, upstream)
-        data, device = look.data, look.hardware.device
+        evaluation, model, method = self.parts(run, upstream)
+        data, device = evaluation.data, evaluation.hardware.device
         loaders = {
             "train": data.train_loader(batch_size=CHUNK, device=device, augment=False),
             "test": data.test_loader(batch_size=CHUNK, device=device),
@@ -51,14 +52,14 @@ class SaliencyMaps(SaliencyTask):
         metrics: dict[str, Any] = {f"maps/{split}": loader.count for split, loader in loaders.items()}
         for name, values in completeness(method, model, next(iter(loaders["test"])).images).items():
             metrics |= {f"test/{name}": float(values.mean()), f"test/{name}/std": float(values.std())}
-        return Result(metrics, facts={"sha256": checksums, **look.facts()})
+        return Result(metrics, facts={"sha256": checksums, **evaluation.facts()})
 
     def work(self, config: Config, sizes: Sizes) -> float | None:
         train, test = images_of(config, sizes)
         return None if train is None or test is None else float(train + test)
 
     def shortened(self, config: Config, n: int) -> Config | None:
-        """The same maps, of a few test images."""
+        """Maps of a few test images, scored instead of stored."""
         score = {"_target_": "gradexp.tasks.saliency_score.SaliencyScore"}
         evaluate = {"_target_": "gradexp.evaluate.pixel_perturbation.PixelPerturbation", "fractions": [0.5], "order": "least"}
         return config | {"task": score, "evaluate": evaluate | {"fill": "black", "images": SHORT * n, "batch_size": CHUNK}}
@@ -69,22 +70,23 @@ class SaliencyMaps(SaliencyTask):
 
 
 def fill(path: Path, loader: Loader, model: nn.Module, method: Saliency, seed: int, weights: str, title: str) -> None:
-    """Writes ranks (N, 1, H, W) chunk by chunk.
+    """Writes the ranks (N, 1, H, W) of all images to `path`, chunk by chunk.
 
-    `path`.done names the digest of the model's weights and counts the finished chunks: those of other weights don't count.
+    The file with suffix `.done` holds `weights`, the digest of the model's weights, and the number of finished chunks; chunks
+    of other weights are computed again.
     """
     shape = (loader.count, 1, *loader.example.shape[-2:])
     done_file = path.with_suffix(".done")
-    made_by, _, count = (done_file.read_text() if path.exists() and done_file.exists() else "").partition(" ")
-    done = int(count) if made_by == weights else 0
+    done_weights, _, count = (done_file.read_text() if path.exists() and done_file.exists() else "").partition(" ")
+    done = int(count) if done_weights == weights else 0
     kind = np.dtype(np.int16 if shape[-1] * shape[-2] < 2**15 else np.int32)
-    places = np.lib.format.open_memmap(path, mode="r+" if done else "w+", dtype=kind, shape=shape)
+    stored = np.lib.format.open_memmap(path, mode="r+" if done else "w+", dtype=kind, shape=shape)
     reserve(path, path.stat().st_size)
     progress = Progress(title, len(loader), "chunks", done=done)
     for number, batch in enumerate(loader.batches(epoch=0, start=done), start=done):
         torch.manual_seed(mix(seed, number))
         ranks = masking.ranks(method(model, batch.images)[:, 0], seed=mix(seed, number))
-        places[number * CHUNK :][:CHUNK, 0] = ranks.to("cpu", torch.int32).numpy()
-        places.flush()
+        stored[number * CHUNK :][:CHUNK, 0] = ranks.to("cpu", torch.int32).numpy()
+        stored.flush()
         write_atomically(done_file, f"{weights} {number + 1}".encode())
         progress.say(number + 1)

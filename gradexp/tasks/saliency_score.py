@@ -1,4 +1,4 @@
-"""Score a saliency method on a trained model."""
+"""Scores of a saliency method on a trained model: Figure 3.2a, Tables 3.1 and 3.2."""
 
 from __future__ import annotations
 
@@ -18,64 +18,64 @@ from gradexp.saliency import Saliency
 
 
 class SaliencyTask(PerImageTask):
-    """A task about the maps of one saliency method on one trained model."""
+    """A task on the maps of one saliency method for one trained model."""
 
-    def check_setup(self, look: Evaluation) -> None:
-        super().check_setup(look)
-        self.check_method(make_saliency(look.run.config, look.data, look.hardware))
+    def check_setup(self, evaluation: Evaluation) -> None:
+        super().check_setup(evaluation)
+        self.check_method(make_saliency(evaluation.run.config, evaluation.data, evaluation.hardware))
 
     def check_method(self, method: Saliency) -> None:
-        """Raises UserError for a saliency method that the task has no use for."""
+        """Raises UserError for a saliency method that the task can't evaluate."""
 
     def parts(self, run: Run, upstream: Upstream) -> tuple[Evaluation, nn.Module, Saliency]:
-        """Data and hardware, the upstream model, the saliency method."""
-        look = Evaluation(run, upstream)
-        return look, look.model("model"), make_saliency(run.config, look.data, look.hardware)
+        """Data and hardware, the model of the upstream run, the saliency method."""
+        evaluation = Evaluation(run, upstream)
+        return evaluation, evaluation.model("model"), make_saliency(run.config, evaluation.data, evaluation.hardware)
 
 
 class SaliencyScore(SaliencyTask):
-    """Mean and standard deviation over test images of what `evaluate` measures: `test/NAME` and `test/NAME/std`.
+    """Metrics: mean `test/NAME` and standard deviation `test/NAME/std` (N - 1) over test images of what `evaluate` measures.
 
-    A model that diverged gives a run that diverged.
+    A model that diverged makes the run `diverged`.
     """
 
-    def check_setup(self, look: Evaluation) -> None:
-        super().check_setup(look)
-        make_score(look.run.config)
+    def check_setup(self, evaluation: Evaluation) -> None:
+        super().check_setup(evaluation)
+        make_score(evaluation.run.config)
 
     def __call__(self, run: Run, upstream: Upstream) -> Result:
-        look, model, method = self.parts(run, upstream)
-        if look.diverged:
-            return look.result({})
-        score, black = make_score(run.config), look.data.black.to(look.hardware.device)
+        evaluation, model, method = self.parts(run, upstream)
+        if evaluation.diverged:
+            return evaluation.result({})
+        score, black = make_score(run.config), evaluation.data.black.to(evaluation.hardware.device)
 
-        def scored(number: int, batch: Batch) -> tuple[int, dict[str, Tensor]]:
+        def measure(number: int, batch: Batch) -> tuple[int, dict[str, Tensor]]:
             seed = mix(run.config["seed"], number)
-            torch.manual_seed(seed)  # of random maps and noise
-            measured = score(model, method, batch, black=black, seed=seed)
-            count = len(next(iter(measured.values()), ()))  # the digit flip leaves out all but one digit
-            measured |= completeness(method, model, batch.images)
-            return count, {name: values.cpu() for name, values in measured.items()}
+            torch.manual_seed(seed)  # for random maps and methods that add noise
+            scores = score(model, method, batch, black=black, seed=seed)
+            scored = len(next(iter(scores.values()), ()))  # the digit flip leaves out all but one digit
+            scores |= completeness(method, model, batch.images)
+            return scored, {name: values.cpu() for name, values in scores.items()}
 
-        wanted = run.config["evaluate"]
-        batches, count = look.first_images(wanted["images"], wanted["batch_size"])
-        pieces = look.pieces.each("scores", batches, scored, count=count)
-        images = sum(count for count, _ in pieces)
-        metrics: dict[str, Any] = {}
-        for name in dict.fromkeys(name for _, measured in pieces for name in measured):
-            values = torch.cat([measured[name] for _, measured in pieces if name in measured]).double()
-            metrics[f"test/{name}"], metrics[f"test/{name}/std"] = float(values.mean()), float(values.std())
+        options = run.config["evaluate"]
+        batches, count = evaluation.first_images(options["images"], options["batch_size"])
+        pieces = evaluation.pieces.each("scores", batches, measure, count=count)
+        images = sum(scored for scored, _ in pieces)
         if not images:
-            raise UserError("evaluate.images: none of the test images was of use; raise it")
-        return Result(metrics, facts={"images": images, **look.facts()})
+            raise UserError(f"evaluate.images={options['images']}: none of these test images can be scored; raise it")
+        metrics: dict[str, Any] = {}
+        for name in dict.fromkeys(name for _, scores in pieces for name in scores):
+            values = torch.cat([scores[name] for _, scores in pieces if name in scores]).double()
+            metrics[f"test/{name}"], metrics[f"test/{name}/std"] = float(values.mean()), float(values.std())
+        return Result(metrics, facts={"images": images, **evaluation.facts()})
 
 
 def make_score(config: Config) -> Any:
-    """What `evaluate` names, called with a model, a saliency method and a batch."""
+    """The score that `evaluate` names: a callable of a model, a saliency method and a batch."""
     return build(score_node(config["evaluate"]), where="evaluate")
 
 
 def completeness(method: Saliency, model: nn.Module, images: Tensor, target: int | None = None) -> dict[str, Tensor]:
-    """The relative error of completeness (Eq. 3.1), for methods that promise it; (B,). target: see Saliency."""
+    """{`completeness_error`: (B,)}, relative to the output (Eq. 3.1); empty for methods without it. target: see Saliency."""
     error = getattr(method, "completeness_error", None)
     return {} if error is None else {"completeness_error": error(model, images, target)}

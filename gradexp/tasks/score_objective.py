@@ -1,4 +1,4 @@
-"""The thesis's own objective (Eq. 5.2) of a trained model, on test images."""
+"""The score-matching objective (Eq. 5.2) of a trained model on test images."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from gradexp.engine.run import Run
 from gradexp.engine.task import Result, Upstream
 from gradexp.evaluate.score_objective import objective, objective_parts
 
-BATCH = 128  # images whose Hessians are asked for together
+BATCH = 128  # images per batch
 
 
 @dataclass(kw_only=True)
 class ScoreObjective(PerImageTask):
-    """E[h] + ½ E‖∇f‖² in eval mode, and its parts (evaluate.score_objective.objective).
+    """Metrics: E[h] + ½ E‖∇f‖² in eval mode, and its parts (evaluate.score_objective.objective).
 
-    draws: directions of an image's trace. sigma: of Eq. 5.9's estimate along them.
+    draws: directions per image for the trace. sigma: standard deviation of the noise in Eq. 5.9. images: test images, None for
+    all. statistics: see Evaluation.model, `clean`.
     """
 
     draws: Count
@@ -30,14 +31,14 @@ class ScoreObjective(PerImageTask):
     statistics: Statistics = None
 
     def __call__(self, run: Run, upstream: Upstream) -> Result:
-        look = Evaluation(run, upstream)
-        model = look.model("model", clean=self.statistics)
-        rows = look.rows(self.images, BATCH)
+        evaluation = Evaluation(run, upstream)
+        model = evaluation.model("model", clean=self.statistics)
+        rows = evaluation.rows(self.images, BATCH)
 
-        def measured(number: int, some: Tensor) -> Tensor:
+        def measure(number: int, rows: Tensor) -> Tensor:
             seed = mix(run.config["seed"], number)
-            return objective_parts(model, look.batch(some), seed=seed, draws=self.draws, sigma=self.sigma)
+            return objective_parts(model, evaluation.batch(rows), seed=seed, draws=self.draws, sigma=self.sigma)
 
-        parts = torch.cat(look.pieces.each("objective", rows, measured, count=len(rows)))
-        found = look.result(objective(parts))
-        return replace(found, facts=found.facts | {"images": len(parts)})
+        parts = torch.cat(evaluation.pieces.each("objective", rows, measure, count=len(rows)))
+        result = evaluation.result(objective(parts))
+        return replace(result, facts=result.facts | {"images": len(parts)})

@@ -1,4 +1,4 @@
-"""Train one model, alone or with a teacher, and read the test set once."""
+"""Train one model, alone or with a teacher, and test it once."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from gradexp.engine.loggers import close, make_logger
 from gradexp.engine.origin import git_state
 from gradexp.engine.processes import check_machines
 from gradexp.engine.run import Config, Paths, Run
-from gradexp.engine.task import Result, Sizes, Task, Upstream, digests_of, images_of
+from gradexp.engine.task import Finished, Result, Sizes, Task, Upstream, digests_of, images_of
 from gradexp.evaluate.accuracy import accuracy_on_test
 from gradexp.layers import ranks
 from gradexp.terms import Term
@@ -33,16 +33,20 @@ from gradexp.training.targets import make_targets
 
 
 class Train(Task):
-    """Leaves the run's model after its last step as `weights.pt`; measures `test/accuracy` (percent) and the curves."""
+    """Trains the run's model; its weights after the last step are the product, `weights.pt`.
+
+    Metrics: `test/accuracy`, percent, NaN where the training diverged; the curves of training.classifier; `angle`, degrees, the
+    last value of `train/angle`; what the method's module adds.
+    """
 
     product: ClassVar[str] = "weights.pt"
 
     def check(self, run: Run) -> None:
-        """Builds everything with untrained networks: whether data, terms, student and teacher fit each other."""
+        """Builds data, terms, student and teacher with untrained weights, so that settings that do not fit raise now."""
         hardware, data, terms = make_hardware(run.config), make_data(run), make_terms(run.config)
         check_machines(hardware.num_nodes)
         _check_teacher(run, terms)
-        data.removal = None  # its maps may not be there yet
+        data.removal = None  # its maps may not be computed yet
         loader = data.train_loader(batch_size=make_optim(run).batch_size, device=hardware.device)
         student, teacher = hardware.place(make_model(run)), None
         if "start" in run.upstream:
@@ -51,13 +55,13 @@ class Train(Task):
             teacher = hardware.place(make_model(run.upstream["teacher"], "upstream.teacher.model")).eval()
         for term in terms.values():
             term.check(student)
-            term.place(student, teacher, loader.example)
+            term.resolve_layers(student, teacher, loader.example)
 
     def __call__(self, run: Run, upstream: Upstream) -> Result:
         training = prepare(run, upstream)
         module, hardware = training.module, training.hardware
         together = hardware.together > 1
-        # Of several processes the first has a logger of its own: a CSV file of this one would hold the final number alone.
+        # With several processes the first one has its own logger; a CSV file of this process would only hold the final metrics.
         logger = None if together and run.config["logger"]["_target_"].endswith("csv") else make_logger(run)
         steps = training.fit_elsewhere(train_part) if together else training.fit(logger)
         if steps < module.total_steps and not module.diverged:
@@ -79,7 +83,7 @@ class Train(Task):
 
 
 def prepare(run: Run, upstream: Upstream) -> Training:
-    """Everything but the training itself."""
+    """Everything that a training needs: data, seeded networks, terms, targets, checkpointer."""
     config, hardware, data = run.config, make_hardware(run.config), make_data(run)
     if data.removal is not None:
         data.removal.open(upstream["maps"].run.folder, data.fingerprint())
@@ -104,7 +108,7 @@ def make_optim(run: Run) -> Optim:
 
 
 def make_student(run: Run, upstream: Upstream, terms: dict[str, Term], hardware: Hardware) -> nn.Module:
-    """The model before training: random, or with the weights of the upstream run `start` where there is one."""
+    """The model before training: random, or with the weights of the upstream run `start` if it has one."""
     student = make_model(run)
     if "start" in upstream:
         assemble.start_from(student, assemble.load_weights(upstream["start"]))
@@ -125,50 +129,50 @@ def make_module(
     hardware: Hardware,
 ) -> Classifier:
     """The LightningModule that the method names."""
-    method, teacher = run.config["method"], None
-    options: dict[str, Any] = {}
-    if "teacher" in upstream:
-        trained = upstream["teacher"]
-        if trained.record["status"] == "diverged":
-            raise UserError(f"the teacher, run {trained.run.id}, diverged in training; name another one, such as another seed")
-        teacher = assemble.load_model(trained, hardware)
+    teacher = _load_teacher(upstream["teacher"], hardware) if "teacher" in upstream else None
     for term in terms.values():
-        term.place(student, teacher, loader.example)
+        term.resolve_layers(student, teacher, loader.example)
+    common = {"student": student, "terms": terms, "optim": optim, "seed": run.config["seed"], "steps_per_pass": len(loader)}
+    options: dict[str, Any] = {}
     if teacher is not None:
-        if method.get("angle"):
-            options["angle"] = method["angle"]
+        angle, trained = run.config["method"].get("angle"), upstream["teacher"]
+        options = {"angle": angle} if angle else {}
         options["targets"] = make_targets(
             teacher,
             list(terms.values()),
             loader,
             optim.total_steps(len(loader)),
-            angle=method.get("angle"),
+            angle=angle,
             store_gib=hardware.store_gib,
             autocast=hardware.autocast(),
             cache=run.paths.cache / "targets",
             origin=[trained.run.id, trained.digest, hardware.precision],
         )
-    common = {"student": student, "terms": terms, "optim": optim, "seed": run.config["seed"]}
-    node = {"_target_": method["module"]}
-    module: Classifier = build(node, where="method.module", steps_per_pass=len(loader), **common, **options)
+    module: Classifier = build({"_target_": run.config["method"]["module"]}, where="method.module", **common, **options)
     return module
 
 
+def _load_teacher(trained: Finished, hardware: Hardware) -> nn.Module:
+    if trained.record["status"] == "diverged":
+        raise UserError(f"the teacher, run {trained.run.id}, diverged in training: take another one, such as another seed")
+    return assemble.load_model(trained, hardware)
+
+
 def _check_teacher(run: Run, terms: dict[str, Term]) -> None:
-    """Raises UserError where there are no terms, or these need a teacher that there is not."""
+    """Raises UserError for a method without terms, and for a term whose teacher is missing."""
     method = run.config["method"]["name"]
     if not terms:
-        raise UserError(f"method={method} has no term of weight other than 0; set one")
+        raise UserError(f"method={method}: every term has weight 0; set a weight, such as method.terms.cross_entropy.weight=1")
     for name, term in terms.items():
         if term.needs_teacher and "teacher" not in run.upstream:
             raise UserError(
-                f"method.terms.{name} needs a teacher, method={method} has none; "
-                f"take a method with one, such as method=ce_a_j, and set its weights"
+                f"method.terms.{name} needs a teacher, and method={method} has none: "
+                "take a method with a teacher, such as method=ce_a_j, and set its weights"
             )
 
 
 def facts_of(training: Training, steps: int) -> dict[str, Any]:
-    """What a record says of a training beside its metrics."""
+    """The facts of a training for its record."""
     module, hardware, checkpointer = training.module, training.hardware, training.checkpointer
     facts = {
         "data": training.data.fingerprint(),
@@ -187,9 +191,9 @@ def facts_of(training: Training, steps: int) -> dict[str, Any]:
 
 
 def train_part(text: str) -> None:
-    """What each of several processes does with the run whose config `text` is: its part of the steps.
+    """Runs in each of several processes: its part of the training of the run whose config is `text`, in JSON.
 
-    The last checkpoint of the first holds the outcome. Ends with a non-zero exit code on errors.
+    The result is the last checkpoint of the first process. The exit code is not zero after an error.
     """
     config = json.loads(text)
     try:
@@ -197,7 +201,7 @@ def train_part(text: str) -> None:
         training = prepare(run, {name: finish(below) for name, below in run.upstream.items()})
         training.fit(make_logger(run) if training.hardware.rank == 0 else None)
     except Stopped:
-        sys.exit(STOPPED)  # the process that waits for this one says so
+        sys.exit(STOPPED)  # the waiting process prints the message
     except UserError as error:
         sys.exit(f"error: {error}")
     except Exception:

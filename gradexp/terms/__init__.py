@@ -1,4 +1,4 @@
-"""Loss terms, one a file."""
+"""Loss terms, one per file; docs/extend.md adds one."""
 
 from gradexp.terms.activations import Activations
 from gradexp.terms.attention import Attention

@@ -8,10 +8,10 @@ from gradexp.terms.term import Term, reduce
 
 
 class Activations(Term):
-    """Squared distance of student's and teacher's logits (Proposition 1, first term).
+    """Squared distance between the logits of student and teacher (Proposition 1, first term; A of Table 2.1).
 
-    reduction: `sum` or `mean` over the K classes; mean over the batch. head: the student's layer that is matched instead
-    of its logits (LwF, §2.5: the teacher's classes are not the student's).
+    reduction: `sum` (the proposition's) or `mean` over the K classes; mean over the batch.
+    head: a layer of the student whose output is matched instead of its logits, for a teacher with other classes (LwF, §2.5).
     """
 
     needs_teacher = True

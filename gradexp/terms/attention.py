@@ -10,18 +10,18 @@ from gradexp.terms.targets import Map
 
 
 class Attention(MatchMaps):
-    """Distance of attention maps A, sums over channels of |z|^power, at norm 1 (Eq. 2.8).
+    """Distance between attention maps A = Σ_channels |z|^power, each divided by its norm (Eq. 2.8).
 
-    power: 1, absolute values (§4.4.1), or 2, squares (Eq. 2.7), which None means too. Eq. 2.8 is the distance itself,
-    common code (and Chapter 4 here) takes its square: `squared`. Sum over the pairs of layers, which must have the same
-    spatial sizes; mean over the batch.
+    power: 1, absolute values (§4.4.1), or 2, squares (Eq. 2.7).
+    squared: Eq. 2.8 is the distance itself; common code, and Chapter 4 here, squares it.
+    Sum over the pairs of layers, which must have equal spatial sizes; mean over the batch.
     """
 
-    def __init__(self, *, power: int | None = None, **options: Any) -> None:
+    def __init__(self, *, power: int = 2, **options: Any) -> None:
         super().__init__(**options)
-        if power not in (None, 1, 2):
-            raise UserError(f"power={power}: it is 1 (absolute values) or 2 (squares)")
-        self.power = power or 2
+        if power not in (1, 2):
+            raise UserError(f"power={power}: it must be 1 (absolute values) or 2 (squares)")
+        self.power = power
         self.kind = "absolute" if self.power == 1 else "attention"
 
     @property

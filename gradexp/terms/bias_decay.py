@@ -5,7 +5,7 @@ from gradexp.terms.step import Step
 
 
 class BiasDecay(LayerBias):
-    """Weight decay on the bias of one layer (§4.4.2): its squared norm, so that a weight pulls twice as hard as torch's."""
+    """Squared norm of one layer's bias (§4.4.2); without a factor ½, so it pulls twice as hard as torch's `weight_decay`."""
 
     def forward(self, step: Step) -> Tensor:
         return self.bias(step).square().sum()

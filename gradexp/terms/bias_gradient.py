@@ -10,12 +10,15 @@ from gradexp.terms.term import reduce
 
 
 class BiasGradient(LayerBias):
-    """Squared norm of one layer's bias-gradient f^b, bias times gradient (Proposition 10, second term).
+    """Squared norm of one layer's bias-gradient f^b = b ⊙ ∇_b f (Proposition 10, second term; σ² is the weight).
 
-    noise: the multiplicative noise that this stands for; one draw a `position` (f^b is a map, §3.4.2), or one a
-    `channel` and image. target: whose gradient. reduction: `sum` (the proposition's) or `mean` over the layer; mean over
-    the batch.
+    noise: what shares one draw of the proposition's multiplicative noise: each `position` has its own (f^b is then a map, as
+    in §3.4.2), or a `channel` shares one (∂f/∂b is then summed over positions).
+    target: the output f, see gradients.scalar. reduction: `sum` (the proposition's) or `mean` over the layer; mean over the
+    batch. layer, bias, student_bn: see LayerBias.
     """
+
+    needs_input_gradient = False
 
     def __init__(
         self, *, weight: NonNegative, layer: str, bias: str, noise: str, target: str, reduction: str, student_bn: str
@@ -25,13 +28,9 @@ class BiasGradient(LayerBias):
         self.noise = choose("noise", noise, "position", "channel")
         self.target = self.gradient_target = choose("target", target, *SCALARS)
 
-    def place(self, student: nn.Module, teacher: nn.Module | None, images: Tensor) -> None:
-        super().place(student, teacher, images)
+    def resolve_layers(self, student: nn.Module, teacher: nn.Module | None, images: Tensor) -> None:
+        super().resolve_layers(student, teacher, images)
         map_size(student, self.layer, images)
-
-    @property
-    def needs_input_gradient(self) -> bool:
-        return False
 
     def forward(self, step: Step) -> Tensor:
         gradient = precise(step.student_layer_gradients(self.target, self.student_bn)[self.layer]).flatten(2)

@@ -7,7 +7,7 @@ from gradexp.terms.term import Term
 
 
 class CrossEntropy(Term):
-    """Cross-entropy with the true labels (CE of §2.12.2); mean over the batch."""
+    """Cross-entropy of the logits with the true labels (CE of §2.12.2); mean over the batch."""
 
     def forward(self, step: Step) -> Tensor:
         return functional.cross_entropy(precise(step.student_logits), step.labels)

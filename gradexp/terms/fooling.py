@@ -1,3 +1,5 @@
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -8,21 +10,12 @@ from gradexp.terms.step import Step
 from gradexp.terms.term import Term
 
 
-def corner(side: int, images: Tensor) -> Tensor:
-    """The mask of Figure 5.5a: 1 in the side x side pixels at the top left. images (B, C, H, W) -> (H, W)."""
-    height, width = images.shape[-2:]
-    if not 0 < side <= min(height, width):
-        raise UserError(f"mask={side}: images have {height}x{width} pixels; take a side from 1 to {min(height, width)}")
-    mask = torch.zeros(height, width, dtype=images.dtype, device=images.device)
-    mask[:side, :side] = 1
-    return mask
-
-
 class Fooling(Term):
-    """Squared distance of the normalised saliency to a normalised mask (Eq. 5.7; Heo et al., 2019).
+    """Squared distance between the normalised saliency s and a normalised mask m (Eq. 5.7; Heo et al., 2019).
 
-    Saliency: the input-gradient's magnitude summed over channels, which sums to 1 over the image; so does the mask.
-    mask: its side in pixels. target: whose gradient; student_bn: `batch` or `running`. Mean over the batch.
+    s: unsigned_saliency of the input-gradient. m: corner, divided by its sum. Sum over pixels; mean over the batch.
+    mask: side of the square in pixels. target: the output whose gradient is taken, see gradients.scalar.
+    student_bn: batch normalisation uses `batch` or `running` statistics. Raises UserError for a mask larger than the images.
     """
 
     def __init__(self, *, weight: NonNegative, mask: Count, target: str, student_bn: str) -> None:
@@ -32,7 +25,25 @@ class Fooling(Term):
         self.student_bn = choose("student_bn", student_bn, "batch", "running")
 
     def forward(self, step: Step) -> Tensor:
-        size = precise(step.student_input_gradient(self.target, self.student_bn)).abs().sum(1)
-        saliency = size / size.sum((1, 2), keepdim=True).clamp(min=torch.finfo(size.dtype).tiny)
-        mask = corner(self.mask, step.images)
+        saliency = unsigned_saliency(precise(step.student_input_gradient(self.target, self.student_bn)))
+        mask = corner(self.mask, step.images.shape[-2:]).to(step.images)
         return (saliency - mask / mask.sum()).square().flatten(1).sum(1).mean()
+
+
+def unsigned_saliency(gradient: Tensor) -> Tensor:
+    """Magnitude of a gradient, summed over channels and divided by its sum over pixels (§5.7.2). (B, C, H, W) -> (B, H, W)."""
+    size = gradient.abs().sum(1)
+    return size / size.sum((1, 2), keepdim=True).clamp(min=torch.finfo(size.dtype).tiny)
+
+
+def corner(side: int, size: Sequence[int]) -> Tensor:
+    """The mask of Figure 5.5a, of `size` (H, W): 1 in the top left square of `side` pixels, 0 elsewhere.
+
+    Raises UserError for a square larger than the mask.
+    """
+    height, width = size
+    if not 0 < side <= min(height, width):
+        raise UserError(f"mask={side}: images have {height}x{width} pixels; take a side from 1 to {min(height, width)}")
+    mask = torch.zeros(height, width)
+    mask[:side, :side] = 1
+    return mask

@@ -10,19 +10,16 @@ from gradexp.terms.targets import Map
 
 
 class FullGradient(MatchMaps):
-    """Distance of bias-gradients summed over channels, at norm 1 (Eq. 4.3); input-gradients are Jacobian's part.
+    """Distance between bias-gradients summed over channels, each divided by its norm (Eq. 4.3, §4.2).
 
-    The gradient with respect to a layer's bias is the gradient at its output. times_bias: multiply it with the
-    (effective) bias, which makes it f^b of Chapter 3; a teacher's targets can't be stored then. Sum over the pairs of
-    layers, the smaller map resized to the larger one; mean over the batch.
-    target: whose gradient. student_bn: `batch` or `running` statistics.
+    The gradient with respect to a layer's bias is the gradient at its output. The smaller map of a pair is resized to the
+    larger. Sum over the pairs of layers; mean over the batch. Input-gradients are matched by Jacobian.
+    times_bias: multiply by the effective bias, which gives f^b of §3.4; the teacher's maps are then not stored.
+    target: the output whose gradient is taken, see gradients.scalar. student_bn: `batch` or `running` statistics.
     """
 
     resizes = True
-
-    @property
-    def needs_input_gradient(self) -> bool:
-        return False
+    needs_input_gradient = False
 
     def __init__(self, *, target: str, student_bn: str, times_bias: bool, **options: Any) -> None:
         super().__init__(**options)
@@ -34,12 +31,12 @@ class FullGradient(MatchMaps):
     def teacher_maps(self) -> tuple[Map, ...]:
         return () if self.reads_bias else tuple(Map("gradient", layer, self.target) for layer in self.teacher_layers)
 
-    def place(self, student: nn.Module, teacher: nn.Module | None, images: Tensor) -> None:
+    def resolve_layers(self, student: nn.Module, teacher: nn.Module | None, images: Tensor) -> None:
         rules = self.teacher_layers
-        super().place(student, teacher, images)
+        super().resolve_layers(student, teacher, images)
         if self.reads_bias and teacher is not None:
-            found = [find_layer(teacher, rule, images) for rule in rules]
-            self.teacher_biases = {layer.name: layer_bias(teacher, layer).detach() for layer in found}
+            layers = [find_layer(teacher, rule, images) for rule in rules]
+            self.teacher_biases = {layer.name: layer_bias(teacher, layer).detach() for layer in layers}
 
     def student_map(self, step: Step, layer: str) -> Tensor:
         gradient = step.student_layer_gradients(self.target, self.student_bn)[layer]

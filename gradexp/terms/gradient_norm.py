@@ -8,10 +8,11 @@ from gradexp.terms.term import Term, reduce
 
 
 class GradientNorm(Term):
-    """Squared norm of the student's input-gradient (Proposition 2, second term; Chapter 5's ½ goes into the weight).
+    """Squared norm of the student's input-gradient (Proposition 2, second term; the ½ of Eq. 5.4 belongs to the weight).
 
-    target: whose gradient; `logprob` is the penalty of Eq. 2.3. reduction: `sum` or `mean` over pixels; mean over
-    the batch. student_bn: `batch` or `running` statistics.
+    target: the output whose gradient is taken, see gradients.scalar: `all` is the proposition's sum over classes, `label` its
+    approximation (§2.4.1), `logprob` the penalty of Eq. 2.3. reduction: `sum` (the proposition's) or `mean` over pixels (and
+    classes); mean over the batch. student_bn: batch normalisation uses `batch` or `running` statistics.
     """
 
     def __init__(self, *, weight: NonNegative, reduction: str, target: str, student_bn: str) -> None:

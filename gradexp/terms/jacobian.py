@@ -9,12 +9,14 @@ from gradexp.terms.term import Term, reduce
 
 
 class Jacobian(Term):
-    """Squared distance of student's and teacher's input-gradients (Proposition 1, second term).
+    """Squared distance between the input-gradients of student and teacher (Proposition 1, second term; J of Table 2.1).
 
-    target: whose gradient (§2.4.1); `top` is the teacher's largest logit in both networks, `all` the full Jacobian of
-    Proposition 1. reduction: `sum` or `mean` over pixels (and classes), or `norm`, the root of the sum: the distance
-    itself, unsquared; mean over the batch. student_bn: `batch` or `running` statistics. head: the student's layer that
-    has the teacher's classes, instead of its logits (LwF, §2.5.1); no label names one of these, so `target` is `top`.
+    target: the output whose gradient is taken, see gradients.scalar: `all` is the proposition's full Jacobian, the others
+    approximate it (§2.4.1); `top` is the teacher's largest logit, for both networks.
+    reduction: `sum` (the proposition's) or `mean` over pixels (and classes), or `norm`, the distance unsquared (§4.4.1); mean
+    over the batch. student_bn: the student's batch normalisation uses `batch` or `running` statistics.
+    head: a layer of the student that has the teacher's classes, used instead of its logits (LwF, §2.5.1); labels are of other
+    classes, so `target` must be `top`.
     """
 
     needs_teacher = True
@@ -22,9 +24,7 @@ class Jacobian(Term):
     def __init__(self, *, weight: NonNegative, reduction: str, target: str, student_bn: str, head: str | None = None) -> None:
         super().__init__(weight=weight)
         if head and target != "top":
-            raise UserError(
-                f"target={target}: head={head} has the teacher's classes, and labels are of others; take target=top"
-            )
+            raise UserError(f"target={target}: head={head} has the teacher's classes, not the labels'; take target=top")
         self.student_layers = (head,) if head else ()
         self.reduction = choose("reduction", reduction, "sum", "mean", "norm")
         self.target = self.gradient_target = choose("target", target, *TARGETS)

@@ -9,9 +9,10 @@ from gradexp.terms.term import Term
 class LayerBias(Term):
     """A term that reads the bias of one layer of the student.
 
-    layer: by its name or its place (gradients.find_layer). bias: `explicit`, the layer's own parameter (beta, where it
-    is a normalisation), or `effective`, with all that is implicit (gradients.effective_bias). student_bn: `batch` or
-    `running` statistics.
+    layer: a module's name or a rule such as `last block` (gradients.find_layer). bias: `explicit`, the layer's own parameter
+    (beta of a normalisation), or `effective`, explicit and implicit biases together (gradients.effective_bias, §3.4).
+    student_bn: `batch` or `running` statistics, for gradients and for effective biases.
+    Raises UserError, before training, for a layer without such a bias.
     """
 
     def __init__(self, *, weight: NonNegative, layer: str, bias: str, student_bn: str) -> None:
@@ -20,8 +21,8 @@ class LayerBias(Term):
         self.reads_bias = choose("bias", bias, "explicit", "effective") == "effective"
         self.student_bn = choose("student_bn", student_bn, "batch", "running")
 
-    def place(self, student: nn.Module, teacher: nn.Module | None, images: Tensor) -> None:
-        super().place(student, teacher, images)
+    def resolve_layers(self, student: nn.Module, teacher: nn.Module | None, images: Tensor) -> None:
+        super().resolve_layers(student, teacher, images)
         if not self.reads_bias and getattr(student.get_submodule(self.layer), "bias", None) is None:
             raise UserError(f"layer {self.layer} has no bias; choose a layer that has one")
 
@@ -30,7 +31,7 @@ class LayerBias(Term):
         return self.student_layers[0]
 
     def bias(self, step: Step) -> Tensor:
-        """(c,), differentiable."""
+        """The layer's bias, one value per channel, differentiable: (c,)."""
         if self.reads_bias:
             return step.student_bias(self.layer, self.student_bn)
         return step.student.get_parameter(f"{self.layer}.bias")

@@ -3,7 +3,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from gradexp.base.errors import UserError, choose
-from gradexp.base.ranges import NonNegative, Positive
+from gradexp.base.ranges import NonNegative, Positive, require
 from gradexp.gradients import SCALARS
 from gradexp.terms.step import Step
 from gradexp.terms.term import Term
@@ -12,19 +12,19 @@ FLAT = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.Hardtanh)
 
 
 class HessianTrace(Term):
-    """What terms on the trace h of the Hessian share.
+    """Base of the terms on h, the trace of the Hessian of a logit (§5.3.2), estimated from one sample.
 
-    estimator: `taylor` (Eq. 5.9, noise of standard deviation sigma) or `hutchinson` (exact products), one sample each.
-    target: of which output, see gradexp.gradients.scalar. student_bn: `batch` statistics, and the estimate then holds what
-    noise does to them (gradients.taylor_trace), or `running`, those of the density that is looked at after training.
+    estimator: `taylor` (Eq. 5.9, noise of standard deviation sigma) or `hutchinson` (exact products with the Hessian).
+    target: the output f, see gradients.scalar. student_bn: `batch` statistics, where the noisy images have their own
+    (gradients.taylor_trace), or `running` statistics, those of the density that is evaluated after training.
+    Raises UserError for a sigma that is not positive and, before training, for a network of ReLUs.
     """
 
-    full_precision = True  # 2/sigma^2 times the difference of two logits: bf16 would leave only rounding
+    full_precision = True  # Eq. 5.9 multiplies the difference of two logits by 2/sigma²: in bf16 only rounding would be left
 
     def __init__(self, *, weight: NonNegative, estimator: str, sigma: Positive, target: str, student_bn: str = "batch") -> None:
         super().__init__(weight=weight)
-        if sigma <= 0:
-            raise UserError(f"sigma={sigma}: the noise of a trace estimate has a positive standard deviation, such as 0.01")
+        require(Positive, sigma=sigma)
         self.estimator, self.sigma = choose("estimator", estimator, "taylor", "hutchinson"), sigma
         self.target = choose("target", target, *SCALARS)
         self.student_bn = choose("student_bn", student_bn, "batch", "running")
@@ -38,18 +38,18 @@ class HessianTrace(Term):
             )
 
     def trace(self, step: Step) -> Tensor:
-        """h (B,). Its mean and mean square become curves: what the regulariser does to it, whatever its weight."""
+        """The estimate of h, differentiable: (B,). Its mean and mean square are recorded as curves."""
         trace = step.student_hessian_trace(self.estimator, self.sigma, self.target, self.student_bn)
-        known = trace.detach()
-        self.seen = {"hessian_trace": known.mean(), "hessian_trace/squared": known.square().mean()}
+        constant = trace.detach()
+        self.observed = {"hessian_trace": constant.mean(), "hessian_trace/squared": constant.square().mean()}
         return trace
 
 
 class ScoreMatching(HessianTrace):
-    """Stabilised score-matching (Eq. 5.4): h + ½‖∇f‖² + stability h². Sum over pixels, mean over the batch.
+    """Stabilised score-matching (Eq. 5.4): h + ½‖∇f‖² + stability · h². Sum over pixels; mean over the batch.
 
-    The square of a one-sample estimate has expectation h² + its variance, by §5.8 about 4‖∇f‖²/sigma² + 2‖∇²f‖² for
-    `taylor`: with the thesis's constants (stability 1e-4, sigma .01) the stability term holds 4‖∇f‖² besides.
+    The expected square of a one-sample estimate is h² plus the estimate's variance, for `taylor` about 4‖∇f‖²/sigma² +
+    2‖∇²f‖² (§5.8). With the thesis's constants (stability 1e-4, sigma 0.01) the stability term thus adds 4‖∇f‖².
     """
 
     def __init__(self, *, stability: float, target: str, **options: Any) -> None:
@@ -59,16 +59,16 @@ class ScoreMatching(HessianTrace):
     def forward(self, step: Step) -> Tensor:
         trace = self.trace(step)
         norm = step.student_input_gradient(self.target, self.student_bn).square().flatten(1).sum(1)
-        self.seen["gradient_norm/squared"] = norm.detach().mean()
+        self.observed["gradient_norm/squared"] = norm.detach().mean()
         return (trace + norm / 2 + self.stability * trace.square()).mean()
 
 
 class AntiScoreMatching(HessianTrace):
-    """Maximises the trace of the Hessian up to a ceiling, image by image (§5.5): -min(h, ceiling); mean over the batch.
+    """Negative trace of the Hessian up to a ceiling, -min(h, ceiling), clamped image by image (§5.5); mean over the batch.
 
-    The mean of a clamped estimate falls with the estimate's noise, which for `taylor` has a standard deviation of
-    2‖∇f‖/sigma (§5.8): with sigma .01 and a gradient norm of 20 it is four times a ceiling of 1000, so that the term
-    keeps the gradient norm down. With `hutchinson` it does not.
+    Noise in h lowers the mean of min(h, ceiling). For `taylor` its standard deviation is about 2‖∇f‖/sigma (§5.8), with sigma
+    0.01 and a gradient norm of 20 four times a ceiling of 1000, so the term also penalises the gradient norm. The noise
+    of `hutchinson` does not depend on the gradient.
     """
 
     def __init__(self, *, ceiling: float, **options: Any) -> None:
@@ -77,5 +77,5 @@ class AntiScoreMatching(HessianTrace):
 
     def forward(self, step: Step) -> Tensor:
         trace = self.trace(step)
-        self.seen["hessian_trace/at_ceiling"] = (trace.detach() >= self.ceiling).to(trace).mean()
+        self.observed["hessian_trace/at_ceiling"] = (trace.detach() >= self.ceiling).to(trace).mean()
         return -trace.clamp(max=self.ceiling).mean()

@@ -1,7 +1,6 @@
 from torch import Tensor
 
-from gradexp.base.errors import UserError
-from gradexp.base.ranges import NonNegative, Positive
+from gradexp.base.ranges import NonNegative, Positive, require
 from gradexp.gradients import precise
 from gradexp.terms.step import Step
 from gradexp.terms.term import Term
@@ -10,16 +9,16 @@ from gradexp.terms.term import Term
 class SoftTargets(Term):
     """Cross-entropy of the student's softened outputs with the teacher's (Hinton et al., 2015; Eq. 2.2, first term).
 
-    temperature: T, which divides both networks' logits before the softmax. The term is multiplied by T², so that its
-    gradient keeps its size: for a large T it is that of squared logits, centred, over 2K. Mean over the batch.
+    temperature: T, which divides the logits of both networks before the softmax. The factor T² keeps the size of the gradient:
+    for large T it tends to that of ‖difference of centred logits‖² / 2K. Sum over the K classes; mean over the batch.
+    Raises UserError for a temperature that is not positive.
     """
 
     needs_teacher = True
 
     def __init__(self, *, weight: NonNegative, temperature: Positive) -> None:
         super().__init__(weight=weight)
-        if temperature <= 0:
-            raise UserError(f"temperature={temperature:g}: it divides logits; give a positive number")
+        require(Positive, temperature=temperature)
         self.temperature = temperature
 
     def forward(self, step: Step) -> Tensor:

@@ -1,4 +1,4 @@
-"""One training step's values, computed when a term first asks for them."""
+"""The values of one training step, each computed when a term first reads it and shared by all terms."""
 
 from __future__ import annotations
 
@@ -17,14 +17,16 @@ from gradexp.terms.targets import Map, Targets
 
 
 class Step:
-    """Images, labels, student and teacher of one step; terms share its forwards and gradients.
+    """Images, labels, student and teacher of one step.
 
-    differentiable_input: whether some term needs the student's input-gradient. student_layers: the names of the
-    modules of the student whose outputs, or the gradients there, terms read. student_biases: layers whose bias they
-    read.
+    differentiable_input: whether a term needs the student's input-gradient. student_layers: names of the student's modules
+    whose outputs, or the gradients at them, terms read. student_biases: layers whose effective bias terms read.
 
-    The target `top` is the class that the teacher gives the largest logit, for both networks: gradients of one output
-    can be matched, those of two classes can't. Without a teacher it is the student's own.
+    Every method of the student takes `target`, the output whose gradient is taken (gradients.scalar), and `student_bn`:
+    `batch` runs the student in its present mode, which in training means the statistics of the batch, and gradients are then
+    those of the sum over the batch; `running` runs it in eval mode, where images do not influence each other.
+    The target `top` is the class of the teacher's largest logit, for both networks, so that gradients of the same output are
+    matched; without a teacher it is the student's own.
     """
 
     def __init__(
@@ -49,70 +51,69 @@ class Step:
 
     @property
     def student_logits(self) -> Tensor:
-        """(B, K), in the student's present mode."""
+        """Logits with `batch` statistics, differentiable: (B, K)."""
         return self._batch_forward[0]
 
     def student_features(self, layer: str, student_bn: str = "batch") -> Tensor:
-        """The output of one of `student_layers`, (B, c, h, w), differentiable."""
+        """The output of one of `student_layers`, differentiable: (B, c, h, w)."""
         return self._forward(student_bn)[1][layer]
 
     def student_input_gradient(self, target: str, student_bn: str) -> Tensor:
-        """(B, C, H, W), differentiable. student_bn: `batch` or `running` statistics in batch normalisation."""
+        """Differentiable: (B, C, H, W), or the full Jacobian (B, K, C, H, W) for `all`."""
         if target != "all":
             return self.student_layer_gradients(target, student_bn)[gradients.INPUT]
         key = (target, student_bn)
         if key not in self._student_gradients:
-            gradient = gradients.gradient_of(
-                self._forward(student_bn)[0], self.images, self.labels, target=target, differentiable=torch.is_grad_enabled()
-            )
-            self._student_gradients[key] = {gradients.INPUT: gradient}
+            logits, differentiable = self._forward(student_bn)[0], torch.is_grad_enabled()
+            jacobian = gradients.gradient_of(logits, self.images, self.labels, target=target, differentiable=differentiable)
+            self._student_gradients[key] = {gradients.INPUT: jacobian}
         return self._student_gradients[key][gradients.INPUT]
 
     def student_layer_gradients(self, target: str, student_bn: str) -> dict[str, Tensor]:
-        """Gradients at all of `student_layers` and, for a differentiable input, at gradients.INPUT, in one backward pass.
+        """Gradients at all of `student_layers` and, with a differentiable input, at gradients.INPUT, in one backward pass.
 
-        {layer: (B, c, h, w)}, differentiable.
+        Differentiable: {layer: (B, c, h, w)}.
         """
         key = (target, student_bn)
         if key not in self._student_gradients:
             logits, features = self._forward(student_bn)
             values = {gradients.INPUT: self.images} if self.images.requires_grad else {}
             values |= {layer: features[layer] for layer in self.student_layers}
-            whose, labels = self._chosen(target)
+            scalar, labels = self._scalar(target)
             self._student_gradients[key] = gradients.gradients_of(
-                logits, values, labels, target=whose, differentiable=torch.is_grad_enabled()
+                logits, values, labels, target=scalar, differentiable=torch.is_grad_enabled()
             )
         return self._student_gradients[key]
 
     def student_bias(self, layer: str, student_bn: str) -> Tensor:
-        """The effective bias of one of `student_biases` (gradients.effective_bias), (c,), differentiable."""
-        place = self.student_biases[layer]
-        statistics = place.before if student_bn == "batch" and self.student.training else None
-        return gradients.layer_bias(self.student, place, self.student_features(statistics) if statistics else None)
+        """The effective bias of one of `student_biases` (gradients.effective_bias), differentiable: (c,)."""
+        biased = self.student_biases[layer]
+        convolution = biased.before if student_bn == "batch" and self.student.training else None
+        return gradients.layer_bias(self.student, biased, self.student_features(convolution) if convolution else None)
 
     def student_feature_gradient(self, layer: str, pick: Callable[[Tensor], Tensor], student_bn: str) -> Tensor:
-        """The input-gradient of one value an image that `pick` makes of a layer's output, (B, C, H, W), differentiable."""
+        """The input-gradient of `pick`, one value per image from a layer's output, differentiable: (B, C, H, W)."""
         values = pick(self.student_features(layer, student_bn))
         return gradients.gradient_of_values(values, self.images, differentiable=torch.is_grad_enabled())
 
     def student_hessian_trace(self, estimator: str, sigma: Positive, target: str, student_bn: str) -> Tensor:
-        """(B,), one-sample estimate, differentiable.
+        """One-sample estimate of the trace of the Hessian, differentiable: (B,).
 
-        estimator: `taylor` costs one more forward pass of the student, with noise of standard deviation sigma;
-        `hutchinson` one more backward pass, and needs layers that are three times differentiable. student_bn: `running`
-        statistics keep images apart, as at test time; `batch` statistics couple them, and the noisy pass has its own.
+        estimator: `taylor` (Eq. 5.9) costs one more forward pass, of images with noise of standard deviation sigma, which have
+        batch statistics of their own; `hutchinson` costs one more backward pass. Raises UserError for `hutchinson` where a
+        layer has no third derivative.
         """
         if estimator == "hutchinson":
             gradients.check_third_derivatives(self.student)
             gradient = self.student_input_gradient(target, student_bn)
             return gradients.hutchinson_trace(gradient, self.images, differentiable=torch.is_grad_enabled())
         logits, _ = self._forward(student_bn)
-        whose, labels = self._chosen(target)
+        scalar, labels = self._scalar(target)
         with self._statistics(student_bn):
-            return gradients.taylor_trace(self.student, self.images.detach(), logits, labels, sigma=sigma, target=whose)
+            return gradients.taylor_trace(self.student, self.images.detach(), logits, labels, sigma=sigma, target=scalar)
 
-    def _chosen(self, target: str) -> tuple[str, Tensor]:
-        """The target and the labels that say which of the student's outputs is meant."""
+    def _scalar(self, target: str) -> tuple[str, Tensor]:
+        """The target and labels to hand to gradients.scalar for the student."""
         if target == "top" and self.teacher is not None:
             return "label", self.teacher_logits.max(dim=1).indices
         return target, self.labels
@@ -122,17 +123,17 @@ class Step:
 
     @cached_property
     def _batch_forward(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """Logits and the outputs of `student_layers`."""
+        """Logits, and the outputs of `student_layers` and of the convolutions before `student_biases`."""
         return self._captured()
 
     @cached_property
     def _running_forward(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """The same with running statistics, as at test time."""
+        """The same with running statistics."""
         with self._statistics("running"):
             return self._captured()
 
     def _statistics(self, student_bn: str) -> AbstractContextManager[None]:
-        """Inside, the student is in its present mode, or for `running` statistics in eval mode."""
+        """A context in which the student is in eval mode for `running` statistics, in its present mode otherwise."""
         return gradients.evaluating(self.student) if student_bn == "running" else nullcontext()
 
     def _captured(self) -> tuple[Tensor, dict[str, Tensor]]:
@@ -140,7 +141,7 @@ class Step:
         with gradients.captured(self.student, [*self.student_layers, *before]) as features:
             return self.student(self.images), features
 
-    # The teacher: all of it constant
+    # The teacher; all values are constants
 
     @cached_property
     def teacher_logits(self) -> Tensor:
@@ -148,32 +149,32 @@ class Step:
         return self._teacher.logits(self.batch)
 
     def teacher_features(self, layer: str) -> Tensor:
-        """The output of one of the teacher's layers, (B, c, h, w)."""
+        """The output of one of the teacher's layers: (B, c, h, w)."""
         return self._teacher.features(self.batch, layer)
 
     def teacher_input_gradient(self, target: str) -> Tensor:
-        """(B, C, H, W)."""
+        """(B, C, H, W), or the full Jacobian (B, K, C, H, W) for `all`."""
         if target not in self._teacher_gradients:
             self._teacher_gradients[target] = self._teacher.input_gradient(self.batch, target)
         return self._teacher_gradients[target]
 
     def teacher_feature_gradient(self, layer: str, pick: Callable[[Tensor], Tensor]) -> Tensor:
-        """The teacher's input-gradient of one value an image that `pick` makes of a layer's output, (B, C, H, W)."""
+        """The input-gradient of `pick`, one value per image from a layer's output: (B, C, H, W)."""
         return self._teacher.feature_gradient(self.batch, layer, pick)
 
     def teacher_layer_gradient(self, layer: str, target: str) -> Tensor:
-        """The gradient at one of the teacher's layers, (B, c, h, w)."""
+        """The gradient of `target` at one of the teacher's layers: (B, c, h, w)."""
         return self._teacher.layer_gradient(self.batch, layer, target)
 
     def teacher_map(self, wanted: Map) -> Tensor:
-        """(B, h, w)."""
+        """A map of one of the teacher's layers: (B, h, w)."""
         return self._teacher.map(self.batch, wanted)
 
     def angle(self) -> Tensor | None:
-        """Mean angle in degrees between the input-gradients that the terms have asked for; None without any."""
+        """Mean angle in degrees between the input-gradients of student and teacher that terms have read; None for none."""
         angles = [
-            gradients.angle(found[gradients.INPUT].detach(), self._teacher_gradients[target])
-            for (target, _), found in self._student_gradients.items()
+            gradients.angle(values[gradients.INPUT].detach(), self._teacher_gradients[target])
+            for (target, _), values in self._student_gradients.items()
             if target in self._teacher_gradients
         ]
         return torch.stack(angles).mean() if angles else None
@@ -181,5 +182,5 @@ class Step:
     @property
     def _teacher(self) -> Targets:
         if self.teacher is None:
-            raise ValueError("this step has no teacher")
+            raise ValueError("this step has no teacher: pass Step(..., teacher=Targets(model, with_gradient=True))")
         return self.teacher

@@ -1,4 +1,4 @@
-"""What a teacher gives a student."""
+"""A teacher's outputs and gradients, as constants."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from gradexp import gradients
 from gradexp.data.loader import Batch
 
-POWERS = {"absolute": 1, "attention": 2}  # {kind of an attention map: the power of what it sums}
+POWERS = {"absolute": 1, "attention": 2}  # {kind of attention map: power of |z| in the sum over channels}
 
 
 class Map(NamedTuple):
-    """A layer's map, summed over channels.
+    """Names a map of one layer, summed over channels.
 
-    kind: `attention`, of squares (Eq. 2.7); `absolute`, of absolute values (§4.4.1); `gradient`, of a target's gradient
-    there (Eq. 4.3).
+    kind: `attention`, the sum of squares (Eq. 2.7); `absolute`, of absolute values (§4.4.1); `gradient`, of the gradient of
+    `target` at the layer (Eq. 4.3).
     """
 
     kind: str
@@ -27,48 +27,48 @@ class Map(NamedTuple):
 
 
 class Targets:
-    """What a frozen teacher in eval mode gives a student; a batch's logits, features and gradients share one forward.
+    """Logits, features and gradients of a frozen teacher in eval mode, as constants; a batch needs one forward pass.
 
-    with_gradient: keep the graph of the forward pass, because gradients will be asked for. layers: the names of the
-    modules whose outputs, or the gradients there, will be asked for.
+    with_gradient: keep the graph of the forward pass, for gradients. layers: names of the modules whose outputs, or the
+    gradients at them, will be read.
     """
 
-    kind = "live"  # what a record calls them
+    kind = "live"  # in records: computed for every batch
 
     def __init__(self, teacher: nn.Module, *, with_gradient: bool, layers: Sequence[str] = ()) -> None:
         self.teacher = teacher.eval().requires_grad_(False)
         self.with_gradient, self.layers = with_gradient, layers
         self._batch: Batch | None = None
-        self._found: dict[str, dict[str, Tensor]] = {}
+        self._gradients: dict[str, dict[str, Tensor]] = {}
 
     def logits(self, batch: Batch) -> Tensor:
         """(B, K)."""
         return self._forward(batch).detach()
 
     def input_gradient(self, batch: Batch, target: str) -> Tensor:
-        """(B, C, H, W), or (B, K, C, H, W) for `all`."""
+        """(B, C, H, W), or the full Jacobian (B, K, C, H, W) for `all`."""
         if target == "all":
             logits = self._forward(batch)
             return gradients.gradient_of(logits, self._images, batch.labels, target=target, differentiable=False)
         return self._gradients_at(batch, target)[gradients.INPUT]
 
     def features(self, batch: Batch, layer: str) -> Tensor:
-        """(B, c, h, w), of one of `layers`."""
+        """The output of one of `layers`: (B, c, h, w)."""
         self._forward(batch)
         return self._features[layer].detach()
 
     def layer_gradient(self, batch: Batch, layer: str, target: str) -> Tensor:
-        """(B, c, h, w), at one of `layers`."""
+        """The gradient of `target` at one of `layers`: (B, c, h, w)."""
         return self._gradients_at(batch, target)[layer]
 
     def map(self, batch: Batch, wanted: Map) -> Tensor:
-        """(B, h, w), of one of `layers`."""
+        """A map of one of `layers`: (B, h, w)."""
         if wanted.kind in POWERS:
             return gradients.attention_map(self.features(batch, wanted.layer), POWERS[wanted.kind])
         return gradients.channel_sum(self.layer_gradient(batch, wanted.layer, str(wanted.target)))
 
     def feature_gradient(self, batch: Batch, layer: str, pick: Callable[[Tensor], Tensor]) -> Tensor:
-        """(B, C, H, W), of what `pick` makes of the output of one of `layers`."""
+        """The input-gradient of `pick`, one value per image from the output of one of `layers`: (B, C, H, W)."""
         self._forward(batch)
         return gradients.gradient_of_values(pick(self._features[layer]), self._images, differentiable=False)
 
@@ -78,12 +78,12 @@ class Targets:
                 self._batch = batch
                 self._images = batch.images.detach().requires_grad_(self.with_gradient)
                 self._logits = self.teacher(self._images)
-            self._features, self._found = features, {}
+            self._features, self._gradients = features, {}
         return self._logits
 
     def _gradients_at(self, batch: Batch, target: str) -> dict[str, Tensor]:
         logits = self._forward(batch)
-        if target not in self._found:
+        if target not in self._gradients:
             values = {gradients.INPUT: self._images, **self._features}
-            self._found[target] = gradients.gradients_of(logits, values, batch.labels, target=target, differentiable=False)
-        return self._found[target]
+            self._gradients[target] = gradients.gradients_of(logits, values, batch.labels, target=target, differentiable=False)
+        return self._gradients[target]

@@ -1,4 +1,4 @@
-"""What all loss terms have in common."""
+"""The base class of all loss terms."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from gradexp.terms.targets import Map
 class Term(nn.Module, ABC):
     """A differentiable scalar of one step; the training loss is the sum of weight * term.
 
-    needs_teacher: whether the step must have one. gradient_target: whose gradient it needs (see
-    gradexp.gradients.scalar; `attention` for a scalar of its own), None for a term without gradients.
-    needs_input_gradient: whether that is the gradient at the input, or at layers alone. full_precision: whether mixed
-    precision would spoil it; the whole step is then computed in full.
-
-    student_layers, teacher_layers: the modules whose outputs, or the gradients there, it reads. teacher_maps: all that
-    it asks of `teacher_layers`, where that can be stored. reads_bias: whether it reads the bias of `student_layers`.
-
-    seen: scalars of the last step, detached means over its images, that are recorded as curves beside the loss.
+    A subclass declares what it reads, so that a step computes it once for all terms:
+    needs_teacher: whether the step must have a teacher.
+    gradient_target: the output whose gradient it reads, see gradients.scalar (`attention` for an attention pixel); None: none.
+    needs_input_gradient: whether that includes the gradient at the input, not only at layers.
+    student_layers, teacher_layers: the modules whose outputs, or the gradients at them, it reads.
+    teacher_maps: all that it reads of `teacher_layers`, if that can be stored before training.
+    reads_bias: whether it reads the effective biases of `student_layers`, which are then `student_biases`.
+    full_precision: whether mixed precision would spoil it; the whole step is then computed in float32.
+    observed: scalars of the last step, detached means over its images, recorded as curves beside the loss.
     """
 
     needs_teacher = False
@@ -34,6 +34,11 @@ class Term(nn.Module, ABC):
     student_biases: tuple[Layer, ...] = ()
     full_precision = False
 
+    def __init__(self, *, weight: NonNegative) -> None:
+        super().__init__()
+        self.weight = weight
+        self.observed: dict[str, Tensor] = {}
+
     @property
     def needs_input_gradient(self) -> bool:
         return self.gradient_target is not None
@@ -42,22 +47,17 @@ class Term(nn.Module, ABC):
     def teacher_maps(self) -> tuple[Map, ...]:
         return ()
 
-    def __init__(self, *, weight: NonNegative) -> None:
-        super().__init__()
-        self.weight = weight
-        self.seen: dict[str, Tensor] = {}
-
     def check(self, student: nn.Module) -> None:
         """Raises UserError for a student that this term can't train; called once, before training."""
 
-    def place(self, student: nn.Module, teacher: nn.Module | None, images: Tensor) -> None:
-        """Before training: turns the places of layers (gradients.find_layer) into the names of modules.
+    def resolve_layers(self, student: nn.Module, teacher: nn.Module | None, images: Tensor) -> None:
+        """Replaces rules such as `block 2` (gradients.find_layer) by names of modules; called once, before training.
 
-        images (B, C, H, W): any, of the right size. Raises UserError when nothing matches.
+        images (B, C, H, W): any of the right size. Raises UserError for a rule that matches nothing.
         """
-        found = [find_layer(student, rule, images) for rule in self.student_layers]
-        self.student_layers = tuple(layer.name for layer in found)
-        self.student_biases = tuple(found) if self.reads_bias else ()
+        layers = tuple(find_layer(student, rule, images) for rule in self.student_layers)
+        self.student_layers = tuple(layer.name for layer in layers)
+        self.student_biases = layers if self.reads_bias else ()
         for layer in self.student_biases:
             layer_bias(student, layer)
         if teacher is not None:
@@ -65,10 +65,10 @@ class Term(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, step: Step) -> Tensor:
-        """The term's value, a differentiable scalar."""
+        """The term's value, a differentiable scalar, not yet multiplied by its weight."""
 
 
 def reduce(values: Tensor, reduction: str) -> Tensor:
-    """Sum or mean over all but the first dimension, mean over the batch. (B, ...) -> scalar."""
+    """`sum` or `mean` over all dimensions but the first, mean over the batch: (B, ...) -> scalar."""
     each = values.flatten(1)
     return (each.sum(1) if reduction == "sum" else each.mean(1)).mean()

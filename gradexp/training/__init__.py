@@ -1,1 +1,1 @@
-"""LightningModules and what a training loop needs."""
+"""LightningModules, schedules, dropout and stored teacher targets."""

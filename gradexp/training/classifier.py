@@ -1,4 +1,4 @@
-"""The training loop of every model: a step's loss is a sum of weighted terms."""
+"""The LightningModule of every training: the loss of a step is a weighted sum of terms."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from gradexp.training.optim import Optim
 
 
 class Classifier(lightning.LightningModule):
-    """Trains `student` on the sum of its terms; with a teacher, terms may ask for the teacher's targets.
+    """Trains `student` on the weighted sum of `terms`, in train mode; `targets` are those of a teacher, None without one.
 
-    After every pass over the data, `curves` holds one more mean value per quantity.
+    `curves` gains one value per quantity after every pass over the data: its mean over the steps of the pass. A training whose
+    mean loss is not finite stops there, with `diverged` set.
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class Classifier(lightning.LightningModule):
         )
         parts = {name: term.weight * term(step) for name, term in self.terms.items()}
         loss = torch.stack(list(parts.values())).sum()
-        part = ranks.part(batch.images)  # terms are means over this process's images
+        part = ranks.part(batch.images)  # this process's share of the batch: terms are means over its own images
         values = {f"train/loss/{name}": value for name, value in parts.items()} | {"train/loss": loss} | self.observe(step)
         self._add({name: value * part for name, value in values.items()})
         if self._summed == self.steps_per_pass or self.global_step + 1 == self.total_steps:
@@ -80,12 +81,12 @@ class Classifier(lightning.LightningModule):
         return loss * (part * ranks.world())  # the processes' gradients are averaged
 
     def observe(self, step: Step) -> dict[str, Tensor]:
-        """Further scalars of a step whose means are worth a curve; not every step need have them. Here: what the terms saw."""
+        """Scalars of a step, beside losses, that become curves; a step may lack some. Here: what the terms observed."""
         terms = (term for term in self.terms.values() if isinstance(term, Term))
-        return {f"train/{name}": value for term in terms for name, value in term.seen.items()}
+        return {f"train/{name}": value for term in terms for name, value in term.observed.items()}
 
     def summary(self) -> dict[str, float]:
-        """Numbers that the curves of the whole training give."""
+        """Metrics computed from the curves after the last step."""
         return {}
 
     def _add(self, values: dict[str, Tensor]) -> None:
@@ -102,18 +103,18 @@ class Classifier(lightning.LightningModule):
             self.curves.setdefault(name, []).append(float(f"{mean:.5g}"))
         self._show(means)
         if not math.isfinite(means["train/loss"]):
-            self.diverged = True  # NaN is a result: the run ends here and says so
+            self.diverged = True  # a result, not an error: the record's status is `diverged`
             self.trainer.should_stop = True
 
     def _show(self, means: dict[str, float]) -> None:
-        """Gives them to the logger, until it fails once: the run matters more than where its curves are shown."""
+        """Logs the means; a logger that fails is dropped, since the record does not depend on it."""
         if self.logger is None:
             return
         try:
             self.logger.log_metrics(means, step=self.global_step)
         except Exception as error:
             print(f"{type(self.logger).__name__} failed ({error}); going on without it", flush=True)
-            self.trainer.loggers = []  # or Lightning would have it write once more at the end
+            self.trainer.loggers = []  # Lightning would call it once more at the end
 
     def _totals(self) -> dict[str, Tensor]:
         """The sums over all processes."""
@@ -121,7 +122,7 @@ class Classifier(lightning.LightningModule):
             return self._sums
         return dict(zip(self._sums, ranks.total(torch.stack(list(self._sums.values()))), strict=True))
 
-    # Everything that a resumed run must know beyond parameters and optimizer.
+    # What a resumed run needs beside parameters and optimizer.
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["curves"], checkpoint["sums"], checkpoint["diverged"] = self.curves, self._totals(), self.diverged

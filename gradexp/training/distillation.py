@@ -1,4 +1,4 @@
-"""Training a student with a teacher's help (Chapters 2 and 4)."""
+"""Distillation (Chapters 2 and 4)."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from gradexp.training.classifier import Classifier
 
 
 class Distillation(Classifier):
-    """A Classifier whose terms match a teacher; the angle between input-gradients is recorded where terms match them.
+    """A Classifier with a teacher; also records the mean angle in degrees between input-gradients, `train/angle` (Figure 4.1).
 
-    angle: whose input-gradients to compare where no term does, at the cost of one more backward pass; None for nobody's.
+    The gradients are those that terms match. angle: the output whose gradients are compared where no term matches any, at the
+    cost of one more backward pass; None for no angle then.
     """
 
     def __init__(self, *args: Any, angle: str | None = None, **options: Any) -> None:

@@ -1,4 +1,4 @@
-"""Dropout at one layer of a network that was built without."""
+"""Dropout at one layer of a network that was built without it (§4.3, Table 4.3)."""
 
 from __future__ import annotations
 
@@ -8,25 +8,24 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gradexp.base.errors import UserError
+from gradexp.base.ranges import Probability, require
 from gradexp.gradients import find_layer
 from gradexp.layers import ranks
 
 
 @contextmanager
 def dropout_after(model: nn.Module, where: Mapping[str, Any] | None, images: Tensor) -> Iterator[None]:
-    """Inside, the output of a layer passes through dropout in train mode; parameters and names stay what they were.
+    """A context in which the output of one layer passes through dropout in train mode; parameters and names do not change.
 
-    where: {layer, probability}, the layer by its name or its place (gradients.find_layer); None for no dropout. In
-    front of a ReLU, which keeps the sign of a scale, this is dropout of the activation behind it.
-    images (B, C, H, W): any, of the right size.
+    Before a ReLU this equals dropout of the activation behind it, since relu(k z) = k relu(z) for k >= 0.
+    where: {layer, probability}, the layer as a module's name or a rule (gradients.find_layer); None for no dropout.
+    images (B, C, H, W): any of the right size. Raises UserError for a probability outside [0, 1) or an unknown layer.
     """
     if where is None:
         yield
         return
     probability = where["probability"]
-    if not 0 <= probability < 1:
-        raise UserError(f"method.dropout.probability={probability}: it is at least 0 and less than 1")
+    require(Probability, **{"method.dropout.probability": probability})
     layer = model.get_submodule(find_layer(model, where["layer"], images).name)
     hook = layer.register_forward_hook(lambda module, _, output: ranks.dropout(output, probability, module.training))
     try:

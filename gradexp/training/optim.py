@@ -1,4 +1,4 @@
-"""How long and how fast a model is trained."""
+"""Length of a training, optimizer and learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ Schedule = Callable[[float], float]
 
 @dataclass(frozen=True)
 class Optim:
-    """passes over the training subset (or a number of steps), batch size, optimizer, learning-rate schedule.
+    """Length of a training in passes over the training subset or in steps, batch size, optimizer, learning-rate schedule.
 
-    optimizer: makes one from parameters; schedule: progress in [0, 1) -> factor of the learning rate.
+    optimizer: called with the parameters. schedule: progress in [0, 1) -> factor of the learning rate.
     """
 
     batch_size: Count
@@ -30,11 +30,12 @@ class Optim:
     steps: Count | None
 
     def total_steps(self, steps_per_pass: int) -> int:
-        if (self.passes is None) == (self.steps is None):
-            raise UserError("state the length of training once: optim.passes or optim.steps, the other one null")
-        total = self.steps if self.passes is None else self.passes * steps_per_pass
-        assert total is not None
-        return total
+        """Raises UserError unless exactly one of passes and steps is given."""
+        if self.steps is not None and self.passes is None:
+            return self.steps
+        if self.passes is not None and self.steps is None:
+            return self.passes * steps_per_pass
+        raise UserError("state the length of training once: set optim.passes or optim.steps, and the other one to null")
 
     def build(self, parameters: Sequence[torch.nn.Parameter], total_steps: int) -> tuple[torch.optim.Optimizer, LambdaLR]:
         fused = {"fused": True} if "fused" in inspect.signature(self.optimizer).parameters else {}
@@ -43,7 +44,7 @@ class Optim:
 
 
 def steps_down(progress: float, *, at: Sequence[Fraction], factor: NonNegative) -> float:
-    """1, then multiplied by `factor` at each fraction of the training in `at`."""
+    """Step decay: 1, multiplied by `factor` at each fraction of the training in `at`."""
     return factor ** sum(progress >= point for point in at)
 
 

@@ -1,4 +1,4 @@
-"""A teacher's targets, computed once."""
+"""A teacher's targets, computed once and stored."""
 
 from __future__ import annotations
 
@@ -22,22 +22,21 @@ from gradexp.terms import Term
 from gradexp.terms.targets import Map, Targets
 
 CHUNK = 256  # views computed at a time
-CANARY = 8  # views computed again at the start of every run
+CANARY = 8  # views computed again at the start of every run, at each end
 
 
 class StoredTargets(Targets):
-    """A teacher's targets for exactly the (image, view) pairs that a training will show, computed once.
+    """A teacher's targets for the (image, view) pairs that a training will show, computed before it starts.
 
-    Every method of a table shows the same views of the same images, so all of them, and every repeat of a run,
-    share one folder with a file for each quantity, and compute only what is not there yet. Logits are kept in float32,
-    the rest in bfloat16. They are computed in fixed chunks before training starts: what a run reads does not depend
-    on who computed it, or on how often it was interrupted.
+    All methods of a table show the same views of the same images, so their runs share one folder, with one file per quantity,
+    and compute only what is missing. Logits are stored in float32, the rest in bfloat16. Values are computed in fixed chunks,
+    so that they do not depend on which run computed them or how often it was interrupted.
 
-    target: whose input-gradient is kept, None for none. maps: of which layers. Anything else is computed as in `live`.
-    Raises UserError when stored values are not the teacher's.
+    target: the output whose input-gradient is stored; None for none. maps: the layer maps that are stored. Anything else is
+    computed as `live` does. Raises UserError for a folder with another teacher's values.
     """
 
-    kind = "stored"
+    kind = "stored"  # in records
 
     def __init__(
         self,
@@ -56,8 +55,9 @@ class StoredTargets(Targets):
         folder.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(f"{folder}.lock"):
             first = self._values(0, 1, self.compute)
-            self.kept = {
-                name: _mapped(folder / name, (len(self.keys), *one.shape[1:]), one.dtype) for name, one in first.items()
+            self.stored = {
+                name: _mapped(folder / name, (len(self.keys), *values.shape[1:]), values.dtype)
+                for name, values in first.items()
             }
             self._fill()
         self._check()
@@ -69,53 +69,58 @@ class StoredTargets(Targets):
     def input_gradient(self, batch: Batch, target: str) -> Tensor:
         """(B, C, H, W) bfloat16."""
         name = _name("gradient", target)
-        return self._read(name, batch) if name in self.kept else super().input_gradient(batch, target)
+        return self._read(name, batch) if name in self.stored else super().input_gradient(batch, target)
 
     def map(self, batch: Batch, wanted: Map) -> Tensor:
         """(B, h, w) bfloat16."""
         name = _name(*wanted)
-        return self._read(name, batch) if name in self.kept else super().map(batch, wanted)
+        return self._read(name, batch) if name in self.stored else super().map(batch, wanted)
 
     def _read(self, name: str, batch: Batch) -> Tensor:
-        keys = self.loader.key(batch.row.cpu(), batch.view.cpu())  # a trainer moves whole batches to its device
+        keys = self.loader.key(batch.row.cpu(), batch.view.cpu())  # Lightning moves all of a batch to the device
         slots = torch.searchsorted(self.keys, keys)
-        return self.kept[name][slots].to(batch.images.device)
+        return self.stored[name][slots].to(batch.images.device)
 
     def _values(self, start: int, end: int, names: Iterable[str]) -> dict[str, Tensor]:
+        """The quantities `names` of the keys from `start` to `end`, computed by the teacher."""
         keys = self.keys[start:end]
         batch = self.loader.batch(keys // self.loader.views, keys % self.loader.views)
         return {name: self.compute[name](batch).cpu() for name in names}
 
     def _fill(self) -> None:
-        """Computes the chunks that are not there, or are not what was computed: a `.crc` file holds their checksums."""
-        chunks = -(-len(self.keys) // CHUNK)
-        files = {name: self.folder / f"{name}.crc" for name in self.compute}
-        sums = {name: _read_sums(file)[:chunks] for name, file in files.items()}
-        for name, known in sums.items():
-            right = [i < len(known) and known[i] == self._sum(name, i) for i in range(chunks)]
-            sums[name] = [known[i] if right[i] else None for i in range(chunks)]
-            if any(known[i] is not None and not right[i] for i in range(len(known))):
-                print(f"teacher targets: {self.folder / name} is damaged; what is wrong is computed again", flush=True)
-        absent = [chunk for chunk in range(chunks) if any(known[chunk] is None for known in sums.values())]
+        """Computes the chunks that are missing or damaged; each quantity has a `.crc` file with the checksums of its chunks."""
+        checksums = {name: self._valid_checksums(name) for name in self.compute}
+        absent = [chunk for chunk, sums in enumerate(zip(*checksums.values(), strict=True)) if None in sums]
         if absent:
             print(f"teacher targets: computing {min(len(absent) * CHUNK, len(self.keys))} views once", flush=True)
         for chunk in absent:
             span = slice(chunk * CHUNK, (chunk + 1) * CHUNK)
-            for name, values in self._values(span.start, span.stop, [n for n in sums if sums[n][chunk] is None]).items():
-                self.kept[name][span] = values
-                sums[name][chunk] = self._sum(name, chunk)
-                write_atomically(files[name], json.dumps(sums[name]).encode())
+            names = [name for name in checksums if checksums[name][chunk] is None]
+            for name, values in self._values(span.start, span.stop, names).items():
+                self.stored[name][span] = values
+                checksums[name][chunk] = self._checksum(name, chunk)
+                write_atomically(self.folder / f"{name}.crc", json.dumps(checksums[name]).encode())
 
-    def _sum(self, name: str, chunk: int) -> int:
-        values = self.kept[name][chunk * CHUNK : (chunk + 1) * CHUNK]
+    def _valid_checksums(self, name: str) -> list[int | None]:
+        """The checksum of each chunk of a quantity, None for a chunk that is missing or damaged."""
+        chunks = -(-len(self.keys) // CHUNK)
+        recorded = _read_checksums(self.folder / f"{name}.crc")[:chunks]
+        recorded += [None] * (chunks - len(recorded))
+        valid = [crc if crc is not None and crc == self._checksum(name, i) else None for i, crc in enumerate(recorded)]
+        if valid != recorded:
+            print(f"teacher targets: {self.folder / name} is damaged; the damaged part is computed again", flush=True)
+        return valid
+
+    def _checksum(self, name: str, chunk: int) -> int:
+        values = self.stored[name][chunk * CHUNK : (chunk + 1) * CHUNK]
         return zlib.crc32(values.contiguous().view(torch.uint8).numpy().data)
 
     def _check(self) -> None:
-        """A canary: the first chunk's head and the last one's are computed again."""
+        """Computes the first and the last few values again and compares. Raises UserError where they differ."""
         for start in {0, max(0, len(self.keys) - CANARY)}:
             for name, values in self._values(start, start + CANARY, self.compute).items():
-                distance = (values.float() - self.kept[name][start : start + CANARY].float()).norm()
-                if not distance <= 0.05 * values.float().norm():  # NaN is no teacher's either
+                distance = (values.float() - self.stored[name][start : start + CANARY].float()).norm()
+                if not distance <= 0.05 * values.float().norm():  # not `>`, which NaN would pass
                     raise UserError(f"stored teacher targets in {self.folder} are not this teacher's; delete that folder")
 
 
@@ -131,61 +136,63 @@ def make_targets(
     cache: Path,
     origin: Sequence[Any],
 ) -> Targets:
-    """The teacher's targets: computed once for all views where that pays, otherwise for every batch.
+    """The teacher's targets: stored if all of them can be, fit and will be read 1.5 times or more; else computed per batch.
 
-    angle: whose input-gradient is asked for beside those of the terms. store_gib: the most that stored targets may take.
-    origin: names the teacher's weights and the precision; `cache` has a folder for each.
+    angle: an output whose input-gradient is read beside those of the terms. store_gib: the most that stored targets may take.
+    origin: identifies the teacher's weights and the precision; each origin has its own folder in `cache`.
     """
-    helped = [term for term in terms if term.needs_teacher]
-    wanted = {term.gradient_target for term in helped if term.gradient_target and term.needs_input_gradient}
-    wanted |= {angle} if angle else set()
-    layers = list(dict.fromkeys(layer for term in helped for layer in term.teacher_layers))
-    with_gradient = bool(wanted) or any(term.gradient_target for term in helped)
+    terms = [term for term in terms if term.needs_teacher]
+    gradient_targets = {term.gradient_target for term in terms if term.gradient_target and term.needs_input_gradient}
+    gradient_targets |= {angle} if angle else set()
+    layers = list(dict.fromkeys(layer for term in terms for layer in term.teacher_layers))
+    with_gradient = bool(gradient_targets) or any(term.gradient_target for term in terms)
     live = Targets(teacher, with_gradient=with_gradient, layers=layers)
-    if len(wanted) > 1 or "all" in wanted or any(term.teacher_layers and not term.teacher_maps for term in helped):
+    unstorable = any(term.teacher_layers and not term.teacher_maps for term in terms)
+    if len(gradient_targets) > 1 or "all" in gradient_targets or unstorable:
         return live
-    maps = list(dict.fromkeys(one for term in helped for one in term.teacher_maps))
-    what: dict[str, Any] = {"target": next(iter(wanted), None), "maps": maps}
+    maps = list(dict.fromkeys(layer_map for term in terms for layer_map in term.teacher_maps))
+    quantities: dict[str, Any] = {"target": next(iter(gradient_targets), None), "maps": maps}
     views = loader.count * loader.views
-    fits = views * bytes_each(live, loader, **what) <= store_gib * 2**30
+    fits = views * bytes_per_view(live, loader, **quantities) <= store_gib * 2**30
     pays = steps * loader.batch_size >= 1.5 * views
     if not (fits and pays):
         return live
     name = hashlib.sha256(json.dumps([*origin, loader.fingerprint, steps]).encode()).hexdigest()[:12]
     with autocast:
-        return StoredTargets(live, loader, steps, cache / name, **what)
+        return StoredTargets(live, loader, steps, cache / name, **quantities)
 
 
-def bytes_each(live: Targets, loader: Loader, *, target: str | None, maps: Sequence[Map]) -> int:
-    """What storing one view's targets takes."""
+def bytes_per_view(live: Targets, loader: Loader, *, target: str | None, maps: Sequence[Map]) -> int:
+    """Bytes that the stored targets of one view take."""
     batch = loader.batch(torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long))
     values = [compute(batch) for compute in _quantities(live, target, maps).values()]
     return sum(value.numel() * value.element_size() for value in values)
 
 
 def _quantities(live: Targets, target: str | None, maps: Sequence[Map]) -> dict[str, Callable[[Batch], Tensor]]:
-    """{name: how to compute it}."""
-    found: dict[str, Callable[[Batch], Tensor]] = {"logits": lambda batch: live.logits(batch).float()}
+    """{name of a stored quantity: function that computes it for a batch}."""
+    quantities: dict[str, Callable[[Batch], Tensor]] = {"logits": lambda batch: live.logits(batch).float()}
     if target is not None:
-        found[_name("gradient", target)] = lambda batch: live.input_gradient(batch, target).bfloat16()
+        quantities[_name("gradient", target)] = lambda batch: live.input_gradient(batch, target).bfloat16()
     for wanted in maps:
-        found[_name(*wanted)] = lambda batch, wanted=wanted: live.map(batch, wanted).bfloat16()  # type: ignore[misc]
-    return found
+        quantities[_name(*wanted)] = lambda batch, wanted=wanted: live.map(batch, wanted).bfloat16()  # type: ignore[misc]
+    return quantities
 
 
 def _name(*words: str | None) -> str:
     return "-".join(word for word in words if word)
 
 
-def _read_sums(file: Path) -> list[int | None]:
+def _read_checksums(file: Path) -> list[int | None]:
     try:
-        found = json.loads(file.read_text())
-        return found if isinstance(found, list) else []
+        checksums = json.loads(file.read_text())
+        return checksums if isinstance(checksums, list) else []
     except (OSError, ValueError):
         return []
 
 
 def _mapped(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A tensor that is backed by the file, which is created where it does not exist."""
     count = math.prod(shape)
     reserve(path, count * dtype.itemsize)
     return torch.from_file(str(path), shared=True, size=count, dtype=dtype).view(shape)

@@ -1,4 +1,4 @@
-"""Training a student for other classes than its teacher's (thesis §2.5)."""
+"""Transfer learning: the student's classes are not the teacher's (§2.5)."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ from gradexp.training.classifier import Classifier
 
 
 class Transfer(Classifier):
-    """A Classifier whose student has the target's classes and, at a second head, the teacher's.
+    """A Classifier whose student has a head for its own classes and one for the teacher's (LwF).
 
-    Where gradients are matched, of attention maps or of the teacher's outputs, it records by how much their loss fell
-    (Table 2.4, §2.5.1).
+    Where gradients of attention maps or of the teacher's outputs are matched, it records how far their loss fell (Table 2.4).
     """
 
     def summary(self) -> dict[str, float]:
-        """`train/gradient_loss_reduction`: 100 (first - last) / first of the epoch means of the gradient loss (percent)."""
+        """`train/gradient_loss_reduction`: 100 (first - last) / first, in percent, of the gradient loss's means over passes."""
         names = ("train/loss/jacobian", "train/loss/output_jacobian")
         losses = next((self.curves[name] for name in names if name in self.curves), [])
         return {"train/gradient_loss_reduction": round(100 * (1 - losses[-1] / losses[0]), 4)} if losses else {}

@@ -108,7 +108,7 @@ def make_step(kind: Kind, model: str, hardware: Hardware, loader: TensorLoader, 
     terms = {"ce": CrossEntropy(weight=1), **terms_of(kind.method)}
     teacher = None if kind.teacher == "none" else hardware.place(network("vgg9")).eval()
     for term in terms.values():
-        term.place(student, teacher, loader.example)
+        term.resolve_layers(student, teacher, loader.example)
     if kind.fast:
         accelerate(student, terms, hardware)
         if teacher is not None:
