@@ -1,4 +1,4 @@
-"""make verify: whether every record is whole and is what its config says, and whether a sample of quick runs repeats."""
+"""make verify: checks that every record is valid and agrees with its config, and that a sample of quick runs repeats."""
 
 import argparse
 import sys

@@ -6,7 +6,6 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from gradexp.base.errors import Stopped, UserError
 from gradexp.engine.callbacks import Checkpointer
 from gradexp.engine.compose import compose_run, plan
 from gradexp.engine.ensure import ensure
-from gradexp.engine.launchers import Local, exit_code, started, visible_gpus
+from gradexp.engine.launchers import Local, visible_gpus
 from gradexp.engine.many import generations, make_launcher, run_all
 from gradexp.engine.record import objective
 from gradexp.engine.run import Paths, Run, run_id
@@ -201,10 +200,3 @@ def test_joblib_finishes_the_others_when_one_fails(tmp_path: Path, run_py: Calla
     assert done.returncode != 0
     assert "it should be less than 1" in done.stderr
     assert len(list(tmp_path.rglob("results/runs/teacher/*.json"))) == 1
-
-
-def test_processes_that_end_together_keep_their_exit_codes() -> None:
-    """multiprocessing reads the codes of all processes when one is started: who joins one then finds 255."""
-    with ThreadPoolExecutor(8) as pool:
-        codes = list(pool.map(lambda _: exit_code(started(time.sleep, 0.0)), range(60)))
-    assert codes == [0] * 60

@@ -126,7 +126,7 @@ def test_verify_finds_what_is_wrong(places: list[str]) -> None:
     write_record(made.record_path, {name: value for name, value in good.items() if name != "upstream"})
     assert findings() == ["upstream is missing"]
     write_record(made.record_path, {**good, "config": {name: x for name, x in good["config"].items() if name != "task"}})
-    assert "no run's config any more" in findings()[0]
+    assert "not that of a run" in findings()[0]
     made.record_path.write_bytes(made.record_path.read_bytes()[:100])
     assert "can't be read" in findings()[0]
 

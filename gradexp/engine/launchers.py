@@ -1,10 +1,9 @@
-"""Where the runs of a table are done: processes of this machine, or jobs of a cluster."""
+"""Where the runs of a table are done: in processes of this machine, or in jobs of a cluster."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
-import queue
 import signal
 import subprocess
 import sys
@@ -12,7 +11,6 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import connection
@@ -27,20 +25,15 @@ from gradexp.engine.compose import plan
 from gradexp.engine.ensure import ensure
 from gradexp.engine.exits import honest
 from gradexp.engine.origin import LOADED, git_state
-from gradexp.engine.record import say
+from gradexp.engine.record import print_summary
 
-# Every run is forked from one server that has already imported what training needs: a process of its own,
-# without the ten seconds of imports that a fresh interpreter costs.
+# A fresh interpreter takes ten seconds to import these; a process forked from a server that has imported them takes none.
 PRELOADED = ["gradexp.tasks.train", "gradexp.engine.compose"]
-
-# To start a process, multiprocessing reads the exit codes of all that have ended: a thread that joins one of them at the same
-# time finds its code already read, and calls it 255. So one at a time, and none while it waits.
-_EXIT_CODES = threading.Lock()
 
 
 @dataclass(frozen=True)
 class Work:
-    """What `python run.py OVERRIDES` does, written to a log; called in a process of its own."""
+    """What `python run.py OVERRIDES` does, with its output in a log; called in a process of its own."""
 
     overrides: tuple[str, ...]
     log: Path
@@ -57,67 +50,63 @@ class Work:
             torch.set_num_threads(threads)
         try:
             with honest():
-                say(ensure(plan(self.overrides)))
+                print_summary(ensure(plan(self.overrides)))
         except Exception:
             traceback.print_exc()
             sys.exit(1)
 
     def checkpoint(self) -> Any:
-        """What submitit queues again when a job is preempted: the same work, which goes on from its checkpoint."""
+        """What submitit queues again when a job is preempted: the same work, which resumes from its checkpoint."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)
 
 
-Ended = Callable[[int, int], None]  # index of a piece of work, its exit code
+Ended = Callable[[int, int], None]  # called with the index of a work and its exit code when it ends
 
 
 class Local:
-    """`workers` processes at a time, each with its part of the cores, and a GPU of its own where there are GPUs."""
+    """Up to `workers` processes at a time, each with its part of the cores, and a GPU of its own where there are GPUs."""
 
     def __init__(self) -> None:
-        self._running: dict[int, Any] = {}
+        self._running: dict[Any, tuple[int, Any, str | None]] = {}  # {sentinel: (index, process, GPU)}
         self._stopped = False
 
     def do(self, works: Sequence[Work], workers: int, ended: Ended) -> None:
-        """Runs everything; calls `ended(index, exit code)` when a run ends.
+        """Does all works and calls `ended(index, exit code)` when one ends.
 
-        Raises SystemExit after a signal, once all checkpoints are written.
+        Raises SystemExit after SIGTERM, once the running processes have written their checkpoints.
         """
         os.environ.setdefault(LOADED, git_state()["commit"] or "")
         gpus = visible_gpus()
         count = min(workers, len(works), len(gpus) or workers)
-        leases: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        for number in range(count):
-            leases.put(gpus[number] if gpus else None)
+        free: list[str | None] = [*gpus[:count]] or [None] * count
         threads = max(1, cpu_count() // count)
-        with self._passing_signals(), ThreadPoolExecutor(count) as pool:
-            list(pool.map(lambda item: ended(item[0], self._one(item[1], threads, leases)), enumerate(works)))
+        waiting = list(enumerate(works))
+        with self._forwarding_sigterm():
+            while self._running or (waiting and not self._stopped):
+                while waiting and free and not self._stopped:
+                    self._start(*waiting.pop(0), threads, free.pop())
+                for sentinel in connection.wait(list(self._running)):
+                    index, process, gpu = self._running[sentinel]
+                    process.join()
+                    del self._running[sentinel]
+                    free.append(gpu)
+                    ended(index, process.exitcode)
         if self._stopped:
             sys.exit(STOPPED)
 
-    def _one(self, work: Work, threads: int, leases: queue.SimpleQueue[str | None]) -> int:
-        lease = leases.get()
-        try:
-            if self._stopped:
-                return STOPPED
-            process = started(_leased, work, threads, lease)
-            self._running[id(process)] = process
-            if self._stopped:
-                process.terminate()
-            code = exit_code(process)
-            del self._running[id(process)]
-            return code
-        finally:
-            leases.put(lease)
+    def _start(self, index: int, work: Work, threads: int, gpu: str | None) -> None:
+        process = start_process(_on_gpu, work, threads, gpu)
+        self._running[process.sentinel] = index, process, gpu
+        if self._stopped:  # the signal came while the process was started
+            process.terminate()
 
     @contextmanager
-    def _passing_signals(self) -> Iterator[None]:
-        """Inside, SIGTERM is passed on to the runs, which write their checkpoints."""
-
+    def _forwarding_sigterm(self) -> Iterator[None]:
         def stop(*_: Any) -> None:
             self._stopped = True
-            for process in list(self._running.values()):
+            for _index, process, _gpu in list(self._running.values()):
                 process.terminate()
 
         if threading.current_thread() is not threading.main_thread():
@@ -130,25 +119,16 @@ class Local:
             signal.signal(signal.SIGTERM, before)
 
 
-def started(task: Callable[..., None], *arguments: Any) -> Any:
-    """A process, forked from the server, that does task(*arguments); threads may start several at a time."""
+def start_process(task: Callable[..., None], *arguments: Any) -> Any:
+    """A process, forked from the server, that does task(*arguments)."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     process = context.Process(target=task, args=arguments)
-    with _EXIT_CODES:
-        process.start()
+    process.start()
     return process
 
 
-def exit_code(process: Any) -> int:
-    """Its exit code, waited for."""
-    connection.wait([process.sentinel])
-    with _EXIT_CODES:
-        process.join()
-    return int(process.exitcode)
-
-
-def _leased(work: Work, threads: int, gpu: str | None) -> None:
+def _on_gpu(work: Work, threads: int, gpu: str | None) -> None:
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     work(threads)
