@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 
 from gradexp.engine.compose import check_overrides, plan, refuse_copies, refuse_many_devices
 from gradexp.engine.ensure import ensure
-from gradexp.engine.exits import honest
+from gradexp.engine.exits import exit_on_errors
 from gradexp.engine.known import answer
 from gradexp.engine.record import objective, print_summary
 from gradexp.engine.run import Paths
@@ -26,7 +26,7 @@ def main(_: DictConfig) -> float | None:
 
     hydra_config = HydraConfig.get()
     # In processes of joblib and submitit errors are raised: a run that fails must not end the others.
-    with nullcontext() if "Basic" not in hydra_config.launcher["_target_"] else honest():
+    with nullcontext() if "Basic" not in hydra_config.launcher["_target_"] else exit_on_errors():
         run = plan(hydra_config.overrides.task)
         if hydra_config.mode == RunMode.MULTIRUN:
             refuse_many_devices(run.config)
@@ -37,7 +37,7 @@ def main(_: DictConfig) -> float | None:
 
 
 if __name__ == "__main__":
-    with honest():
+    with exit_on_errors():
         if sys.argv[1:2] in (["--show"], ["--id"]):
             if run := answer(sys.argv[1:]):
                 print_summary(ensure(run))

@@ -1,7 +1,7 @@
-"""python scripts/fetch_data.py mit_scenes: fetches a data set that has no loader with a download of its own, and verifies it.
+"""python scripts/fetch_data.py mit_scenes: downloads and verifies a data set that no library downloads.
 
-What cannot be fetched is named with the place to put it; run it again, and it goes on from there. CIFAR and MNIST are fetched
-at their first use; ImageNet is never downloaded.
+Files that cannot be downloaded are listed with the folder to put them in; then run it again. CIFAR and MNIST are downloaded at
+their first use; ImageNet is never downloaded.
 """
 
 import argparse
@@ -14,10 +14,10 @@ from pathlib import Path, PurePosixPath
 from gradexp.base.errors import UserError, nearest
 from gradexp.engine.assemble import declare_data
 from gradexp.engine.compose import compose_run
-from gradexp.engine.exits import FIXES, honest
+from gradexp.engine.exits import FIXES, exit_on_errors
 from gradexp.engine.run import Paths
 
-# MIT publishes no checksums; these MD5 sums are those that a public reader of the data set records.
+# MIT publishes no checksums; these MD5 sums come from a public reader of the data set.
 MIT_SCENES = {
     "indoorCVPR_09.tar": (
         "http://groups.csail.mit.edu/vision/LabelMe/NewImages/indoorCVPR_09.tar",
@@ -31,31 +31,31 @@ CHUNK = 2**20  # bytes
 
 
 def mit_scenes(paths: Paths, mirror: str | None, unverified: bool) -> None:
-    """The published archive and its two lists, under mit_scenes/ in the data root. Raises UserError naming what is missing."""
+    """Puts the published archive and its lists into mit_scenes/ of the data root. Raises UserError with missing files."""
     home = paths.data / "mit_scenes"
     home.mkdir(parents=True, exist_ok=True)
     extracted = (home / "Images").exists()
     wanted = [name for name in MIT_SCENES if not (extracted and name == ARCHIVE)]
-    troubles = [trouble for name in wanted if (trouble := fetch(name, home, mirror))]
-    for name in wanted:  # also what was there already: a file that was refused stays refused
+    errors = [error for name in wanted if (error := fetch(name, home, mirror))]
+    for name in wanted:  # files of an earlier attempt too
         if (home / name).exists():
             verify(home / name, MIT_SCENES[name][1], unverified)
-    if troubles:
-        raise UserError("\n".join(["not everything could be fetched:", *troubles, HELP.format(home=home)]))
+    if errors:
+        raise UserError("\n".join(["some files could not be downloaded:", *errors, HELP.format(home=home)]))
     if not extracted:
         extract(home / ARCHIVE, home)
     data = declare_data(compose_run(["experiment=jacobian_transfer", "scale=paper"]), paths)
     counts = [len(data.splits()[split].names) for split in ("train", "test")]
-    print(f"MIT Scenes is in {home}: {counts[0]} + {counts[1]} images of {data.classes} classes, all of which can be decoded")
+    print(f"MIT Scenes is in {home}: {counts[0]} + {counts[1]} images of {data.classes} classes, all readable")
 
 
-HELP = """Put what is missing into {home}, from wherever you have it, and run this again:
-  indoorCVPR_09.tar (2.4 GB; or the folder Images/ that it holds), TrainImages.txt, TestImages.txt
-or name an address (or file:///FOLDER) under which these three lie: --from ADDRESS"""
+HELP = """Put the missing files into {home} and run this again:
+  indoorCVPR_09.tar (2.4 GB; or its folder Images/), TrainImages.txt, TestImages.txt
+or name an address (or file:///FOLDER) that has all three: --from ADDRESS"""
 
 
 def fetch(name: str, home: Path, mirror: str | None) -> str | None:
-    """Downloads a file that is not there yet; what stood in the way, if something did."""
+    """Downloads a file that does not exist yet. Returns a message if that fails."""
     file, address = home / name, f"{mirror.rstrip('/')}/{name}" if mirror else MIT_SCENES[name][0]
     if file.exists():
         return None
@@ -66,7 +66,7 @@ def fetch(name: str, home: Path, mirror: str | None) -> str | None:
             shutil.copyfileobj(source, target, CHUNK)
             expected = source.headers.get("Content-Length")
             if expected and target.tell() != int(expected):
-                raise OSError(f"it broke off after {target.tell()} of {expected} bytes")
+                raise OSError(f"it ended after {target.tell()} of {expected} bytes")
         part.replace(file)
     except (OSError, ValueError) as error:  # URLError is an OSError; ValueError: no address
         part.unlink(missing_ok=True)
@@ -76,16 +76,13 @@ def fetch(name: str, home: Path, mirror: str | None) -> str | None:
 
 def verify(file: Path, checksum: str, unverified: bool) -> None:
     with file.open("rb") as content:
-        found = hashlib.file_digest(content, "md5").hexdigest()
-    if found != checksum and not unverified:
-        raise UserError(
-            f"{file} has the MD5 sum {found}, known is {checksum}: delete it and run this again, "
-            f"or take it as it is: --unverified"
-        )
+        md5 = hashlib.file_digest(content, "md5").hexdigest()
+    if md5 != checksum and not unverified:
+        raise UserError(f"{file} has the MD5 sum {md5}, expected {checksum}; delete it and run this again, or add --unverified")
 
 
 def extract(archive: Path, home: Path) -> None:
-    """The archive's folder Images/, wherever in the archive it lies."""
+    """Extracts the folder Images/, wherever it is in the archive."""
     draft = home / "Images.part"
     shutil.rmtree(draft, ignore_errors=True)
     print(f"extracting {archive}", flush=True)
@@ -97,13 +94,13 @@ def extract(archive: Path, home: Path) -> None:
                     member.name = "/".join(parts[parts.index("Images") + 1 :])
                     content.extract(member, draft, filter="data")
     except (tarfile.TarError, OSError) as error:
-        if isinstance(error, OSError) and error.errno in FIXES:  # the archive may be well
+        if isinstance(error, OSError) and error.errno in FIXES:  # the archive may be intact
             raise
-        raise UserError(f"{archive} can't be extracted ({error}); delete it and run this again") from None
+        raise UserError(f"{archive} cannot be extracted ({error}); delete it and run this again") from None
     if not draft.exists():
-        raise UserError(f"{archive} holds no folder Images/; delete it and run this again")
+        raise UserError(f"{archive} has no folder Images/; delete it and run this again")
     draft.rename(home / "Images")
-    print(f"{archive} is not needed any more")
+    print(f"{archive} is no longer needed")
 
 
 FETCHERS = {"mit_scenes": mit_scenes}
@@ -113,14 +110,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("name", help=", ".join(FETCHERS))
     parser.add_argument(
-        "--from", dest="mirror", metavar="ADDRESS", help="where the files lie, if not where they were published"
+        "--from", dest="mirror", metavar="ADDRESS", help="where the files are, if not where they were published"
     )
-    parser.add_argument("--unverified", action="store_true", help="take files whose checksum is not the known one")
+    parser.add_argument("--unverified", action="store_true", help="use files whose checksum is not the expected one")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="of paths, such as paths.data=FOLDER")
     given = parser.parse_args()
-    with honest():
+    with exit_on_errors():
         if given.name not in FETCHERS:
-            raise UserError(f"{given.name} can't be fetched{nearest(given.name, FETCHERS)} There is: {', '.join(FETCHERS)}")
+            raise UserError(f"{given.name} cannot be fetched{nearest(given.name, FETCHERS)} Available: {', '.join(FETCHERS)}")
         FETCHERS[given.name](Paths.of(compose_run(["experiment=teacher", *given.set])), given.mirror, given.unverified)
 
 

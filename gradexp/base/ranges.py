@@ -1,4 +1,4 @@
-"""Types of settings with a range. They are checked where a config names them (gradexp.engine.build)."""
+"""Types of settings with a range, against which configs are checked (gradexp.engine.build)."""
 
 from typing import Annotated
 
@@ -9,4 +9,4 @@ Index = Annotated[int, Ge(0)]
 Positive = Annotated[float, Gt(0)]
 NonNegative = Annotated[float, Ge(0)]
 Fraction = Annotated[float, Ge(0), Le(1)]
-Probability = Annotated[float, Ge(0), Lt(1)]  # of dropping: not everything
+Probability = Annotated[float, Ge(0), Lt(1)]  # of dropout, which must keep something

@@ -23,7 +23,7 @@ from gradexp.base.errors import STOPPED, UserError
 from gradexp.base.ranges import Count, Index, Positive
 from gradexp.engine.compose import plan
 from gradexp.engine.ensure import ensure
-from gradexp.engine.exits import honest
+from gradexp.engine.exits import exit_on_errors
 from gradexp.engine.origin import LOADED, git_state
 from gradexp.engine.record import print_summary
 
@@ -49,7 +49,7 @@ class Work:
 
             torch.set_num_threads(threads)
         try:
-            with honest():
+            with exit_on_errors():
                 print_summary(ensure(plan(self.overrides)))
         except Exception:
             traceback.print_exc()
@@ -135,7 +135,7 @@ def _on_gpu(work: Work, threads: int, gpu: str | None) -> None:
 
 
 def visible_gpus() -> list[str]:
-    """The GPUs that this process may use, without importing torch."""
+    """The GPUs that this process may use, found without importing torch."""
     if "CUDA_VISIBLE_DEVICES" in os.environ:
         return [name for name in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if name.strip() and name != "-1"]
     try:
@@ -146,7 +146,7 @@ def visible_gpus() -> list[str]:
 
 
 class Slurm:
-    """Jobs of an array; the command waits for them. cluster: `slurm`, or `local` for submitit's processes here."""
+    """Jobs of a SLURM array, for which the command waits. cluster: `slurm`, or `local` for submitit's local processes."""
 
     def __init__(
         self,
@@ -169,19 +169,16 @@ class Slurm:
         self.slurm = {key: value for key, value in given.items() if value is not None} if cluster == "slurm" else {}
 
     def do(self, works: Sequence[Work], workers: int, ended: Ended) -> None:
-        """Submits all of it at once and waits; calls `ended(index, exit code)` when a job ends."""
+        """Submits all works at once and waits; calls `ended(index, exit code)` when a job ends."""
         import submitit
 
-        options = {"max_num_timeout": self.requeues}
         folder = works[0].log.parents[3] / "slurm" / "%j"
+        options = {f"{self.cluster}_max_num_timeout": self.requeues}
         try:
-            executor = submitit.AutoExecutor(
-                folder, cluster=self.cluster, **{f"{self.cluster}_{k}": v for k, v in options.items()}
-            )
+            executor = submitit.AutoExecutor(folder, cluster=self.cluster, **options)
         except RuntimeError as error:
-            raise UserError(
-                f"launcher=slurm: {error}; start it on a machine where sbatch works, or use LAUNCHER=local"
-            ) from None
+            advice = "start it on a machine where sbatch works, or use LAUNCHER=local"
+            raise UserError(f"launcher=slurm: {error}; {advice}") from None
         executor.update_parameters(**self.common, **self.slurm, name="gradexp")
         with executor.batch():
             jobs = [executor.submit(work) for work in works]
