@@ -61,7 +61,8 @@ class Lease:
 def test_a_gpu_is_leased_to_one_run_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     assert visible_gpus() == ["3", "5"]
-    Local().do([Lease(tmp_path, number) for number in range(5)], 4, lambda *_: None)  # type: ignore[misc]
+    codes = list(Local().do([Lease(tmp_path, number) for number in range(5)], 4))  # type: ignore[misc]
+    assert sorted(codes) == [(number, 0) for number in range(5)]
     leases = [json.loads(file.read_text()) for file in tmp_path.glob("*.json")]
     assert len(leases) == 5
     assert {gpu for gpu, *_ in leases} == {"3", "5"}
@@ -88,7 +89,7 @@ def test_the_cores_that_the_process_may_use_are_shared_out(tmp_path: Path, runs:
     for cores in {1, len(mine)}:
         os.sched_setaffinity(0, mine[:cores])
         try:
-            Local().do([Share(tmp_path / f"{number}.txt") for number in range(runs)], runs, lambda *_: None)  # type: ignore[misc]
+            list(Local().do([Share(tmp_path / f"{number}.txt") for number in range(runs)], runs))  # type: ignore[misc]
         finally:
             os.sched_setaffinity(0, mine)
         found = [file.read_text() for file in tmp_path.glob("*.txt")]
@@ -169,7 +170,7 @@ def test_launchers_say_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
         make_launcher("slurm", ["launcher.partitoin=gpu"])
     monkeypatch.setenv("PATH", "")
     with pytest.raises(UserError, match="LAUNCHER=local"):
-        make_launcher("slurm").do([type("Any", (), {"log": Path("a/b/c/d/e")})], 1, lambda *_: None)
+        list(make_launcher("slurm").do([type("Any", (), {"log": Path("a/b/c/d/e")})], 1))
 
 
 def test_an_objective_is_the_experiments_and_nan_is_the_worst() -> None:

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -62,9 +61,6 @@ class Work:
         return DelayedSubmission(self)
 
 
-Ended = Callable[[int, int], None]  # called with the index of a work and its exit code when it ends
-
-
 class Local:
     """Up to `workers` processes at a time, each with its part of the cores, and a GPU of its own where there are GPUs."""
 
@@ -72,8 +68,8 @@ class Local:
         self._running: dict[Any, tuple[int, Any, str | None]] = {}  # {sentinel: (index, process, GPU)}
         self._stopped = False
 
-    def do(self, works: Sequence[Work], workers: int, ended: Ended) -> None:
-        """Does all works and calls `ended(index, exit code)` when one ends.
+    def do(self, works: Sequence[Work], workers: int) -> Iterator[tuple[int, int]]:
+        """Does all works and yields (index, exit code) when one ends.
 
         Raises SystemExit after SIGTERM, once the running processes have written their checkpoints.
         """
@@ -92,7 +88,7 @@ class Local:
                     process.join()
                     del self._running[sentinel]
                     free.append(gpu)
-                    ended(index, process.exitcode)
+                    yield index, process.exitcode
         if self._stopped:
             sys.exit(STOPPED)
 
@@ -109,9 +105,6 @@ class Local:
             for _index, process, _gpu in list(self._running.values()):
                 process.terminate()
 
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
         before = signal.signal(signal.SIGTERM, stop)
         try:
             yield
@@ -168,8 +161,8 @@ class Slurm:
         given["slurm_signal_delay_s"] = warning
         self.slurm = {key: value for key, value in given.items() if value is not None} if cluster == "slurm" else {}
 
-    def do(self, works: Sequence[Work], workers: int, ended: Ended) -> None:
-        """Submits all works at once and waits; calls `ended(index, exit code)` when a job ends."""
+    def do(self, works: Sequence[Work], workers: int) -> Iterator[tuple[int, int]]:
+        """Submits all works at once and yields (index, exit code) when a job ends."""
         import submitit
 
         folder = works[0].log.parents[3] / "slurm" / "%j"
@@ -184,8 +177,8 @@ class Slurm:
             jobs = [executor.submit(work) for work in works]
         waiting = dict(enumerate(jobs))
         while waiting:
-            for number in [number for number, job in waiting.items() if job.done()]:
-                ended(number, _code(waiting.pop(number)))
+            for index in [index for index, job in waiting.items() if job.done()]:
+                yield index, _code(waiting.pop(index))
             time.sleep(self.poll)
 
 

@@ -58,7 +58,7 @@ def run_all(
     extra: hardware overrides for every run. The cores are shared out among the workers.
     """
     launcher, stages, begun = launcher or Local(), generations(runs), time.monotonic()
-    total, failed, count = sum(map(len, stages)), dict[str, Failure](), 0
+    total, count, failed = sum(map(len, stages)), 0, dict[str, Failure]()
     for stage in stages:
         ready = []
         for run in stage:
@@ -68,18 +68,13 @@ def run_all(
             else:
                 ready.append(run)
         works = [Work((*run.overrides, *extra), run.folder / "log.txt") for run in ready]
-
-        def ended(index: int, code: int, ready: list[Run] = ready, works: list[Work] = works) -> None:
-            nonlocal count
-            count += 1
+        for index, code in launcher.do(works, workers) if works else ():
             run, log = ready[index], works[index].log
+            count += 1
             seconds = time.monotonic() - begun
             print(f"[{count}/{total}] {seconds:.0f} s  {run.command}\n    {_last_line(log, code)}", flush=True)
             if code:
                 failed[run.id] = Failure(run.command, log)
-
-        if works:
-            launcher.do(works, workers, ended)
     return list(failed.values())
 
 
