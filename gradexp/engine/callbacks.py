@@ -23,7 +23,7 @@ PLAIN_EVERY = 30.0  # seconds between lines where there is no terminal
 REFRESH_EVERY = 0.5  # seconds between updates of the bar
 
 
-def hand_on(number: int, handler: Any, checkpoint: Path) -> None:
+def call_handler(number: int, handler: Any, checkpoint: Path) -> None:
     """Calls the handler that a signal had before the training. Raises Stopped where it had none."""
     if callable(handler):
         handler(number, None)
@@ -76,7 +76,7 @@ class Checkpointer(lightning.Callback):
         self.save(trainer)
         if ranks.any_of(self._signal is not None):
             number, self._signal = self._signal or signal.SIGTERM, None
-            hand_on(number, self._before.get(number), self.path)
+            call_handler(number, self._before.get(number), self.path)
 
     def on_train_end(self, trainer: lightning.Trainer, *_: Any) -> None:
         if trainer.world_size > 1:

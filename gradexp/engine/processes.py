@@ -22,7 +22,7 @@ from pkgutil import resolve_name
 from typing import Any
 
 from gradexp.base.errors import STOPPED, UserError
-from gradexp.engine.callbacks import SIGNALS, hand_on
+from gradexp.engine.callbacks import SIGNALS, call_handler
 from gradexp.engine.run import Run
 
 GRACE = 60  # seconds that processes have to write their checkpoint after a signal
@@ -51,7 +51,7 @@ def train_together(run: Run, part: Part, *, devices: int, nodes: int) -> None:
                 signal.signal(number, handler)
         if caught is None:
             return
-        hand_on(caught, before[caught], run.checkpoint)
+        call_handler(caught, before[caught], run.checkpoint)
 
 
 def launch(part: Part, text: str, devices: int, nodes: int = 1, endpoint: str = "localhost:0") -> int | None:
