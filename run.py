@@ -1,6 +1,6 @@
 """python run.py experiment=NAME [overrides]: one run.   python run.py -m ...: Hydra multirun.
 
-python run.py --show ID: a record.   python run.py --id ID: its run, answered from the record where it is there.
+python run.py --show ID: a record.   python run.py --id ID: the run of a record.
 """
 
 import os
@@ -12,37 +12,37 @@ from omegaconf import DictConfig
 
 from gradexp.engine.compose import check_overrides, plan, refuse_copies, refuse_many_devices
 from gradexp.engine.ensure import ensure
-from gradexp.engine.exits import honest
-from gradexp.engine.known import answered
-from gradexp.engine.record import objective, say
+from gradexp.engine.exits import exit_on_errors
+from gradexp.engine.known import answer
+from gradexp.engine.record import objective, print_summary
 from gradexp.engine.run import Paths
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(_: DictConfig) -> float | None:
-    """The run's objective, where it has one: what a sweeper optimises."""
+    """Does a run and returns its objective, which a sweeper optimises."""
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
     hydra_config = HydraConfig.get()
-    # Processes of joblib and submitit raise: one run that fails must not end the others.
-    with nullcontext() if "Basic" not in hydra_config.launcher["_target_"] else honest():
+    # In processes of joblib and submitit errors are raised: a run that fails must not end the others.
+    with nullcontext() if "Basic" not in hydra_config.launcher["_target_"] else exit_on_errors():
         run = plan(hydra_config.overrides.task)
         if hydra_config.mode == RunMode.MULTIRUN:
             refuse_many_devices(run.config)
         record = ensure(run)
-        say(record)
+        print_summary(record)
         direction = hydra_config.sweeper.get("direction")
         return objective(record, str(getattr(direction, "name", direction)))
 
 
 if __name__ == "__main__":
-    with honest():
+    with exit_on_errors():
         if sys.argv[1:2] in (["--show"], ["--id"]):
-            if run := answered(sys.argv[1:]):
-                say(ensure(run))
+            if run := answer(sys.argv[1:]):
+                print_summary(ensure(run))
             sys.exit()
         refuse_copies(sys.argv[1:], os.environ)
         for config in check_overrides(sys.argv[1:]):
-            (Paths.of(config).outputs / "hydra").mkdir(parents=True, exist_ok=True)  # Hydra would give a traceback
+            (Paths.of(config).outputs / "hydra").mkdir(parents=True, exist_ok=True)  # else Hydra fails with a traceback
     main()

@@ -1,4 +1,4 @@
-"""What the scripts share: arguments, running what is missing, errors without a traceback."""
+"""What the scripts share: arguments, runs that are missing, messages."""
 
 import argparse
 import re
@@ -13,13 +13,13 @@ from joblib import cpu_count
 
 from gradexp.base.errors import UserError
 from gradexp.engine.compose import compose_run, plan, refuse_many_devices
-from gradexp.engine.exits import honest
+from gradexp.engine.exits import exit_on_errors
 from gradexp.engine.many import Failure, generations, make_launcher, missing, run_all
 from gradexp.engine.run import ROOT, Config, Paths
 from gradexp.report import specs
 from gradexp.report.specs import Planner
 
-ON_WHAT = ("trainer", "logger", "gradients", "paths")  # what of a config may be set for all runs
+SETTABLE = ("trainer", "logger", "gradients", "paths")  # the parts of a config that may be set for all runs
 CLAIMS = ROOT / "conf" / "claims.yaml"
 
 Make = Callable[[dict[str, Any], "Job"], None]
@@ -27,7 +27,7 @@ Make = Callable[[dict[str, Any], "Job"], None]
 
 @dataclass(frozen=True)
 class Job:
-    """At which scale, where, whether runs may be done, and with how many workers and which hardware overrides."""
+    """How tables or figures are made. trains: whether missing runs are done. extra: overrides of hardware and paths."""
 
     scale: str
     paths: Paths
@@ -41,7 +41,7 @@ class Job:
         return planner(self.extra)
 
     def fill(self, title: str, wanted: Iterable[Sequence[str]]) -> list[Failure]:
-        """Runs what is missing of the runs that these overrides stand for; returns those that failed."""
+        """Does the missing ones of the runs with these overrides; returns those that failed."""
         runs = [self.plan(overrides) for overrides in dict.fromkeys(map(tuple, wanted))]
         absent = missing(runs) if self.trains else []
         if not absent:
@@ -53,49 +53,49 @@ class Job:
 
 
 def arguments(about: str | None) -> argparse.ArgumentParser:
-    """A parser with what all scripts take."""
+    """A parser with the arguments of all scripts."""
     parser = argparse.ArgumentParser(description=about)
     parser.add_argument("--scale", default="cpu")
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help=f"for all runs; of {', '.join(ON_WHAT)}")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help=f"for all runs: {', '.join(SETTABLE)}")
     return parser
 
 
 def planner(extra: Sequence[str]) -> Planner:
-    """From overrides to a run, on the hardware and paths that `extra` names."""
+    """A function from overrides to a run, on the hardware and paths of `extra`."""
     return partial(plan, extra=tuple(extra))
 
 
 def shared(scale: str, words: Sequence[str]) -> Config:
-    """What holds for all runs: where files are, and on what they run. Raises UserError for a word that decides numbers."""
+    """A config with the hardware and paths of all runs. Raises UserError for an override that decides numbers."""
     for word in words:
         key = re.split("[.=]", word.lstrip("+~"), maxsplit=1)[0]
         if key == "launcher":
-            raise UserError(f"{word}: LAUNCHER=slurm chooses one, SET='launcher.KEY=VALUE' its settings, of tables and figures")
-        if key not in ON_WHAT:
+            raise UserError(f"{word}: only tables and figures take it: LAUNCHER=slurm SET='launcher.KEY=VALUE'")
+        if key not in SETTABLE:
             raise UserError(
-                f"{word}: only {', '.join(ON_WHAT)} can be set here, as tables and figures name their runs in conf/; "
+                f"{word}: only {', '.join(SETTABLE)} can be set here, because conf/ names the runs of tables and figures; "
                 f"for a run of your own type python run.py experiment=... {word}"
             )
     return compose_run(["experiment=teacher", f"scale={scale}", *words])
 
 
 def make_all(kind: str, make: Make, about: str | None) -> None:
-    """Makes the tables or figures that the command line names; all of them when it names none, as far as they can be made."""
+    """Makes the tables or figures that the command line names; without names, all that can be made."""
     parser = arguments(about)
-    parser.add_argument("numbers", nargs="*", help=f"{kind}s to make, such as 2.1; all of them when none is named")
+    parser.add_argument("numbers", nargs="*", help=f"{kind}s to make, such as 2.1; all if none is named")
     parser.add_argument("--workers", type=int, default=min(2, cpu_count()))
     parser.add_argument("--render-only", action="store_true")
     parser.add_argument("--launcher", default="local", help="a file of conf/launcher: local or slurm; --set takes its keys")
     given = parser.parse_args()
-    with honest():
-        of_launcher = [word for word in given.set if word.startswith("launcher.")]
-        extra = [word for word in given.set if word not in of_launcher]
+    with exit_on_errors():
+        launcher_words = [word for word in given.set if word.startswith("launcher.")]
+        extra = [word for word in given.set if word not in launcher_words]
         config = shared(given.scale, extra)
         if given.workers < 1:
-            raise UserError(f"WORKERS={given.workers}: it is 1 or more; --render-only does no run")
+            raise UserError(f"WORKERS={given.workers}: it must be 1 or more; --render-only does no runs")
         if given.workers > 1:
             refuse_many_devices(config)
-        launcher = make_launcher(given.launcher, of_launcher)
+        launcher = make_launcher(given.launcher, launcher_words)
         job = Job(given.scale, Paths.of(config), not given.render_only, given.workers, extra, launcher)
         for part in [part for number in given.numbers for part in specs.parts(kind, number)]:
             make(specs.load(kind, part), job)
@@ -104,19 +104,19 @@ def make_all(kind: str, make: Make, about: str | None) -> None:
 
 
 def make_every(kind: str, make: Make, job: Job) -> bool:
-    """All tables or figures that the scale has; says what is wrong with one and goes on. Whether all was well."""
-    well = True
+    """Makes all tables or figures of the scale; prints the errors. Returns whether there was none."""
+    succeeded = True
     for spec in specs.at_scale(kind, job.scale).values():
         try:
             make(spec, job)
         except UserError as error:
             print(error)
-            well = False
-    return well
+            succeeded = False
+    return succeeded
 
 
 def report(files: Iterable[Path], failures: Sequence[Failure]) -> None:
-    """Says what was written. Raises UserError naming the runs that failed."""
+    """Prints which files were written. Raises UserError with the runs that failed."""
     if written := [shown(file) for file in files]:
         print("written:", *written)
     if failures:

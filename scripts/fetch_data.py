@@ -17,10 +17,10 @@ from gradexp.base.errors import UserError, nearest
 from gradexp.base.files import draft_of, put
 from gradexp.engine.assemble import declare_data
 from gradexp.engine.compose import compose_run
-from gradexp.engine.exits import FIXES, honest
+from gradexp.engine.exits import FIXES, exit_on_errors
 from gradexp.engine.run import Paths
 
-# MIT publishes no checksums; these MD5 sums are those that a public reader of the data set records.
+# MIT publishes no checksums; these MD5 sums come from a public reader of the data set.
 MIT_SCENES = {
     "indoorCVPR_09.tar": (
         "http://groups.csail.mit.edu/vision/LabelMe/NewImages/indoorCVPR_09.tar",
@@ -34,7 +34,7 @@ CHUNK = 2**20  # bytes
 
 
 def mit_scenes(paths: Paths, mirror: str | None, unverified: bool) -> None:
-    """The published archive and its two lists, under mit_scenes/ in the data root. Raises UserError naming what is missing."""
+    """Puts the published archive and its lists into mit_scenes/ of the data root. Raises UserError with missing files."""
     home = paths.data / "mit_scenes"
     extracted = (home / "Images").exists()
     wanted = [name for name in MIT_SCENES if not (extracted and name == ARCHIVE)]
@@ -42,13 +42,13 @@ def mit_scenes(paths: Paths, mirror: str | None, unverified: bool) -> None:
     for name in wanted:  # also files of an earlier download: one that was refused stays refused
         if (home / name).exists():
             verify(home / name, MIT_SCENES[name][1], unverified)
-    if troubles:
-        raise UserError("\n".join(["not everything could be fetched:", *troubles, HELP.format(home=home)]))
+    if errors:
+        raise UserError("\n".join(["some files could not be downloaded:", *errors, HELP.format(home=home)]))
     if not extracted:
         extract(home / ARCHIVE, home)
     data = declare_data(compose_run(["experiment=jacobian_transfer", "scale=paper"]), paths)
     counts = [len(data.splits()[split].names) for split in ("train", "test")]
-    print(f"MIT Scenes is in {home}: {counts[0]} + {counts[1]} images of {data.classes} classes, all of which can be decoded")
+    print(f"MIT Scenes is in {home}: {counts[0]} + {counts[1]} images of {data.classes} classes, all readable")
 
 
 HELP = """Put what is missing into {home} and run this again:
@@ -124,10 +124,10 @@ def main() -> None:
     parser.add_argument(
         "--from", dest="mirror", metavar="ADDRESS", help="where the files are, if not at their published addresses"
     )
-    parser.add_argument("--unverified", action="store_true", help="take files whose checksum is not the known one")
+    parser.add_argument("--unverified", action="store_true", help="use files whose checksum is not the expected one")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="of paths, such as paths.data=FOLDER")
     given = parser.parse_args()
-    with honest():
+    with exit_on_errors():
         if given.name not in FETCHERS:
             raise UserError(f"{given.name} can't be fetched{nearest(given.name, FETCHERS)} Expected: {', '.join(FETCHERS)}")
         FETCHERS[given.name](Paths.of(compose_run(["experiment=teacher", *given.set])), given.mirror, given.unverified)

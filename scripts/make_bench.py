@@ -7,7 +7,7 @@ import argparse
 
 from bench import page
 
-from gradexp.engine.exits import honest
+from gradexp.engine.exits import exit_on_errors
 from gradexp.engine.run import ROOT
 
 
@@ -17,7 +17,7 @@ def main() -> None:
     how.add_argument("--quick", action="store_true")
     how.add_argument("--part", choices=page.ROWS, action="append")
     given = parser.parse_args()
-    with honest():
+    with exit_on_errors():
         print(page.run(ROOT / "results", quick=given.quick, parts=given.part or page.ROWS))
 
 

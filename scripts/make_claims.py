@@ -2,14 +2,14 @@
 
 from common import CLAIMS, arguments, planner, shared, shown
 
-from gradexp.engine.exits import honest
+from gradexp.engine.exits import exit_on_errors
 from gradexp.engine.run import Paths
 from gradexp.report import claims
 
 
 def main() -> None:
     given = arguments(__doc__).parse_args()
-    with honest():
+    with exit_on_errors():
         paths = Paths.of(shared(given.scale, given.set))
         judged = claims.read(CLAIMS, given.scale, planner(given.set))
         files = claims.write(judged, given.scale, paths.results, confidence=claims.load(CLAIMS)["confidence"])

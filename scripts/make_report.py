@@ -6,7 +6,7 @@ from common import CLAIMS, arguments, planner, shared, shown
 from joblib import cpu_count
 
 from gradexp import __version__
-from gradexp.engine.exits import honest
+from gradexp.engine.exits import exit_on_errors
 from gradexp.engine.origin import git_state
 from gradexp.engine.run import Paths
 from gradexp.report import claims, costs, figures, html, specs, tables
@@ -15,7 +15,7 @@ from gradexp.report.specs import Planner
 
 def main() -> None:
     given = arguments(__doc__).parse_args()
-    with honest():
+    with exit_on_errors():
         paths = Paths.of(shared(given.scale, given.set))
         path = html.write(page(given.scale, paths, planner(given.set)), given.scale, paths.results)
     print(f"written: {shown(path)} ({path.stat().st_size / 1024:,.0f} KiB); open it in a browser")

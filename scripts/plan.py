@@ -1,4 +1,4 @@
-"""make plan SCALE=cpu: what is missing and what it costs.   --probe measures, for a few steps, what no record tells."""
+"""make plan SCALE=cpu: which runs are missing and what they cost.   --probe measures the cost of kinds without a record."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ from joblib import cpu_count
 from gradexp.base.errors import UserError
 from gradexp.base.files import write_atomically
 from gradexp.engine.build import build
-from gradexp.engine.exits import honest
+from gradexp.engine.exits import exit_on_errors
 from gradexp.engine.hardware import Hardware
 from gradexp.engine.run import Config, Paths
 from gradexp.engine.task import task_of
@@ -23,9 +23,9 @@ from gradexp.report import costs
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--probe", action="store_true", help="minutes for each kind of run of which nothing is known")
+    parser.add_argument("--probe", action="store_true", help="measure kinds of runs of unknown cost, which takes minutes each")
     given = parser.parse_args()
-    with honest():
+    with exit_on_errors():
         config = shared(given.scale, given.set)
         paths, hardware = Paths.of(config), build(config["trainer"], where="trainer")
         history = known(paths, hardware)
@@ -34,7 +34,7 @@ def main() -> None:
             measure([run.config | {"trainer": config["trainer"]} for run in rows[-1].unknown], paths, history)
             history = known(paths, hardware)
             rows = costs.build(given.scale, planner(given.set), history)
-    free = shutil.disk_usage(next(place for place in (paths.outputs, *paths.outputs.parents) if place.exists())).free
+    free = shutil.disk_usage(next(folder for folder in (paths.outputs, *paths.outputs.parents) if folder.exists())).free
     print(costs.to_text(rows, given.scale, slots(hardware), hardware.facts()["device"], free / 2**30))
 
 
@@ -43,22 +43,22 @@ def known(paths: Paths, hardware: Hardware) -> costs.History:
 
 
 def slots(hardware: Hardware) -> int:
-    """How many runs go on at a time."""
+    """How many runs are done at a time."""
     return torch.cuda.device_count() if hardware.kind == "gpu" else cpu_count()
 
 
 def measure(configs: Sequence[Config], paths: Paths, history: costs.History) -> None:
-    """Probes one run of each kind, the shortest, and keeps the samples under outputs/probes/."""
+    """Probes the shortest run of each kind, and stores the samples in outputs/probes/."""
     short = sorted(configs, key=lambda config: costs.amount(config, history.sizes) or 0, reverse=True)
     kinds = {costs.signature(config): config for config in short}
     for number, (name, config) in enumerate(kinds.items(), 1):
         print(f"[{number}/{len(kinds)}] probing {config['name']} {config.get('method', {}).get('name', '')}", flush=True)
         try:
-            found = probed(config, paths, history)
+            sample = probed(config, paths, history)
         except UserError as error:
             print(f"    {error}", flush=True)
             continue
-        content = json.dumps({"sample": asdict(found), "sizes": history.sizes}, indent=2).encode()
+        content = json.dumps({"sample": asdict(sample), "sizes": history.sizes}, indent=2).encode()
         write_atomically(paths.outputs / "probes" / f"{sha256(name.encode()).hexdigest()[:12]}.json", content)
 
 
@@ -67,7 +67,7 @@ def probed(config: Config, paths: Paths, history: costs.History) -> costs.Sample
         return costs.probed_training(config, probe.in_its_own_process(probe.training, config, paths, threads=1), history)
     cut = [short for n in costs.LADDER if (short := task_of(config).shortened(config, n))]
     if not cut:
-        raise UserError("it can't be cut short; it takes seconds to minutes")
+        raise UserError("it cannot be shortened; it takes seconds to minutes")
     return costs.probed_looking(config, probe.in_its_own_process(probe.looking, cut, paths, threads=1), history)
 
 

@@ -11,6 +11,7 @@ import random
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from gradexp.base.files import sha256, write_atomically
-from gradexp.engine.launchers import Work, exit_code, started
+from gradexp.engine.launchers import Work, start_process
 from gradexp.engine.origin import git_state
 from gradexp.engine.record import read_record
 from gradexp.engine.run import ROOT
@@ -68,6 +69,25 @@ def work(place: Path, words: Sequence[str], *more: str) -> Work:
     return Work((*words, *more, *folders), log)
 
 
+# To start a process, multiprocessing reads the exit codes of all that have ended; a thread that joins one of them at the same
+# time gets 255 instead of its code.
+_EXIT_CODES = threading.Lock()
+
+
+def started(task: Callable[..., None], *arguments: Any) -> Any:
+    """A process that does task(*arguments); several threads may start some at the same time."""
+    with _EXIT_CODES:
+        return start_process(task, *arguments)
+
+
+def exit_code(process: Any) -> int:
+    """Waits for a process of `started`."""
+    connection.wait([process.sentinel])
+    with _EXIT_CODES:
+        process.join()
+    return int(process.exitcode)
+
+
 def finish(task: Callable[[], None]) -> int:
     return exit_code(started(task))
 
@@ -77,7 +97,7 @@ def left(place: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for file in sorted(place.glob("results/runs/*/*.json")):
         found[file.stem] = {key: value for key, value in read_record(file).items() if key not in PASSING}
-        found[file.stem]["config"].pop("trainer")
+        found[file.stem]["config"] = {key: value for key, value in found[file.stem]["config"].items() if key != "trainer"}
     for pattern in ("weights.pt", "*.npy"):
         found |= {f"{file.parent.name}/{file.name}": sha256(file) for file in place.glob(f"outputs/runs/*/*/{pattern}")}
     return found

@@ -1,10 +1,10 @@
-"""make verify: whether every record is whole and is what its config says, and whether a sample of quick runs repeats."""
+"""make verify: checks that every record is valid and agrees with its config, and that a sample of quick runs repeats."""
 
 import argparse
 import sys
 
 from gradexp.engine.compose import compose_run
-from gradexp.engine.exits import honest
+from gradexp.engine.exits import exit_on_errors
 from gradexp.engine.run import Paths
 from gradexp.engine.verify import Finding, verify
 
@@ -26,5 +26,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with honest():
+    with exit_on_errors():
         main()

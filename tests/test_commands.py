@@ -15,7 +15,7 @@ import pytest
 from gradexp.base.errors import UserError
 from gradexp.engine import loggers
 from gradexp.engine.compose import check_overrides, plan
-from gradexp.engine.known import answered
+from gradexp.engine.known import answer
 from gradexp.engine.many import run_all
 from gradexp.engine.registry import locate
 from gradexp.engine.run import ROOT
@@ -96,14 +96,14 @@ def test_a_record_is_shown_and_its_run_done_again_by_its_id(tmp_path: Path) -> N
     ("words", "message"),
     [
         (["--id"], "type python run.py --id ID"),
-        (["--show", "0000"], "'0000' fits none in"),
+        (["--show", "0000"], "'0000' matches none in"),
         (["--show", "ab"], "4 or more characters"),
         (["--id", quickest().stem, "seed=3"], "seed=3: with --id only paths, trainer"),
     ],
 )
 def test_what_is_no_id_is_an_error(words: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        answered(words)
+        answer(words)
 
 
 # run.py, killed as by kill -9 in the middle of its 70th checkpoint: the moment does not depend on how busy the machine is.

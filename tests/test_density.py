@@ -400,7 +400,7 @@ def test_the_other_activation_of_resnet18_is_refused_where_a_hessian_is_asked(pl
 def test_a_start_of_another_model_fails_before_it_is_trained(places: list[str], tmp_path: Path) -> None:
     """The fooled model hands its width down; a start that is set apart is another matter."""
     words = [*shrunk("start"), "model.width=0.03125", "upstream.start.model.width=0.0625"]
-    with pytest.raises(UserError, match=r"does not take the weights of upstream\.start \(.*size mismatch"):
+    with pytest.raises(UserError, match=r"weights of upstream\.start do not fit the model \(.*size mismatch"):
         ensure(run(places, "experiment=fooling", *words))
     assert not list(tmp_path.rglob("*.pt"))
 

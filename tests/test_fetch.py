@@ -67,7 +67,7 @@ def test_what_cannot_be_fetched_is_named_with_its_place(tmp_path: Path, mirror: 
     (mirror / "TestImages.txt").rename(tmp_path / "kept")
     with pytest.raises(UserError) as caught:
         script.mit_scenes(paths(tmp_path), mirror.as_uri(), False)
-    for part in ("mirror/TestImages.txt: ", f"Put what is missing into {home}", "--from ADDRESS"):
+    for part in ("mirror/TestImages.txt: ", f"Put the missing files into {home}", "--from ADDRESS"):
         assert part in str(caught.value)
     (tmp_path / "kept").rename(home / "TestImages.txt")
     script.mit_scenes(paths(tmp_path), mirror.as_uri(), False)
@@ -85,11 +85,11 @@ def test_other_files_are_refused_unless_they_are_wanted(tmp_path: Path, mirror: 
     script.mit_scenes(paths(tmp_path), mirror.as_uri(), True)
     archive = tmp_path / "data" / "mit_scenes" / "indoorCVPR_09.tar"
     archive.write_bytes(archive.read_bytes()[:700])
-    with pytest.raises(UserError, match="can't be extracted"):
+    with pytest.raises(UserError, match="cannot be extracted"):
         script.extract(archive, tmp_path / "again")
     with tarfile.open(archive, "w"):
         pass
-    with pytest.raises(UserError, match="holds no folder Images/"):
+    with pytest.raises(UserError, match="has no folder Images/"):
         script.extract(archive, tmp_path / "again")
 
 

@@ -256,7 +256,7 @@ def test_accelerate_is_exact_on_every_family(name: str, training: bool) -> None:
     found = penalised(fast, images.clone())
     assert found.keys() == expected.keys()
     assert [key for key, value in found.items() if value is None] == [key for key, value in expected.items() if value is None]
-    # A bias in front of a batch normalisation has no gradient but rounding, which is relative to the other parameters' gradients.
+    # A bias in front of a batch normalisation has no gradient but rounding, relative to the other parameters' gradients.
     scale = max(float(value.abs().max()) for value in expected.values() if value is not None)
     for key, value in expected.items():
         if value is not None:

@@ -57,14 +57,14 @@ def test_a_damaged_piece_is_made_again(tmp_path: Path) -> None:
 
 
 def test_progress_counts_pieces_behind_a_damaged_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gradexp.engine.progress.SAY_EVERY", 0.0)
-    said: list[int] = []
-    monkeypatch.setattr(Progress, "say", lambda self, done, say=Progress.say: (said.append(done), say(self, done)))
+    monkeypatch.setattr("gradexp.engine.progress.INTERVAL", 0.0)
+    shown: list[int] = []
+    monkeypatch.setattr(Progress, "update", lambda self, done, update=Progress.update: (shown.append(done), update(self, done)))
     squared(begun(tmp_path), [3, 4, 5])
     next(tmp_path.glob("*/squares_0.pt")).write_bytes(b"spoilt")
-    said.clear()
+    shown.clear()
     assert squared(begun(tmp_path), [3, 4, 5])[1] == [3]
-    assert said == [3]
+    assert shown == [3]
 
 
 def test_a_record_has_the_seconds_and_the_code_of_earlier_attempts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

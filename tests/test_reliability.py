@@ -2,6 +2,8 @@
 
 import random
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -35,3 +37,10 @@ def test_a_trial_that_goes_wrong_is_reported(tmp_path: Path) -> None:
     done = reliability.attempt("wrong", wrong)
     assert (done.good, done.times, done.message) == (0, 1, "WRONG: as it should not be")
     assert "| wrong | 0/1 |" in reliability.page([done])
+
+
+def test_processes_that_end_together_keep_their_exit_codes() -> None:
+    """multiprocessing reads the codes of all processes when one is started: who joins one then finds 255."""
+    with ThreadPoolExecutor(8) as pool:
+        codes = list(pool.map(lambda _: reliability.exit_code(reliability.started(time.sleep, 0.0)), range(60)))
+    assert codes == [0] * 60

@@ -39,4 +39,4 @@ def test_a_killed_run_is_said_to_be_killed(tmp_path: Path) -> None:
     assert _last_line(log, 2) == "it ended with exit code 2 and printed nothing"
     log.write_text("step 3/9\n")
     assert _last_line(log, 1) == "step 3/9"
-    assert _last_line(log, -signal.SIGKILL) == "killed by signal 9; it last said: step 3/9"
+    assert _last_line(log, -signal.SIGKILL) == "killed by signal 9; its last output: step 3/9"

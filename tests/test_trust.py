@@ -126,7 +126,7 @@ def test_verify_finds_what_is_wrong(places: list[str]) -> None:
     write_record(made.record_path, {name: value for name, value in good.items() if name != "upstream"})
     assert findings() == ["upstream is missing"]
     write_record(made.record_path, {**good, "config": {name: x for name, x in good["config"].items() if name != "task"}})
-    assert "no run's config any more" in findings()[0]
+    assert "not that of a run" in findings()[0]
     made.record_path.write_bytes(made.record_path.read_bytes()[:100])
     assert "can't be read" in findings()[0]
 
@@ -275,11 +275,11 @@ def test_damaged_weights_of_a_teacher_are_made_again(places: list[str], capsys: 
 def test_full_disks_and_read_only_folders_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     import errno
 
-    from gradexp.engine.exits import honest
+    from gradexp.engine.exits import exit_on_errors
 
     for number, words in ((errno.ENOSPC, "make room"), (errno.EROFS, "paths.results=FOLDER")):
-        with pytest.raises(SystemExit, match=words), honest():
+        with pytest.raises(SystemExit, match=words), exit_on_errors():
             raise OSError(number, "no", "results/x.json")
-    with pytest.raises(UserError), pytest.MonkeyPatch.context() as patch, honest():
+    with pytest.raises(UserError), pytest.MonkeyPatch.context() as patch, exit_on_errors():
         patch.setenv("HYDRA_FULL_ERROR", "1")
         raise UserError("no")

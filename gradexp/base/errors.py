@@ -3,26 +3,25 @@
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-STOPPED = 143  # exit code of a process that was asked to stop and did, as a shell reports one that SIGTERM ended
+STOPPED = 143  # exit code of a process that stopped on request; a shell reports the same for one that SIGTERM ended
 
 
 class UserError(Exception):
-    """An error that the user can fix. The message says what is wrong, what was expected and what to type; it is shown without
-    a traceback."""
+    """An error that the user can fix, shown without a traceback: what is wrong, what is expected, what to type."""
 
 
 class Stopped(BaseException):
-    """A signal asked the training to stop, and its checkpoint is written."""
+    """A signal stopped the training, and its checkpoint is written."""
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
-    """The end of a sentence: ', did you mean X?' with the word most like `word`, or '.' when none is near."""
+    """The end of a message: ', did you mean X?' with the word most like `word`, or '.' if none is similar."""
     matches = get_close_matches(word, list(words), n=1, cutoff=0.5)
     return f", did you mean {matches[0]}?" if matches else "."
 
 
 def choose(name: str, value: str, *allowed: str) -> str:
-    """`value`, if it is allowed; otherwise a UserError about the setting `name`."""
+    """`value`, if it is allowed. Raises UserError about the setting `name` otherwise."""
     if value not in allowed:
         *others, last = allowed
         raise UserError(f"{name}={value}: it is {', '.join(others)} or {last}{nearest(str(value), allowed).removesuffix('.')}")

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Files that are written completely or not at all."""
 
 from __future__ import annotations
 
@@ -9,31 +9,34 @@ from pathlib import Path
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Writes beside `path`, syncs, renames: a reader sees the whole content or none of it."""
+    """Writes a file so that a reader gets all of the old content or all of the new."""
     draft = draft_of(path)
     try:
         draft.write_bytes(content)
-        put(draft, path)
+        _replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)
 
 
 def draft_of(path: Path) -> Path:
-    """Where this process prepares `path`; the folder is made."""
+    """The file beside `path` in which this process prepares it; the folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     return path.with_name(f".{path.name}.{os.getpid()}")
 
 
-def put(draft: Path, path: Path) -> None:
-    """Moves a finished file to its place, and both to the disk, so that a power cut leaves the old file or the new."""
-    for place in (draft, path.parent):
-        descriptor = os.open(place, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        if place == draft:
-            draft.replace(path)
+def _replace(draft: Path, path: Path) -> None:
+    """Renames a draft to `path` and syncs both to the disk, so that a power cut leaves the old file or the new."""
+    _sync(draft)
+    draft.replace(path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def sha256(path: Path) -> str:
@@ -41,18 +44,22 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_sealed(path: Path, write: Callable[[Path], object]) -> None:
-    """Has `write` make a draft and puts it to its place, with checksums beside it: that of the new content and, until it
-    is there, that of the old. Drafts of processes that died are removed, so that no disk fills up with them.
+def write_sealed(path: Path, content: bytes | Callable[[Path], object]) -> None:
+    """Writes a file atomically, with a checksum in a file beside it (and that of the old content until that is replaced).
+
+    content: bytes, or a function that writes a draft. Drafts of processes that died are removed.
     """
     draft, seal = draft_of(path), _seal(path)
-    for left in path.parent.glob(f".{path.name}.*"):
-        left.unlink()
+    for abandoned in path.parent.glob(f".{path.name}.*"):
+        abandoned.unlink()
     try:
-        write(draft)
+        if isinstance(content, bytes):
+            draft.write_bytes(content)
+        else:
+            content(draft)
         digests = [sha256(draft), *(seal.read_text().split()[:1] if seal.exists() else [])]
         write_atomically(seal, "\n".join(digests).encode())
-        put(draft, path)
+        _replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)
 
@@ -63,15 +70,15 @@ def remove_sealed(path: Path) -> None:
 
 
 def intact(path: Path) -> bool:
-    """Whether a file is there and is what was written. One without a seal is taken as it is."""
+    """Whether a file exists and, if it has a checksum, has the content that was written."""
     seal = _seal(path)
     return path.exists() and (not seal.exists() or sha256(path) in seal.read_text().split())
 
 
 def reserve(path: Path, size: int) -> None:
-    """Makes `path` at least `size` bytes long on the disk itself. Raises OSError where it is full.
+    """Allocates at least `size` bytes of disk for a file. Raises OSError if the disk is full.
 
-    Memory that is mapped to a file without this kills the process when the disk fills up.
+    Without it, a process that writes to a memory-mapped file is killed when the disk fills up.
     """
     with path.open("ab") as file:
         if size and hasattr(os, "posix_fallocate"):

@@ -1,4 +1,4 @@
-"""Checking plain dicts (configs, records, specs of tables and claims) against TypedDicts, with one-line messages."""
+"""Checks of plain dicts (configs, records, specs of tables and claims) against TypedDicts, with one-line messages."""
 
 from __future__ import annotations
 
@@ -12,21 +12,18 @@ from typing_extensions import get_type_hints, is_typeddict
 from gradexp.base.errors import UserError, nearest
 
 T = TypeVar("T")
-strict = with_config(ConfigDict(extra="forbid", strict=True))  # of a TypedDict whose keys are all known
+strict = with_config(ConfigDict(extra="forbid", strict=True))  # a TypedDict without further keys
 
 
 def check(kind: type[T], value: Any, where: str) -> T:
-    """`value`, if it has the shape of the TypedDict `kind`. Raises UserError about the first thing that is wrong."""
+    """`value`, if it fits the TypedDict `kind`. Raises UserError about the first fault otherwise."""
     for fault in faults(kind, value):
         raise UserError(f"{where}: {fault}")
     return value
 
 
 def faults(kind: Any, value: Any, *, missing: bool = True) -> list[str]:
-    """What is wrong with a value, a line each; nothing where it has the shape of `kind`.
-
-    missing: whether a key that is not there is a fault.
-    """
+    """What is wrong with a value, a line each; empty if it fits `kind`. missing: whether a missing key is a fault."""
     try:
         _adapter(kind).validate_python(value)
     except ValidationError as error:
@@ -36,12 +33,12 @@ def faults(kind: Any, value: Any, *, missing: bool = True) -> list[str]:
 
 
 def faults_of(adapter: TypeAdapter[Any], value: Any) -> list[str]:
-    """What is wrong with a value: `=abc should be a valid integer`, at most one line; nothing where it is of the type."""
+    """What is wrong with a value, such as `=abc: it should be a valid integer`, in one line; empty if it is of the type."""
     try:
         adapter.validate_python(value)
     except ValidationError as error:
-        wanted = dict.fromkeys(_message(each) for each in error.errors(include_url=False))
-        return [f"={value}: it {' or '.join(wanted)}"]
+        messages = dict.fromkeys(_message(each) for each in error.errors(include_url=False))
+        return [f"={value}: it {' or '.join(messages)}"]
     return []
 
 
@@ -51,13 +48,13 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 
 
 def _sentence(kind: Any, error: Any) -> str:
-    *before, last = error["loc"] or ("",)
+    *parents, last = error["loc"] or ("",)
     if error["type"] == "extra_forbidden":
-        known = _keys(kind, before)
-        place = f" in {_dotted(before)}" if before else ""
-        return f"there is no key {last}{place}{nearest(str(last), known)} It may have {', '.join(known)}"
+        known = _keys(kind, parents)
+        where = f" in {_dotted(parents)}" if parents else ""
+        return f"there is no key {last}{where}{nearest(str(last), known)} It may have {', '.join(known)}"
     if error["type"] == "missing":
-        return f"{_dotted([*before, last])} is missing"
+        return f"{_dotted(error['loc'])} is missing"
     return f"{_dotted(error['loc'])}={error['input']!r} {_message(error)}"
 
 
@@ -72,7 +69,7 @@ def _dotted(loc: Any) -> str:
 
 
 def _keys(kind: Any, loc: Any) -> list[str]:
-    """The keys of the TypedDict that stands at `loc` inside `kind`."""
+    """The keys of the TypedDict at `loc` inside `kind`."""
     candidates = [kind]
     for step in loc:
         candidates = [below for each in candidates for below in _inside(each, step)]
@@ -80,11 +77,11 @@ def _keys(kind: Any, loc: Any) -> list[str]:
 
 
 def _inside(kind: Any, step: Any) -> list[Any]:
-    """What may stand at one step below `kind`: a key of a TypedDict, a value of a dict, an item of a list."""
+    """The types one step inside `kind`: of a key of a TypedDict, a value of a dict or an item of a list."""
     if is_typeddict(kind):
         return _options(get_type_hints(kind).get(step))
-    found = [option for argument in get_args(kind) for option in _options(argument)]
-    return found if get_origin(kind) in (list, dict, tuple) else [kind]
+    inside = [option for argument in get_args(kind) for option in _options(argument)]
+    return inside if get_origin(kind) in (list, dict, tuple) else [kind]
 
 
 def _options(kind: Any) -> list[Any]:

@@ -1,4 +1,4 @@
-"""From a config to what a task works with: data set, networks, loss terms."""
+"""Builds what tasks work with from a config: data set, networks, loss terms, hardware."""
 
 from __future__ import annotations
 
@@ -21,47 +21,46 @@ from gradexp.terms import Term
 
 
 def make_hardware(config: Config) -> Hardware:
-    """The hardware that `trainer` names, its settings applied to this process."""
+    """The hardware that `trainer` names, with its settings applied to this process."""
     hardware: Hardware = build(config["trainer"], where="trainer")
     hardware.apply()
     return hardware
 
 
 def declare_data(config: Config, paths: Paths) -> ImageData:
-    """The config's data set before any file is opened: shapes and, for photographs, normalisation are known already."""
+    """The config's data set. No file is opened: shapes and, for photographs, normalisation are known without."""
     data: ImageData = build(config["data"], where="data", root=paths.data, cache=paths.cache, seed=config["seed"])
     return data
 
 
 def make_data(run: Run) -> ImageData:
-    """The run's data set. Raises UserError where files are missing, classes too small, or upstream runs saw other images."""
+    """The run's data set. Raises UserError for missing files, too small classes, or other images than upstream runs used."""
     data = declare_data(run.config, run.paths)
     check_images(run, data.fingerprint())
     return data
 
 
 def make_terms(config: Config) -> dict[str, Term]:
-    """The method's loss terms by name, those of weight 0 left out."""
+    """The method's loss terms by name, without those of weight 0."""
     nodes = {name: node for name, node in config["method"]["terms"].items() if node["weight"] != 0}
     return {name: build(node, where=f"method.terms.{name}") for name, node in nodes.items()}
 
 
 def make_saliency(config: Config, data: ImageData, hardware: Hardware) -> Saliency:
-    """The config's saliency method, told how the data is normalised."""
-    units = {"black": data.black, "std": data.statistics[1].view(-1, 1, 1)}
-    placed = {name: value.to(hardware.device) for name, value in units.items()}
-    method: Saliency = build(config["saliency"], where="saliency", **placed)
+    """The config's saliency method, for images in the normalisation of `data`."""
+    black, std = data.black.to(hardware.device), data.statistics[1].view(-1, 1, 1).to(hardware.device)
+    method: Saliency = build(config["saliency"], where="saliency", black=black, std=std)
     return method
 
 
 def make_model(run: Run, where: str = "model") -> nn.Module:
-    """The network of a run, with random parameters. where: its place in the config, for messages."""
+    """The network of a run with random parameters. where: its place in the config, for messages."""
     model: nn.Module = build(run.config["model"], where=where)
     return model
 
 
 def load_model(finished: Finished, hardware: Hardware) -> nn.Module:
-    """The trained model of a finished run, in eval mode and frozen, so that differentiating it skips its parameters."""
+    """The trained model of a finished run, in eval mode and with frozen parameters."""
     model = make_model(finished.run)
     model.load_state_dict(load_weights(finished))
     model = hardware.place(model).eval().requires_grad_(False)
@@ -76,26 +75,26 @@ def load_weights(finished: Finished) -> dict[str, Tensor]:
 
 def save_weights(run: Run, model: nn.Module) -> None:
     """Writes the model's parameters to `run.weights`, with a checksum beside it."""
-    content = io.BytesIO()  # a file's name would be part of what torch writes, and of its digest
+    content = io.BytesIO()  # torch would write the file's name into the file, and so into its digest
     torch.save({name: value.cpu().contiguous() for name, value in model.state_dict().items()}, content)
-    write_sealed(run.weights, lambda draft: draft.write_bytes(content.getvalue()))
+    write_sealed(run.weights, content.getvalue())
 
 
 def fast_backend(config: Config) -> bool:
-    """Whether `gradients.backend` is `fast`; `autograd`, PyTorch's own layers, is the reference to compare with."""
+    """Whether `gradients.backend` is `fast`, not `autograd`, the reference with PyTorch's own layers."""
     return bool(config["gradients"]["backend"] == "fast")
 
 
 def accelerate(model: nn.Module, terms: dict[str, Term], hardware: Hardware) -> nn.Module:
-    """The model with fast layers where these gain something: gradients in its terms, or any work on a CPU."""
-    gains = hardware.kind == "cpu" or any(term.gradient_target for term in terms.values())
-    return layers.accelerate(model) if gains else model
+    """The model with fast layers where these are faster: on a CPU, or with gradients in its loss terms."""
+    faster = hardware.kind == "cpu" or any(term.gradient_target for term in terms.values())
+    return layers.accelerate(model) if faster else model
 
 
 def start_from(student: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Loads the weights of the upstream run `start`. Raises UserError where they are those of another network."""
+    """Loads the weights of the upstream run `start`. Raises UserError if they do not fit the network."""
     try:
         getattr(student, "start_from", student.load_state_dict)(weights)
     except RuntimeError as error:
         why = str(error).splitlines()[-1].strip()
-        raise UserError(f"the model does not take the weights of upstream.start ({why}); give both the same model") from None
+        raise UserError(f"the weights of upstream.start do not fit the model ({why}); give both the same model") from None

@@ -22,12 +22,13 @@ SPECIAL = ("_target_", "_partial_")
 def build(node: dict[str, Any], *, where: str, **extra: Any) -> Any:
     """Calls the node's `_target_` with its other keys and `extra`; nested nodes are built first.
 
-    where: the node's place in the config: it is named in messages, and says what may be built (gradexp/engine/registry.py).
+    where: the node's place in the config, which decides what may be built (gradexp/engine/registry.py).
     Null for a key that has a default leaves the default. Raises UserError for a key that the target does not take, and for a
     value that is not of the type or in the range that the target declares.
     """
-    function, given = checked(node, where)
-    arguments = {key: _built(value, f"{where}.{key}") for key, value in given.items()} | extra
+    function, settings = _checked(node, where)
+    nested = {key: build(value, where=f"{where}.{key}") for key, value in settings.items() if _is_node(value)}
+    arguments = settings | nested | extra
     if node.get("_partial_"):
         return partial(function, **arguments)
     for name, parameter in _parameters(function).items():
@@ -37,14 +38,32 @@ def build(node: dict[str, Any], *, where: str, **extra: Any) -> Any:
     return function(**arguments)
 
 
-def checked(node: dict[str, Any], where: str) -> tuple[Callable[..., Any], dict[str, Any]]:
-    """What a node calls, and with what; nested nodes as they are. Raises UserError for a wrong key or value."""
+def check_settings(node: Any, where: str = "") -> None:
+    """Raises UserError for a wrong key or value in a run's config, upstream runs aside, or in a node; builds nothing."""
+    if not isinstance(node, dict):
+        return
+    if where == "evaluate":  # the task's own settings are among those of the score
+        node = score_node(node)
+    if _is_node(node):
+        _checked(node, where)
+    for key, value in node.items():
+        if where or key != "upstream":
+            check_settings(value, f"{where}.{key}".removeprefix("."))
+
+
+def score_node(evaluate: dict[str, Any]) -> dict[str, Any]:
+    """What `evaluate` builds: all keys but those of the task, which are how many images to evaluate, and how many at a time."""
+    return {key: value for key, value in evaluate.items() if key not in ("images", "batch_size")}
+
+
+def _checked(node: dict[str, Any], where: str) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """What a node calls, and its arguments, nested nodes not yet built. Raises UserError for a wrong key or value."""
     if "_target_" not in node:
-        raise UserError(f"{where} has no _target_: it does not say what to build")
+        raise UserError(f"{where} has no _target_, the class or function to build")
     function = locate(node["_target_"], where)
     parameters, types = _parameters(function), _types(function)
     open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    given = {}
+    settings = {}
     for key, value in node.items():
         if key in SPECIAL:
             continue
@@ -55,67 +74,40 @@ def checked(node: dict[str, Any], where: str) -> tuple[Callable[..., Any], dict[
         if key in types and not _is_node(value):
             for fault in faults_of(types[key], value):
                 raise UserError(f"{where}.{key}{fault}")
-        given[key] = value
-    return function, given
-
-
-def check(node: Any, where: str) -> None:
-    """Raises UserError for a wrong key or value of a node, or of one inside it; builds nothing."""
-    if _is_node(node):
-        checked(node, where)
-    if isinstance(node, dict):
-        for key, value in node.items():
-            check(value, f"{where}.{key}")
-
-
-def check_settings(config: dict[str, Any]) -> None:
-    """The same of a run's whole config, upstream runs aside."""
-    for key, node in config.items():
-        if key == "evaluate":  # the task's own settings stand among those of the score
-            node = score_node(node)
-        if key != "upstream":
-            check(node, key)
-
-
-def score_node(evaluate: dict[str, Any]) -> dict[str, Any]:
-    """What `evaluate` builds: all but what it tells the task, how many images to look at and how many at a time."""
-    return {key: value for key, value in evaluate.items() if key not in ("images", "batch_size")}
+        settings[key] = value
+    return function, settings
 
 
 def _is_node(value: Any) -> bool:
     return isinstance(value, dict) and "_target_" in value
 
 
-def _built(value: Any, where: str) -> Any:
-    return build(value, where=where) if _is_node(value) else value
-
-
 @cache
 def _parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    """What a function takes; of a class that hands `**options` on to its base classes, also what these take."""
-    found = dict(inspect.signature(function).parameters)
+    """The parameters of a function or class; where a class passes `**options` on to its base classes, also those of these."""
+    parameters = dict(inspect.signature(function).parameters)
     for base in inspect.getmro(function)[1:-1] if inspect.isclass(function) else ():
-        rest = [name for name, parameter in found.items() if parameter.kind is parameter.VAR_KEYWORD]
-        if not rest:
+        options = [name for name, parameter in parameters.items() if parameter.kind is parameter.VAR_KEYWORD]
+        if not options:
             break
-        del found[rest[0]]
-        found = dict(inspect.signature(base).parameters) | found
-    return found
+        del parameters[options[0]]
+        parameters = dict(inspect.signature(base).parameters) | parameters
+    return parameters
 
 
 @cache
 def _types(function: Callable[..., Any]) -> dict[str, TypeAdapter[Any]]:
-    """The declared types of what a function takes, as far as a value from a config can be checked against them."""
+    """The declared types of the parameters, as far as a value from a config can be checked against them."""
     owners = [function] if not inspect.isclass(function) or is_dataclass(function) else reversed(inspect.getmro(function)[:-1])
     hints: dict[str, Any] = {}
     for owner in owners:
-        with suppress(NameError):  # of types that are imported for type checkers alone
+        with suppress(NameError):  # types that are imported for type checkers only
             plain = inspect.isclass(owner) and not is_dataclass(owner)
             hints |= get_type_hints(owner.__init__ if plain else owner, include_extras=True)
     settings = ConfigDict(strict=True, arbitrary_types_allowed=True)
-    found = {}
+    types = {}
     for name in _parameters(function).keys() & hints.keys():
         with suppress(PydanticSchemaGenerationError):
             own = is_typeddict(hints[name]) or is_dataclass(hints[name])  # pydantic refuses settings for these
-            found[name] = TypeAdapter(hints[name], config=None if own else settings)
-    return found
+            types[name] = TypeAdapter(hints[name], config=None if own else settings)
+    return types

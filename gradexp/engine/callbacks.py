@@ -1,4 +1,4 @@
-"""Checkpoints and progress, both by the clock: a short pass costs nothing, a long one loses little."""
+"""Checkpoints and progress of a training, both at intervals of time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning
-import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from gradexp.base.errors import Stopped
@@ -18,28 +17,28 @@ from gradexp.base.files import draft_of, intact, write_sealed
 from gradexp.engine import clocks
 from gradexp.layers import ranks
 
-# From the user or the system; from SLURM before a job's end; from SLURM as submitit asks for it.
+# From the user or the system; from SLURM before the end of a job; from SLURM at the request of submitit.
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 PLAIN_EVERY = 30.0  # seconds between lines where there is no terminal
 REFRESH_EVERY = 0.5  # seconds between updates of the bar
 
 
-def hand_on(number: int, handler: Any, checkpoint: Path) -> None:
+def call_handler(number: int, handler: Any, checkpoint: Path) -> None:
     """Calls the handler that a signal had before the training. Raises Stopped where it had none."""
     if callable(handler):
         handler(number, None)
         return
     name = signal.Signals(number).name
     if checkpoint.exists():
-        raise Stopped(f"stopped by {name}; the checkpoint is written, the same command goes on from it")
+        raise Stopped(f"stopped by {name}; the checkpoint is written, and the same command resumes from it")
     raise Stopped(f"stopped by {name} before there was a checkpoint; the same command starts the training again")
 
 
 class Checkpointer(lightning.Callback):
-    """Saves the whole training state every so many seconds, and when a signal asks the training to stop.
+    """Saves the training state every `every` seconds, and after a signal of SIGNALS.
 
-    After a signal's checkpoint, whoever handled the signal before goes on (submitit requeues the job); where nobody
-    did, Stopped is raised. Remembers the seconds that earlier attempts took, and their origins: code, hardware, upstream.
+    After a signal's checkpoint, the handler that the signal had before is called (submitit's requeues the job); without one,
+    Stopped is raised. Stores the seconds and the origins (code, hardware, upstream) of all attempts.
     """
 
     def __init__(self, path: Path, *, every: float, origin: dict[str, Any] | None = None) -> None:
@@ -56,11 +55,11 @@ class Checkpointer(lightning.Callback):
             self._before = {number: signal.getsignal(number) for number in SIGNALS}
 
     def on_train_start(self, *_: Any) -> None:
-        for number in self._before:  # Lightning's handlers exchange messages between processes at any moment
+        for number in self._before:  # instead of Lightning's, which communicate between processes
             signal.signal(number, self._notice)
 
     def on_exception(self, *_: Any) -> None:
-        self.teardown()  # which Lightning does not call where a logger fails then
+        self.teardown()  # Lightning does not call it if a logger fails now
 
     def teardown(self, *_: Any, **__: Any) -> None:
         for number, handler in self._before.items():
@@ -77,11 +76,11 @@ class Checkpointer(lightning.Callback):
         self.save(trainer)
         if ranks.any_of(self._signal is not None):
             number, self._signal = self._signal or signal.SIGTERM, None
-            hand_on(number, self._before.get(number), self.path)
+            call_handler(number, self._before.get(number), self.path)
 
     def on_train_end(self, trainer: lightning.Trainer, *_: Any) -> None:
         if trainer.world_size > 1:
-            self.save(trainer)  # what the processes hand over
+            self.save(trainer)  # the result of the processes
 
     def save(self, trainer: lightning.Trainer) -> None:
         if trainer.is_global_zero:
@@ -91,7 +90,7 @@ class Checkpointer(lightning.Callback):
         self._saved = time.monotonic()
 
     def usable(self) -> bool:
-        """Whether there is a checkpoint to go on from; a damaged one is set aside."""
+        """Whether there is a checkpoint to resume from; a damaged one is renamed."""
         if not self.path.exists() or intact(self.path):
             return self.path.exists()
         aside = self.path.with_suffix(".damaged")
@@ -100,7 +99,7 @@ class Checkpointer(lightning.Callback):
         return False
 
     def state_dict(self) -> dict[str, Any]:
-        """On every process; `cpu` is of all of them."""
+        """Called in every process; `cpu` is the sum over all of them."""
         spent = clocks.since(self._begun)
         spent["cpu"] = ranks.sum_of(spent["cpu"])
         total = {clock: self.earlier[clock] + seconds for clock, seconds in spent.items()}
@@ -112,20 +111,14 @@ class Checkpointer(lightning.Callback):
         self.attempts = [origin for i, origin in enumerate(known) if origin not in known[:i]]
 
 
-def used_memory() -> dict[str, int]:
-    """The most that this process has had, as a record names it."""
-    gpu = {"peak_gpu_memory_mib": torch.cuda.max_memory_allocated() // 2**20} if torch.cuda.is_available() else {}
-    return {"peak_memory_mib": clocks.peak_memory_mib(), **gpu}
-
-
 class ProgressLine(lightning.Callback):
-    """One bar a run with the time left; plain lines where standard output is not a terminal."""
+    """A progress bar with the time left; plain lines where standard output is not a terminal."""
 
     def __init__(self, title: str, total: int) -> None:
         self.title, self.total = title, total
         self.images = 0
         self.seconds = 0.0
-        self.memory: dict[str, int] = {}  # of another process that trained
+        self.memory: dict[str, int] = {}  # the most that this and other processes used
         self._bar: Progress | None = None
 
     @property
@@ -167,12 +160,12 @@ class ProgressLine(lightning.Callback):
         self._stop()
 
     def state_dict(self) -> dict[str, float]:
-        return {"images": self.images, "seconds": self.seconds, **used_memory()}
+        return {"images": self.images, "seconds": self.seconds, **clocks.peak_memory()}
 
     def load_outcome(self, state: dict[str, float]) -> None:
-        """What the bar of another process saw."""
+        """Loads the state of another process."""
         self.images, self.seconds = int(state["images"]), state["seconds"]
-        self.memory = {name: max(int(state[name]), here) for name, here in used_memory().items()}
+        self.memory = {name: max(int(state[name]), here) for name, here in clocks.peak_memory().items()}
 
     def _stop(self) -> None:
         if self._bar:

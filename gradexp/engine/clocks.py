@@ -1,4 +1,4 @@
-"""What this process has used: seconds of the wall clock and on processors, and memory."""
+"""What this process has used: seconds of the wall clock and of processors, and memory."""
 
 from __future__ import annotations
 
@@ -21,9 +21,17 @@ def since(begun: dict[str, float]) -> dict[str, float]:
 
 
 def peak_memory_mib() -> int:
-    """The most memory that this process has had."""
-    status = Path("/proc/self/status")  # of Linux, where getrusage begins with what the process's parent had
-    if found := re.search(r"VmHWM:\s*(\d+) kB", status.read_text() if status.exists() else ""):
-        return round(int(found[1]) / 2**10)
+    """The peak memory of this process."""
+    status = Path("/proc/self/status")  # on Linux, where getrusage includes memory of the parent process
+    if match := re.search(r"VmHWM:\s*(\d+) kB", status.read_text() if status.exists() else ""):
+        return round(int(match[1]) / 2**10)
     unit = 2**20 if sys.platform == "darwin" else 2**10  # macOS counts bytes
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)
+
+
+def peak_memory() -> dict[str, int]:
+    """The peak memory of this process and of its GPU, as in a record."""
+    import torch  # not at the top: commands that only read records do without it
+
+    gpu = {"peak_gpu_memory_mib": torch.cuda.max_memory_allocated() // 2**20} if torch.cuda.is_available() else {}
+    return {"peak_memory_mib": peak_memory_mib(), **gpu}

@@ -20,33 +20,33 @@ from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
 from gradexp.base.errors import UserError, nearest
 from gradexp.base.typed import check
-from gradexp.engine import remembered
+from gradexp.engine import config_cache
 from gradexp.engine import resolvers as resolvers  # conf/ uses them
 from gradexp.engine.registry import check_targets
 from gradexp.engine.run import HARDWARE, ROOT, Config, Paths, Run, RunConfig, hardware
 
 CONF = ROOT / "conf"
-HYDRA_OPTIONS = (  # a word follows them
+HYDRA_OPTIONS = (  # that take a value
     *("--cfg", "-c", "--package", "-p", "--info", "-i", "--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp"),
 )
-PIXELS = ("normalise", "mean", "std", "size", "channels")  # of data: what a network takes for granted
-# A line, comments aside, that speaks to Hydra itself, or a header that puts a whole file there.
+PIXELS = ("normalise", "mean", "std", "size", "channels")  # of data: what a network must share with its upstream runs
+# A line, comments aside, that configures Hydra itself, or a header that puts a whole file there.
 TO_HYDRA = re.compile(r"^[^#\n]*\bhydra\b.*$|^#\s*@package\s+hydra\b.*$", re.MULTILINE)
 
 
 def compose_run(overrides: Sequence[str]) -> Config:
-    """The resolved config of the run that `python run.py OVERRIDES` stands for."""
+    """The resolved config of the run that `python run.py OVERRIDES` does."""
     return plan(overrides).config
 
 
 def plan(overrides: Sequence[str], extra: Sequence[str] = ()) -> Run:
-    """The run that `python run.py OVERRIDES` stands for, with its upstream runs.
+    """The run that `python run.py OVERRIDES` does, with its upstream runs.
 
     extra: overrides of hardware and paths, which are not part of the run's command.
 
-    Each entry of `upstream` (experiment, model, ... as on a command line) becomes the whole config of that run
-    at the same scale; the ones that neither the method nor the data (saliency maps, for ROAR) need are dropped.
-    A run without a method (one that looks at a trained model) stands on all of them.
+    Each entry of `upstream` (experiment, model, ... as on a command line) becomes the config of that run at the same scale;
+    entries that neither the method nor the data (saliency maps, for ROAR) need are dropped. A run without a method (one that
+    evaluates a trained model) needs all of them.
     """
     return _plan(tuple(overrides), _compose((*overrides, *extra)))
 
@@ -57,7 +57,7 @@ def _plan(overrides: tuple[str, ...], config: Config) -> Run:
     names = [*config["method"]["upstream"], *maps] if "method" in config else config["upstream"]
     upstream = {name: _upstream(config, name) for name in names}
     for name, run in upstream.items():
-        if name != "maps":  # which are of the same images, one by one
+        if name != "maps":  # the images of the maps themselves are checked where the maps are opened
             _check_pixels(config, run.config, name)
     check_targets(config | {"upstream": {}})
     nested = {name: {key: value for key, value in run.config.items() if key not in HARDWARE} for name, run in upstream.items()}
@@ -67,23 +67,23 @@ def _plan(overrides: tuple[str, ...], config: Config) -> Run:
 def _upstream(config: Config, name: str) -> Run:
     choices = config["upstream"].get(name)
     if choices is None:
-        who = f"method {config['method']['name']}" if "method" in config else "it"
+        user = f"method {config['method']['name']}" if "method" in config else "it"
         raise UserError(
-            f"experiment {config['name']}: {who} needs a {name}, and none is named; name the experiment that gives it: "
-            f"+upstream.{name}.experiment=NAME"
+            f"experiment {config['name']}: {user} needs a {name}, and upstream.{name} is not set; name the experiment that "
+            f"makes it: +upstream.{name}.experiment=NAME"
         )
     overrides = (*_as_overrides(choices), f"scale={config['scale']['name']}")
     return _plan(overrides, _compose(overrides) | hardware(config))
 
 
 def _check_pixels(config: Config, upstream: Config, name: str) -> None:
-    """Raises UserError where a network would see pixels in other units than it was trained on."""
+    """Raises UserError where a network would get pixels in other units than it was trained on."""
     here, there = config.get("data", {}), upstream.get("data", {})
     for key in PIXELS:
         if there and here.get(key) != there.get(key):
             raise UserError(
-                f"data.{key} is {here.get(key)}, and of upstream.{name}, which sees the same images, {there.get(key)}: "
-                f"give both one value, with +upstream.{name}.data.{key}=..."
+                f"data.{key} is {here.get(key)}, and of upstream.{name}, which gets the same images, {there.get(key)}; "
+                f"give both the same value: +upstream.{name}.data.{key}=..."
             )
 
 
@@ -91,22 +91,22 @@ def _as_overrides(choices: Config, prefix: str = "") -> list[str]:
     """{model: vgg9, optim: {passes: 3}} -> [model=vgg9, optim.passes=3].
 
     A group's choice and its keys together: {method: {choice: gradient_norm, module: x}} -> [method=gradient_norm, ...].
-    A null leaves what the upstream experiment says.
+    Null leaves the value of the upstream experiment.
     """
     words: list[str] = []
     for key, value in choices.items():
         if isinstance(value, dict):
             words += _as_overrides(value, f"{prefix}{key}.")
         elif value is not None:
-            place = prefix.removesuffix(".") if key == "choice" else prefix + key
-            words.append(f"{'++' if place.startswith('upstream.') else ''}{place}={value}")  # upstream's keys are free
+            name = prefix.removesuffix(".") if key == "choice" else prefix + key
+            words.append(f"{'++' if name.startswith('upstream.') else ''}{name}={value}")  # upstream may have any keys
     return words
 
 
 def check_overrides(arguments: Sequence[str]) -> list[Config]:
-    """Composes what a command line asks for, every value of a sweep once, before anything runs.
+    """Composes the configs of a command line, with every value of a sweep once, before anything runs.
 
-    Raises UserError with the nearest right word for a misspelt key or choice.
+    Raises UserError with the nearest valid word for a misspelt key or choice.
     """
     check_hydra(CONF)
     after = zip(["", *arguments], arguments, strict=False)
@@ -122,32 +122,31 @@ def check_overrides(arguments: Sequence[str]) -> list[Config]:
 
 
 def check_hydra(conf: Path) -> None:
-    """Raises UserError for a file that configures Hydra itself, whose callbacks and handlers may call anything.
+    """Raises UserError for a file other than conf/config.yaml that configures Hydra, whose callbacks may call anything.
 
-    conf/config.yaml does, and so may whoever types the command; an experiment from somebody else may not.
+    An experiment from somebody else must not do so; a user may on the command line.
     """
     for file in sorted(conf.rglob("*.yaml")):
-        found = TO_HYDRA.search(file.read_text(encoding="utf-8"))
-        if found and file != conf / "config.yaml":
+        line = TO_HYDRA.search(file.read_text(encoding="utf-8"))
+        if line and file != conf / "config.yaml":
             raise UserError(
-                f"conf/{file.relative_to(conf)} configures Hydra ({found[0].strip()!r}), which only conf/config.yaml may; "
-                f"remove that line, and type it on the command line where it is meant"
+                f"conf/{file.relative_to(conf)} configures Hydra ({line[0].strip()!r}), which only conf/config.yaml may; "
+                f"remove that line, or set it on the command line"
             )
 
 
 def refuse_many_devices(config: Config) -> None:
-    """Raises UserError where one of several runs wants several devices."""
+    """Raises UserError where each of several runs would take several devices."""
     trainer = config["trainer"]
     if trainer["devices"] != 1 or trainer["num_nodes"] != 1:
         raise UserError(
-            f"trainer.devices={trainer['devices']} trainer.num_nodes={trainer['num_nodes']} is for one run at a time: several "
-            f"runs that each take all devices get in each other's way. Give each run one device (trainer.devices=1), or "
-            f"start them one by one without -m"
+            f"trainer.devices={trainer['devices']} trainer.num_nodes={trainer['num_nodes']} is for one run at a time; "
+            f"give each of several runs one device (trainer.devices=1), or start them one by one without -m"
         )
 
 
 def refuse_copies(words: Sequence[str], environment: Mapping[str, str]) -> None:
-    """Raises UserError where torchrun, or srun, started several copies of one command: one is enough, and starts the others."""
+    """Raises UserError where torchrun or srun started several copies of a command, which starts its processes itself."""
     if "TORCHELASTIC_RUN_ID" in environment:
         launcher, count, machines = "torchrun", int(environment["WORLD_SIZE"]), int(environment.get("GROUP_WORLD_SIZE", 1))
     else:
@@ -165,7 +164,7 @@ def refuse_copies(words: Sequence[str], environment: Mapping[str, str]) -> None:
 
 
 def _choices(override: Override) -> list[str]:
-    """The override as it stands, one override for each value of a sweep, or none for a continuous sweep."""
+    """The override itself, one override for each value of a sweep, or none for a continuous sweep."""
     if not override.is_sweep_override():
         return [str(override.input_line)]
     if not override.is_discrete_sweep():
@@ -175,11 +174,11 @@ def _choices(override: Override) -> list[str]:
 
 @cache
 def _compose(overrides: tuple[str, ...]) -> Config:
-    known = remembered.recall(CONF, overrides)
-    if known is None:
-        known = _composed(overrides)
-        remembered.remember(CONF, overrides, known)
-    return known
+    config = config_cache.load(CONF, overrides)
+    if config is None:
+        config = _composed(overrides)
+        config_cache.store(CONF, overrides, config)
+    return config
 
 
 def _composed(overrides: tuple[str, ...]) -> Config:
@@ -191,7 +190,7 @@ def _composed(overrides: tuple[str, ...]) -> Config:
     except InterpolationKeyError as error:
         missing = str(error).splitlines()[0].removeprefix("Interpolation key ").removesuffix(" not found")
         raise UserError(
-            f"{error.full_key} takes its value from {missing}, which is not there: take a method and an experiment that fit"
+            f"{error.full_key} takes its value from {missing}, which does not exist; choose a method that fits the experiment"
         ) from error
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_explain(error, overrides)) from error
@@ -200,7 +199,7 @@ def _composed(overrides: tuple[str, ...]) -> Config:
 
 @cache
 def _by_hydra(overrides: tuple[str, ...]) -> DictConfig:
-    """The config that Hydra composes, with its interpolations; not to be changed."""
+    """The config that Hydra composes, interpolations not resolved. Do not modify it."""
     if GlobalHydra.instance().is_initialized():
         return compose("config", overrides=list(overrides))
     with initialize_config_dir(str(CONF), version_base="1.3"):
@@ -208,9 +207,9 @@ def _by_hydra(overrides: tuple[str, ...]) -> DictConfig:
 
 
 def _with_values(overrides: tuple[str, ...]) -> DictConfig | None:
-    """The same, made from the config of the chosen groups alone, which many runs share; None where Hydra has to see it all.
+    """The same config as of `_by_hydra`: values set on the config of the groups, which many runs share, in Hydra's order.
 
-    Hydra takes a tenth of a second for a config. It sets values last, in their order; so does this.
+    None where only Hydra can do it. It saves the tenth of a second that Hydra takes for a config.
     """
     parsed = OverridesParser.create().parse_overrides(list(overrides))
     values = [word for word in parsed if "." in word.key_or_group or not (CONF / word.key_or_group).is_dir()]
@@ -224,7 +223,7 @@ def _with_values(overrides: tuple[str, ...]) -> DictConfig | None:
                 return None
             OmegaConf.update(config, word.key_or_group, word.value(), merge=True, force_add=added)
     except OmegaConfBaseException:
-        return None  # Hydra says what is wrong
+        return None  # Hydra raises the error
     return config
 
 
@@ -234,7 +233,7 @@ def _missing_choice(error: MissingConfigException) -> str:
     if not group:
         return str(error).splitlines()[0]
     hint = nearest(choice, options)
-    return f"{group}={choice}: there is no conf/{group}/{choice}.yaml{hint} There is: {', '.join(options)}"
+    return f"{group}={choice}: there is no conf/{group}/{choice}.yaml{hint} Available: {', '.join(options)}"
 
 
 def _explain(error: Exception, overrides: Sequence[str]) -> str:

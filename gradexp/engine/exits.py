@@ -1,4 +1,4 @@
-"""How every command ends on an error: a one-line message with a fix, and a nonzero exit code."""
+"""How commands end on errors that the user can fix: a one-line message and a nonzero exit code."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ FIXES = {
     errno.ENOTDIR: "a file is where a folder should be; name another folder: paths.results=FOLDER paths.outputs=FOLDER",
 }
 
-# Read when CUDA starts, so it is there before torch is imported; trainer.strict=true needs it.
+# trainer.strict=true needs it; CUDA reads it when it starts, so it is set before torch is imported.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 @contextmanager
-def honest() -> Iterator[None]:
-    """Ends the process with a one-line message instead of a traceback for errors that the user can fix."""
+def exit_on_errors() -> Iterator[None]:
+    """Ends the process with a one-line message instead of a traceback after an error that the user can fix."""
     try:
         yield
     except UserError as error:
         if "HYDRA_FULL_ERROR" in os.environ:
             raise
         sys.exit(f"error: {error}")
-    except BrokenPipeError:  # of `make table-2.1 | head`: nobody reads on
+    except BrokenPipeError:  # as after `make table-2.1 | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The steps of one training, in this process or shared out among several."""
+"""The steps of one training, in this process or shared among several."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from gradexp.training.dropout import dropout_after
 
 @dataclass(frozen=True)
 class Training:
-    """What there is before the first step."""
+    """Everything that exists before the first step."""
 
     run: Run
     hardware: Hardware
@@ -33,17 +33,20 @@ class Training:
     checkpointer: Checkpointer
     progress: ProgressLine
 
-    def fit(self, logger: Any) -> int:
-        """This process's part of the steps, from the last checkpoint where there is one. Returns the number of steps done."""
+    def fit(self, logger: Any, *callbacks: lightning.Callback, steps: int | None = None) -> int:
+        """Does this process's part of the steps, from the last checkpoint if there is one. Returns the number of steps done.
+
+        steps: None for all of the training; a probe does a few.
+        """
         hardware, module = self.hardware, self.module
         world = hardware.together if hardware.is_part else 1
-        stream = TrainingStream(self.loader, module.total_steps, rank=hardware.rank, world=world)
+        stream = TrainingStream(self.loader, steps or module.total_steps, rank=hardware.rank, world=world)
         with dropout_after(module.student, self.run.config["method"].get("dropout"), self.loader.example):
-            fit(module, stream, hardware, logger, self.checkpointer, self.progress)
+            fit(module, stream, hardware, logger, self.checkpointer, self.progress, *callbacks)
         return int(module.global_step)
 
-    def fit_elsewhere(self, part: Part) -> int:
-        """Has the steps done by several processes, which call `part`; the outcome is loaded. Returns the number of steps."""
+    def fit_in_processes(self, part: Part) -> int:
+        """Starts processes that do the steps by calling `part`, and loads the result. Returns the number of steps done."""
         run, hardware, checkpointer = self.run, self.hardware, self.checkpointer
         if checkpointer.usable():
             checkpointer.load_state_dict(load_checkpoint(checkpointer.path)["callbacks"]["Checkpointer"])
@@ -52,7 +55,7 @@ class Training:
         self.module.load_state_dict(state["state_dict"])
         self.module.on_load_checkpoint(state)
         self.progress.load_outcome(state["callbacks"]["ProgressLine"])
-        checkpointer.earlier["cpu"] = state["callbacks"]["Checkpointer"]["cpu"]  # theirs; the wall clock is this process's
+        checkpointer.earlier["cpu"] = state["callbacks"]["Checkpointer"]["cpu"]  # of all processes
         return int(state["global_step"])
 
 
@@ -67,20 +70,18 @@ def fit(
     hardware: Hardware,
     logger: Any,
     checkpointer: Checkpointer,
-    progress: ProgressLine,
-    *watching: lightning.Callback,
+    *callbacks: lightning.Callback,
 ) -> None:
-    """Runs the training to its end, from the last checkpoint where there is one."""
+    """Trains on every batch of the stream, from the last checkpoint if there is one."""
     with warnings.catch_warnings():
-        # Lightning warns of loaders without workers and of a log interval; neither exists here.
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("ignore")  # of loaders without workers and of a log interval, neither of which is used here
         for name in ("lightning.pytorch", "lightning.fabric"):
             logging.getLogger(name).setLevel(logging.ERROR)
         trainer = lightning.Trainer(
             **hardware.trainer_options(),
             max_epochs=1,
             logger=logger or False,
-            callbacks=[checkpointer, progress, *watching],
+            callbacks=[checkpointer, *callbacks],
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,

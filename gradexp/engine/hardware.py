@@ -1,4 +1,4 @@
-"""Where and how a run computes: nothing here is part of its identity."""
+"""Where and how a run computes. Nothing here is part of its identity."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ def native_bf16(kind: str) -> bool:
 
 
 def _processor() -> str:
-    """Its name, and what it computes with: `AMD EPYC` alone stands for processors of very different speed."""
+    """The processor's name and instructions: `AMD EPYC` alone may be processors of very different speed."""
     name, instructions = torch.cpu.get_capabilities().get("cpu_name", "cpu"), torch.backends.cpu.get_cpu_capability()
     return f"{name} ({instructions}{', bf16' if native_bf16('cpu') else ''})"
 
 
 def _keep_memory() -> None:
-    """Tells glibc to keep freed memory for the next step, which asks for the same tensors again.
+    """Makes glibc, if there is one, keep freed memory for the next step, which allocates the same tensors again.
 
-    By default it returns every large block to the system, and touching it anew costs more than filling it: a
-    Jacobian step of VGG-4 in fp32 takes a tenth longer. Does nothing where there is no glibc.
+    By default it returns large blocks to the system, and touching them anew costs more than filling them: a Jacobian step of
+    VGG-4 in fp32 takes a tenth longer.
     """
     trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
     try:
@@ -48,27 +48,27 @@ def _keep_memory() -> None:
     mallopt(trim_threshold, 2**31 - 1)
 
 
-def _forbid_chance() -> None:
-    """Repeats are bit-identical on the same machine, or an operation that can't promise it raises an error.
+def _use_deterministic_algorithms() -> None:
+    """Makes repeats bit-identical on the same machine; an operation that cannot guarantee it raises an error.
 
-    CUBLAS_WORKSPACE_CONFIG, which must be there before CUDA starts, is set by gradexp.engine.exits.
+    CUBLAS_WORKSPACE_CONFIG, which CUDA reads when it starts, is set by gradexp.engine.exits.
     """
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
 
 
-def _full_float32() -> None:
-    """float32 means float32: a GPU's convolutions take TF32 by default, with 10 of its 23 bits of mantissa.
+def _forbid_tf32() -> None:
+    """Makes float32 full precision: a GPU's convolutions use TF32 by default, with 10 of its 23 bits of mantissa.
 
-    A trace estimate multiplies the difference of two logits by 2/σ² (Eq. 5.9), which TF32 would leave only rounding of.
+    A trace estimate multiplies the difference of two logits by 2/σ² (Eq. 5.9), of which TF32 would leave rounding errors.
     """
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
 
-def _wake_vector_math() -> None:
+def _enable_vector_math() -> None:
     """Makes softplus and log1p on the CPU nine times faster.
 
-    In torch 2.14 on x86 with AVX-512 they run on a slow path until pow has once worked on a vector of numbers
+    In torch 2.14 on x86 with AVX-512 they take a slow path until pow has once been applied to a vector of numbers
     (measured: 6.2 ns an element before, 0.65 after, for softplus on two cores).
     """
     torch.full((256,), 2.0).pow(1.5)
@@ -77,10 +77,10 @@ def _wake_vector_math() -> None:
 class Hardware:
     """Device, precision and memory layout of a run.
 
-    devices: how many processes train together on each of `num_nodes` machines (engine/processes.py); `auto` for all GPUs.
-    precision: `32`, `bf16`, or `auto` (bf16 where the device computes it natively). checkpoint_every: seconds.
-    strict: see _forbid_chance. threads: CPU threads of a process, None for torch's choice. store_gib: a teacher's targets
-    are computed once for all views, and kept in memory-mapped files, where they need no more than this.
+    devices: the number of processes that train together on each of `num_nodes` machines (engine/processes.py); `auto` for
+    all GPUs. precision: `32`, `bf16`, or `auto` (bf16 where the device computes it natively). checkpoint_every: seconds.
+    strict: deterministic algorithms. threads: CPU threads of a process, None for torch's choice. store_gib: the size up to
+    which a teacher's targets are computed once for all views and stored in memory-mapped files.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class Hardware:
         if wanted not in LIGHTNING_PRECISION:
             raise UserError(f"trainer.precision={precision}: it is 32, bf16 or auto")
         if wanted == "bf16" and not native_bf16(self.kind):
-            # Emulated, it is many times slower than fp32, and torch 2.14's convolutions have corrupted memory with it.
+            # Emulated, it is many times slower than fp32, and convolutions of torch 2.14 have corrupted memory.
             raise UserError("trainer.precision=bf16: this processor has no bf16 arithmetic; use 32 or auto")
         self.precision, self.channels_last, self.checkpoint_every = wanted, channels_last, checkpoint_every
         self.store_gib, self.threads, self.num_nodes, self.strict = store_gib, threads, num_nodes, strict
@@ -117,17 +117,17 @@ class Hardware:
         self.device = torch.device("cuda", local) if self.kind == "gpu" else torch.device("cpu")
 
     def apply(self) -> None:
-        """Settings of the whole process."""
+        """Applies the settings to this process."""
         if self.threads or self.is_part:
             torch.set_num_threads(self.threads_of_each())
         if self.strict:
-            _forbid_chance()
-        _full_float32()
+            _use_deterministic_algorithms()
+        _forbid_tf32()
         _keep_memory()
-        _wake_vector_math()
+        _enable_vector_math()
 
     def threads_of_each(self) -> int:
-        """Of the processes that train together."""
+        """CPU threads of each of the processes that train together."""
         return self.threads or max(1, cpu_count() // self.devices)
 
     def place(self, model: nn.Module) -> nn.Module:
@@ -135,7 +135,7 @@ class Hardware:
         return model.to(self.device).to(memory_format=layout)
 
     def trainer_options(self) -> dict[str, Any]:
-        """Of Lightning's Trainer. The environment is named: what SLURM says of the job is not what trains together."""
+        """Options of Lightning's Trainer. They include the environment, which it would otherwise infer from SLURM's job."""
         options = {"accelerator": self.kind, "precision": LIGHTNING_PRECISION[self.precision]}
         if not self.is_part:
             return {**options, "devices": 1, "plugins": [LightningEnvironment()]}
@@ -146,11 +146,11 @@ class Hardware:
         return {**options, **nodes, "strategy": strategy, "plugins": [TorchElasticEnvironment()]}
 
     def autocast(self) -> torch.autocast:
-        """What Lightning does around a training step."""
+        """The autocast context that Lightning uses for a training step."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     def facts(self, *, mixed: bool = True) -> dict[str, Any]:
-        """What a record says of the machine; never its name. mixed: whether what it computed was under `autocast`."""
+        """The fields of a record about the machine, without its name. mixed: whether it computed under `autocast`."""
         name = torch.cuda.get_device_name() if self.kind == "gpu" else _processor()
         facts = {"device": name, "precision": self.precision if mixed else "32", "threads": torch.get_num_threads()}
         if self.kind == "gpu":

@@ -1,6 +1,6 @@
 """Runs by their ids: `python run.py --show ID` prints a record, `python run.py --id ID` does its run.
 
-As every run, that one is answered from its record where there is one: with `paths.results=FOLDER` it is done again elsewhere.
+Like every run, that one is answered from its record where it exists; `paths.results=FOLDER` does it again elsewhere.
 """
 
 from __future__ import annotations
@@ -11,37 +11,33 @@ from pathlib import Path
 
 from gradexp.base.errors import UserError
 from gradexp.engine.compose import compose_run
-from gradexp.engine.record import read_record
+from gradexp.engine.record import numbers_of, read_record
 from gradexp.engine.run import HARDWARE, ROOT, Config, Paths, Run, hardware
 
-SHORTEST = 4  # characters of an id that are enough where only one record begins with them
+SHORTEST = 4  # characters of an id that are enough if only one record begins with them
 
 
-def find(name: str, results: Path) -> Path:
-    """The record whose id is, or begins with, `name`. Raises UserError where there is none, or there are several."""
+def find_record(name: str, results: Path) -> Path:
+    """The record whose id is or begins with `name`. Raises UserError where there is none, or more than one."""
     files = sorted(results.glob(f"runs/*/{name}*.json")) if len(name) >= SHORTEST and name.isalnum() else []
     if len(files) != 1:
-        found = f"several: {', '.join(file.stem for file in files)}" if files else f"none in {results / 'runs'}"
+        matches = f"several: {', '.join(file.stem for file in files)}" if files else f"none in {results / 'runs'}"
         raise UserError(
-            f"--id and --show take the id of one record, or its first {SHORTEST} or more characters; {name!r} fits {found}. "
-            f"gradexp.records() lists all of them"
+            f"--id and --show take the id of one record, or its first {SHORTEST} or more characters; {name!r} matches "
+            f"{matches}. gradexp.records() lists all of them"
         )
     return files[0]
 
 
-def run_of(record: Config, words: Sequence[str] = ()) -> Run:
-    """The run of a record, on today's hardware. words: overrides of hardware and paths. Raises UserError for others."""
-    for word in words:
-        if word.lstrip("+~").partition("=")[0].partition(".")[0] not in HARDWARE:
-            raise UserError(f"{word}: with --id only {', '.join(HARDWARE)} can be set, which do not change the run")
-    today = compose_run(["experiment=teacher", f"scale={record['scale']}", *words])
+def run_of(record: Config, setting: Config, paths: Paths) -> Run:
+    """The run of a record, on the hardware that the config `setting` names."""
     command = tuple(shlex.split(record["command"])[2:]) if "command" in record else ()
-    return Run(record["config"] | hardware(today), Paths.of(today), command)
+    return Run(record["config"] | hardware(setting), paths, command)
 
 
 def show(record: Config, file: Path) -> str:
-    """A record for the eye: what ran, where, and what came out; curves are left to the file."""
-    numbers = {name: value for name, value in record["metrics"].items() if not isinstance(value, list)}
+    """A record as text, without the values of its curves."""
+    numbers = numbers_of(record)
     curves = [name for name in record["metrics"] if name not in numbers]
     git, seconds = record["git"], record["seconds"]
     facts = {
@@ -60,15 +56,19 @@ def show(record: Config, file: Path) -> str:
     return "\n".join([f"run {record['id']}", *(f"  {name:<{width}}  {value}" for name, value in facts.items())])
 
 
-def answered(arguments: Sequence[str]) -> Run | None:
-    """Prints the record for `--show ID`; returns the run to do for `--id ID`. Raises UserError where the id is missing."""
+def answer(arguments: Sequence[str]) -> Run | None:
+    """Prints the record for `--show ID`; returns the run for `--id ID`. Raises UserError where the id is missing or unknown."""
     option, *rest = arguments
     if not rest:
         raise UserError(f"type python run.py {option} ID")
     name, *words = rest
-    file = find(name, ROOT / "results")
+    file = find_record(name, ROOT / "results")
     record = read_record(file)
     if option == "--show":
         print(show(record, file))
         return None
-    return run_of(record, words)
+    for word in words:
+        if word.lstrip("+~").partition("=")[0].partition(".")[0] not in HARDWARE:
+            raise UserError(f"{word}: with --id only {', '.join(HARDWARE)} can be set, which do not change the run")
+    setting = compose_run(["experiment=teacher", f"scale={record['scale']}", *words])
+    return run_of(record, setting, Paths.of(setting))

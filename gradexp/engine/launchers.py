@@ -1,18 +1,15 @@
-"""Where the runs of a table are done: processes of this machine, or jobs of a cluster."""
+"""Where the runs of a table are done: in processes of this machine, or in jobs of a cluster."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
-import queue
 import signal
 import subprocess
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import connection
@@ -25,22 +22,17 @@ from gradexp.base.errors import STOPPED, UserError
 from gradexp.base.ranges import Count, Index, Positive
 from gradexp.engine.compose import plan
 from gradexp.engine.ensure import ensure
-from gradexp.engine.exits import honest
+from gradexp.engine.exits import exit_on_errors
 from gradexp.engine.origin import LOADED, git_state
-from gradexp.engine.record import say
+from gradexp.engine.record import print_summary
 
-# Every run is forked from one server that has already imported what training needs: a process of its own,
-# without the ten seconds of imports that a fresh interpreter costs.
+# A fresh interpreter takes ten seconds to import these; a process forked from a server that has imported them takes none.
 PRELOADED = ["gradexp.tasks.train", "gradexp.engine.compose"]
-
-# To start a process, multiprocessing reads the exit codes of all that have ended: a thread that joins one of them at the same
-# time finds its code already read, and calls it 255. So one at a time, and none while it waits.
-_EXIT_CODES = threading.Lock()
 
 
 @dataclass(frozen=True)
 class Work:
-    """What `python run.py OVERRIDES` does, written to a log; called in a process of its own."""
+    """What `python run.py OVERRIDES` does, with its output in a log; called in a process of its own."""
 
     overrides: tuple[str, ...]
     log: Path
@@ -56,73 +48,63 @@ class Work:
 
             torch.set_num_threads(threads)
         try:
-            with honest():
-                say(ensure(plan(self.overrides)))
+            with exit_on_errors():
+                print_summary(ensure(plan(self.overrides)))
         except Exception:
             traceback.print_exc()
             sys.exit(1)
 
     def checkpoint(self) -> Any:
-        """What submitit queues again when a job is preempted: the same work, which goes on from its checkpoint."""
+        """What submitit queues again when a job is preempted: the same work, which resumes from its checkpoint."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)
 
 
-Ended = Callable[[int, int], None]  # index of a piece of work, its exit code
-
-
 class Local:
-    """`workers` processes at a time, each with its part of the cores, and a GPU of its own where there are GPUs."""
+    """Up to `workers` processes at a time, each with its part of the cores, and a GPU of its own where there are GPUs."""
 
     def __init__(self) -> None:
-        self._running: dict[int, Any] = {}
+        self._running: dict[Any, tuple[int, Any, str | None]] = {}  # {sentinel: (index, process, GPU)}
         self._stopped = False
 
-    def do(self, works: Sequence[Work], workers: int, ended: Ended) -> None:
-        """Runs everything; calls `ended(index, exit code)` when a run ends.
+    def do(self, works: Sequence[Work], workers: int) -> Iterator[tuple[int, int]]:
+        """Does all works and yields (index, exit code) when one ends.
 
-        Raises SystemExit after a signal, once all checkpoints are written.
+        Raises SystemExit after SIGTERM, once the running processes have written their checkpoints.
         """
         os.environ.setdefault(LOADED, git_state()["commit"] or "")
         gpus = visible_gpus()
         count = min(workers, len(works), len(gpus) or workers)
-        leases: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        for number in range(count):
-            leases.put(gpus[number] if gpus else None)
+        free: list[str | None] = [*gpus[:count]] or [None] * count
         threads = max(1, cpu_count() // count)
-        with self._passing_signals(), ThreadPoolExecutor(count) as pool:
-            list(pool.map(lambda item: ended(item[0], self._one(item[1], threads, leases)), enumerate(works)))
+        waiting = list(enumerate(works))
+        with self._forwarding_sigterm():
+            while self._running or (waiting and not self._stopped):
+                while waiting and free and not self._stopped:
+                    self._start(*waiting.pop(0), threads, free.pop())
+                for sentinel in connection.wait(list(self._running)):
+                    index, process, gpu = self._running[sentinel]
+                    process.join()
+                    del self._running[sentinel]
+                    free.append(gpu)
+                    yield index, process.exitcode
         if self._stopped:
             sys.exit(STOPPED)
 
-    def _one(self, work: Work, threads: int, leases: queue.SimpleQueue[str | None]) -> int:
-        lease = leases.get()
-        try:
-            if self._stopped:
-                return STOPPED
-            process = started(_leased, work, threads, lease)
-            self._running[id(process)] = process
-            if self._stopped:
-                process.terminate()
-            code = exit_code(process)
-            del self._running[id(process)]
-            return code
-        finally:
-            leases.put(lease)
+    def _start(self, index: int, work: Work, threads: int, gpu: str | None) -> None:
+        process = start_process(_on_gpu, work, threads, gpu)
+        self._running[process.sentinel] = index, process, gpu
+        if self._stopped:  # the signal came while the process was started
+            process.terminate()
 
     @contextmanager
-    def _passing_signals(self) -> Iterator[None]:
-        """Inside, SIGTERM is passed on to the runs, which write their checkpoints."""
-
+    def _forwarding_sigterm(self) -> Iterator[None]:
         def stop(*_: Any) -> None:
             self._stopped = True
-            for process in list(self._running.values()):
+            for _index, process, _gpu in list(self._running.values()):
                 process.terminate()
 
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
         before = signal.signal(signal.SIGTERM, stop)
         try:
             yield
@@ -130,32 +112,23 @@ class Local:
             signal.signal(signal.SIGTERM, before)
 
 
-def started(task: Callable[..., None], *arguments: Any) -> Any:
-    """A process, forked from the server, that does task(*arguments); threads may start several at a time."""
+def start_process(task: Callable[..., None], *arguments: Any) -> Any:
+    """A process, forked from the server, that does task(*arguments)."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     process = context.Process(target=task, args=arguments)
-    with _EXIT_CODES:
-        process.start()
+    process.start()
     return process
 
 
-def exit_code(process: Any) -> int:
-    """Its exit code, waited for."""
-    connection.wait([process.sentinel])
-    with _EXIT_CODES:
-        process.join()
-    return int(process.exitcode)
-
-
-def _leased(work: Work, threads: int, gpu: str | None) -> None:
+def _on_gpu(work: Work, threads: int, gpu: str | None) -> None:
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     work(threads)
 
 
 def visible_gpus() -> list[str]:
-    """The GPUs that this process may use, without importing torch."""
+    """The GPUs that this process may use, found without importing torch."""
     if "CUDA_VISIBLE_DEVICES" in os.environ:
         return [name for name in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if name.strip() and name != "-1"]
     try:
@@ -166,7 +139,7 @@ def visible_gpus() -> list[str]:
 
 
 class Slurm:
-    """Jobs of an array; the command waits for them. cluster: `slurm`, or `local` for submitit's processes here."""
+    """Jobs of a SLURM array, for which the command waits. cluster: `slurm`, or `local` for submitit's local processes."""
 
     def __init__(
         self,
@@ -188,27 +161,24 @@ class Slurm:
         given["slurm_signal_delay_s"] = warning
         self.slurm = {key: value for key, value in given.items() if value is not None} if cluster == "slurm" else {}
 
-    def do(self, works: Sequence[Work], workers: int, ended: Ended) -> None:
-        """Submits all of it at once and waits; calls `ended(index, exit code)` when a job ends."""
+    def do(self, works: Sequence[Work], workers: int) -> Iterator[tuple[int, int]]:
+        """Submits all works at once and yields (index, exit code) when a job ends."""
         import submitit
 
-        options = {"max_num_timeout": self.requeues}
         folder = works[0].log.parents[3] / "slurm" / "%j"
+        options = {f"{self.cluster}_max_num_timeout": self.requeues}
         try:
-            executor = submitit.AutoExecutor(
-                folder, cluster=self.cluster, **{f"{self.cluster}_{k}": v for k, v in options.items()}
-            )
+            executor = submitit.AutoExecutor(folder, cluster=self.cluster, **options)
         except RuntimeError as error:
-            raise UserError(
-                f"launcher=slurm: {error}; start it on a machine where sbatch works, or use LAUNCHER=local"
-            ) from None
+            advice = "start it on a machine where sbatch works, or use LAUNCHER=local"
+            raise UserError(f"launcher=slurm: {error}; {advice}") from None
         executor.update_parameters(**self.common, **self.slurm, name="gradexp")
         with executor.batch():
             jobs = [executor.submit(work) for work in works]
         waiting = dict(enumerate(jobs))
         while waiting:
-            for number in [number for number, job in waiting.items() if job.done()]:
-                ended(number, _code(waiting.pop(number)))
+            for index in [index for index, job in waiting.items() if job.done()]:
+                yield index, _code(waiting.pop(index))
             time.sleep(self.poll)
 
 

@@ -1,4 +1,4 @@
-"""Where curves are shown while a run trains; a logger never fails a run."""
+"""Loggers of curves during a training. The failure of a logger never ends a run."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from gradexp.engine.run import Run
 
 
 def make_logger(run: Run) -> Any | None:
-    """The Lightning logger that `logger` names, or None where there is none or it can't start."""
+    """The Lightning logger that `logger` names; None if it is `none` or fails to start."""
     try:
         logger = build(run.config["logger"], where="logger", run=run)
         if logger is not None:
-            logger.experiment  # noqa: B018 (Lightning would start it later, where a failure ends the run)
+            logger.experiment  # noqa: B018 (starts it here, not in Lightning, where a failure ends the run)
         return logger
     except UserError:
         raise
-    except Exception as error:  # the run matters more than its curves
+    except Exception as error:
         print(f"{run.config['logger']['_target_']} is not available ({error}); going on without it", flush=True)
         return None
 
@@ -31,14 +31,14 @@ def none(*, run: Run, group: str) -> None:
 
 
 def csv(*, run: Run, group: str) -> Any:
-    """Curves, a line a pass, as csv/version_0/metrics.csv in the run's folder; a resumed run goes on in version_1."""
+    """Curves, a line a pass, in csv/version_0/metrics.csv of the run's folder; in version_1 after a resume."""
     from lightning.pytorch.loggers import CSVLogger
 
     return CSVLogger(run.folder, name="csv", flush_logs_every_n_steps=1)
 
 
 def wandb(*, run: Run, group: str, project: str) -> Any:
-    """Weights & Biases: online when somebody is logged in, offline otherwise."""
+    """Weights & Biases, offline if nobody is logged in."""
     from lightning.pytorch.loggers import WandbLogger  # importing wandb takes seconds
 
     os.environ.setdefault("WANDB_SILENT", "true")
@@ -58,7 +58,7 @@ def wandb(*, run: Run, group: str, project: str) -> Any:
 
 
 def close(logger: Any | None, metrics: dict[str, float]) -> None:
-    """Logs the final numbers and closes the logger, so that the next run of this process gets its own."""
+    """Logs the final numbers and closes the logger, so that the next run in this process gets a new one."""
     if logger is None:
         return
     try:
@@ -67,11 +67,11 @@ def close(logger: Any | None, metrics: dict[str, float]) -> None:
         if hasattr(logger.experiment, "finish"):
             logger.experiment.finish()
     except Exception as error:
-        print(f"the logger failed at the end ({error}); the record has everything", flush=True)
+        print(f"the logger failed at the end ({error}); the record has all numbers", flush=True)
 
 
 def logged_in() -> bool:
-    """Whether W&B has a key here; without one runs are logged offline."""
+    """Whether W&B is to be used online and has a key for its server."""
     if os.environ.get("WANDB_MODE", "online") != "online":
         return False
     if os.environ.get("WANDB_API_KEY"):

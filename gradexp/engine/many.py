@@ -1,8 +1,7 @@
-"""Many runs: those that are missing, each in its own process, upstream runs first."""
+"""Many runs: those without a record, each in its own process, upstream runs first."""
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -27,9 +26,9 @@ def missing(runs: Iterable[Run]) -> list[Run]:
 
 
 def generations(runs: Sequence[Run]) -> list[list[Run]]:
-    """The runs and all missing ones below them, once each: every run in a later generation than its upstream runs.
+    """The runs and their missing upstream runs, once each, every run in a later generation than its upstream runs.
 
-    One with a record but without its weights is done again by its first user, the others wait for it.
+    An upstream run with a record but without its weights is done again by the first run that needs it; others wait for it.
     """
     depth: dict[str, tuple[int, Run]] = {}
 
@@ -46,7 +45,7 @@ def generations(runs: Sequence[Run]) -> list[list[Run]]:
 
 
 def make_launcher(name: str, words: Sequence[str] = ()) -> Any:
-    """The launcher of conf/launcher/NAME.yaml. words: `launcher.KEY=VALUE`. Raises UserError for a name or key there is not."""
+    """The launcher of conf/launcher/NAME.yaml. words: `launcher.KEY=VALUE`. Raises UserError for an unknown name or key."""
     config = compose_run(["experiment=teacher", f"+launcher={name}", *words])
     return build(config["launcher"], where="launcher")
 
@@ -54,13 +53,12 @@ def make_launcher(name: str, words: Sequence[str] = ()) -> Any:
 def run_all(
     runs: Sequence[Run], *, workers: int, extra: Sequence[str] = (), launcher: Local | Slurm | None = None
 ) -> list[Failure]:
-    """Does the runs, their upstream runs first and once; returns those that failed and those that wait for them.
+    """Does the runs, their upstream runs first and once. Returns those that failed, and those whose upstream run failed.
 
     extra: hardware overrides for every run. The cores are shared out among the workers.
     """
-    launcher, stages = launcher or Local(), generations(runs)
-    tell = _Progress(sum(map(len, stages)))
-    failed: dict[str, Failure] = {}
+    launcher, stages, begun = launcher or Local(), generations(runs), time.monotonic()
+    total, count, failed = sum(map(len, stages)), 0, dict[str, Failure]()
     for stage in stages:
         ready = []
         for run in stage:
@@ -69,42 +67,19 @@ def run_all(
                 failed[run.id] = Failure(run.command, cause.log)
             else:
                 ready.append(run)
-        failed |= _do_stage(ready, workers, extra, launcher, tell)
+        works = [Work((*run.overrides, *extra), run.folder / "log.txt") for run in ready]
+        for index, code in launcher.do(works, workers) if works else ():
+            run, log = ready[index], works[index].log
+            count += 1
+            seconds = time.monotonic() - begun
+            print(f"[{count}/{total}] {seconds:.0f} s  {run.command}\n    {_last_line(log, code)}", flush=True)
+            if code:
+                failed[run.id] = Failure(run.command, log)
     return list(failed.values())
-
-
-def _do_stage(
-    runs: Sequence[Run], workers: int, extra: Sequence[str], launcher: Local | Slurm, tell: _Progress
-) -> dict[str, Failure]:
-    """Does runs that do not wait for each other, and says how each ended; {id: failure} of those that failed."""
-    works = [Work((*run.overrides, *extra), run.folder / "log.txt") for run in runs]
-    failed: dict[str, Failure] = {}
-
-    def ended(number: int, code: int) -> None:
-        run, log = runs[number], works[number].log
-        tell(run.command, _last_line(log, code))
-        if code:
-            failed[run.id] = Failure(run.command, log)
-
-    if works:
-        launcher.do(works, workers, ended)
-    return failed
-
-
-class _Progress:
-    """Says, of all runs that a command does, how many have ended, and after how long; several threads may speak."""
-
-    def __init__(self, total: int) -> None:
-        self.total, self.ended, self.begun, self.lock = total, 0, time.monotonic(), threading.Lock()
-
-    def __call__(self, command: str, result: str) -> None:
-        with self.lock:
-            self.ended += 1
-            print(f"[{self.ended}/{self.total}] {time.monotonic() - self.begun:.0f} s  {command}\n    {result}", flush=True)
 
 
 def _last_line(log: Path, code: int) -> str:
     lines = log.read_text().splitlines() if log.exists() else []
     if code < 0:  # its last line is about its progress
-        return f"killed by signal {-code}; it last said: {lines[-1] if lines else 'nothing'}"
+        return f"killed by signal {-code}; its last output: {lines[-1] if lines else 'none'}"
     return lines[-1] if lines else f"it ended with exit code {code} and printed nothing"

@@ -1,4 +1,4 @@
-"""Where a record comes from: the commit, and the versions of what computed it."""
+"""The origin of a record: the commit, and the versions of the libraries."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 
 from gradexp.engine.run import ROOT
 
-LOADED = "GRADEXP_COMMIT"  # in the environment: the commit whose code a server of processes has loaded
+LOADED = "GRADEXP_COMMIT"  # environment variable: the commit whose code the server of forked processes has loaded
 VERSIONED = ("torch", "torchvision", "lightning", "hydra-core", "numpy", "gradexp")
 
 
 def git_state() -> dict[str, Any]:
     """The commit, and whether code or config differ from it (results do not count).
 
-    A process that was forked from a server has the code of when that was started, whose commit the environment names.
+    A process that was forked from a server runs the code that the server loaded, which may be of an earlier commit.
     """
 
     def git(*words: str) -> str:
@@ -31,10 +31,11 @@ def git_state() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    found = {"python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}"}
+    """The versions of Python, the platform and the packages that decide numbers."""
+    numbers = {"python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}"}
     for package in VERSIONED:
         try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+            numbers[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:  # gradexp, run from a checkout without installation
+            numbers[package] = "not installed"
+    return numbers

@@ -1,4 +1,4 @@
-"""Long work that is no training, done piece by piece: a killed run goes on after its last one."""
+"""Long work other than training, done in pieces: a killed run resumes after its last piece."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import hashlib
 import io
 import json
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,10 +23,10 @@ Piece = TypeVar("Piece")  # tensors on the CPU, numbers, and containers of these
 
 
 class Pieces:
-    """Each is kept in `run.pieces` from when it is done until the run has its record.
+    """Finished pieces, which are stored in `run.pieces` until the run has its record.
 
-    What is drawn at random for a piece must depend on its number alone, so that the numbers of a resumed run are those of
-    an undisturbed one. Pieces that stand on other files of upstream runs are not taken, nor damaged ones.
+    Random numbers of a piece must depend on its number only, so that a resumed run gives the same numbers as an undisturbed
+    one. Damaged pieces, and those made from other files of upstream runs, are made again.
 
     used: SHA-256 of the files of upstream runs, by name.
     """
@@ -41,34 +40,32 @@ class Pieces:
         self.attempts: list[dict[str, Any]] = []  # earlier ones whose origin was another
 
     def facts(self) -> dict[str, Any]:
-        """What a record says of pieces that earlier attempts made: their seconds, and where they come from."""
+        """The fields of a record about pieces of earlier attempts: their seconds and their origins."""
         return {"earlier_seconds": self.earlier, **({"attempts": self.attempts} if self.attempts else {})}
 
     def each(self, name: str, items: Iterable[Item], make: Callable[[int, Item], Piece], *, count: int) -> list[Piece]:
-        """make(number, item) of all `count` items; of those that are kept, what an earlier attempt made."""
+        """make(number, item) for each of the `count` items; stored results of earlier attempts are loaded instead."""
         files = [self.folder / f"{name}_{number}.pt" for number in range(count)]
-        kept = [intact(file) for file in files]
-        progress = Progress(f"{self.title}: {name}", count, "pieces", done=sum(kept))
+        stored = [intact(file) for file in files]
+        progress = Progress(f"{self.title}: {name}", count, "pieces", done=sum(stored))
         pieces = []
         for number, (file, item) in enumerate(zip(files, items, strict=True)):
-            if kept[number]:
-                pieces.append(self._kept(file))
+            if stored[number]:
+                pieces.append(self._load(file))
                 continue
-            pieces.append(self._made(file, partial(make, number, item)))
-            progress.say(number + 1 + sum(kept[number + 1 :]))
+            begun = clocks.read()
+            piece = make(number, item)
+            content = io.BytesIO()
+            torch.save({"piece": piece, "seconds": clocks.since(begun), "origin": self.origin}, content)
+            write_sealed(file, content.getvalue())
+            pieces.append(piece)
+            progress.update(number + 1 + sum(stored[number + 1 :]))
         return pieces
 
-    def _kept(self, file: Path) -> Any:
+    def _load(self, file: Path) -> Any:
         content = torch.load(file, weights_only=True, map_location="cpu")
         for clock in clocks.CLOCKS:
             self.earlier[clock] += content["seconds"][clock]
         if content["origin"] not in (self.origin, *self.attempts):
             self.attempts.append(content["origin"])
         return content["piece"]
-
-    def _made(self, file: Path, make: Callable[[], Piece]) -> Piece:
-        begun, content = clocks.read(), io.BytesIO()
-        piece = make()
-        torch.save({"piece": piece, "seconds": clocks.since(begun), "origin": self.origin}, content)
-        write_sealed(file, lambda draft: draft.write_bytes(content.getvalue()))
-        return piece

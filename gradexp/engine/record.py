@@ -1,4 +1,4 @@
-"""Records: what a finished run leaves in results/, checked when it is written and when it is read."""
+"""Records: what finished runs leave in results/, checked when they are written and when they are read."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import math
 import re
 import zlib
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired
 
@@ -30,7 +31,7 @@ lenient = with_config(ConfigDict(extra="allow", strict=True))  # tasks add facts
 
 @lenient
 class Seconds(TypedDict):
-    """Of the run alone; its upstream runs have their own."""
+    """Of the run without its upstream runs."""
 
     wall: float
     cpu: float
@@ -44,7 +45,7 @@ class Git(TypedDict):
 
 @lenient
 class Used(TypedDict):
-    """An upstream run: which one, and (NAME_sha256) which file of it was used."""
+    """An upstream run: its id, and (NAME_sha256) the digest of its file that was used."""
 
     id: str
     experiment: NotRequired[str]
@@ -52,7 +53,7 @@ class Used(TypedDict):
 
 @lenient
 class Product(TypedDict):
-    """The file that a run left for others."""
+    """The file that a run left for other runs."""
 
     file: str
     sha256: str
@@ -91,10 +92,8 @@ class Record(TypedDict):
     steps: NotRequired[int]
     planned_steps: NotRequired[int]  # steps are fewer only where the training diverged; records before 2026-11-29 lack it
     images_per_second: NotRequired[float]
-    targets: NotRequired[
-        str
-    ]  # of a teacher: `stored` (once, in bfloat16 but for the logits) or `live` (computed for every batch)
-    images: NotRequired[int]  # that a score is a mean over
+    targets: NotRequired[str]  # of a teacher: `stored` (once; in bfloat16, except logits) or `live` (computed for every batch)
+    images: NotRequired[int]  # over which a score is a mean
     labels: NotRequired[list[int]]  # of a gallery's images
     layers: NotRequired[list[str]]
     sha256: NotRequired[dict[str, str]]  # of saliency maps
@@ -103,22 +102,35 @@ class Record(TypedDict):
 
 
 def faults(record: Any, *, complete: bool) -> list[str]:
-    """What is wrong with a record, nothing where it is right. complete: every required field must be there."""
+    """What is wrong with a record, a line each; empty for a valid one. complete: every required field must exist."""
     if not isinstance(record, dict) or not isinstance(record.get("metrics"), dict):
         return ["it has no metrics"]
-    found = typed.faults(Record, record, missing=complete)
+    wrong = typed.faults(Record, record, missing=complete)
     if complete and not re.fullmatch("[0-9a-f]{12}", str(record.get("id"))):
-        found.append(f"id={record.get('id')!r} is not twelve hexadecimal digits")
-    if not found and record.get("status") == "finished" and record.get("steps", 0) < record.get("planned_steps", 0):
-        found.append(f"its training ended after {record['steps']} of {record['planned_steps']} steps")
-    return found
+        wrong.append(f"id={record.get('id')!r} is not twelve hexadecimal digits")
+    if not wrong and record.get("status") == "finished" and record.get("steps", 0) < record.get("planned_steps", 0):
+        wrong.append(f"its training ended after {record['steps']} of {record['planned_steps']} steps")
+    return wrong
 
 
 # --- reading ----------------------------------------------------------------------------------------------
 
 
 def read_record(path: Path) -> Config:
-    """A record, its curves included even where they were moved to the compressed file beside it."""
+    """A record with its curves, which may be in a compressed file beside it. Do not modify it: it is kept for the next reader.
+
+    Raises UserError where it cannot be read or is not valid.
+    """
+    try:
+        state = path.stat()
+    except OSError as error:
+        raise _unreadable(path, str(error)) from None
+    return _parsed(path, state.st_ino, state.st_mtime_ns, state.st_size)
+
+
+@cache
+def _parsed(path: Path, *_state: int) -> Config:
+    """A table, its caption and the page read the same records; each state of a file is parsed once in a process."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         if "curves_file" in record:
@@ -136,7 +148,7 @@ def _unreadable(path: Path, why: str) -> UserError:
 
 
 def metric_of(record: Config, name: str) -> float | list[float | None]:
-    """A recorded number, or a curve; NaN for a number that a diverged run has not. Raises UserError for an unknown name."""
+    """A recorded number or curve; NaN for a number that a diverged run lacks. Raises UserError for an unknown name."""
     metrics = record["metrics"]
     if name not in metrics and record["status"] != "diverged":
         raise UserError(f"record {record['id']} has no metric {name}{nearest(name, metrics)}")
@@ -145,10 +157,10 @@ def metric_of(record: Config, name: str) -> float | list[float | None]:
 
 
 def value_of(record: Config, name: str) -> float:
-    """A recorded number, as metric_of. Raises UserError for a curve."""
+    """A recorded number, as `metric_of`. Raises UserError for a curve."""
     value = metric_of(record, name)
     if isinstance(value, list):
-        raise UserError(f"record {record['id']}: {name} is a curve, where a number is wanted")
+        raise UserError(f"record {record['id']}: {name} is a curve, not a number")
     return float(value)
 
 
@@ -168,7 +180,7 @@ def write_record(path: Path, record: Config) -> None:
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of the record at `path`. Raises UserError where they are missing or are not the record's."""
+    """The arrays of the record at `path`. Raises UserError where they are missing or have another digest than in the record."""
     facts = read_record(path).get("arrays", {})
     file = path.with_suffix(".npz")
     if not file.exists() or sha256(file) != facts.get("sha256"):
@@ -185,15 +197,15 @@ def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> Config:
 
 
 def as_json(value: Any) -> bytes:
+    """Indented JSON with sorted keys, a list of numbers on one line."""
     text = json.dumps(finite(value), sort_keys=True, indent=2, allow_nan=False)
-    flat = re.sub(
-        r"\[\n[^][{}]*\]", lambda found: re.sub(r"\s*\n\s*", " ", found[0]).replace("[ ", "[").replace(" ]", "]"), text
-    )
-    return (flat + "\n").encode()  # a list of numbers stays on one line
+    lists = r"\[\n[^][{}]*\]"
+    flat = re.sub(lists, lambda match: re.sub(r"\s*\n\s*", " ", match[0]).replace("[ ", "[").replace(" ]", "]"), text)
+    return (flat + "\n").encode()
 
 
 def finite(value: Any) -> Any:
-    """JSON knows no NaN: a number that is not finite becomes null."""
+    """The value with null for numbers that are not finite, which JSON cannot express."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -201,30 +213,38 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _short(value: float | None) -> str:
-    return "nan" if value is None else f"{value:.2f}" if abs(value) >= 1 else f"{value:.3g}"
+# --- at the end of a run ----------------------------------------------------------------------------------
 
 
 def objective(record: Config, direction: str) -> float | None:
-    """What a sweeper is told: the metric that the config calls `objective`; the worst value where training diverged.
+    """The metric that the config names `objective`; for a sweeper, the worst value where the training diverged.
 
-    direction: `maximize` or `minimize`, the sweeper's; anything else where nobody optimises: a missing metric is then None.
-    Raises UserError for a metric that a sweeper needs and the run has not.
+    direction: `maximize` or `minimize`, the sweeper's; anything else without a sweeper, where a missing metric is None.
+    Raises UserError for a metric that a sweeper needs and the run lacks.
     """
-    name, metrics = record["config"].get("objective", "test/accuracy"), record["metrics"]
-    wanted = direction in ("maximize", "minimize")
-    if wanted and (name not in metrics or isinstance(metrics[name], list)):
-        numbers = sorted(key for key, value in metrics.items() if not isinstance(value, list))
-        raise UserError(f"objective={name}: this run measures {', '.join(numbers)}; set objective to one of them")
-    value: float | None = None if isinstance(metrics.get(name), list) else metrics.get(name)
-    missing = value is None or not math.isfinite(value)
-    return (-math.inf if direction == "maximize" else math.inf) if wanted and missing else value
+    name, metrics = record["config"].get("objective", "test/accuracy"), numbers_of(record)
+    value: float | None = metrics.get(name)
+    if direction not in ("maximize", "minimize"):
+        return value
+    if name not in metrics:
+        raise UserError(f"objective={name}: this run measures {', '.join(sorted(metrics))}; set objective to one of them")
+    worst = -math.inf if direction == "maximize" else math.inf
+    return value if value is not None and math.isfinite(value) else worst
 
 
-def say(record: Config) -> None:
-    """The last line of a run."""
-    numbers = {name: value for name, value in sorted(record["metrics"].items()) if not isinstance(value, list)}
+def print_summary(record: Config) -> None:
+    """Prints the last line of a run."""
+    numbers = numbers_of(record)
     numbers = {name: value for name, value in numbers.items() if name.startswith("test/")} or numbers
-    words = [f"{name}={_short(value)}" for name, value in numbers.items()]
+    words = [f"{name}={_short(value)}" for name, value in sorted(numbers.items())]
     shown = " ".join(words[:8] + (["..."] if len(words) > 8 else []))
     print(f"run {record['id']} {record['status']}: {shown}", flush=True)
+
+
+def numbers_of(record: Config) -> dict[str, float | None]:
+    """The metrics without the curves."""
+    return {name: value for name, value in record["metrics"].items() if not isinstance(value, list)}
+
+
+def _short(value: float | None) -> str:
+    return "nan" if value is None else f"{value:.2f}" if abs(value) >= 1 else f"{value:.3g}"

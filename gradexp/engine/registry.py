@@ -1,8 +1,8 @@
-"""The one place where a name in a config becomes a class or function, and which names each place may hold.
+"""Which class or function a `_target_` in a config may name, and how the name becomes the object.
 
-A config may come from somebody else: an experiment, a record that is verified. So that none of them can run code that was
-not written to be named there, every place has a kind, and a kind lists what may be built: names one by one, or the
-subclasses of one class that are defined below one package.
+A config may come from somebody else, in an experiment or in a record that is verified, and must not be able to run code that
+was not meant to be named there. So every place in a config has a kind, and a kind lists what may be built: single names, or
+the subclasses of one class that are defined in one package.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Kind:
     """What may be built in one kind of place.
 
     what: in messages. names: classes and functions, in full. package and base: also the subclasses of `base` that are
-    defined below `package`. returns: also the functions defined there whose return type is annotated with this word.
+    defined in `package`. returns: also the functions defined there whose return annotation is this text.
     """
 
     what: str
@@ -30,30 +30,30 @@ class Kind:
     base: str | None = None
     returns: str | None = None
 
-    def allowed(self) -> str:
-        """In words, for a message."""
-        listed = [*self.names]
-        if self.base:
-            listed.append(f"a subclass of {self.base} in {self.package}")
-        if self.returns:
-            listed.append(f"a function in {self.package} that returns a {self.returns}")
-        return " or ".join(listed)
+    def check_name(self, target: str, where: str) -> None:
+        """Raises UserError where `target`, from its name alone, may not be built here."""
+        if target not in self.names and not (self.package and target.startswith(f"{self.package}.")):
+            raise self._refusal(target, where)
 
-    def named(self, target: str) -> bool:
-        """Whether `target`, from its name alone, may be built here."""
-        return target in self.names or (self.package is not None and target.startswith(f"{self.package}."))
-
-    def holds(self, target: str, found: Any) -> bool:
-        """Whether `found`, the object that `target` names, may be built here."""
+    def check_object(self, target: str, located: Any, where: str) -> None:
+        """Raises UserError where `located`, the object that `target` names, may not be built here."""
         if target in self.names:
-            return True
-        if not inspect.isclass(found) and not inspect.isfunction(found):
-            return False
-        if self.package is None or not f"{found.__module__}.".startswith(f"{self.package}."):
-            return False
-        if inspect.isclass(found):
-            return self.base is not None and issubclass(found, _imported(self.base))
-        return self.returns is not None and found.__annotations__.get("return") == self.returns
+            return
+        allowed = False
+        if inspect.isclass(located) and self.base:
+            allowed = issubclass(located, _imported(self.base))
+        elif inspect.isfunction(located) and self.returns:
+            allowed = located.__annotations__.get("return") == self.returns
+        if not allowed or not f"{located.__module__}.".startswith(f"{self.package}."):
+            raise self._refusal(target, where)
+
+    def _refusal(self, target: str, where: str) -> UserError:
+        allowed = [*self.names]
+        if self.base:
+            allowed.append(f"a subclass of {self.base} in {self.package}")
+        if self.returns:
+            allowed.append(f"a function in {self.package} that returns a {self.returns}")
+        return UserError(f"{where}._target_={target} is refused: {self.what} is {' or '.join(allowed)}")
 
 
 _ACTIVATIONS = ("ReLU", "LeakyReLU", "ELU", "GELU", "SiLU", "Softplus", "Sigmoid", "Tanh", "Identity")
@@ -77,8 +77,8 @@ KINDS: dict[str, Kind] = {
     "term": Kind("a loss term", package="gradexp.terms", base="gradexp.terms.term.Term"),
     "trainer": Kind("the hardware", ("gradexp.engine.hardware.Hardware",)),
 }
-ALSO = {"denoising": "sampling"}  # places with another name than their kind
-# What records of earlier versions name, and what that is called now.
+ALSO = {"denoising": "sampling"}  # places whose name is not that of their kind
+# Names in records of earlier versions, and those of today.
 MOVED = {
     "gradexp.tasks.hardware.Hardware": "gradexp.engine.hardware.Hardware",
     "gradexp.tasks.loggers.csv": "gradexp.engine.loggers.csv",
@@ -101,7 +101,7 @@ MOVED = {
     "gradexp.tasks.shift.shift": "gradexp.tasks.shift.Shift",
     "gradexp.tasks.train.train": "gradexp.tasks.train.Train",
 }
-FORMER = {now: was for was, now in MOVED.items()}  # ids keep the name that a class had when they were first made
+FORMER = {now: was for was, now in MOVED.items()}  # ids are made with the former names
 
 
 def kind_of(where: str) -> str | None:
@@ -113,62 +113,52 @@ def kind_of(where: str) -> str | None:
 
 
 def locate(target: str, where: str) -> Callable[..., Any]:
-    """What `target` names. Raises UserError for anything that may not be built at the place `where`."""
+    """The object that `target` names. Raises UserError for one that may not be built at the place `where`."""
     target = MOVED.get(target, target)
-    kind = _check(target, where)
-    found: Callable[..., Any] = _imported(target)
-    if not kind.holds(target, found):
-        raise _refusal(target, where, kind)
-    return found
+    kind = _kind(target, where)
+    located: Callable[..., Any] = _imported(target)
+    kind.check_object(target, located, where)
+    return located
 
 
 def check_targets(config: Mapping[str, Any]) -> None:
-    """Raises UserError for a `_target_` anywhere in a run's config, upstream runs included, that can't be meant there.
+    """Raises UserError for a `_target_` in a run's config, upstream runs included, whose name is not allowed in its place.
 
-    It goes by names and imports nothing; `locate` looks at the object as well.
+    Imports nothing; `locate` checks the object as well.
     """
     for where, target in targets(config):
-        _check(target, where)
+        _kind(target, where)
 
 
-def targets(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """(place, name) of all that a run's config names, upstream runs included."""
-    for where, target in _targets(config, ""):
-        yield where.removeprefix("."), MOVED.get(str(target), str(target))
+def targets(node: Any, where: str = "") -> Iterator[tuple[str, str]]:
+    """(place, name) of all that a config names, upstream runs included; former names are replaced by those of today."""
+    if isinstance(node, list | tuple):
+        for item in node:
+            yield from targets(item, f"{where}[]")
+    elif isinstance(node, Mapping):
+        if "_target_" in node:
+            yield where, MOVED.get(str(node["_target_"]), str(node["_target_"]))
+        if where.endswith("method") and "module" in node:
+            yield f"{where}.module", str(node["module"])
+        for key, value in node.items():
+            yield from targets(value, f"{where}.{key}".removeprefix("."))
 
 
-def _check(target: str, where: str) -> Kind:
+def _kind(target: str, where: str) -> Kind:
+    """The kind of the place. Raises UserError where `target`, from its name alone, may not be built there."""
     name = kind_of(where)
     if name is None:
         raise UserError(f"{where}._target_={target} is refused: nothing is built there")
-    if not KINDS[name].named(target):
-        raise _refusal(target, where, KINDS[name])
+    KINDS[name].check_name(target, where)
     return KINDS[name]
 
 
-def _refusal(target: str, where: str, kind: Kind) -> UserError:
-    return UserError(f"{where}._target_={target} is refused: {kind.what} is {kind.allowed()}")
-
-
-def _targets(node: Any, where: str) -> Iterator[tuple[str, Any]]:
-    if isinstance(node, list | tuple):
-        for item in node:
-            yield from _targets(item, f"{where}[]")
-    elif isinstance(node, Mapping):
-        if "_target_" in node:
-            yield where, node["_target_"]
-        if where.endswith("method") and "module" in node:
-            yield f"{where}.module", node["module"]
-        for key, value in node.items():
-            yield from _targets(value, f"{where}.{key}")
-
-
 def _imported(target: str) -> Any:
-    module, _, name = target.rpartition(".")
+    module_name, _, name = target.rpartition(".")
     try:
-        place = importlib.import_module(module)
-    except (ImportError, ValueError) as error:  # or it is there, and can't be imported
+        module = importlib.import_module(module_name)
+    except (ImportError, ValueError) as error:  # ValueError: no module is named
         raise UserError(f"_target_={target}: there is no such class or function ({error})") from error
-    if not hasattr(place, name):
-        raise UserError(f"_target_={target}: {module} has no {name}{nearest(name, vars(place))}")
-    return getattr(place, name)
+    if not hasattr(module, name):
+        raise UserError(f"_target_={target}: {module_name} has no {name}{nearest(name, vars(module))}")
+    return getattr(module, name)

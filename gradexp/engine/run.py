@@ -1,4 +1,4 @@
-"""Runs: one resolved config, one id, one record. Nothing here imports torch: tables and plans name runs in milliseconds."""
+"""Runs: one resolved config, one id, one record. Nothing here imports torch, so that tables and plans are quick."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from gradexp.engine.record import read_record
 from gradexp.engine.registry import FORMER
 
 Config = dict[str, Any]
-Node = dict[str, Any]  # what to build: a `_target_` and its settings, which are checked against what the target declares
+Node = dict[str, Any]  # a `_target_` and its settings, which are checked against its declared types
 DEFAULT_DATA = "data"  # as in conf/config.yaml; the only data root that need not exist
 ROOT = Path(__file__).resolve().parents[2]
 
-# What changes only where and how a run is executed is not part of its identity.
+# Where and how a run is executed, which is not part of its identity.
 HARDWARE = ("paths", "trainer", "logger", "launcher", "gradients", "objective")
 
 
@@ -82,11 +82,11 @@ class RunConfig(TypedDict):
 
 
 def identity(config: Config) -> Config:
-    """The part of a config that decides its numbers.
+    """The part of a config that decides the numbers of its run.
 
-    Null values and terms of weight 0 are left out: a switch added later enters with null as "as before",
-    and keeps old records valid. Of the scale only the name counts: its settings are already where they act.
-    1 and 1.0 are one number.
+    Null values and terms of weight 0 are left out, so that a setting can be added later with null for the former behaviour
+    without changing ids. Of the scale only the name counts, as its settings are interpolated into the other groups.
+    1 and 1.0 are the same number.
     """
     kept = {key: value for key, value in config.items() if key not in HARDWARE}
     upstream = {name: identity(run) for name, run in config["upstream"].items()}
@@ -111,12 +111,12 @@ def _canonical(value: Any) -> Any:
     return value
 
 
-# --- places -----------------------------------------------------------------------------------------------
+# --- paths ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Paths:
-    """Where data, records and rebuildable outputs live; relative paths start at the repository."""
+    """The folders of data, records and outputs that can be made again; relative paths start at the repository."""
 
     data: Path
     results: Path
@@ -124,21 +124,21 @@ class Paths:
 
     @classmethod
     def of(cls, config: Config) -> Paths:
-        """The places that a config names. Raises UserError for a data root that is named but not there."""
+        """The folders that a config names. Raises UserError for a data root other than the default that does not exist."""
         named = config["paths"] | {"data": config["paths"]["data"] or DEFAULT_DATA}  # GRADEXP_DATA= is unset
-        places = {name: ROOT / Path(value).expanduser() for name, value in named.items()}
-        if named["data"] != DEFAULT_DATA and not places["data"].is_dir():
+        folders = {name: ROOT / Path(value).expanduser() for name, value in named.items()}
+        if named["data"] != DEFAULT_DATA and not folders["data"].is_dir():
             raise UserError(
-                f"paths.data={named['data']}: there is no such folder. Name the one that holds the data sets "
+                f"paths.data={named['data']}: there is no such folder; name the one with the data sets "
                 f"(GRADEXP_DATA=FOLDER or paths.data=FOLDER), or create it, and they are downloaded into it"
             )
-        return cls(**places)
+        return cls(**folders)
 
     def record(self, config: Config) -> Path:
         return self.results / "runs" / config["name"] / f"{run_id(config)}.json"
 
     def folder(self, config: Config) -> Path:
-        """Checkpoint, weights and logs of a run: all of it can be deleted and rebuilt."""
+        """The folder of a run's checkpoint, weights and logs, which can all be deleted and made again."""
         return self.outputs / "runs" / config["name"] / run_id(config)
 
     @property
@@ -151,10 +151,10 @@ class Paths:
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """One piece of work: its resolved config, where its files lie, and what to type for it.
+    """One piece of work: its resolved config, its paths and its command.
 
-    overrides: () where the run was made from a config alone. below: its upstream runs; None to make them from its config,
-    which has theirs nested in it.
+    overrides: () for a run made from a config alone. below: its upstream runs; None to make them from the configs that are
+    nested in its own.
     """
 
     config: Config
@@ -174,7 +174,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Of its experiment."""
+        """The name of its experiment."""
         return str(self.config["name"])
 
     @property
@@ -183,13 +183,13 @@ class Run:
 
     @property
     def recorded_command(self) -> str | None:
-        """The command without what names hardware and folders of this machine; None where the run has none."""
+        """The command without overrides of hardware and paths; None for a run made from a config alone."""
         words = [word for word in self.overrides if re.split(r"[.=]", word.lstrip("+~"), maxsplit=1)[0] not in HARDWARE]
         return shlex.join(["python", "run.py", *words]) if words else None
 
     @cached_property
     def upstream(self) -> Mapping[str, Run]:
-        """Its upstream runs, by their names in its config; on the same hardware."""
+        """Its upstream runs on the same hardware, by their names in its config."""
         if self.below is not None:
             return self.below
         return {name: Run(config | hardware(self.config), self.paths) for name, config in self.config["upstream"].items()}
@@ -207,25 +207,24 @@ class Run:
 
     @property
     def folder(self) -> Path:
-        """Checkpoint, weights and logs: all of it can be deleted and made again."""
         return self.paths.folder(self.config)
 
     @property
     def weights(self) -> Path:
-        """The trained parameters, as the train task leaves them."""
+        """The trained parameters that the train task leaves."""
         return self.folder / "weights.pt"
 
     @property
     def checkpoint(self) -> Path:
-        """The state of a training that is not done yet."""
+        """The state of an unfinished training."""
         return self.folder / "last.ckpt"
 
     @property
     def pieces(self) -> Path:
-        """The folder of what a run that trains nothing has done so far (gradexp.engine.pieces)."""
+        """The folder of the finished pieces of an unfinished run that trains nothing (gradexp.engine.pieces)."""
         return self.folder / "pieces"
 
 
 def hardware(config: Config) -> Config:
-    """The part of a config that its upstream runs share: where and how they are executed."""
+    """The part of a config that its upstream runs share: where and how runs are executed."""
     return {key: config[key] for key in HARDWARE if key in config}

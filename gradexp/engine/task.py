@@ -1,4 +1,4 @@
-"""What a task declares of itself, so that nobody else keeps lists of tasks."""
+"""The base class of tasks, which declare all that the rest of the suite has to know about them."""
 
 from __future__ import annotations
 
@@ -22,9 +22,8 @@ Sizes = Mapping[str, tuple[int, int]]  # {data set: (training images, test image
 class Result:
     """What a task returns.
 
-    metrics: a flat dict of numbers, curves as lists. facts: whatever else the record should hold
-    (data fingerprint, parameters, device, precision, images_per_second). arrays: images and maps that a figure
-    shows; they are kept compressed beside the record, so a figure renders from results alone. Keep them small.
+    metrics: numbers, and curves as lists. facts: other fields of the record (data fingerprint, parameters, device,
+    precision, images_per_second). arrays: images and maps that a figure shows, compressed beside the record; keep them small.
     """
 
     metrics: dict[str, float | list[float]]
@@ -35,7 +34,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Finished:
-    """A finished upstream run: its record, and the file that it leaves for other runs."""
+    """A finished upstream run, its record, and the file that it left for other runs."""
 
     run: Run
     record: Config
@@ -51,44 +50,41 @@ Upstream = Mapping[str, Finished]
 
 
 def digests_of(upstream: Upstream) -> dict[str, str]:
-    """{name: SHA-256 of the file that is used} of upstream runs."""
+    """{name: SHA-256 of the product} of upstream runs."""
     return {name: below.digest for name, below in upstream.items()}
 
 
 @dataclass(kw_only=True)
 class Task(ABC):
-    """What a run does: a callable that is handed the upstream runs, finished, and starts none itself.
+    """What a run does: a callable that gets the finished upstream runs and starts none itself.
 
     Its settings are the fields of the class, by their names in `conf/task/`. version: raised when a fix changes the task's
-    numbers, so that older records no longer count.
-    product: the file in the run's folder that others need of it, such as its weights; "" where it leaves none.
+    numbers, so that older records no longer count. product: the file in the run's folder that other runs need, such as
+    its weights; "" if there is none.
     """
 
     version: int = 1
     product: ClassVar[str] = ""
 
-    def check(self, run: Run) -> None:  # noqa: B027 (not every task has something to refuse)
-        """Raises UserError for all that can be refused before hours of work, before upstream runs are done."""
+    def check(self, run: Run) -> None:  # noqa: B027 (not abstract: many tasks check nothing)
+        """Raises UserError for every mistake that can be noticed before the work, and before the upstream runs are done."""
 
     @abstractmethod
     def __call__(self, run: Run, upstream: Upstream) -> Result:
-        """Does the work. The runs in `upstream` are finished, and their products are on this disk."""
+        """Does the work. The runs in `upstream` are finished, and their products exist on this disk."""
 
-    # What `make plan` asks: how much work a run is, so that the cost of one tells that of another.
+    # For `make plan`, which estimates the cost of a run from the cost of others.
 
     def work(self, config: Config, sizes: Sizes) -> float | None:
-        """How many images a run processes, in units of its own task; None where its data set's size is not known yet.
-
-        1 for tasks whose runs are all alike.
-        """
+        """How many images a run processes; 1 if all runs of the task cost the same, None if the data set's size is unknown."""
         return 1.0
 
     def shortened(self, config: Config, n: int) -> Config | None:
-        """The config of the same run cut to `n` steps, or to 8 `n` images; None for one that can't be cut."""
+        """The config of the same run cut to `n` steps or 8 `n` images; None if it cannot be cut."""
         return None
 
     def leaves(self, config: Config, sizes: Sizes) -> float | None:
-        """How many MiB a run leaves in its folder, where that can be said beforehand."""
+        """How many MiB a run leaves in its folder; None if that is unknown beforehand."""
         return None
 
 
@@ -99,7 +95,7 @@ def task_of(config: Config) -> Task:
 
 
 def images_of(config: Config, sizes: Sizes) -> tuple[int | None, int | None]:
-    """(training images, test images) of a run's data; None for those of a data set whose size is not known yet."""
+    """(training images, test images) of a run's data; None for a data set whose size is unknown."""
     data = config.get("data", {})
     train, test = sizes.get(data.get("name", ""), (None, None))
     if data.get("per_class"):
@@ -107,7 +103,7 @@ def images_of(config: Config, sizes: Sizes) -> tuple[int | None, int | None]:
     return train, test
 
 
-def at_most(wanted: int | None, there: int | None) -> float | None:
-    """How many images are looked at: `wanted` of those that are there, None for all."""
-    count = wanted or there
-    return None if count is None else float(min(count, there or count))
+def at_most(wanted: int | None, available: int | None) -> float | None:
+    """How many images are evaluated: `wanted` (None: all) of those that are available (None: unknown)."""
+    count = wanted or available
+    return None if count is None else float(min(count, available or count))

@@ -1,4 +1,4 @@
-"""Whether the records are what the code of today would write."""
+"""Checks records: whether they are valid, agree with the code of today, and repeat."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from gradexp.engine import record as records
 from gradexp.engine.compose import compose_run
 from gradexp.engine.ensure import differing_split, ensure
 from gradexp.engine.hardware import native_bf16
+from gradexp.engine.known import run_of
 from gradexp.engine.record import read_arrays, read_record
 from gradexp.engine.registry import locate, targets
-from gradexp.engine.run import Config, Paths, Run, run_id
+from gradexp.engine.run import Config, Paths, run_id
 
-# What two machines, which round otherwise, may differ by: points of accuracy; relative, of anything else.
+# How much two machines, which round differently, may differ by: percentage points of accuracy; relative for other metrics.
 POINTS, RELATIVE = 2.0, 0.02
 
 
@@ -33,7 +34,7 @@ class Finding:
 
 
 def verify(paths: Paths, *, sample: int, seed: int, extra: Config) -> Iterator[Finding | str]:
-    """Checks every record, then repeats `sample` quick ones; yields what is wrong, and lines that tell of progress.
+    """Checks every record, then repeats `sample` quick ones. Yields what is wrong, and lines about progress.
 
     extra: the trainer, logger and gradients of the repeats.
     """
@@ -43,12 +44,12 @@ def verify(paths: Paths, *, sample: int, seed: int, extra: Config) -> Iterator[F
         wrong = list(examine(file))
         yield from (Finding(file, what) for what in wrong)
         good += [] if wrong else [file]
-    yield f"{len(good)} of {len(files)} records: complete, digests and ids as they should be"
+    yield f"{len(good)} of {len(files)} records: complete, with correct digests and ids"
     quick = [file for file in good if read_record(file)["scale"] == "quick"]
-    able = [file for file in quick if read_record(file).get("precision") != "bf16" or native_bf16("cpu")]
-    if sample and len(able) < len(quick):
-        yield f"{len(quick) - len(able)} quick records are in bf16, which this processor does not compute: not repeated here"
-    for file in random.Random(seed).sample(able, min(sample, len(able))):
+    repeatable = [file for file in quick if read_record(file).get("precision") != "bf16" or native_bf16("cpu")]
+    if sample and len(repeatable) < len(quick):
+        yield f"{len(quick) - len(repeatable)} quick records are not repeated: this processor has no bf16 arithmetic"
+    for file in random.Random(seed).sample(repeatable, min(sample, len(repeatable))):
         wrong = list(repeat(file, paths, extra))
         yield from (Finding(file, what) for what in wrong)
         if not wrong:
@@ -68,28 +69,28 @@ def examine(file: Path) -> Iterator[str]:
         yield from faults
         return
     if record.get("id") != file.stem:
-        yield f"its id is {record.get('id')}, its file's name another; rename it back, or delete it"
+        yield f"its id is {record.get('id')}, which is not the name of its file; rename the file, or delete it"
         return
     try:
-        named, outdated = run_id(record["config"]), list(_outdated(record["config"]))
+        computed, outdated = run_id(record["config"]), list(_outdated(record["config"]))
     except (KeyError, TypeError, AttributeError) as error:
-        yield f"its config is no run's config any more ({error}); delete it"
+        yield f"its config is not that of a run ({error}); delete it"
         return
     yield from outdated
-    if named != record["id"]:
-        yield f"its config has the id {named}: the record was changed, or ids are made otherwise now; delete it and run again"
+    if computed != record["id"]:
+        yield f"its config has the id {computed}: the record or the rule for ids was changed; delete it and run again"
     for name, upstream in record["upstream"].items():
         nested = record["config"]["upstream"].get(name)
         if nested is None or run_id(nested) != upstream["id"]:
             yield f"its upstream {name} is not the run that its config names; delete it and run again"
-        with suppress(UserError):  # of a record that is not there, or is found wrong by itself
+        with suppress(UserError):  # the upstream record is missing, or wrong itself
             other = read_record(file.parents[1] / upstream.get("experiment", "") / f"{upstream['id']}.json")
             if split := differing_split(record.get("data", {}), other.get("data", {})):
                 yield f"its upstream {name}, {upstream['id']}, used other {split} images; delete the wrong one and run it again"
 
 
 def _outdated(config: Config) -> Iterator[str]:
-    """What of a config the code of today does not know or does otherwise."""
+    """What of a config the code of today does not have, or does differently."""
     for where, target in targets({key: value for key, value in config.items() if key != "upstream"}):
         try:
             locate(target, where)
@@ -111,14 +112,14 @@ def repeat(file: Path, paths: Paths, extra: Config) -> Iterator[str]:
     """Does a run again from nothing, upstream runs included, and compares fingerprints and numbers."""
     record = read_record(file)
     with tempfile.TemporaryDirectory(prefix="gradexp-verify-") as folder:
-        places = Paths(data=paths.data, results=Path(folder) / "results", outputs=Path(folder) / "outputs")
+        elsewhere = Paths(paths.data, Path(folder) / "results", Path(folder) / "outputs")
         try:
-            fresh = _again(record, paths, places, extra)
+            fresh = _repeat(record, paths.results, extra, elsewhere)
         except UserError as error:
-            yield f"it can't be repeated: {error}"
+            yield f"it cannot be repeated: {error}"
             return
     if fresh.get("data") != record.get("data"):
-        yield f"other data: {json.dumps(record.get('data'))}, now {json.dumps(fresh.get('data'))}"
+        yield f"the data was {json.dumps(record.get('data'))}, now {json.dumps(fresh.get('data'))}"
     if fresh["status"] != record["status"]:
         yield f"it {record['status']}, now it {fresh['status']}"
     for name, old in record["metrics"].items():
@@ -127,22 +128,22 @@ def repeat(file: Path, paths: Paths, extra: Config) -> Iterator[str]:
             yield f"{name} was {_short(old)}, now it is {_short(new)}"
 
 
-def _again(record: Config, paths: Paths, places: Paths, extra: Config) -> Config:
-    """Repeats the upstream runs of a record below `places`, then its own, each with the threads and precision it had.
+def _repeat(record: Config, results: Path, setting: Config, elsewhere: Paths) -> Config:
+    """Repeats the upstream runs of a record, then its own, each with the threads and precision that it had.
 
-    Sums are rounded by how they are shared out: with another number of threads a training ends elsewhere.
+    With another number of threads sums are rounded differently, and a training ends elsewhere.
     """
     for below in record["upstream"].values():
-        file = paths.results / "runs" / below["experiment"] / f"{below['id']}.json"
+        file = results / "runs" / below["experiment"] / f"{below['id']}.json"
         if file.exists():
-            _again(read_record(file), paths, places, extra)
-    trainer = extra["trainer"] | {name: record[name] for name in ("threads", "precision") if name in record}
-    named = {"data": str(paths.data), "results": str(places.results), "outputs": str(places.outputs)}
-    return ensure(Run({**record["config"], **extra, "trainer": trainer, "paths": named}, places))
+            _repeat(read_record(file), results, setting, elsewhere)
+    trainer = setting["trainer"] | {name: record[name] for name in ("threads", "precision") if name in record}
+    named = {name: str(getattr(elsewhere, name)) for name in ("data", "results", "outputs")}
+    return ensure(run_of(record, setting | {"trainer": trainer, "paths": named}, elsewhere))
 
 
 def alike(name: str, old: Any, new: Any) -> bool:
-    """Whether two values of a metric agree as well as two machines do. Curves: their last points."""
+    """Whether two values of a metric agree as well as two machines do; of curves, the last points."""
     if isinstance(old, list):
         return isinstance(new, list) and len(old) == len(new) and (not old or alike(name, old[-1], new[-1]))
     if old is None or new is None:

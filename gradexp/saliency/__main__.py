@@ -19,7 +19,7 @@ from gradexp.data.dataset import ImageData
 from gradexp.engine.assemble import declare_data, load_model, make_hardware, make_saliency
 from gradexp.engine.compose import compose_run, plan
 from gradexp.engine.ensure import finish
-from gradexp.engine.exits import honest
+from gradexp.engine.exits import exit_on_errors
 from gradexp.report.draw.gallery import draw_map, picture
 from gradexp.report.figures import STYLE
 from gradexp.tasks.saliency_score import completeness
@@ -34,7 +34,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="PNG to write; beside the image when left out")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="overrides, such as scale=quick or seed=1")
     given = parser.parse_args(words)
-    with honest():
+    with exit_on_errors():
         out = given.out or given.image.with_name(f"{given.image.stem}_{given.method}.png")
         explain(given.image, given.model, given.method, given.target, out, given.set)
 

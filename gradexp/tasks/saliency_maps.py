@@ -89,4 +89,4 @@ def fill(path: Path, loader: Loader, model: nn.Module, method: Saliency, seed: i
         stored[number * CHUNK :][:CHUNK, 0] = ranks.to("cpu", torch.int32).numpy()
         stored.flush()
         write_atomically(done_file, f"{weights} {number + 1}".encode())
-        progress.say(number + 1)
+        progress.update(number + 1)

@@ -63,7 +63,7 @@ class Train(Task):
         together = hardware.together > 1
         # With several processes the first one has its own logger; a CSV file of this process would only hold the final metrics.
         logger = None if together and run.config["logger"]["_target_"].endswith("csv") else make_logger(run)
-        steps = training.fit_elsewhere(train_part) if together else training.fit(logger)
+        steps = training.fit_in_processes(train_part) if together else training.fit(logger)
         if steps < module.total_steps and not module.diverged:
             raise RuntimeError(f"the training ended after {steps} of {module.total_steps} steps; nothing is recorded")
         metrics: dict[str, Any] = module.curves | module.summary()
@@ -112,8 +112,6 @@ def make_student(run: Run, upstream: Upstream, terms: dict[str, Term], hardware:
     student = make_model(run)
     if "start" in upstream:
         assemble.start_from(student, assemble.load_weights(upstream["start"]))
-    for term in terms.values():
-        term.check(student)
     if assemble.fast_backend(run.config):
         student = assemble.accelerate(student, terms, hardware)
     return hardware.place(student)
