@@ -19,7 +19,7 @@ from gradexp.engine.run import ROOT, Config, Paths
 from gradexp.report import specs
 from gradexp.report.specs import Planner
 
-ON_WHAT = ("trainer", "logger", "gradients", "paths")  # what of a config may be set for all runs
+ON_WHAT = ("trainer", "logger", "gradients", "paths")  # parts of a config that may be set for all runs
 CLAIMS = ROOT / "conf" / "claims.yaml"
 
 Make = Callable[[dict[str, Any], "Job"], None]
@@ -27,7 +27,7 @@ Make = Callable[[dict[str, Any], "Job"], None]
 
 @dataclass(frozen=True)
 class Job:
-    """At which scale, where, whether runs may be done, and with how many workers and which hardware overrides."""
+    """How to make a table or figure: scale, folders, whether to run what is missing, and how."""
 
     scale: str
     paths: Paths
@@ -41,7 +41,7 @@ class Job:
         return planner(self.extra)
 
     def fill(self, title: str, wanted: Iterable[Sequence[str]]) -> list[Failure]:
-        """Runs what is missing of the runs that these overrides stand for; returns those that failed."""
+        """Run those of these runs that are missing, and return the failed ones; wanted: overrides of each run."""
         runs = [self.plan(overrides) for overrides in dict.fromkeys(map(tuple, wanted))]
         absent = missing(runs) if self.trains else []
         if not absent:
@@ -53,7 +53,7 @@ class Job:
 
 
 def arguments(about: str | None) -> argparse.ArgumentParser:
-    """A parser with what all scripts take."""
+    """A parser with the arguments of all scripts."""
     parser = argparse.ArgumentParser(description=about)
     parser.add_argument("--scale", default="cpu")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help=f"for all runs; of {', '.join(ON_WHAT)}")
@@ -61,28 +61,30 @@ def arguments(about: str | None) -> argparse.ArgumentParser:
 
 
 def planner(extra: Sequence[str]) -> Planner:
-    """From overrides to a run, on the hardware and paths that `extra` names."""
+    """A function from overrides to a run, on the hardware and paths of `extra`."""
     return partial(plan, extra=tuple(extra))
 
 
 def shared(scale: str, words: Sequence[str]) -> Config:
-    """What holds for all runs: where files are, and on what they run. Raises UserError for a word that decides numbers."""
+    """A config with what all runs share, such as folders and trainer. Raises UserError for overrides that change results."""
     for word in words:
         key = re.split("[.=]", word.lstrip("+~"), maxsplit=1)[0]
         if key == "launcher":
-            raise UserError(f"{word}: LAUNCHER=slurm chooses one, SET='launcher.KEY=VALUE' its settings, of tables and figures")
+            raise UserError(
+                f"{word}: choose a launcher with LAUNCHER=slurm; SET='launcher.KEY=VALUE' works for tables and figures"
+            )
         if key not in ON_WHAT:
             raise UserError(
-                f"{word}: only {', '.join(ON_WHAT)} can be set here, as tables and figures name their runs in conf/; "
-                f"for a run of your own type python run.py experiment=... {word}"
+                f"{word}: only {', '.join(ON_WHAT)} can be set here, because conf/ defines the runs of tables and figures; "
+                f"for a run of your own, type python run.py experiment=... {word}"
             )
     return compose_run(["experiment=teacher", f"scale={scale}", *words])
 
 
 def make_all(kind: str, make: Make, about: str | None) -> None:
-    """Makes the tables or figures that the command line names; all of them when it names none, as far as they can be made."""
+    """Make the tables or figures that the command line names, by default all that can be made."""
     parser = arguments(about)
-    parser.add_argument("numbers", nargs="*", help=f"{kind}s to make, such as 2.1; all of them when none is named")
+    parser.add_argument("numbers", nargs="*", help=f"{kind}s to make, such as 2.1; default: all")
     parser.add_argument("--workers", type=int, default=min(2, cpu_count()))
     parser.add_argument("--render-only", action="store_true")
     parser.add_argument("--launcher", default="local", help="a file of conf/launcher: local or slurm; --set takes its keys")
@@ -92,7 +94,7 @@ def make_all(kind: str, make: Make, about: str | None) -> None:
         extra = [word for word in given.set if word not in of_launcher]
         config = shared(given.scale, extra)
         if given.workers < 1:
-            raise UserError(f"WORKERS={given.workers}: it is 1 or more; --render-only does no run")
+            raise UserError(f"WORKERS={given.workers}: expected 1 or more; --render-only runs nothing")
         if given.workers > 1:
             refuse_many_devices(config)
         launcher = make_launcher(given.launcher, of_launcher)
@@ -104,19 +106,19 @@ def make_all(kind: str, make: Make, about: str | None) -> None:
 
 
 def make_every(kind: str, make: Make, job: Job) -> bool:
-    """All tables or figures that the scale has; says what is wrong with one and goes on. Whether all was well."""
-    well = True
+    """Make all tables or figures of the scale, printing errors; return whether there were none."""
+    complete = True
     for spec in specs.at_scale(kind, job.scale).values():
         try:
             make(spec, job)
         except UserError as error:
             print(error)
-            well = False
-    return well
+            complete = False
+    return complete
 
 
 def report(files: Iterable[Path], failures: Sequence[Failure]) -> None:
-    """Says what was written. Raises UserError naming the runs that failed."""
+    """Print the files that were written. Raises UserError with the commands of failed runs."""
     if written := [shown(file) for file in files]:
         print("written:", *written)
     if failures:
