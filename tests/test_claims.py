@@ -250,8 +250,8 @@ def test_from_records_to_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert r"A \| helps" in md.read_text()
 
 
-@pytest.mark.parametrize(("digest", "said"), [("a", ""), ("b", " (the model was trained more than once)")])
-def test_images_of_one_model_are_a_sample_of_their_own(digest: str, said: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("digest", "suffix"), [("a", ""), ("b", " (the model was trained more than once)")])
+def test_images_of_one_model_are_a_sample_of_their_own(digest: str, suffix: str, tmp_path: Path) -> None:
     for saliency, mean in (("random", 0.8), ("input_gradient", 0.3)):
         words = ["experiment=mnist_pixel_perturbation", "scale=quick", f"saliency={saliency}", "seed=0"]
         names = [f"test/output_change@removed={fraction}" for fraction in (0.5, 0.7, 0.9)]
@@ -270,7 +270,7 @@ def test_images_of_one_model_are_a_sample_of_their_own(digest: str, said: str, t
     over_seeds = read(tmp_path, [spec | {"at": ["RF = 0.5"]}])
     assert only(over_images).words == "holds, for this model"
     assert only(over_seeds).verdict == "direction only"
-    assert over_images.comparisons["label"].tolist() == [f"Gradient < Random, RF = 0.5{said}"]
+    assert over_images.comparisons["label"].tolist() == [f"Gradient < Random, RF = 0.5{suffix}"]
     assert "table 3.2, over images; another setting" in claims.to_markdown(over_images, "quick", confidence=0.95)
     assert over_seeds.comparisons["noise"].tolist() == pytest.approx([2**0.5 * 0.4 / 20])
 
