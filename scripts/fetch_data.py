@@ -14,7 +14,7 @@ from http.client import HTTPException
 from pathlib import Path, PurePosixPath
 
 from gradexp.base.errors import UserError, nearest
-from gradexp.base.files import draft_of, put
+from gradexp.base.files import draft_of, move_into_place
 from gradexp.engine.assemble import declare_data
 from gradexp.engine.compose import compose_run
 from gradexp.engine.exits import FIXES, exit_on_errors
@@ -38,7 +38,7 @@ def mit_scenes(paths: Paths, mirror: str | None, unverified: bool) -> None:
     home = paths.data / "mit_scenes"
     extracted = (home / "Images").exists()
     wanted = [name for name in MIT_SCENES if not (extracted and name == ARCHIVE)]
-    troubles = [trouble for name in wanted if (trouble := fetch(name, home, mirror))]
+    errors = [error for name in wanted if (error := fetch(name, home, mirror))]
     for name in wanted:  # also files of an earlier download: one that was refused stays refused
         if (home / name).exists():
             verify(home / name, MIT_SCENES[name][1], unverified)
@@ -70,7 +70,7 @@ def fetch(name: str, home: Path, mirror: str | None) -> str | None:
             expected = source.headers.get("Content-Length")
             if expected and target.tell() != int(expected):
                 raise OSError(f"it broke off after {target.tell()} of {expected} bytes")
-        put(draft, file)
+        move_into_place(draft, file)
     except (OSError, ValueError, HTTPException) as error:  # URLError is an OSError; ValueError: no address
         return f"  {address}: {error}"
     finally:

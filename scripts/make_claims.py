@@ -1,4 +1,4 @@
-"""make claims SCALE=cpu: what the thesis says about its tables and figures, and whether our records say so too."""
+"""make claims SCALE=cpu: test the thesis's claims about its tables and figures on our records."""
 
 from common import CLAIMS, arguments, planner, shared, shown
 
@@ -13,9 +13,9 @@ def main() -> None:
         paths = Paths.of(shared(given.scale, given.set))
         judged = claims.read(CLAIMS, given.scale, planner(given.set))
         files = claims.write(judged, given.scale, paths.results, confidence=claims.load(CLAIMS)["confidence"])
-    for claim in judged:
-        print(f"{claims.verdict(claim):<40} {claim.id:<20} {claim.says}")
-    print(claims.tally(judged))
+    for row in claims.shown(judged).itertuples():
+        print(f"{row.verdict:<40} {row.Index:<20} {row.claim}")
+    print(claims.tally(judged.claims["verdict"]))
     print("written:", *(shown(path) for path in files))
 
 

@@ -1,4 +1,4 @@
-"""make figure-3.2a SCALE=cpu: runs what is missing, draws.   --render-only trains nothing."""
+"""make figure-3.2a SCALE=cpu: run what is missing, and draw.   --render-only: run nothing."""
 
 from typing import Any
 
@@ -9,12 +9,12 @@ from gradexp.report import figures, specs
 
 
 def make(spec: dict[str, Any], job: Job) -> None:
-    """Runs what is missing, then draws and writes the figure."""
-    wanted = [words for cell in specs.cells(spec, job.scale) for words in cell.commands.values()]
+    """Run what is missing, then draw and write the figure."""
+    wanted = [overrides for cell in specs.cells(spec, job.scale) for overrides in cell.commands.values()]
     failures = job.fill(f"figure {spec['number']}", wanted)
     series = figures.gather(spec, job.scale, job.plan)
-    sentences = figures.caption(spec, job.scale, series, job.plan)
-    drawn = (spec, job.scale, series, locate(spec["draw"], "draw"), job.paths.results, sentences)
+    caption = figures.caption(spec, job.scale, series, job.plan)
+    drawn = (spec, job.scale, series, locate(spec["draw"], "draw"), job.paths.results, caption)
     report([] if failures else figures.make(*drawn), failures)
 
 

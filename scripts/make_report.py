@@ -1,6 +1,7 @@
-"""make report SCALE=cpu: one page of everything at a scale, from records alone; trains nothing."""
+"""make report SCALE=cpu: render one page of everything at a scale from records; runs nothing."""
 
 import json
+from typing import Any
 
 from common import CLAIMS, arguments, planner, shared, shown
 from joblib import cpu_count
@@ -22,30 +23,29 @@ def main() -> None:
 
 
 def page(scale: str, paths: Paths, plan: Planner) -> str:
-    commands: dict[str, str] = {}
-    noting = html.remembering(plan, commands)
-    said = html.settings()
-    panels = html.Panels(paths, commands, said["curve_points"])
-    made = [tables.build(spec, scale, noting) for spec in specs.at_scale("table", scale).values()]
-    drawn = [(spec, figures.gather(spec, scale, noting)) for spec in specs.at_scale("figure", scale).values()]
-    told = [figures.caption(spec, scale, series, noting) for spec, series in drawn]
-    parts = html.chapters(
-        [html.table_view(table, panels, said["close"]) for table in made],
-        [html.figure_view(*one, scale, panels, sentences) for one, sentences in zip(drawn, told, strict=True)],
-        html.claim_views(claims.read(CLAIMS, scale, noting), panels),
-        said,
-    )
-    bench = paths.results / "bench.json"
-    git = git_state()
+    settings = specs.settings()
+    panels = html.Panels(settings["curve_points"])
+    table_views = [
+        html.table_view(tables.build(spec, scale, plan), panels, settings["close"])
+        for spec in specs.at_scale("table", scale).values()
+    ]
+    figure_views = []
+    for spec in specs.at_scale("figure", scale).values():
+        series = figures.gather(spec, scale, plan)
+        caption = figures.caption(spec, scale, series, plan)
+        figure_views.append(html.figure_view(spec, series, scale, paths.results, panels, caption))
+    claim_views = html.claim_views(claims.read(CLAIMS, scale, plan), panels)
+    plan_rows: Any = costs.to_frame(costs.build(scale, plan, costs.History.of(paths)), cpu_count()).to_dict("records")
+    bench, git = paths.results / "bench.json", git_state()
     return html.render(
         scale,
-        parts,
+        html.chapters(table_views, figure_views, claim_views, settings),
         panels,
-        said,
+        settings,
         made_by=f"gradexp {__version__}, commit {(git['commit'] or 'none')[:8]}{' (dirty)' if git['dirty'] else ''}",
         explanation=claims.explanation(claims.load(CLAIMS)["confidence"]),
         bench=json.loads(bench.read_text()) if bench.exists() else None,
-        costs=costs.to_table(costs.build(scale, plan, costs.History.of(paths)), cpu_count()),
+        costs=plan_rows,
     )
 
 

@@ -1,4 +1,4 @@
-"""make table-2.1 SCALE=cpu: runs what is missing, renders, prints.   --render-only trains nothing."""
+"""make table-2.1 SCALE=cpu: run what is missing, render and print.   --render-only: run nothing."""
 
 from typing import Any
 
@@ -8,8 +8,8 @@ from gradexp.report import formats, specs, tables
 
 
 def make(spec: dict[str, Any], job: Job) -> None:
-    """Runs what is missing, then writes and prints the table."""
-    wanted = [words for cell in specs.cells(spec, job.scale) for words in cell.commands.values()]
+    """Run what is missing, then write and print the table."""
+    wanted = [overrides for cell in specs.cells(spec, job.scale) for overrides in cell.commands.values()]
     failures = job.fill(f"table {spec['number']}", wanted)
     table = tables.build(spec, job.scale, job.plan)
     files = formats.write(table, job.paths.results)

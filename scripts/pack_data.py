@@ -20,12 +20,12 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from gradexp.base.errors import UserError
-from gradexp.base.files import draft_of, put
+from gradexp.base.files import draft_of, move_into_place
 from gradexp.data import parquet, subsets
 from gradexp.data.sources import Layout, Split
 from gradexp.engine.assemble import declare_data
 from gradexp.engine.compose import compose_run
-from gradexp.engine.exits import honest
+from gradexp.engine.exits import exit_on_errors
 from gradexp.engine.run import Paths
 
 
@@ -62,7 +62,7 @@ def write(file: Path, layout: Layout, split: Split, metadata: dict[bytes, str]) 
     draft = draft_of(file)
     try:
         pq.write_table(pa.table(columns).replace_schema_metadata(described), draft)
-        put(draft, file)
+        move_into_place(draft, file)
     finally:
         draft.unlink(missing_ok=True)
 
@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="of paths, such as paths.data=FOLDER")
     given = parser.parse_args()
-    with honest():
+    with exit_on_errors():
         if given.per_class < 1 or min(given.seeds) < 0:
             raise UserError("--per-class is 1 or more, --seeds are 0 or more")
         config = compose_run(["experiment=teacher", f"data={given.name}", *given.set])

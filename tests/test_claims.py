@@ -1,10 +1,12 @@
 """Verdicts on known samples, and conf/claims.yaml against the thesis's own numbers."""
 
-from dataclasses import replace
+import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import yaml
 from fakes import at, fake_plan
@@ -15,7 +17,7 @@ from gradexp.engine.compose import plan
 from gradexp.engine.record import write_record
 from gradexp.engine.run import ROOT, run_id
 from gradexp.report import claims, specs
-from gradexp.report.claims import Comparison, Judged
+from gradexp.report.claims import Judged
 from gradexp.report.grid import Grid
 from gradexp.report.inference import estimate
 
@@ -23,17 +25,36 @@ FILE = ROOT / "conf" / "claims.yaml"
 RNG = np.random.default_rng(0)
 
 
-def comparison(differences: list[float] | None, in_scale: bool = True) -> Comparison:
+def comparison(differences: list[float] | None, **changes: Any) -> dict[str, Any]:
     found = estimate(differences, confidence=0.95, resamples=500) if differences else None
-    return Comparison("a > b", in_scale, found, None, None, ())
+    numbers = asdict(found) if found else {"n": 0}
+    return {"label": "a > b", "in_scale": True, "fitted": False, "runs": [], **numbers, **changes}
 
 
-def claim(*samples: list[float] | None, name: str = "x", unit: str = "seeds") -> Judged:
-    return Judged(name, "§2.6", "a is better than b", "table 2.1", unit, "", tuple(map(comparison, samples)))
+Stated = tuple[dict[str, Any], list[dict[str, Any]]]
 
 
-def judge(*found: Judged) -> list[Judged]:
-    return claims.judge(found, confidence=0.95)
+def claim(*samples: list[float] | None, name: str = "x", **changes: Any) -> Stated:
+    return stated(*map(comparison, samples), name=name, **changes)
+
+
+def stated(*comparisons: dict[str, Any], name: str = "x", section: str = "§2.6", withheld: str = "") -> Stated:
+    """Rows of a claim and of its comparisons."""
+    texts = {"claim": "a is better than b", "because": "", "withheld": withheld, "item": "table 2.1", "unit": "seeds"}
+    row = {"id": name, "section": section, "chapter": section[1:].partition(".")[0], "comparable": True, **texts}
+    return row, [{"id": name, **one} for one in comparisons]
+
+
+def judge(*found: Stated) -> Judged:
+    numbers = pd.DataFrame([row for _, comparisons in found for row in comparisons], columns=claims.COLUMNS)
+    rows = pd.DataFrame([row for row, _ in found]).set_index("id")
+    return claims.judge(Judged(rows, numbers.astype(dict.fromkeys(claims.NUMBERS, float))), confidence=0.95)
+
+
+def only(judged: Judged) -> Any:
+    """The row of the one claim, its verdict in words."""
+    (row,) = judged.claims.assign(words=claims.shown(judged)["verdict"]).itertuples()
+    return row
 
 
 UP, DOWN, UNSURE = [2.0, 2.2, 1.9, 2.1], [-2.0, -2.2, -1.9, -2.1], [2.0, -1.0, 1.5, 0.5]
@@ -55,69 +76,64 @@ UP, DOWN, UNSURE = [2.0, 2.2, 1.9, 2.1], [-2.0, -2.2, -1.9, -2.1], [2.0, -1.0, 1
     ],
 )
 def test_verdicts(samples: list[list[float] | None], verdict: str) -> None:
-    (found,) = judge(claim(*samples))
-    assert claims.verdict(found) == verdict
-    assert (found.p_holm is None) == verdict.startswith(("direction", "not"))  # there is no p where nothing is decided
+    found = only(judge(claim(*samples)))
+    assert found.words == verdict
+    assert math.isnan(found.p_holm) == verdict.startswith(("direction", "not"))  # no p if nothing is decided
 
 
-def test_a_comparison_outside_the_scale_is_not_waited_for() -> None:
-    (found,) = judge(Judged("x", "§2.6", "", "table 2.1", "seeds", "", (comparison(UP), comparison(None, in_scale=False))))
-    assert found.verdict == "holds"
-    assert "1 of 1 agree; 1 not part of this scale" in claims.to_markdown([found], "cpu", confidence=0.95)
+def test_a_comparison_outside_the_scale_is_not_counted() -> None:
+    judged = judge(stated(comparison(UP), comparison(None, in_scale=False)))
+    assert only(judged).verdict == "holds"
+    assert "1 of 1 agree; 1 not part of this scale" in claims.to_markdown(judged, "cpu", confidence=0.95)
 
 
 def test_a_claim_is_as_sure_as_its_least_sure_comparison() -> None:
     weaker = [2.0, 1.0, 3.0, 2.0]
-    one, both = judge(claim(weaker, name="a"))[0], judge(claim(UP, weaker, name="b"))[0]
-    assert one.p == both.p
+    assert only(judge(claim(weaker))).p == only(judge(claim(UP, weaker))).p
 
 
 def test_holm_is_over_a_chapter() -> None:
-    """p = .0217 alone: holds by itself, and not among three; another chapter does not count."""
-    sample = [2.0, 1.0, 3.0, 0.9]
-    assert judge(claim(sample))[0].verdict == "holds"
-    family = [claim(sample, name="a"), claim(UNSURE, name="b"), claim(UNSURE, name="c")]
-    assert judge(*family)[0].verdict == "undecided"
-    assert judge(*family)[0].p_holm == pytest.approx(3 * judge(family[0])[0].p)  # type: ignore[operator]
-    elsewhere = [Judged(**{**vars(one), "section": "§3.1"}) for one in family[1:]]
-    assert judge(family[0], *elsewhere)[0].verdict == "holds"
+    """p = .0217: holds alone, and not among three claims; another chapter does not count."""
+    first = claim([2.0, 1.0, 3.0, 0.9], name="a")
+    alone, family = judge(first).claims, judge(first, claim(UNSURE, name="b"), claim(UNSURE, name="c")).claims
+    assert (alone.verdict["a"], family.verdict["a"]) == ("holds", "undecided")
+    assert family.p_holm["a"] == pytest.approx(3 * alone.p["a"])
+    elsewhere = [claim(UNSURE, name=name, section="§3.1") for name in "bc"]
+    assert judge(first, *elsewhere).claims.verdict["a"] == "holds"
 
 
 def test_one_comparison_that_goes_the_other_way_is_enough() -> None:
-    """What speaks against counts once for each of the comparisons: found among one, it is not found among six."""
+    """The p-value against a claim is multiplied by the number of comparisons: significant for one, not for six."""
     clear = [-2.0, -1.5, -2.4]
-    (alone,), (among,) = judge(claim(clear)), judge(claim(*[[20.0, 20.2, 19.9]] * 5, clear))
+    alone, among = only(judge(claim(clear))), only(judge(claim(*[[20.0, 20.2, 19.9]] * 5, clear)))
     assert (alone.verdict, among.verdict) == ("contradicted", "undecided")
-    assert claims.sides(among)[1] == pytest.approx(6 * claims.sides(alone)[1])
+    assert among.p_against == pytest.approx(6 * alone.p_against)
 
 
 def test_what_took_part_in_a_choice_is_shown_and_does_not_count() -> None:
-    fitted = replace(comparison(DOWN), fitted=True)
-    (found,) = judge(Judged("x", "§2.6", "", "table 2.1", "seeds", "", (comparison(UP), fitted)))
-    assert found.verdict == "holds"
-    text = claims.to_markdown([found], "cpu", confidence=0.95)
+    judged = judge(stated(comparison(UP), comparison(DOWN, fitted=True)))
+    assert only(judged).verdict == "holds"
+    text = claims.to_markdown(judged, "cpu", confidence=0.95)
     assert "1 of 1 agree; 1 took part in a choice" in text
     assert "a > b (took part in choosing a setting)" in text
 
 
-def test_a_withheld_verdict_is_no_verdict_and_takes_nothing_from_the_others() -> None:
-    """Holm's correction is over claims that can be judged."""
-    sample = [2.0, 1.0, 3.0, 0.9]
-    others = [replace(claim(UNSURE, name=name), withheld="The networks are not trained to an end.") for name in "bc"]
-    kept, *rest = judge(claim(sample, name="a"), *others)
-    assert [kept.verdict, *(one.verdict for one in rest)] == ["holds", "withheld", "withheld"]
-    assert {one.p_holm for one in rest} == {None}
-    assert "Withheld: The networks are not" in claims.to_markdown(rest, "cpu", confidence=0.95)
+def test_a_withheld_claim_is_not_judged_and_not_in_holms_family() -> None:
+    others = [claim(UNSURE, name=name, withheld="The networks are not trained to an end.") for name in "bc"]
+    judged = judge(claim([2.0, 1.0, 3.0, 0.9], name="a"), *others)
+    assert judged.claims["verdict"].tolist() == ["holds", "withheld", "withheld"]
+    assert judged.claims["p_holm"].isna().tolist() == [False, True, True]
+    assert "Withheld: The networks are not" in claims.to_markdown(judged, "cpu", confidence=0.95)
 
 
-def test_where_there_is_nothing_a_chapter_rarely_finds_something() -> None:
+def test_family_wise_error_rate() -> None:
     """Five claims of two comparisons each, all differences noise, three seeds: an error in at most 5 % of chapters."""
     chapters = RNG.normal(0.0, 1.0, (400, 5, 2, 3)).tolist()
-    errors = [
-        any(one.verdict in ("holds", "contradicted") for one in judge(*(claim(*two, name=str(i)) for i, two in enumerate(c))))
-        for c in chapters
-    ]
-    assert np.mean(errors) < 0.05 + 3 * (0.05 * 0.95 / 400) ** 0.5
+    judged = judge(
+        *(claim(*two, name=f"{i}-{j}", section=f"§{i}") for i, chapter in enumerate(chapters) for j, two in enumerate(chapter))
+    )
+    verdicts = judged.claims["verdict"].isin(["holds", "contradicted"])
+    assert verdicts.groupby(judged.claims["section"]).any().mean() < 0.05 + 3 * (0.05 * 0.95 / 400) ** 0.5
 
 
 # --- the file ---------------------------------------------------------------------------------------------
@@ -135,11 +151,10 @@ def test_the_thesis_bears_out_its_own_words(spec: dict[str, Any]) -> None:
     assert found
     assert all(spec["section"].startswith("§") for _ in found)
     for pair in found:
-        printed = [(sign, cells.thesis(place)) for sign, place in pair.gap.cells]
-        if any(value is None for _, value in printed):
+        gap = pair.gap.constant + sum(sign * cells.thesis(cell) for sign, cell in pair.gap.cells)
+        if math.isnan(gap):
             assert not pair.excepted, "an exception needs numbers"
             continue
-        gap = pair.gap.constant + sum(sign * value for sign, value in printed)  # type: ignore[operator]
         assert (gap > 1e-9) != pair.excepted, f"{pair.label}: {gap}"
     assert not any(pair.excepted for pair in found) or spec["because"]
 
@@ -173,13 +188,13 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_misspelt_names_are_errors_that_name_the_nearest(mistake: str, tmp_path: Path) -> None:
     change, message = MISTAKES[mistake]
-    spec = {"id": "x", "section": "§2.6", "says": "", "item": "table 2.1", "greater": ["Match {A + J}", "Cross-Entropy (CE)"]}
+    spec = {"id": "x", "section": "§2.6", "claim": "", "item": "table 2.1", "greater": ["Match {A + J}", "Cross-Entropy (CE)"]}
     with pytest.raises(UserError, match="claim x: ") as caught:
         read(tmp_path, [spec | change])
     assert message.lower() in str(caught.value).lower()
 
 
-def read(folder: Path, found: list[dict[str, Any]], scale: str = "quick") -> list[Judged]:
+def read(folder: Path, found: list[dict[str, Any]], scale: str = "quick") -> Judged:
     file = folder / "claims.yaml"
     file.write_text(yaml.safe_dump({"confidence": 0.95, "resamples": 500, "claims": found}))
     return claims.read(file, scale, at(folder, fake_plan))
@@ -203,7 +218,7 @@ def test_from_records_to_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             words = ["experiment=jacobian_distill", "scale=quick", f"method={method}", "data.per_class=1", f"seed={seed}"]
             value = None if extra is None else level + extra + rng.normal(0, 0.3)
             record(tmp_path, words, {"test/accuracy": value})
-    common = {"section": "§2.6.1", "says": "A | helps.", "item": "table 2.1", "at": ["1"]}
+    common = {"section": "§2.6.1", "claim": "A | helps.", "item": "table 2.1", "at": ["1"]}
     rows = ["CE + match activations (A)", "Cross-Entropy (CE)", "Match activations (A) only"]
     found = [
         {"id": "a", "greater": rows[:2], **common},
@@ -223,36 +238,41 @@ def test_from_records_to_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     judged = read(tmp_path, found)
     verdicts = ["holds", "contradicted", "holds", "contradicted", "direction only: for", "holds", "not run", "not run", "holds"]
     verdicts += ["withheld", "holds", "holds", "holds"]
-    assert [claims.verdict(one) for one in judged] == verdicts
-    assert judged[0].n == 8
-    elsewhere, here = judged[7:9]
-    assert [one.comparisons[0].in_scale for one in (elsewhere, here)] == [False, True]
-    assert elsewhere.comparisons[0].thesis == here.comparisons[0].thesis
-    e = judged[0].comparisons[0].estimate
-    assert e is not None
-    assert e.low < 1 < e.high  # type: ignore[operator]
+    assert claims.shown(judged)["verdict"].tolist() == verdicts
+    assert judged.claims.loc["a", "n"] == 8
+    first = judged.comparisons.drop_duplicates("id").set_index("id")
+    assert first.loc[["h", "i"], "in_scale"].tolist() == [False, True]
+    assert first.loc["h", "thesis"] == first.loc["i", "thesis"]
+    assert first.loc["a", "low"] < 1 < first.loc["a", "high"]
     md, csv = claims.write(judged, "quick", tmp_path, confidence=0.95)
     assert "13 claims: 7 holds, 2 contradicted, 1 direction only, 1 withheld, 2 not run." in md.read_text()
     assert len(csv.read_text().splitlines()) == 14
     assert r"A \| helps" in md.read_text()
 
 
-@pytest.mark.parametrize(("digest", "said"), [("a", ""), ("b", " (on two makings of the model)")])
-def test_images_of_one_model_are_a_sample_of_their_own(digest: str, said: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("digest", "suffix"), [("a", ""), ("b", " (the model was trained more than once)")])
+def test_images_of_one_model_are_a_sample_of_their_own(digest: str, suffix: str, tmp_path: Path) -> None:
     for saliency, mean in (("random", 0.8), ("input_gradient", 0.3)):
         words = ["experiment=mnist_pixel_perturbation", "scale=quick", f"saliency={saliency}", "seed=0"]
         names = [f"test/output_change@removed={fraction}" for fraction in (0.5, 0.7, 0.9)]
         made = {"model": {"id": "m", "experiment": "mnist_classifier", "weights_sha256": "a" if mean > 0.5 else digest}}
         numbers = {key: value for name in names for key, value in ((name, mean), (f"{name}/std", 0.4))}
         record(tmp_path, words, numbers, images=400, upstream=made)
-    spec = {"id": "x", "section": "§3.10", "says": "", "item": "table 3.2", "across": "columns", "less": ["Gradient", "Random"]}
-    (over_images,) = read(tmp_path, [spec | {"at": ["RF = 0.5"], "unit": "images"}])
-    (over_seeds,) = read(tmp_path, [spec | {"at": ["RF = 0.5"]}])
-    assert (over_images.verdict, over_seeds.verdict) == ("holds", "direction only")
-    assert claims.verdict(over_images) == "holds, for this model"
-    assert over_images.comparisons[0].label == f"Gradient < Random, RF = 0.5{said}"
-    assert "table 3.2, over images; another setting" in claims.to_markdown([over_images], "quick", confidence=0.95)
-    assert over_seeds.comparisons[0].noise == pytest.approx(2**0.5 * 0.4 / 20)
+    spec = {
+        "id": "x",
+        "section": "§3.10",
+        "claim": "",
+        "item": "table 3.2",
+        "across": "columns",
+        "less": ["Gradient", "Random"],
+    }
+    over_images = read(tmp_path, [spec | {"at": ["RF = 0.5"], "unit": "images"}])
+    over_seeds = read(tmp_path, [spec | {"at": ["RF = 0.5"]}])
+    assert only(over_images).words == "holds, for this model"
+    assert only(over_seeds).verdict == "direction only"
+    assert over_images.comparisons["label"].tolist() == [f"Gradient < Random, RF = 0.5{suffix}"]
+    assert "table 3.2, over images; another setting" in claims.to_markdown(over_images, "quick", confidence=0.95)
+    assert over_seeds.comparisons["noise"].tolist() == pytest.approx([2**0.5 * 0.4 / 20])
 
 
 def test_a_figures_cells_are_points_of_its_curves(tmp_path: Path) -> None:
@@ -261,14 +281,14 @@ def test_a_figures_cells_are_points_of_its_curves(tmp_path: Path) -> None:
     spec = {
         "id": "x",
         "section": "§5.5",
-        "says": "",
+        "claim": "",
         "item": "figure 5.1",
         "metric": "density_ratio",
         "greater": ["Baseline", 2],
     }
-    (found,) = read(tmp_path, [spec | {"at": ["0.1"]}])
-    assert [one.estimate.mean for one in found.comparisons if one.estimate] == [0.5]
-    with pytest.raises(UserError, match=r"not drawn at '0\.11', did you mean 0\.1"):
+    found = read(tmp_path, [spec | {"at": ["0.1"]}])
+    assert found.comparisons["mean"].tolist() == [0.5]
+    with pytest.raises(UserError, match=r"has no x '0\.11', did you mean 0\.1"):
         read(tmp_path, [spec | {"at": ["0.11"]}])
     with pytest.raises(UserError, match="did you mean density_ratio"):
         read(tmp_path, [spec | {"at": ["0.1"], "metric": "density_ratios"}])

@@ -157,7 +157,7 @@ def test_rows_count_runs_once_and_say_what_is_not_known(tmp_path: Path, monkeypa
     text = costs.to_text(build(), "quick", 2, "processor", 10)
     assert "1 record; 1 unknown" in text
     assert "≥ 0.00" in text
-    assert "nothing is known" in text
+    assert "The cost of 1 runs is unknown" in text
 
 
 def test_a_run_that_is_done_needs_nothing(tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def test_a_curve_that_one_run_has_not_is_a_gap_and_a_misspelt_one_an_error(tmp_p
     with pytest.raises(UserError, match="did you mean train/loss"):
         one.metric("train/los")
     write_record(one.runs[1].record_path, {"id": "a1", "status": "finished", "metrics": {"train/loss": 1.0}})
-    with pytest.raises(UserError, match="is a number, where a curve is wanted"):
+    with pytest.raises(UserError, match="expected a curve, but train/loss is a number"):
         one.band("train/loss")
 
 
@@ -121,15 +121,16 @@ def test_a_figure_says_how_its_runs_depart_and_where_they_come_from(tmp_path: Pa
     first = figures.gather(spec, "quick", planner)[0]
     place = {"precision": "32", "device": "here", "git": {"commit": "c" * 40, "dirty": False}, "seconds": {"wall": 100}}
     write_record(first.runs[0].record_path, {"metrics": {"train/loss": [2.0, 1.0]}, **place})
-    note, departed, seeds, origin = figures.caption(spec, "quick", figures.gather(spec, "quick", planner), planner)
+    caption = figures.caption(spec, "quick", figures.gather(spec, "quick", planner), planner)
+    note, departed, seeds, origin = caption.sentences
     assert (note, seeds) == ("Of students.", "Seeds: 3.")
     assert departed.startswith("Scale quick departs from scale=paper in: ")
     assert "`data.per_class` 5 (paper: 50)" in departed
     assert "`data.name` digits (paper: cifar100)" in departed
-    assert origin == "1 run, 2 min; precision 32 on here; commit cccccccc."
+    assert origin == "Computed by 1 run in 2 min, in precision 32 on here, from commit cccccccc (clean)."
     own = {**spec, "seeds": {"quick": [3]}}  # a figure of the user's own need not have scale=paper
-    assert figures.caption(own, "quick", figures.gather(own, "quick", planner), planner)[1] == departed
-    files = figures.make(spec, "quick", [first], curves, tmp_path / "results", [note, departed])
+    assert figures.caption(own, "quick", figures.gather(own, "quick", planner), planner).sentences[1] == departed
+    files = figures.make(spec, "quick", [first], curves, tmp_path / "results", caption)
     page = files[-1].read_text()
     assert page.startswith(
         "**Figure 9.1, scale=quick.** Losses.\n\n![Figure 9.1 at scale=quick](figure_9_1.png)\n\n- Of students."
@@ -168,7 +169,7 @@ def test_a_figure_without_its_runs_names_the_commands(tmp_path: Path) -> None:
     absent: Any = figures.Series({"label": "a"}, (fake_run("x", tmp_path / "x.json", "seed=7"),))
     with pytest.raises(UserError, match=r"run\.py seed=7"):
         figures.make(SPEC, "quick", [absent], curves, tmp_path)
-    with pytest.raises(UserError, match="runs are missing, which need photographs; make them with"):
+    with pytest.raises(UserError, match=r"runs are missing \(they need photographs\); run"):
         figures.make(SPEC | {"needs": {"quick": "photographs"}}, "quick", [absent], curves, tmp_path)
 
 

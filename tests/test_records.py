@@ -15,7 +15,7 @@ from test_tables import GOLDEN, SPEC
 import gradexp
 from gradexp.base.errors import UserError
 from gradexp.engine.run import ROOT
-from gradexp.report import formats, records, specs, tables
+from gradexp.report import records, specs, tables
 
 FILES = sorted((ROOT / "results" / "runs").glob("*/*.json"))
 
@@ -93,7 +93,8 @@ def test_cells_are_those_of_the_table() -> None:
     """One row for each seed, in the table's order, with the numbers that its cells are made of."""
     frame = records.cells(SPEC, "cpu", at(GOLDEN, fake_plan))
     made = tables.build(SPEC, "cpu", at(GOLDEN, fake_plan))
-    for (row, column), cell in formats.texts(made).items():
+    for cell in made.texts.itertuples():
+        row, column = cell.Index
         own = frame[(frame["row"] == row) & (frame["column"] == column)]
         assert list(own["run"]) == cell.runs
         assert own["finished"].sum() == cell.n

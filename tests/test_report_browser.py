@@ -120,7 +120,7 @@ def test_a_panel_shows_the_record_as_text(visit: Any) -> None:
 def test_an_empty_cell_gives_its_command(visit: Any) -> None:
     page = visit(place="#cell-2.1-1-2")
     panel = page.locator("dialog[open]")
-    assert "Not run yet. This fills it:" in panel.inner_text()
+    assert "Not run yet. Run:" in panel.inner_text()
     assert panel.locator("pre.command").first.inner_text().endswith("method=a data.per_class=500 seed=0")
     panel.get_by_text("Copy").first.click()
     expect(page.locator(".copy").first).to_have_text(re.compile("^(Copied|Selected)$"))

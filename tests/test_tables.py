@@ -90,7 +90,7 @@ def test_a_diverged_run_is_nan_and_never_best(tmp_path: Path) -> None:
     for method, value in (("ce", None), ("a", 3.0)):
         sample(tmp_path, ["experiment=jacobian_distill", "scale=cpu", f"method={method}", "data.per_class=1", "seed=0"], value)
     made = table(tmp_path)
-    assert formats.texts(made)["Cross-Entropy (CE)", "1"].ours == "NaN (n=1)"
+    assert made.texts.loc[("Cross-Entropy (CE)", "1"), "ours"] == "NaN (n=1)"
     cell = numbers(made, "Cross-Entropy (CE)", "1")
     assert not cell["best"]
     assert math.isnan(cell["difference"])
@@ -143,7 +143,7 @@ def test_no_scale_borrows_from_another(tmp_path: Path) -> None:
         table(tmp_path, "large")
 
 
-def test_departures_from_the_paper_are_said() -> None:
+def test_a_caption_lists_departures_from_the_paper() -> None:
     changes = provenance.departures(
         {"scale": {"name": "cpu"}, "upstream": {}, "optim": {"passes": 60}, "seed": 0},
         {"scale": {"name": "paper"}, "upstream": {}, "optim": {"passes": 500}, "seed": 0},
@@ -152,22 +152,23 @@ def test_departures_from_the_paper_are_said() -> None:
     assert "`optim.passes` 60 (paper: 500)" in " ".join(table(scale="quick").caption)
 
 
-def test_a_teacher_that_was_made_twice_is_said() -> None:
-    """One that is the same to the bit everywhere needs no word."""
+HERE = {"precision": "32", "device": "here", "git": {"commit": "c" * 40, "dirty": False}, "seconds": {"wall": 3600}}
+
+
+def test_a_caption_counts_the_uses_of_each_file_of_a_teacher_that_ran_more_than_once() -> None:
     first, second = {"id": "aa", "weights_sha256": "0123456789"}, {"id": "aa", "weights_sha256": "9876543210"}
-    place = {"precision": "32", "device": "here", "git": {"commit": "c" * 40, "dirty": False}, "seconds": {"wall": 3600}}
-    records = [{"id": f"run{i}", "upstream": {"teacher": run}, **place} for i, run in enumerate((first, first, second))]
-    assert provenance.origins(records[:2]) == "2 runs, 2.0 h; precision 32 on here; commit cccccccc."
+    records = [{"id": f"run{i}", "upstream": {"teacher": run}, **HERE} for i, run in enumerate((first, first, second))]
+    same = provenance.origin_of(records[:2])
+    assert same == (["Computed by 2 runs in 2.0 h, in precision 32 on here, from commit cccccccc (clean)."], [])
     unpacked = {**records[0], "git": {"commit": None, "dirty": False}}
-    assert provenance.origins([unpacked]).endswith("commit none.")
-    second["remade"] = {"test/accuracy": 63.8612}  # as records of an earlier version have it
-    assert provenance.origins(records).endswith(
-        "Run aa (teacher) was done 2 times; its files: 01234567 (2 runs: run0, run1); 98765432 (1 run: run2)."
-    )
-    # The runs may all stand on the second one, while what is said of a teacher comes from the first one's record.
-    assert provenance.origins(records[2:]).endswith(
-        "Run aa (teacher) was done again after its record was written; its files: 98765432 (1 run: run2)."
-    )
+    assert provenance.origin_of([unpacked]).sentences[0].endswith("from commit none (clean).")
+    second["remade"] = {"test/accuracy": 63.8612}  # as older records have it
+    sentences, details = provenance.origin_of(records)
+    assert sentences[1:] == ["The teacher (run aa) ran 2 times; used are file 01234567 by 2 runs, file 98765432 by 1 run."]
+    assert details == ["File 01234567 of run aa: run0, run1.", "File 98765432 of run aa: run2."]
+    # All runs may use the second file, while the teacher's record describes the first one.
+    (sentence,) = provenance.origin_of(records[2:]).sentences[1:]
+    assert sentence == "The teacher (run aa) ran again after its record was written; used are file 98765432 by 1 run."
 
 
 def test_a_table_says_where_the_models_that_it_looks_at_were_trained(tmp_path: Path) -> None:
@@ -194,9 +195,11 @@ def test_a_table_says_where_the_models_that_it_looks_at_were_trained(tmp_path: P
     write_record(model.record_path, trained)
     records, below = provenance.read([*looks, *looks, fake_run("z", tmp_path / "noise" / "missing.json")])
     assert [record["id"] for record in (*records, *below)] == [12 * "b", 12 * "c", 12 * "a"]
-    assert provenance.origins(records, below) == (
-        "2 runs and 1 upstream, 3.0 h; precision 32 on elsewhere, 32 on here, bf16 on there; commit bbbbbbbb (dirty), cccccccc."
-    )
+    sentences, details = provenance.origin_of(records, below)
+    assert sentences == [
+        "Computed by 2 runs and 1 upstream run in 3.0 h, on 3 kinds of hardware, from 2 commits (1 of them dirty)."
+    ]
+    assert details == ["Hardware: 32 on elsewhere; 32 on here; bf16 on there.", "Commits: bbbbbbbb (dirty), cccccccc."]
 
 
 def test_hours_of_a_model_that_was_trained_inside_a_run_count_once(tmp_path: Path) -> None:
@@ -206,15 +209,7 @@ def test_hours_of_a_model_that_was_trained_inside_a_run_count_once(tmp_path: Pat
     look = {"id": "bb", "started": "2026-01-01T01", "upstream": {"model": {"id": "aa"}}, **place}
     for began, extra, hours in (("01", {}, 3.0), ("05", {}, 5.0), ("01", {"upstream": 7200.0}, 5.0)):
         record = look | {"started": f"2026-01-01T{began}", "seconds": {"wall": 10800.0, **extra}}
-        assert f"{hours} h;" in provenance.origins([record], [model])
-
-
-def test_many_runs_are_counted_and_not_listed() -> None:
-    place = {"precision": "32", "device": "here", "git": {"commit": "c" * 40, "dirty": False}, "seconds": {"wall": 3600}}
-    teacher = {"id": "aa", "weights_sha256": "0123456789", "remade": {"test/accuracy": 64.5}}
-    records = [{"id": f"run{i}", "upstream": {"teacher": teacher}, **place} for i in range(6)]
-    assert provenance.origins(records).endswith("01234567 (6 runs).")
-    assert "(5 runs: run0, run1, run2, run3, run4)." in provenance.origins(records[:5])
+        assert f"in {hours} h," in provenance.origin_of([record], [model]).sentences[0]
 
 
 def summary(values: dict[tuple[str, str], tuple[float, ...]], *, thesis: Thesis | None = None, **changes: Any) -> pd.DataFrame:
@@ -275,8 +270,8 @@ def test_one_filled_cell_is_not_the_best_of_its_column() -> None:
 
 
 def test_departures_that_a_note_describes_are_not_listed() -> None:
-    (sentence,) = [x for x in table_with(told=["optim."], notes={"quick": "12 passes."}).caption if "departs" in x]
-    assert sentence == "Scale quick departs from scale=paper in: what is said above."
+    (sentence,) = [x for x in table_with(described=["optim."], notes={"quick": "12 passes."}).caption if "departs" in x]
+    assert sentence == "Scale quick departs from scale=paper in: the settings described above."
     assert "12 passes." in table_with(notes={"quick": "12 passes.", "cpu": "More."}).caption
     assert "More." not in table_with(notes={"cpu": "More."}).caption
     assert table_with(title="On {data}, {where}", where={"quick": "here"}).title == "On toy, here"
@@ -314,12 +309,12 @@ def test_a_misspelt_metric_is_an_error_and_no_diverged_run() -> None:
 def test_a_column_that_paper_does_not_have_is_set_against_its_first() -> None:
     made = tables.build(report_specs.load("table", "4.1-size"), "cpu", at(GOLDEN, plan))
     assert ("data.per_class", "5", "50") in made.departures
-    assert not any("mark their places" in sentence for sentence in made.caption)  # it has no number of the thesis
+    assert not any("for orientation" in sentence for sentence in made.caption)  # it has no number of the thesis
 
 
 def test_a_table_of_held_out_images_says_that_the_test_set_is_not_read() -> None:
     made = tables.build(report_specs.load("table", "4.3-grid"), "cpu", at(GOLDEN, plan))
-    assert "Seeds: 0. Training images that are held out take the test set's place, after the last step." in made.caption
+    assert "Seeds: 0. Held-out training images replace the test set, after the last step." in made.caption
     assert made.numbers["thesis"].isna().all()
 
 
@@ -359,7 +354,7 @@ def test_a_column_may_have_seeds_of_its_own() -> None:
         assert list(runs) == ([7] if column["label"] == first["label"] else [0, 1])
         assert [words[-1] for words in runs.values()] == [f"seed={seed}" for seed in runs]
     made = tables.build(spec, "cpu", at(GOLDEN, fake_plan))
-    assert f"Seeds: 0, 1 (column {first['label']}: 7). The test set is read once, after the last step." in made.caption
+    assert f"Seeds: 0, 1 (column {first['label']}: 7). The test set is evaluated once, after the last step." in made.caption
 
 
 def printed_in_the_thesis(item: str) -> set[tuple[str, str]]:
@@ -409,11 +404,11 @@ def test_a_cell_of_two_metrics_shows_both_and_is_judged_by_the_last() -> None:
     runs = [fake_run("a", Path("a.json"))] * len(numbers)
     cells = numbers[[*tables.CELL, "part"]].assign(run=runs, finished=numbers["n"] > 0)
     made = dataclasses.replace(table(), numbers=numbers, cells=cells)
-    both, _, empty = formats.texts(made).values()
+    both, _, empty = made.texts.itertuples()
     assert both.ours == "70.00 / 80.00"
     assert both.thesis == "75.37 / 75.37"
     assert both.gap == "−5.37 / +4.63"
-    assert empty.ours == formats.EMPTY
+    assert empty.ours == tables.EMPTY
     lines = list(csv.DictReader(io.StringIO(formats.to_csv(made))))
     assert [(line["column"], line["metric"], line["ours"]) for line in lines] == [
         ("x", "m0", "70.0000"),
@@ -429,7 +424,7 @@ def test_a_scale_may_run_only_some_cells(tmp_path: Path) -> None:
     spec = SPEC | {"only": {"quick": [["A only", "5"]]}}
     made = tables.build(spec, "quick", at(tmp_path, fake_plan))
     assert [(source.command.split()[4:6]) for source in made.missing] == [["method=a", "data.per_class=5"]]
-    assert [formats.texts(made)["A only", column].ours for column in ("1", "5")] == ["n/a", "–"]
+    assert made.texts.loc["A only", "ours"].tolist() == ["n/a", "–"]
     assert "not part of this scale" in " ".join(made.caption)
 
 
@@ -442,5 +437,5 @@ def test_the_thesiss_quantities_are_told_apart() -> None:
 def test_every_part_of_table_5_2_stands_beside_the_thesis(tmp_path: Path) -> None:
     spec = report_specs.load("table", "5.2")
     made = tables.build(spec, "quick", at(tmp_path, plan))
-    assert formats.texts(made)["λ = 1e-5", "μ = 1e-3"].thesis == "75.37 / 85.64"
+    assert made.texts.loc[("λ = 1e-5", "μ = 1e-3"), "thesis"] == "75.37 / 85.64"
     assert made.numbers["thesis"].notna().all()

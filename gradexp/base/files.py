@@ -13,7 +13,7 @@ def write_atomically(path: Path, content: bytes) -> None:
     draft = draft_of(path)
     try:
         draft.write_bytes(content)
-        _replace(draft, path)
+        move_into_place(draft, path)
     finally:
         draft.unlink(missing_ok=True)
 
@@ -24,7 +24,7 @@ def draft_of(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}")
 
 
-def _replace(draft: Path, path: Path) -> None:
+def move_into_place(draft: Path, path: Path) -> None:
     """Renames a draft to `path` and syncs both to the disk, so that a power cut leaves the old file or the new."""
     _sync(draft)
     draft.replace(path)
@@ -59,7 +59,7 @@ def write_sealed(path: Path, content: bytes | Callable[[Path], object]) -> None:
             content(draft)
         digests = [sha256(draft), *(seal.read_text().split()[:1] if seal.exists() else [])]
         write_atomically(seal, "\n".join(digests).encode())
-        _replace(draft, path)
+        move_into_place(draft, path)
     finally:
         draft.unlink(missing_ok=True)
 

@@ -1,1 +1,1 @@
-"""Tables and figures from records; nothing here trains, and nothing imports torch."""
+"""Tables, figures, claims, plan and page from records; runs nothing and imports no torch."""

@@ -1,8 +1,8 @@
-"""What the thesis says about its tables and figures (conf/claims.yaml), and whether our records say so too.
+"""The thesis's claims about its tables and figures (conf/claims.yaml), tested on our records.
 
-A claim is a set of comparisons of cells that must all hold. Differences of cells are taken seed by seed. A chapter's claims
-share one level of significance (Holm). Nothing is concluded from one seed: such a claim has a direction, and no more, unless
-it is about the images of one model.
+A claim is a set of comparisons of cells that must all hold. Differences of cells are paired by seed. The claims of a chapter
+share one level of significance (Holm). A claim with a comparison of one seed is not tested, unless it is over the images of
+one model: then only its direction is reported.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, NotRequired
+from typing import Any, Literal, NamedTuple, NotRequired
 
 import numpy as np
 import pandas as pd
@@ -23,24 +23,27 @@ from typing_extensions import TypedDict
 from gradexp.base.errors import UserError
 from gradexp.base.typed import check, strict
 from gradexp.engine.ensure import digests
-from gradexp.engine.run import Config, Run
-from gradexp.report.grid import Grid, Place
+from gradexp.engine.run import Config
+from gradexp.report import specs
+from gradexp.report.grid import Cell, Grid
 from gradexp.report.inference import BOOTSTRAP_FROM, Estimate, estimate, estimate_over_images, holm
 from gradexp.report.specs import Planner
-from gradexp.report.writing import markdown, write_beside
+from gradexp.report.writing import folded, markdown, write_beside
 
 VERDICTS = ("holds", "contradicted", "undecided", "direction only", "withheld", "not run")
 FORMS = ("greater", "less", "near")
-Except = TypedDict("Except", {"except": NotRequired[list[list[str]]]})  # a word that no class can have as a key
+NUMBERS = ["thesis", "noise", *(field.name for field in fields(Estimate) if field.name != "n")]
+COLUMNS = ["id", "label", "in_scale", "fitted", "runs", "n", *NUMBERS]  # of Judged.comparisons
+Except = TypedDict("Except", {"except": NotRequired[list[list[str]]]})  # a keyword, which a class can't have as a key
 
 
 @strict
 class ClaimSpec(Except):
-    """What the keys mean is said at the head of conf/claims.yaml."""
+    """The head of conf/claims.yaml describes the keys."""
 
     id: str
     section: str
-    says: str
+    claim: str
     item: str
     scales: NotRequired[list[str]]
     across: NotRequired[Literal["rows", "columns"]]
@@ -60,7 +63,7 @@ class ClaimSpec(Except):
 
 @strict
 class CellSpec(TypedDict, total=False):
-    """A cell as a claim names it; minus: another one, the name of its row, or a number."""
+    """A cell as a claim names it; minus: another cell, the name of its row, or a number."""
 
     row: str
     column: str
@@ -75,114 +78,19 @@ class ClaimsFile(TypedDict):
     claims: list[Any]
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """One comparison of a claim.
-
-    in_scale: whether this scale has its cells. thesis: the same difference of the thesis's own numbers, where it prints
-    them. fitted: whether its cells took part in choosing a setting, so that it is shown and does not count.
-    """
-
-    label: str
-    in_scale: bool
-    estimate: Estimate | None
-    noise: float | None  # standard error that the runs have in themselves, over draws or images
-    thesis: float | None
-    runs: tuple[Run, ...]
-    fitted: bool = False
-
-    @property
-    def agrees(self) -> bool | None:
-        return None if self.estimate is None else self.estimate.mean > 0
+def load(file: Path) -> Config:
+    """The file of claims. Raises UserError for unknown or missing keys and for an id that occurs twice."""
+    content: Config = yaml.safe_load(file.read_text(encoding="utf-8"))
+    check(ClaimsFile, content, file.name)
+    for spec in content["claims"]:
+        check(ClaimSpec, spec, f"{file.name}, claim {spec.get('id')}")
+    name, count = Counter(spec["id"] for spec in content["claims"]).most_common(1)[0]
+    if count > 1:
+        raise UserError(f"{file.name}: the id {name} is used {count} times; rename one claim")
+    return content
 
 
-@dataclass(frozen=True)
-class Judged:
-    """A claim with its verdict.
-
-    p: two-sided, the smaller of for and against; p_holm: adjusted for the other claims of the chapter; None where nothing
-    was tested. withheld: why this scale's numbers are shown and not judged.
-    """
-
-    id: str
-    section: str
-    says: str
-    item: str
-    unit: str  # what the intervals are over: seeds, or the images of one model
-    note: str
-    comparisons: tuple[Comparison, ...]
-    verdict: str = "not run"
-    p: float | None = None
-    p_holm: float | None = None
-    withheld: str = ""
-    elsewhere: bool = False  # whether this scale's numbers can't be set against the thesis's
-
-    @property
-    def chapter(self) -> str:
-        return self.section.lstrip("§").partition(".")[0]
-
-    @property
-    def planned(self) -> tuple[Comparison, ...]:
-        """The comparisons that this scale has, and that count."""
-        return tuple(one for one in self.comparisons if one.in_scale and not one.fitted)
-
-    @property
-    def run(self) -> tuple[Comparison, ...]:
-        return tuple(one for one in self.planned if one.estimate)
-
-    @property
-    def agreeing(self) -> int:
-        return sum(bool(one.agrees) for one in self.run)
-
-    @property
-    def n(self) -> int:
-        """Seeds of the comparison that has fewest."""
-        return min((one.estimate.n for one in self.run if one.estimate), default=0)
-
-
-# --- verdicts ---------------------------------------------------------------------------------------------
-
-
-def judge(claims: Sequence[Judged], *, confidence: float) -> list[Judged]:
-    """The claims with their verdicts; Holm's correction is over those of a chapter that can be tested."""
-    adjusted: dict[str, float] = {}
-    for chapter in {claim.chapter for claim in claims}:
-        family = [claim for claim in claims if claim.chapter == chapter and _tested(claim) and not claim.withheld]
-        values = holm([min(1.0, 2 * min(sides(claim))) for claim in family])
-        adjusted |= {claim.id: value for claim, value in zip(family, values, strict=True)}
-    return [_judge(claim, adjusted.get(claim.id), level=1 - confidence) for claim in claims]
-
-
-def _tested(claim: Judged) -> list[Estimate]:
-    return [one.estimate for one in claim.run if one.estimate and one.estimate.p_for is not None]
-
-
-def sides(claim: Judged) -> tuple[float, float]:
-    """One-sided p-values for the claim and against it.
-
-    All comparisons must hold, so the largest p-value speaks for it (an intersection-union test), once all have been run.
-    One that fails is enough, so the smallest, times their number, speaks against it.
-    """
-    tested = _tested(claim)
-    whole = len(tested) == len(claim.planned)
-    against = min(1.0, len(tested) * min(e.p_against or 0.0 for e in tested))
-    return (max(e.p_for or 0.0 for e in tested) if whole else 1.0), against
-
-
-def _judge(claim: Judged, p_holm: float | None, *, level: float) -> Judged:
-    if not claim.run:
-        return claim
-    if claim.withheld:
-        return replace(claim, verdict="withheld")
-    decided = p_holm is not None and p_holm < level
-    if len(_tested(claim)) < len(claim.planned) and not decided:
-        return replace(claim, verdict="direction only")
-    supporting, opposing = sides(claim)
-    verdict = ("holds" if supporting < opposing else "contradicted") if decided else "undecided"
-    return replace(claim, verdict=verdict, p=min(1.0, 2 * min(supporting, opposing)), p_holm=p_holm)
-
-
-# --- conf/claims.yaml -------------------------------------------------------------------------------------
+# --- the comparisons of a claim ---------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -190,71 +98,58 @@ class Sum:
     """Cells with their signs, and a constant."""
 
     name: str
-    cells: tuple[tuple[int, Place], ...] = ()
+    cells: tuple[tuple[int, Cell], ...] = ()
     constant: float = 0.0
 
     def __sub__(self, other: Sum) -> Sum:
-        return Sum(
-            f"{self.name} − {other.name}",
-            self.cells + tuple((-sign, place) for sign, place in other.cells),
-            self.constant - other.constant,
-        )
+        negated = tuple((-sign, cell) for sign, cell in other.cells)
+        return Sum(f"{self.name} − {other.name}", self.cells + negated, self.constant - other.constant)
 
 
-@dataclass(frozen=True)
-class Pair:
-    """One comparison as the file states it: `gap` > 0."""
+class Pair(NamedTuple):
+    """One comparison: it holds if `gap` > 0."""
 
     label: str
     gap: Sum
-    worst: float  # the number of a diverged run
-    excepted: bool  # the thesis's own numbers do not bear it out
-    name: tuple[str, str, str] = ("", "", "")  # both sides, and the row or column where they are compared
-
-
-def load(file: Path) -> Config:
-    """The file of claims, its keys checked."""
-    whole: Config = yaml.safe_load(file.read_text(encoding="utf-8"))
-    check(ClaimsFile, whole, file.name)
-    for spec in whole["claims"]:
-        check(ClaimSpec, spec, f"{file.name}, claim {spec.get('id')}")
-    twice = [name for name, count in Counter(spec["id"] for spec in whole["claims"]).items() if count > 1]
-    if twice:
-        raise UserError(f"{file.name}: the id {twice[0]} is there twice; rename one")
-    return whole
+    worst: float  # stands for the number of a diverged run
+    names: tuple[str, str, str]  # both sides, and the row or column where they are compared
+    excepted: bool  # the thesis's own numbers contradict it
 
 
 def pairs(spec: Config, grid: Grid) -> list[Pair]:
     """The comparisons of a claim. Raises UserError for names that its table or figure does not have."""
     forms = [form for form in FORMS if form in spec]
     if len(forms) != 1:
-        raise UserError(f"it says {' and '.join(forms) or 'nothing'}; give one of {', '.join(FORMS)}")
+        raise UserError(f"expected one of {', '.join(FORMS)}, got {' and '.join(forms) or 'none'}")
     worst = math.inf if forms[0] == "less" else -math.inf
     levels = [level if isinstance(level, list) else [level] for level in spec[forms[0]]]
-    across = spec.get("across", "rows")
-    every = list(grid.columns if across == "rows" else grid.rows) or [""]
-    other = {"rows": "column", "columns": "row"}[across]
-    free = any(isinstance(node, str) or (isinstance(node, dict) and other not in node) for level in levels for node in level)
-    places = [str(at) for at in spec.get("at", every if free else [""])]
-    excepted = [tuple(map(str, triple)) for triple in spec.get("except", [])]
+    excepted = {tuple(map(str, names)) for names in spec.get("except", [])}
     found = []
-    for at, (upper, lower) in itertools.product(places, itertools.pairwise(levels)):
+    for at, (upper, lower) in itertools.product(_positions(spec, levels, grid), itertools.pairwise(levels)):
         for a, b in itertools.product(upper, lower):
-            left, right = (_sum(node, at, across, spec.get("metric"), grid) for node in (a, b))
-            key = (left.name, right.name, at)
-            out = key in excepted
-            excepted = [triple for triple in excepted if triple != key]
+            left, right = _sum(a, at, spec, grid), _sum(b, at, spec, grid)
+            names = (left.name, right.name, at)
             found += [
-                Pair(label + (f", {at}" if at else ""), gap, worst, out, key)
+                Pair(label + (f", {at}" if at else ""), gap, worst, names, names in excepted)
                 for label, gap in _gaps(forms[0], left, right, spec)
             ]
-    if excepted:
-        raise UserError(f"except: there is no comparison {excepted[0]}")
+    if unknown := excepted - {pair.names for pair in found}:
+        raise UserError(f"except: there is no comparison {unknown.pop()}")
     return found
 
 
+def _positions(spec: Config, levels: Sequence[Sequence[Any]], grid: Grid) -> list[str]:
+    """The columns (`across: columns`: rows) at which cells are compared; [""] if every cell names its own."""
+    if "at" in spec:
+        return [str(at) for at in spec["at"]]
+    known, key = (grid.rows, "row") if spec.get("across") == "columns" else (grid.columns, "column")
+    nodes = itertools.chain(*levels)
+    needed = any(isinstance(node, str) or (isinstance(node, dict) and key not in node) for node in nodes)
+    return list(known) if needed and known else [""]
+
+
 def _gaps(form: str, left: Sum, right: Sum, spec: Config) -> Iterator[tuple[str, Sum]]:
-    """(label, what must be positive)."""
+    """Label and what must be positive: one comparison, two for `near`."""
     if form == "near":
         within = Sum(f"{spec['within']:g}", constant=-float(spec["within"]))
         yield f"{left.name} > {right.name} − {within.name}", left - right - within
@@ -266,195 +161,249 @@ def _gaps(form: str, left: Sum, right: Sum, spec: Config) -> Iterator[tuple[str,
     yield f"{left.name} {'>' if form == 'greater' else '<'} {right.name}{extra}", gap - Sum("", constant=margin)
 
 
-def _sum(node: Any, at: str, across: str, metric: str | None, grid: Grid) -> Sum:
-    """A cell as the file names it: a row (or column, `across: columns`), a number, or {row, column, metric, minus}."""
+def _sum(node: Any, at: str, spec: Config, grid: Grid) -> Sum:
+    """A cell of the file: the name of a row (`across: columns`: of a column), a number, or a CellSpec."""
     if isinstance(node, int | float):
         return Sum(f"{node:g}", constant=float(node))
+    own, other = ("column", "row") if spec.get("across") == "columns" else ("row", "column")
     if isinstance(node, str):
-        node = {"row" if across == "rows" else "column": node}
+        node = {own: node}
     check(CellSpec, node, "cell")
-    row, column = (str(node.get(key, "" if across == key + "s" else at)) for key in ("row", "column"))
-    place = Place(row, column, node.get("metric", metric))
-    grid.check(place)
-    name = " at ".join(str(node[key]) for key in ("row", "column", "metric") if key in node)
-    whole = Sum(name, ((1, place),))
-    return whole if "minus" not in node else whole - _sum(node["minus"], at, across, metric, grid)
+    names = {own: str(node.get(own, "")), other: str(node.get(other, at))}
+    cell = Cell(**names, metric=node.get("metric", spec.get("metric")))
+    grid.check(cell)
+    found = Sum(" at ".join(str(node[key]) for key in ("row", "column", "metric") if key in node), ((1, cell),))
+    return found - _sum(node["minus"], at, spec, grid) if "minus" in node else found
 
 
-def read(file: Path, scale: str, plan: Planner) -> list[Judged]:
-    """Every claim of the file with its verdict at a scale."""
-    whole = load(file)
-    grids: dict[tuple[str, str | None], Grid] = {}
-    claims = []
-    for spec in whole["claims"]:
-        key = spec["item"], spec.get("panel")
-        try:
-            grid = grids.setdefault(key, grids.get(key) or Grid(*key, scale, plan))
-            claims.append(_claim(spec, grid, whole, here=scale in spec.get("scales", [scale])))
-        except UserError as error:
-            raise UserError(f"{file.name}, claim {spec['id']}: {error}") from None
-    return judge(claims, confidence=whole["confidence"])
+def _is_fitted(pair: Pair, entry: tuple[str, ...]) -> bool:
+    """Whether an entry of `fitted` names the comparison, [a, b, at], or one of its cells, [row, column]."""
+    return pair.names == entry or any((cell.row, cell.column) == entry for _, cell in pair.gap.cells)
 
 
-def _claim(spec: Config, grid: Grid, whole: Config, *, here: bool) -> Judged:
-    """here: whether the claim is one about what this scale runs; the names of its cells are checked anyway."""
-    unit = spec.get("unit", "seeds")
-    stated = [pair for pair in pairs(spec, grid) if not pair.excepted]
-    fitted = _fitted(spec, grid, stated)
-    found = [replace(_compare(pair, grid, unit, whole, here=here), fitted=pair in fitted) for pair in stated]
-    says, note, withheld = (
-        " ".join(str(text).split())
-        for text in (spec.get("says", ""), spec.get("because", ""), spec.get("withheld", {}).get(grid.scale, ""))
-    )
-    names = (str(spec["id"]), spec["section"], says, spec["item"])
-    return Judged(*names, unit, note, tuple(found), withheld=withheld, elsewhere=not grid.comparable)
+# --- from the file to verdicts ----------------------------------------------------------------------------
 
 
-def _fitted(spec: Config, grid: Grid, stated: Sequence[Pair]) -> list[Pair]:
-    """The comparisons whose cells took part in choosing a setting of this scale.
+@dataclass(frozen=True)
+class Judged:
+    """Claims with their verdicts, and the comparisons behind them.
 
-    The spec names them one by one, [a, b, at] as under `except`, or by a cell, [row, column], whatever it is compared with.
+    claims, one row each, indexed by id: section, chapter, claim, item, unit (of the sample: `seeds`, or the `images` of one
+    model), because, withheld (why this scale's numbers are not judged), comparable (with the thesis's numbers); and what
+    `judge` adds. comparisons, one row each: id, label, in_scale, fitted (its cells took part in choosing a setting: not
+    counted), thesis (the difference of the thesis's numbers), noise (standard error inside the runs), runs, and the fields of
+    Estimate (n=0: not run).
     """
-    found: list[Pair] = []
-    for entry in spec.get("fitted", {}).get(grid.scale, []):
-        words = tuple(map(str, entry))
-        some = [
-            pair
-            for pair in stated
-            if pair.name == words or any((place.row, place.column) == words for _, place in pair.gap.cells)
-        ]
-        if not some:
-            raise UserError(f"fitted: there is no comparison, and no cell of one, {words}")
-        found += some
-    return found
+
+    claims: pd.DataFrame
+    comparisons: pd.DataFrame
 
 
-def _compare(pair: Pair, grid: Grid, unit: str, whole: Config, *, here: bool) -> Comparison:
-    cells = pair.gap.cells
-    printed = [(sign, grid.thesis(place)) for sign, place in cells]
-    thesis = None if None in [x for _, x in printed] else pair.gap.constant + sum(sign * (x or 0.0) for sign, x in printed)
-    if not here:
-        return Comparison(pair.label, False, None, None, thesis, ())
-    behind = [grid.runs(place) for _, place in cells]
-    values = [(sign, grid.values(place)) for sign, place in cells]
-    seeds = sorted(set.intersection(*(set(found) for _, found in values)))
-    signed = [[(sign, found[seed].value) for sign, found in values] for seed in seeds]
-    gaps = [pair.gap.constant + sum(sign * (pair.worst if math.isnan(x) else x) for sign, x in one) for one in signed]
-    errors = [found[seed].error for _, found in values for seed in seeds]
-    noise = None if None in errors or not seeds else math.sqrt(sum((e or 0.0) ** 2 for e in errors) / len(seeds))
-    if unit == "images" and seeds:
-        estimated: Estimate | None = estimate_over_images(float(np.mean(gaps)), noise, whole["confidence"])
-    else:
-        estimated = estimate(gaps, confidence=whole["confidence"], resamples=whole["resamples"]) if seeds else None
-    runs = tuple(dict.fromkeys(run for found in behind for run in found.values()))
-    label = pair.label
-    made_of = [digests(record.get("upstream", {})) for run in runs if (record := run.record())]
-    if unit == "images" and any(one != made_of[0] for one in made_of):
-        label += " (on two makings of the model)"
-    return Comparison(label, all(behind), estimated, noise, thesis, runs)
-
-
-# --- pages ------------------------------------------------------------------------------------------------
-
-
-def to_csv(claims: Sequence[Judged]) -> str:
-    """One line a claim; comparisons: in the thesis, those of this scale that count (`planned`), run, and agreeing."""
-    rows = [
-        {
-            **{name: getattr(claim, name) for name in ("id", "section", "item", "says", "verdict", "unit")},
-            **{name: len(getattr(claim, name)) for name in ("comparisons", "planned", "run")},
-            "agreeing": claim.agreeing,
-            "seeds": claim.n,
-            **{name: "" if value is None else f"{value:.4g}" for name, value in (("p", claim.p), ("p_holm", claim.p_holm))},
+def read(file: Path, scale: str, plan: Planner) -> Judged:
+    """Every claim of the file with its verdict at a scale."""
+    content = load(file)
+    grids: dict[Any, Grid] = {}
+    claims, comparisons = {}, []
+    for spec in content["claims"]:
+        name, item = spec["id"], (spec["item"], spec.get("panel"))
+        try:
+            grid = grids[item] = grids.get(item) or Grid(*item, scale, plan)
+            comparisons += [{"id": name, **row} for row in _comparisons(spec, grid, content)]
+        except UserError as error:
+            raise UserError(f"{file.name}, claim {name}: {error}") from None
+        texts = {
+            "claim": spec["claim"],
+            "because": spec.get("because", ""),
+            "withheld": spec.get("withheld", {}).get(scale, ""),
         }
-        for claim in claims
+        claims[name] = {
+            **{key: " ".join(text.split()) for key, text in texts.items()},
+            **{"section": spec["section"], "item": spec["item"], "unit": spec.get("unit", "seeds")},
+            **{"chapter": spec["section"].lstrip("§").partition(".")[0], "comparable": grid.comparable},
+        }
+    numbers = pd.DataFrame(comparisons, columns=COLUMNS).astype(dict.fromkeys(NUMBERS, float))
+    frame = pd.DataFrame.from_dict(claims, orient="index").rename_axis("id")
+    return judge(Judged(frame, numbers), confidence=content["confidence"])
+
+
+def _comparisons(spec: Config, grid: Grid, content: Config) -> list[Config]:
+    """Rows of Judged.comparisons; the names of cells are checked at scales that the claim is not about, too."""
+    counted = [pair for pair in pairs(spec, grid) if not pair.excepted]
+    fitted = [tuple(map(str, entry)) for entry in spec.get("fitted", {}).get(grid.scale, [])]
+    for entry in fitted:
+        if not any(_is_fitted(pair, entry) for pair in counted):
+            raise UserError(f"fitted: there is no comparison and no cell of one {entry}")
+    rows = []
+    for pair in counted:
+        printed = sum(sign * grid.thesis(cell) for sign, cell in pair.gap.cells)
+        row = {"label": pair.label, "thesis": pair.gap.constant + printed, "in_scale": False, "runs": [], "n": 0}
+        if grid.scale in spec.get("scales", [grid.scale]):
+            row |= _compare(pair, grid, spec.get("unit", "seeds"), content)
+        rows.append({**row, "fitted": any(_is_fitted(pair, entry) for entry in fitted)})
+    return rows
+
+
+def _compare(pair: Pair, grid: Grid, unit: str, content: Config) -> Config:
+    """A comparison on the seeds whose runs are finished in all its cells."""
+    signs, cells = zip(*pair.gap.cells, strict=True)
+    runs = [list(grid.runs(cell).values()) for cell in cells]
+    unique = list(dict.fromkeys(itertools.chain(*runs)))
+    numbers = pd.concat([grid.values(cell) for cell in cells], axis=1, join="inner")
+    gaps = pair.gap.constant + (numbers[["value"]].fillna(pair.worst) * signs).sum(axis=1, skipna=False)
+    noise = math.sqrt((numbers[["error"]].to_numpy() ** 2).sum() / len(numbers)) if len(numbers) else math.nan
+    row = {"in_scale": all(runs), "noise": noise, "runs": unique}
+    if not len(numbers):
+        return row
+    if unit == "seeds":
+        found = estimate(gaps.tolist(), confidence=content["confidence"], resamples=content["resamples"])
+        return {**row, **asdict(found)}
+    models = {str(digests(record.get("upstream", {}))) for run in unique if (record := run.record())}
+    label = pair.label + (" (the model was trained more than once)" if len(models) > 1 else "")
+    return {**row, **asdict(estimate_over_images(float(gaps.mean()), noise, content["confidence"])), "label": label}
+
+
+def judge(found: Judged, *, confidence: float) -> Judged:
+    """Add the verdicts; Holm's correction is over the claims of a chapter that are tested and not withheld.
+
+    All comparisons of a claim must hold: once all are tested, the largest p-value supports it (an intersection-union test).
+    One that fails is enough, so the smallest, times their number, opposes it. Columns: comparisons, planned (those of this
+    scale that count), run, agreeing, n (the smallest number of seeds), p_for, p_against (one-sided), p (two-sided), p_holm
+    and verdict.
+    """
+    counted = found.comparisons[found.comparisons["in_scale"] & ~found.comparisons["fitted"]]
+    done = counted[counted["n"] > 0].assign(agrees=lambda frame: frame["mean"] > 0).groupby("id")
+    counts = {
+        "comparisons": found.comparisons.groupby("id").size(),
+        "planned": counted.groupby("id").size(),
+        "run": done.size(),
+        "agreeing": done["agrees"].sum(),
+        "n": done["n"].min(),
+        "tested": done["p_for"].count(),
+    }
+    claims = found.claims.join(pd.DataFrame(counts)).fillna(dict.fromkeys(counts, 0)).astype(dict.fromkeys(counts, int))
+    complete, level = claims["tested"] == claims["planned"], 1 - confidence
+    claims["p_for"] = done["p_for"].max().reindex(claims.index).where(complete, 1.0)
+    claims["p_against"] = (claims["tested"] * done["p_against"].min().reindex(claims.index)).clip(upper=1)
+    claims["p"] = (2 * claims[["p_for", "p_against"]].min(axis=1)).clip(upper=1)
+    family = claims[(claims["tested"] > 0) & (claims["withheld"] == "")]
+    claims["p_holm"] = family.groupby("chapter")["p"].transform(lambda p: holm(p.tolist())).reindex(claims.index)
+    decided = claims["p_holm"] < level
+    verdicts = {
+        "not run": claims["run"] == 0,
+        "withheld": claims["withheld"] != "",
+        "holds": decided & (claims["p_for"] < claims["p_against"]),
+        "contradicted": decided,
+        "undecided": complete,
+    }
+    claims["verdict"] = np.select(list(verdicts.values()), list(verdicts), "direction only")
+    is_tested = claims["verdict"].isin(["holds", "contradicted", "undecided"])
+    claims[["p", "p_holm"]] = claims[["p", "p_holm"]].where(is_tested)
+    return Judged(claims, found.comparisons)
+
+
+# --- files ------------------------------------------------------------------------------------------------
+
+
+def tally(verdicts: pd.Series[str]) -> str:
+    """`12 claims: 3 holds, ...`"""
+    counts = Counter(verdicts)
+    return f"{len(verdicts)} claims: {', '.join(f'{counts[name]} {name}' for name in VERDICTS if counts[name])}."
+
+
+def to_csv(found: Judged) -> str:
+    """One line a claim."""
+    frame = found.claims.reset_index().rename(columns={"n": "seeds"})
+    for name in ("p", "p_holm"):
+        frame[name] = frame[name].map("{:.4g}".format, na_action="ignore")
+    columns = ["id", "section", "item", "claim", "verdict", "unit", "comparisons", "planned", "run", "agreeing", "seeds"]
+    return frame.to_csv(columns=[*columns, "p", "p_holm"], index=False)
+
+
+def to_markdown(found: Judged, scale: str, *, confidence: float) -> str:
+    """A table of verdicts for each chapter, and every comparison behind them."""
+    lines = [f"**Claims of the thesis, scale={scale}.** {tally(found.claims['verdict'])}", "", *explanation(confidence)]
+    claims, comparisons = shown(found), comparisons_shown(found)
+    rows: Any = claims.itertuples()
+    claims["claim"] = [
+        f"`{row.Index}` {row.claim}"
+        + (f" ({row.because})" if row.because else "")
+        + (f" *Withheld: {row.withheld}*" if row.withheld else "")
+        for row in rows
     ]
-    return pd.DataFrame(rows).to_csv(index=False)
-
-
-def verdict(claim: Judged) -> str:
-    """The verdict in words, with what it lacks."""
-    if claim.unit == "images" and claim.verdict in ("holds", "contradicted"):
-        return f"{claim.verdict}, for this model"
-    if claim.verdict == "direction only":
-        return f"direction only: {({len(claim.run): 'for', 0: 'against'}).get(claim.agreeing, 'mixed')}"
-    if claim.verdict == "undecided" and claim.unit == "seeds":
-        return f"undecided (n = {claim.n})"
-    return claim.verdict
-
-
-def to_markdown(claims: Sequence[Judged], scale: str, *, confidence: float) -> str:
-    """A table of verdicts a chapter, and every comparison behind them."""
-    lines = [f"**Claims of the thesis, scale={scale}.** {tally(claims)}", "", *explanation(confidence)]
-    for chapter, group in itertools.groupby(claims, key=lambda claim: claim.chapter):
-        some = list(group)
-        lines += ["", f"### Chapter {chapter}", "", tally(some), ""]
-        heads = ("claim", "where", "comparisons", "seeds", "p (Holm)", "verdict")
-        lines += markdown(pd.DataFrame(map(summary, some), columns=heads))
-        lines += ["", "<details><summary>Comparisons</summary>", ""]
-        named = ("claim", "comparison", "by how much", "seeds", "thesis")
-        details = [[f"`{claim.id}`", *detail(one, claim.unit)] for claim in some for one in claim.comparisons]
-        lines += markdown(pd.DataFrame(details, columns=named))
-        lines += ["", "</details>"]
+    claims["verdict"] = "**" + claims["verdict"] + "**"
+    for chapter, group in claims.groupby("chapter", sort=False):
+        lines += ["", f"### Chapter {chapter}", "", tally(found.claims.loc[group.index, "verdict"]), ""]
+        lines += markdown(group[["claim", "where", "comparisons", "seeds", "p (Holm)", "verdict"]])
+        details = comparisons[comparisons["claim"].isin(group.index)]
+        lines += ["", *folded("Comparisons", markdown(details.assign(claim="`" + details["claim"] + "`")))]
     return "\n".join(lines) + "\n"
 
 
-def tally(claims: Sequence[Judged]) -> str:
-    """`12 claims: 3 hold, ...`"""
-    counts = Counter(claim.verdict for claim in claims)
-    return f"{len(claims)} claims: {', '.join(f'{counts[name]} {name}' for name in VERDICTS if counts[name])}."
-
-
 def explanation(confidence: float) -> list[str]:
-    return [
-        f"- A claim **holds** when all its comparisons do, and is **contradicted** when one goes the other way, at a level "
-        f"of {1 - confidence:g} that the claims of a chapter share (Holm). Differences are paired by seed (Student's test).",
-        f"- Intervals ({confidence:.0%}) are bootstrapped over seeds from {BOOTSTRAP_FROM} seeds on, and Student's below.",
-        "- **Undecided**: tested, and neither; n is the smallest number of seeds of a comparison. **Direction only**: a "
-        "comparison has one seed, seeds without spread, or is not run yet, so the claim can't be tested; the verdict says "
-        "which way the numbers point. The number of seeds is decided before a run, not by what a test finds.",
-        "- **Withheld**: the numbers are shown, but can't show what is claimed; the reason stands with the claim. Comparisons "
-        "whose cells took part in choosing a setting are shown and don't count.",
-        "- *Over images*: saliency methods on one trained model are compared over its test images (normal theory, as if each "
-        "method had images of its own). Such a verdict is about this model. In all other claims the spread inside a run, over "
-        "draws of noise or samples, decides nothing; it is shown behind ± in brackets where there is one seed.",
-        "- *Another setting*: at this scale the data, the networks or the length of training are so unlike the thesis's that "
-        "its numbers, and their differences in the last column, can't be compared; a verdict is about this setting. What "
-        "departs stands under the table or figure. The thesis's numbers for figure 3.2 are read off its poster.",
-    ]
+    """How verdicts are made, as list items in Markdown."""
+    numbers = {"level": f"{1 - confidence:g}", "confidence": f"{confidence:.0%}", "bootstrap": BOOTSTRAP_FROM}
+    return [f"- {' '.join(text.format(**numbers).split())}" for text in specs.settings()["verdicts"]]
 
 
-def summary(claim: Judged) -> list[str]:
-    where = f"{claim.section}, {claim.item}" + (", over images" if claim.unit == "images" else "")
-    where += "; another setting" if claim.elsewhere else ""
-    says = f"`{claim.id}` {claim.says}" + (f" ({claim.note})" if claim.note else "")
-    says += f" *Withheld: {claim.withheld}*" if claim.withheld else ""
-    fitted = sum(one.fitted and one.in_scale for one in claim.comparisons)
-    out = len(claim.comparisons) - len(claim.planned) - fitted
-    count = f"{claim.agreeing} of {len(claim.run)} agree"
-    absent = len(claim.planned) - len(claim.run)
-    parts = [*([count] if claim.run else []), *([f"{absent} not run"] if absent else [])]
-    parts += [f"{fitted} took part in a choice"] if fitted else []
-    parts += [f"{out} not part of this scale"] if out else []
-    return [says, where, "; ".join(parts), str(claim.n or ""), _p(claim.p_holm), f"**{verdict(claim)}**"]
+def shown(found: Judged) -> pd.DataFrame:
+    """The claims as text: claim, because, withheld, chapter, unit, where, comparisons, seeds, p (Holm), verdict."""
+    fitted = found.comparisons[found.comparisons["fitted"] & found.comparisons["in_scale"]].groupby("id").size()
+    claims = found.claims.assign(fitted=fitted.reindex(found.claims.index, fill_value=0))
+    texts = claims[["claim", "because", "withheld", "chapter", "unit"]].copy()
+    texts["where"] = claims["section"] + ", " + claims["item"] + claims["unit"].map({"images": ", over images", "seeds": ""})
+    texts["where"] += claims["comparable"].map({True: "", False: "; another setting"})
+    texts["comparisons"] = [_counts(row) for row in claims.itertuples()]
+    texts["seeds"] = claims["n"].replace(0, "").astype(str)
+    texts["p (Holm)"] = ["" if math.isnan(p) else "< 0.001" if p < 0.001 else f"{p:.3f}" for p in claims["p_holm"]]
+    texts["verdict"] = [_words(row) for row in claims.itertuples()]
+    return texts
 
 
-def detail(one: Comparison, unit: str) -> list[str]:
-    thesis = "" if one.thesis is None else f"{one.thesis:+.4g}"
-    e = one.estimate
-    if e is None:
-        return [one.label, "not run" if one.in_scale else "not part of this scale", "", thesis]
-    label = one.label + (" (took part in choosing a setting)" if one.fitted else "")
-    width = f" [{e.low:+.4g}, {e.high:+.4g}]" if e.low is not None and e.high is not None else ""
-    inside = f" (± {one.noise:.2g} inside the run)" if one.noise and e.n == 1 and unit == "seeds" else ""
-    return [label, f"{e.mean:+.4g}{width}{inside}", str(e.n), thesis]
+def _counts(row: Any) -> str:
+    counts = {
+        f"{row.agreeing} of {{}} agree": row.run,
+        "{} not run": row.planned - row.run,
+        "{} took part in a choice": row.fitted,
+        "{} not part of this scale": row.comparisons - row.planned - row.fitted,
+    }
+    return "; ".join(text.format(count) for text, count in counts.items() if count)
 
 
-def _p(value: float | None) -> str:
-    return "" if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}"
+def _words(row: Any) -> str:
+    """The verdict with its direction, its number of seeds or its restriction to one model."""
+    if row.unit == "images" and row.verdict in ("holds", "contradicted"):
+        return f"{row.verdict}, for this model"
+    if row.verdict == "direction only":
+        return f"direction only: {({row.run: 'for', 0: 'against'}).get(row.agreeing, 'mixed')}"
+    if row.verdict == "undecided" and row.unit == "seeds":
+        return f"undecided (n = {row.n})"
+    return str(row.verdict)
 
 
-def write(claims: Sequence[Judged], scale: str, results: Path, *, confidence: float) -> list[Path]:
-    """Writes results/claims/<scale>.md and .csv."""
-    contents = {"md": to_markdown(claims, scale, confidence=confidence), "csv": to_csv(claims)}
+def comparisons_shown(found: Judged) -> pd.DataFrame:
+    """The comparisons as text: claim, comparison, by how much, seeds, thesis."""
+    frame = found.comparisons.assign(unit=found.comparisons["id"].map(found.claims["unit"]))
+    fitted = (frame["fitted"] & (frame["n"] > 0)).map({True: " (took part in choosing a setting)", False: ""})
+    return pd.DataFrame(
+        {
+            "claim": frame["id"],
+            "comparison": frame["label"] + fitted,
+            "by how much": [_difference(row) for row in frame.itertuples()],
+            "seeds": frame["n"].replace(0, "").astype(str),
+            "thesis": frame["thesis"].map("{:+.4g}".format, na_action="ignore").fillna(""),
+        }
+    )
+
+
+def _difference(row: Any) -> str:
+    if not row.n:
+        return "not run" if row.in_scale else "not part of this scale"
+    width = "" if math.isnan(row.low) else f" [{row.low:+.4g}, {row.high:+.4g}]"
+    inside = f" (± {row.noise:.2g} inside the run)" if row.noise > 0 and row.n == 1 and row.unit == "seeds" else ""
+    return f"{row.mean:+.4g}{width}{inside}"
+
+
+def write(found: Judged, scale: str, results: Path, *, confidence: float) -> list[Path]:
+    """Write results/claims/<scale>.md and .csv."""
+    contents = {"md": to_markdown(found, scale, confidence=confidence), "csv": to_csv(found)}
     return write_beside(results / "claims" / scale, contents)

@@ -1,7 +1,7 @@
-"""What is missing of the tables and figures, and what it costs on this machine, before anything runs.
+"""The missing runs of tables and figures, and an estimate of their cost on this machine.
 
-Costs come from records of like runs: the same task, networks, loss terms, method and image size, scaled by the images that
-they process; or from probes, which are such runs cut short (scripts/probe.py). What neither knows is said to be unknown.
+Estimates come from records of similar runs (same task, networks, loss terms, method and image size), scaled by the number of
+images that they process, or from probes, which are such runs cut short (scripts/probe.py). Other costs are unknown.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pandas as pd
+
 from gradexp.base.errors import UserError
 from gradexp.engine.record import read_record
 from gradexp.engine.run import Config, Paths, Run, identity
@@ -21,53 +23,55 @@ from gradexp.engine.task import Sizes, task_of
 from gradexp.report import specs
 from gradexp.report.provenance import own_seconds
 from gradexp.report.specs import Planner
+from gradexp.report.writing import printed
 
-NEAREST = 5  # like records that an estimate is the median of
+NEAREST = 5  # an estimate is the median over so many similar runs
+LADDER = (1, 4, 16)  # the sizes to which runs that train nothing are cut for a probe
 
 
 # --- how much work ----------------------------------------------------------------------------------------
 
 
 def amount(config: Config, sizes: Sizes) -> float | None:
-    """How many images a run processes, in units of its own task; None where the size of its data set is not known yet."""
+    """How many images a run processes, in units of its task; None if the size of its data set is not known yet."""
     return task_of(config).work(config, sizes)
 
 
 def signature(config: Config) -> str:
-    """What decides the cost of processing an image: runs with one signature differ in amount only.
+    """What determines the cost of an image, as JSON: runs with the same signature differ only in the number of images.
 
-    Weights and other real constants of terms are left out, as are seed, subset and schedule.
+    Seed, subset, schedule, and weights and other real constants of terms are left out.
     """
-    config = identity(config)  # a switch that was added later is null, and left out
+    config = identity(config)  # without null settings, which older records lack
     data, terms = config.get("data", {}), config.get("method", {}).get("terms", {})
     evaluate = {key: value for key, value in config.get("evaluate", {}).items() if key != "images"}
-    what = {
+    content = {
         "task": config["task"]["_target_"],
         "model": _network(config),
         "upstream": {name: _network(run) for name, run in config["upstream"].items() if _network(run)},
-        "terms": {name: _shape(term) for name, term in terms.items()},
+        "terms": {name: _without_constants(term) for name, term in terms.items()},
         "images": [data.get("channels"), data.get("size"), data.get("crop"), data.get("flip")],
         "batch": config.get("optim", {}).get("batch_size"),
         "saliency": config.get("saliency"),
         "evaluate": evaluate,
     }
-    return json.dumps(what, sort_keys=True)
+    return json.dumps(content, sort_keys=True)
 
 
 def _network(config: Config) -> Config:
     return {key: value for key, value in config.get("model", {}).items() if key not in ("name", "dropout")}
 
 
-def _shape(term: Config) -> Config:
+def _without_constants(term: Config) -> Config:
     return {key: value for key, value in term.items() if key != "weight" and not isinstance(value, float)}
 
 
-# --- what like runs cost ----------------------------------------------------------------------------------
+# --- what similar runs cost --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What a finished run cost: processor seconds; rate: of them, those for each image."""
+    """What a finished run cost. seconds: of one processor; rate: those among them that each image takes."""
 
     signature: str
     amount: float
@@ -84,7 +88,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Cost:
-    """seconds: of one processor. basis: `record`, `record elsewhere` (of another machine) or `probe`."""
+    """An estimate. seconds: of one processor; basis: `record`, `record elsewhere` (of another machine) or `probe`."""
 
     seconds: float
     memory_mib: float
@@ -94,7 +98,7 @@ class Cost:
 
 @dataclass
 class History:
-    """Everything that is known of costs; device: this machine's, as records name it; clock: `cpu`, or `wall` for GPUs."""
+    """All known costs. device: this machine's, as records name it; clock: `cpu`, or `wall` for GPUs; sizes: of data sets."""
 
     device: str | None = None
     clock: str = "cpu"
@@ -103,7 +107,7 @@ class History:
 
     @classmethod
     def of(cls, paths: Paths, device: str | None = None, clock: str = "cpu") -> History:
-        """From the records of all scales, and from the probes kept under outputs/probes/."""
+        """Read the records of all scales, and the probes in outputs/probes/."""
         history = cls(device, clock)
         records = [read_record(file) for file in sorted(paths.results.glob("runs/*/*.json"))]
         for record in records:
@@ -119,7 +123,7 @@ class History:
         return history
 
     def learn(self, config: Config, data: Config) -> None:
-        """The size of a data set that was used whole."""
+        """Note the size of a data set that was used completely."""
         if config.get("data", {}).get("per_class") is None and "train_images" in data:
             self.sizes[data["name"]] = data["train_images"], data["test_images"]
 
@@ -128,24 +132,27 @@ class History:
             self.samples.setdefault(sample.signature, []).append(sample)
 
     def cost(self, config: Config) -> Cost | None:
-        """The median of what the like runs of nearest amount say; those of this machine before those of others."""
-        size, like = amount(config, self.sizes), self.samples.get(signature(config), [])
-        if size is None or not like:
+        """The median over the similar runs that are nearest in size, of this machine if it has any; None if unknown."""
+        size, similar = amount(config, self.sizes), self.samples.get(signature(config), [])
+        if size is None or not similar:
             return None
-        here = [one for one in like if self.device in (None, one.device)]
-        measured = [one for one in here if not one.probe] or here or like
-        near = sorted(measured, key=lambda one: abs(math.log(one.amount / size)))[:NEAREST]
+        here = [sample for sample in similar if self.device in (None, sample.device)]
+        candidates = [sample for sample in here if not sample.probe] or here or similar
+        near = sorted(candidates, key=lambda sample: abs(math.log(sample.amount / size)))[:NEAREST]
         basis = "probe" if near[0].probe else "record" if here else "record elsewhere"
-        seconds, memory = statistics.median(one.at(size) for one in near), max(one.memory_mib for one in near)
-        leaves = task_of(config).leaves(config, self.sizes)
-        disk = max(one.disk_mib for one in near) if leaves is None else leaves
-        return Cost(seconds, memory, disk, basis)
+        disk = task_of(config).leaves(config, self.sizes)
+        return Cost(
+            seconds=statistics.median(sample.at(size) for sample in near),
+            memory_mib=max(sample.memory_mib for sample in near),
+            disk_mib=max(sample.disk_mib for sample in near) if disk is None else disk,
+            basis=basis,
+        )
 
 
 def sample(record: Config, sizes: Sizes, known: Mapping[str, Config], folder: Path, clock: str = "cpu") -> Sample | None:
-    """What a record says of costs; None where its amount is not known, or it diverged.
+    """The sample of a record; None if its amount is unknown or it diverged.
 
-    Disk is what is in its `folder`, where that is still there, and otherwise the weights.
+    known: records by id. Disk: the content of `folder` if it still exists, otherwise the weights.
     """
     size = amount(record["config"], sizes)
     if size is None or record["status"] != "finished":
@@ -159,13 +166,10 @@ def sample(record: Config, sizes: Sizes, known: Mapping[str, Config], folder: Pa
     return Sample(signature(record["config"]), size, busy, rate, memory, disk, device)
 
 
-LADDER = (1, 4, 16)  # what runs that look at models are cut to
-
-
 def probed_training(config: Config, probe: Config, history: History) -> Sample:
     """The sample of a training whose first steps were probed (scripts/probe.py).
 
-    A teacher's targets are counted by the image: the more images a run shows, the more views of them it needs.
+    A teacher's targets count as a cost of each image: the more images a run shows, the more targets it needs.
     """
     history.learn(config, probe["data"])
     size = amount(config, history.sizes) or 1.0
@@ -176,7 +180,7 @@ def probed_training(config: Config, probe: Config, history: History) -> Sample:
 
 
 def probed_looking(config: Config, records: Sequence[Config], history: History) -> Sample:
-    """The sample of a run that was cut to the LADDER: what the first takes once, and what the third takes beyond the second."""
+    """The sample of a run that was cut to the LADDER: total from the first, rate from the third minus the second."""
     history.learn(config, records[0]["data"])
     sizes = [amount(record["config"], history.sizes) or 1.0 for record in records]
     seconds = [record["seconds"][history.clock] for record in records]
@@ -190,9 +194,10 @@ def probed_looking(config: Config, records: Sequence[Config], history: History) 
 
 @dataclass(frozen=True)
 class Row:
-    """A table or figure, or all of them. Counts are of runs, those that others stand on among them, each once.
+    """A table or figure, or all of them. Counts are of runs, upstream runs included, each counted once.
 
-    shared: with other tables and figures; rebuilt: they have a record, but what others need of them is not on this disk.
+    shared: runs that other tables or figures need, too; rebuilt: runs with a record whose product is missing on this disk and
+    needed by a missing run; bases: number of runs by the basis of their cost.
     """
 
     name: str
@@ -204,61 +209,64 @@ class Row:
     memory_mib: float
     disk_mib: float
     bases: Mapping[str, int]
-    unknown: tuple[Run, ...]  # runs of which nothing is known: they count for nothing above
+    unknown: tuple[Run, ...]  # runs of unknown cost, which the sums leave out
 
     def hours(self, slots: int) -> float:
-        """On a machine with so many processors, all of them at work."""
+        """Hours if `slots` processors are busy all the time."""
         return self.seconds / 3600 / slots
 
 
 def items(scale: str) -> dict[str, list[list[str]]]:
-    """{table or figure: what to type for each of its runs} of all that the scale has."""
-    found = {}
-    for kind in specs.KINDS:
-        for number, spec in specs.at_scale(kind, scale).items():
-            found[f"{kind} {number}"] = [words for cell in specs.cells(spec, scale) for words in cell.commands.values()]
-    return found
+    """{table or figure: overrides of each of its runs} of all that the scale has."""
+    specs_of = {f"{kind} {number}": spec for kind in specs.KINDS for number, spec in specs.at_scale(kind, scale).items()}
+    return {
+        name: [overrides for cell in specs.cells(spec, scale) for overrides in cell.commands.values()]
+        for name, spec in specs_of.items()
+    }
 
 
 def build(scale: str, plan: Planner, history: History) -> list[Row]:
-    """A row for each table and figure of the scale, and one for all of them, last."""
-    if not (found := items(scale)):
-        raise UserError(f"scale={scale}: no table or figure has it; there are paper, cpu and quick")
-    needs = {name: needed([plan(words) for words in typed]) for name, typed in found.items()}
+    """A row for each table and figure of the scale, and a last one, `all`."""
+    needs = {name: needed(map(plan, overrides)) for name, overrides in items(scale).items()}
+    if not needs:
+        raise UserError(f"scale={scale}: no table or figure has it; expected paper, cpu or quick")
     times = Counter(run for runs in needs.values() for run in runs)
-    needs["all"] = {run: need for runs in needs.values() for run, need in runs.items()}  # every run once
-    return [_row(name, runs, times, history) for name, runs in needs.items()]
+    needs["all"] = {}
+    for name in list(needs):
+        for run, need in needs[name].items():
+            if run not in needs["all"] or need.to_do:
+                needs["all"][run] = need
+    costs = {run: history.cost(need.run.config) for run, need in needs["all"].items() if need.to_do}
+    return [_row(name, runs, times, costs) for name, runs in needs.items()]
 
 
 @dataclass(frozen=True)
 class Need:
     run: Run
     present: bool  # has a record
-    to_do: bool  # has none, or lacks what a missing run needs of it
+    to_do: bool  # has none, or a missing run needs its product, which is not on this disk
 
 
 def needed(runs: Iterable[Run]) -> dict[str, Need]:
     """These runs and all runs upstream of them, by id."""
-    found: dict[str, Need] = {}
+    needs: dict[str, Need] = {}
 
-    def visit(run: Run, wanted: bool) -> None:
-        """wanted: a run that is to be done needs this one's product."""
-        to_do = not run.finished or (wanted and not (run.folder / task_of(run.config).product).exists())
-        if run.id in found and (found[run.id].to_do or not to_do):
+    def visit(run: Run, product_needed: bool) -> None:
+        to_do = not run.finished or (product_needed and not (run.folder / task_of(run.config).product).exists())
+        if run.id in needs and (needs[run.id].to_do or not to_do):
             return
-        found[run.id] = Need(run, run.finished, to_do)
+        needs[run.id] = Need(run, run.finished, to_do)
         for below in run.upstream.values():
             visit(below, to_do)
 
     for run in runs:
         visit(run, False)
-    return found
+    return needs
 
 
-def _row(name: str, needs: Mapping[str, Need], times: Mapping[str, int], history: History) -> Row:
-    """times: in how many tables and figures a run is."""
-    costs = [(need, history.cost(need.run.config)) for need in needs.values() if need.to_do]
-    known = [cost for _, cost in costs if cost]
+def _row(name: str, needs: Mapping[str, Need], times: Mapping[str, int], costs: Mapping[str, Cost | None]) -> Row:
+    """times: how many tables and figures need a run; costs: of the runs to do, by id."""
+    known = [cost for run, need in needs.items() if need.to_do and (cost := costs[run])]
     return Row(
         name=name,
         present=sum(need.present for need in needs.values()),
@@ -269,53 +277,46 @@ def _row(name: str, needs: Mapping[str, Need], times: Mapping[str, int], history
         memory_mib=max((cost.memory_mib for cost in known), default=0.0),
         disk_mib=sum(cost.disk_mib for cost in known),
         bases=Counter(cost.basis for cost in known),
-        unknown=tuple(need.run for need, cost in costs if cost is None),
+        unknown=tuple(need.run for run, need in needs.items() if need.to_do and not costs[run]),
     )
 
 
-# --- pages ------------------------------------------------------------------------------------------------
-
-HEADS = ("", "present", "missing", "shared", "hours", "memory", "disk", "known from")
+# --- text -------------------------------------------------------------------------------------------------
 
 
 def to_text(rows: Sequence[Row], scale: str, slots: int, device: str, free_gib: float) -> str:
-    """For the terminal, and as it stands for a page."""
-    lines = [HEADS, *(_cells(row, slots) for row in rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(HEADS))]
-    shown = [
-        "  ".join([line[0].ljust(widths[0]), *(x.rjust(w) for x, w in zip(line[1:-1], widths[1:-1], strict=True)), line[-1]])
-        for line in lines
-    ]
-    rule = "-" * max(map(len, shown))
+    """The plan for the terminal."""
     total = rows[-1]
-    notes = [
-        f"Hours: on this machine ({slots} x {device}) with every one of its {slots} processors at a run of its own; the",
-        "table's own, as if no other shared its runs. Memory: of the largest run. Disk: what runs leave; it has "
-        f"{free_gib:.0f} GiB free.",
-        "A teacher's targets, up to trainer.store_gib for each of its data subsets, come on top, and can be deleted.",
+    lines = [f"Runs and costs of scale={scale}", printed(to_frame(rows, slots)).rstrip()]
+    lines += [
+        f"Hours: on this machine ({slots} x {device}), {slots} runs at a time; a table's own, as if it shared no runs.",
+        f"Memory: of the largest run. Disk: what runs leave; {free_gib:.0f} GiB are free. A teacher's targets, up to",
+        "trainer.store_gib for each of its data subsets, come on top, and can be deleted.",
     ]
     if total.rebuilt:
-        notes.append(f"Runs with a record that must be repeated, because their weights or maps were deleted: {total.rebuilt}.")
+        lines.append(f"Runs with a record that must be repeated, because their weights or maps were deleted: {total.rebuilt}.")
     if total.unknown:
-        notes.append(
-            f"Of {len(total.unknown)} runs nothing is known, and nothing counted: make plan SCALE={scale} ARGS=--probe"
-        )
-    title = f"What scale={scale} has and lacks"
-    return "\n".join([title, rule, shown[0], rule, *shown[1:-1], rule, shown[-1], rule, *notes]) + "\n"
+        lines.append(f"The cost of {len(total.unknown)} runs is unknown and not counted: make plan SCALE={scale} ARGS=--probe")
+    return "\n".join(lines) + "\n"
 
 
-def to_table(rows: Sequence[Row], slots: int) -> list[dict[str, str]]:
-    """For a page: one entry a row, by column."""
-    heads = [f"hours, {slots} runs at a time" if head == "hours" else head for head in HEADS]
-    return [dict(zip(heads, _cells(row, slots), strict=True)) for row in rows]
+def to_frame(rows: Sequence[Row], slots: int) -> pd.DataFrame:
+    """The rows as text."""
+    return pd.DataFrame([_texts(row, slots) for row in rows])
 
 
-def _cells(row: Row, slots: int) -> list[str]:
-    plural = {"record": "records", "probe": "probes", "record elsewhere": "records elsewhere"}
-    known = ", ".join(f"{count} {basis if count == 1 else plural[basis]}" for basis, count in sorted(row.bases.items()))
+def _texts(row: Row, slots: int) -> dict[str, str]:
+    least = "≥ " if row.unknown else ""  # sums leave out runs of unknown cost
+    names = {"record elsewhere": "records elsewhere", "record": "records", "probe": "probes"}
+    known = [f"{count} {basis if count == 1 else names[basis]}" for basis, count in sorted(row.bases.items())]
     unknown = [f"{len(row.unknown)} unknown"] if row.unknown else []
-    counts = [str(count) if count else "" for count in (row.present, row.missing, row.shared)]
-    least = "≥ " if row.unknown else ""  # runs of which nothing is known are not in the sums
-    sums = [f"{row.hours(slots):.2f}", f"{row.memory_mib / 1024:.1f} GiB", f"{row.disk_mib:.0f} MiB"]
-    costs = [least + value for value in sums] if row.bases else [""] * 3
-    return [row.name, *counts, *costs, "; ".join([*([known] if known else []), *unknown])]
+    return {
+        "": row.name,
+        "present": str(row.present or ""),
+        "missing": str(row.missing or ""),
+        "shared": str(row.shared or ""),
+        "hours": f"{least}{row.hours(slots):.2f}" if row.bases else "",
+        "memory": f"{least}{row.memory_mib / 1024:.1f} GiB" if row.bases else "",
+        "disk": f"{least}{row.disk_mib:.0f} MiB" if row.bases else "",
+        "known from": "; ".join([*([", ".join(known)] if known else []), *unknown]),
+    }

@@ -10,29 +10,29 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-BOOTSTRAP_FROM = 6  # seeds: resampled means stay in [min, max], which 5 seeds cover with 93.75 % at best
+BOOTSTRAP_FROM = 6  # seeds; resampled means stay in [min, max], which covers the mean with 93.75 % at best for 5 seeds
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean difference, positive where it goes as claimed, over n seeds; with its interval and one-sided p-values if any."""
+    """A mean difference over n seeds, with its interval and one-sided p-values; NaN for what can't be estimated."""
 
     mean: float
     n: int
-    std: float | None = None
-    low: float | None = None
-    high: float | None = None
-    p_for: float | None = None
-    p_against: float | None = None
+    std: float = math.nan
+    low: float = math.nan
+    high: float = math.nan
+    p_for: float = math.nan
+    p_against: float = math.nan
 
 
 def estimate(differences: Sequence[float], *, confidence: float, resamples: int) -> Estimate:
-    """Mean of paired differences, one a seed: positive where they go as claimed.
+    """Mean of paired differences, one a seed, positive if they agree with the claim.
 
-    p-values are Student's. The interval is, from BOOTSTRAP_FROM seeds on, a percentile bootstrap of the mean at a level
-    widened for few seeds (Hesterberg, 2015, "What teachers should know about the bootstrap", expanded percentile
-    interval); below, Student's. One seed has neither, nor have seeds without spread, nor those of which one diverged:
-    its differences are infinite, or NaN.
+    p-values are Student's. From BOOTSTRAP_FROM seeds on, the interval is a percentile bootstrap of the mean at a level
+    widened for few seeds (Hesterberg, 2015, "What teachers should know about the bootstrap", expanded percentile interval);
+    below, it is Student's. Both are NaN for one seed, for seeds without spread, and if the run of a seed diverged, which
+    makes its difference infinite or NaN.
     """
     d, n = np.asarray(differences, dtype=float), len(differences)
     mean = float(d.mean())
@@ -53,21 +53,21 @@ def estimate(differences: Sequence[float], *, confidence: float, resamples: int)
     return Estimate(mean, n, std, float(low), float(high), p_for, p_against)
 
 
-def estimate_over_images(mean: float, noise: float | None, confidence: float) -> Estimate:
-    """A difference of means over the images of one model: the images are the sample, the model stays (normal theory).
+def estimate_over_images(mean: float, noise: float, confidence: float) -> Estimate:
+    """Difference of means over the images of one model: the images are the sample, the model is fixed (normal theory).
 
-    noise: its standard error, as if the two means were of different images. They are of the same ones, of which a record
-    keeps the mean and the deviation only: cautious where an image that is hard for one method is hard for the other.
+    noise: its standard error, computed as if the two means were over different images, because records keep only means and
+    deviations. They are over the same images, so it is conservative if the same images are hard for both methods.
     """
-    if not noise or not math.isfinite(mean):
+    if not (noise > 0 and math.isfinite(mean)):
         return Estimate(mean, 1)
     half = float(stats.norm.ppf((1 + confidence) / 2)) * noise
     tails = (float(tail(mean / noise)) for tail in (stats.norm.sf, stats.norm.cdf))
-    return Estimate(mean, 1, None, mean - half, mean + half, *tails)
+    return Estimate(mean, 1, math.nan, mean - half, mean + half, *tails)
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """Holm's step-down adjustment (1979): rejecting adjusted values below a level keeps the chance of any error below it."""
+    """p-values after Holm's step-down adjustment (1979), which controls the family-wise error rate."""
     adjusted, worst = [0.0] * len(p), 0.0
     for rank, i in enumerate(np.argsort(p, kind="stable")):
         worst = max(worst, min(1.0, (len(p) - rank) * p[i]))

@@ -1,116 +1,125 @@
-"""What every table and figure says of itself: where its protocol departs from the thesis's, and where its numbers come from."""
+"""Captions: how a table's or figure's protocol departs from the thesis's, and which runs its numbers come from."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from gradexp.engine.ensure import digests
 from gradexp.engine.run import Config, Run, identity
 
-DEPARTS = "Scale {} departs from scale=paper in:"
-LISTED = 5  # runs whose ids a sentence names
-UNINTERESTING = ("scale", "_target_", "version", "channels", "classes", "size")  # said by others, or no protocol
+# Not part of the protocol, or implied by other settings.
+IGNORED = ("scale", "_target_", "version", "channels", "classes", "size")
 
 
 # --- the protocol -----------------------------------------------------------------------------------------
 
 
 def departed(pairs: Iterable[tuple[Config, Config]]) -> dict[str, tuple[str, str]]:
-    """Where the protocols of runs differ from those of the paper's scale: {key: (here, paper)}, in words.
+    """The settings in which runs differ from their counterparts at scale=paper: {key: (here, paper)}, as text.
 
-    pairs: (config here, config at scale=paper) of each run. Where runs differ, each value is named once:
+    pairs: (config here, config at scale=paper) of each run. If values differ between runs, each is named once:
     `Adam(lr=0.003) or Adam(lr=0.003, weight_decay=0.001)`.
     """
-    changes: dict[str, dict[tuple[str, str], None]] = {}
+    changes: dict[str, list[tuple[Any, Any]]] = {}
     for here, paper in pairs:
-        for key, (ours, theirs) in departures(here, paper).items():
-            changes.setdefault(key, {})[_word(ours), _word(theirs)] = None
-    return {key: _alternatives(values) for key, values in changes.items()}
+        for key, values in departures(here, paper).items():
+            changes.setdefault(key, []).append(values)
+    return {key: (_alternatives(x[0] for x in values), _alternatives(x[1] for x in values)) for key, values in changes.items()}
 
 
 def departures(here: Config, paper: Config) -> dict[str, tuple[Any, Any]]:
-    """Where a run's protocol differs from the paper scale's: {key: (here, paper)}."""
-    ours, theirs = _flat(identity(here)), _flat(identity(paper))
-    return {
-        key: (ours.get(key), theirs.get(key)) for key in sorted(ours.keys() | theirs.keys()) if ours.get(key) != theirs.get(key)
-    }
+    """The settings in which a run differs from its counterpart at scale=paper: {key: (here, paper)}."""
+    ours, theirs = dict(_flat(identity(here))), dict(_flat(identity(paper)))
+    pairs = {key: (ours.get(key), theirs.get(key)) for key in sorted(ours.keys() | theirs.keys())}
+    return {key: (a, b) for key, (a, b) in pairs.items() if a != b}
 
 
-def _flat(config: Config, prefix: str = "") -> dict[str, Any]:
-    items: dict[str, Any] = {}
+def _flat(config: Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """{"optim": {"passes": 3}} -> ("optim.passes", 3); a partial such as an optimizer is one value: `Adam(lr=0.003)`."""
     for key, value in config.items():
-        if key in UNINTERESTING:
+        if key in IGNORED:
             continue
-        name = f"{prefix}{key}"
-        if isinstance(value, dict) and value.get("_partial_"):
-            given = ", ".join(f"{k}={v}" for k, v in value.items() if not k.startswith("_"))
-            items[name] = f"{value['_target_'].rpartition('.')[2]}({given})"
+        if isinstance(value, dict) and not value.get("_partial_"):
+            yield from _flat(value, f"{prefix}{key}.")
         elif isinstance(value, dict):
-            items |= _flat(value, f"{name}.")
+            given = ", ".join(f"{k}={v}" for k, v in value.items() if not k.startswith("_"))
+            yield f"{prefix}{key}", f"{value['_target_'].rpartition('.')[2]}({given})"
         else:
-            items[name] = value
-    return items
+            yield f"{prefix}{key}", value
 
 
-def _alternatives(pairs: Iterable[tuple[str, str]]) -> tuple[str, str]:
-    """Where cells differ, each value once: `Adam(lr=0.003) or Adam(lr=0.003, weight_decay=0.001)`."""
-    here, paper = (" or ".join(dict.fromkeys(values)) for values in zip(*pairs, strict=True))
-    return here, paper
+def _alternatives(values: Iterable[Any]) -> str:
+    return " or ".join(dict.fromkeys("none" if value is None else str(value) for value in values))
 
 
-def _word(value: Any) -> str:
-    return "none" if value is None else str(value)
-
-
-def departure_sentence(scale: str, changes: dict[str, tuple[str, str]], told: tuple[str, ...] = ()) -> str:
-    """One sentence on all of `changes`. told: starts of keys whose departures the spec's note describes."""
+def departure_sentence(scale: str, changes: Mapping[str, tuple[str, str]], described: tuple[str, ...] = ()) -> str:
+    """One sentence that lists `changes`. described: starts of the keys that the spec's note describes."""
     if not changes:
-        return f"Scale {scale}: the protocol of scale=paper."
-    named = {key: values for key, values in changes.items() if not key.startswith(told)}
-    listed = "; ".join(f"`{key}` {here} (paper: {paper})" for key, (here, paper) in named.items())
-    places = [*(["what is said above"] if len(named) < len(changes) else []), *([listed] if listed else [])]
-    return f"{DEPARTS.format(scale)} {'; '.join(places)}."
-
-
-def enumerated(values: Sequence[Any]) -> str:
-    return ", ".join(map(str, values))
+        return f"Scale {scale} follows the protocol of scale=paper."
+    listed = [f"`{key}` {here} (paper: {paper})" for key, (here, paper) in changes.items() if not key.startswith(described)]
+    if len(listed) < len(changes):
+        listed.insert(0, "the settings described above")
+    return f"Scale {scale} departs from scale=paper in: {'; '.join(listed)}."
 
 
 # --- the runs ---------------------------------------------------------------------------------------------
 
 
+class Caption(NamedTuple):
+    """Sentences for a caption, and the lists behind them for the part of a page that opens on demand."""
+
+    sentences: list[str]
+    details: list[str]
+
+
+def origin(runs: Iterable[Run]) -> Caption:
+    """Where the numbers of these runs come from, those of their upstream runs included."""
+    return origin_of(*read(runs))
+
+
 def read(runs: Iterable[Run]) -> tuple[list[Config], list[Config]]:
-    """Records of the finished runs, and of the runs upstream of them, directly or not, as far as these are finished."""
+    """The records of the finished runs, and of the finished runs upstream of them."""
     users = dict.fromkeys(run for run in runs if run.finished)
     below: dict[Run, None] = {}
-    waiting = list(users)
-    while waiting:
-        upstream = [run for run in waiting.pop(0).upstream.values() if run.finished and run not in users and run not in below]
-        below |= dict.fromkeys(upstream)
-        waiting += upstream
+
+    def visit(run: Run) -> None:
+        for upstream in run.upstream.values():
+            if upstream.finished and upstream not in users and upstream not in below:
+                below[upstream] = None
+                visit(upstream)
+
+    for run in users:
+        visit(run)
     return [run.record() or {} for run in users], [run.record() or {} for run in below]
 
 
-def origins(records: Sequence[Config], below: Sequence[Config] = ()) -> str:
-    """One sentence on where numbers were computed: precision, device, commits. below: the records upstream of these."""
+def origin_of(records: Sequence[Config], below: Sequence[Config] = ()) -> Caption:
+    """As `origin`, from records; below: the records upstream of these."""
     if not records:
-        return "No run has finished yet."
-    work = [attempt for record in (*records, *below) for attempt in (record, *record.get("attempts", []))]
-    devices = sorted({f"{one['precision']} on {one['device']}" for one in work if "precision" in one})
-    commits = sorted({(one["git"]["commit"] or "none")[:8] + (" (dirty)" if one["git"]["dirty"] else "") for one in work})
-    known = {record["id"]: record for record in (*records, *below) if "id" in record}
-    seconds = sum(own_seconds(record, known, "wall") for record in (*records, *below))
+        return Caption(["No run has finished yet."], [])
+    every = [*records, *below]
+    attempts = [attempt for record in every for attempt in (record, *record.get("attempts", []))]
+    machines = sorted({f"{one['precision']} on {one['device']}" for one in attempts if "precision" in one})
+    commits = sorted({(one["git"]["commit"] or "none")[:8] + (" (dirty)" if one["git"]["dirty"] else "") for one in attempts})
+    dirty = sum(commit.endswith("(dirty)") for commit in commits)
+    known = {record["id"]: record for record in every if "id" in record}
+    seconds = sum(own_seconds(record, known, "wall") for record in every)
     time = f"{seconds / 3600:.1f} h" if seconds >= 180 else f"{max(1, round(seconds / 60))} min"
-    count = _runs(len(records)) + (f" and {len(below)} upstream" if below else "")
-    where = f"{count}, {time}; precision {', '.join(devices)}; commit {', '.join(commits)}."
-    return " ".join([where, *_remade(records, known)])
+    count = _runs(len(records)) + (f" and {_runs(len(below), 'upstream run')}" if below else "")
+    where = f"in precision {machines[0]}" if len(machines) == 1 else f"on {len(machines)} kinds of hardware"
+    state = "clean" if not dirty else "dirty" if dirty == len(commits) else f"{dirty} of them dirty"
+    source = f"commit {commits[0].partition(' ')[0]}" if len(commits) == 1 else f"{len(commits)} commits"
+    details = [f"Hardware: {'; '.join(machines)}."] if len(machines) > 1 else []
+    details += [f"Commits: {', '.join(commits)}."] if len(commits) > 1 else []
+    repeated, users = _repeated(records, known)
+    return Caption([f"Computed by {count} in {time}, {where}, from {source} ({state}).", *repeated], details + users)
 
 
 def own_seconds(record: Config, known: Mapping[str, Config], clock: str) -> float:
     """A run's seconds without those of its upstream runs; clock: `wall` or `cpu`; known: records by id.
 
-    An older record counts them where they were done inside it, which is where they began after it.
+    Records without seconds of upstream runs are older ones, which include those of upstream runs that started after them.
     """
     seconds = record["seconds"]
     below = [] if "upstream" in seconds else [known.get(run.get("id")) for run in record.get("upstream", {}).values()]
@@ -118,26 +127,25 @@ def own_seconds(record: Config, known: Mapping[str, Config], clock: str) -> floa
     return float(seconds[clock]) - sum(run["seconds"][clock] for run in inside)
 
 
-def _remade(records: Sequence[Config], known: Mapping[str, Config]) -> Iterator[str]:
-    """A sentence for each upstream run whose weights or maps were made again, and are not those of its record everywhere."""
-    made: dict[tuple[str, str], dict[str, list[Config]]] = {}
+def _repeated(records: Sequence[Config], known: Mapping[str, Config]) -> tuple[list[str], list[str]]:
+    """Which files of an upstream run were used, if it ran more than once or its record describes another file."""
+    used: dict[tuple[str, str], dict[str, list[str]]] = {}
     for record in records:
         upstream = record.get("upstream", {})
         for name, digest in digests(upstream).items():
-            made.setdefault((name, upstream[name]["id"]), {}).setdefault(digest[:8], []).append(record)
-    for (name, number), by_digest in made.items():
-        left = known.get(number, {}).get("product", {}).get("sha256", "")
-        noted = any("remade" in users[0]["upstream"][name] for users in by_digest.values())  # by records of an earlier version
-        if len(by_digest) > 1 or noted or (left and left[:8] not in by_digest):
-            times = f"{len(by_digest)} times" if len(by_digest) > 1 else "again after its record was written"
-            listed = "; ".join(_making(digest, users) for digest, users in by_digest.items())
-            yield f"Run {number} ({name}) was done {times}; its files: {listed}."
+            used.setdefault((name, upstream[name]["id"]), {}).setdefault(digest[:8], []).append(record["id"])
+    older = {run["id"] for record in records for run in record.get("upstream", {}).values() if "remade" in run}
+    sentences, details = [], []
+    for (name, number), users in used.items():
+        recorded = known.get(number, {}).get("product", {}).get("sha256", "")[:8]
+        if len(users) == 1 and number not in older and recorded in ("", *users):
+            continue
+        times = f"ran {len(users)} times" if len(users) > 1 else "ran again after its record was written"
+        counts = ", ".join(f"file {digest} by {_runs(len(ids))}" for digest, ids in users.items())
+        sentences.append(f"The {name} (run {number}) {times}; used are {counts}.")
+        details += [f"File {digest} of run {number}: {', '.join(ids)}." for digest, ids in users.items()]
+    return sentences, details
 
 
-def _making(digest: str, users: Sequence[Config]) -> str:
-    listed = f": {', '.join(user['id'] for user in users)}" if len(users) <= LISTED else ""
-    return f"{digest} ({_runs(len(users))}{listed})"
-
-
-def _runs(count: int) -> str:
-    return f"{count} run{'' if count == 1 else 's'}"
+def _runs(count: int, name: str = "run") -> str:
+    return f"{count} {name}{'' if count == 1 else 's'}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple, NotRequired, cast
+from typing import Any, Literal, NamedTuple, NotRequired
 
 import yaml
 from typing_extensions import TypedDict
@@ -19,21 +19,21 @@ Names = str | list[str]
 
 @strict
 class Shown(TypedDict):
-    """What a row, a column or the table itself may say of its cells: the first of these three that has a key decides."""
+    """Settings of cells, in a row, a column or the table; the first of these that has a key takes precedence."""
 
     experiment: NotRequired[str]
-    metric: NotRequired[Names]  # of the record; of several, the last one decides which cell is best
-    spread: NotRequired[str]  # a deviation that the record has, over images or draws
-    thesis_metric: NotRequired[Names]  # what results/thesis.csv calls the metric, where it has several
+    metric: NotRequired[Names]  # of the record; the last of several decides which cell is best
+    spread: NotRequired[str]  # a recorded deviation over images or draws
+    thesis_metric: NotRequired[Names]  # its name in results/thesis.csv, if the cell has several there
 
 
 @strict
 class RowSpec(Shown):
     label: str
-    thesis: NotRequired[str | None]  # the label in results/thesis.csv, where it is another one
+    thesis: NotRequired[str | None]  # the label in results/thesis.csv, if it differs
     overrides: NotRequired[list[str]]
-    apart: NotRequired[bool]  # is not compared with the others, such as an oracle
-    scales: NotRequired[list[str]]  # that have this row, where not all do
+    apart: NotRequired[bool]  # not compared with the others, such as an oracle
+    scales: NotRequired[list[str]]  # that have this row, if not all
 
 
 @strict
@@ -48,7 +48,7 @@ class ColumnSpec(Shown):
 
 @strict
 class UpstreamSpec(TypedDict):
-    """A run that the caption gives a number of, such as the teacher."""
+    """A run whose number the caption quotes, such as the teacher's."""
 
     label: str
     thesis: list[str]
@@ -62,19 +62,19 @@ class TableSpec(Shown):
     number: str
     title: str
     seeds: dict[str, list[int]]  # by scale
-    comparable: list[str]  # scales whose numbers may be set against the thesis's
+    comparable: list[str]  # scales whose numbers can be compared with the thesis's
     corner: str
     best: Best
     best_per: NotRequired[Literal["row", "column", "table"]]
     rows: list[RowSpec]
     columns: list[ColumnSpec]
-    thesis: NotRequired[str]  # the item in results/thesis.csv, where it is not the number
+    thesis: NotRequired[str]  # the item in results/thesis.csv, if it is not the number
     where: NotRequired[dict[str, str]]
     note: NotRequired[str]
     notes: NotRequired[dict[str, str]]
-    told: NotRequired[list[str]]  # starts of settings whose departures the notes describe
+    described: NotRequired[list[str]]  # starts of settings whose departures the notes describe
     needs: NotRequired[dict[str, str]]
-    only: NotRequired[dict[str, list[list[str]]]]  # the cells that a scale runs, where it does not run all
+    only: NotRequired[dict[str, list[list[str]]]]  # the cells, [row, column], that a scale runs, if not all
     upstream: NotRequired[list[UpstreamSpec]]
 
 
@@ -111,7 +111,7 @@ class LineSpec(TypedDict):
 
 @strict
 class FigureSpec(TypedDict):
-    """Further keys are those of its drawing function in gradexp/report/draw/, which says what they mean."""
+    """The drawing function in gradexp/report/draw/ documents the keys after `also`."""
 
     number: str
     title: str
@@ -120,7 +120,7 @@ class FigureSpec(TypedDict):
     seeds: dict[str, list[int]]
     series: list[SeriesSpec]
     points: NotRequired[list[PointSpec]]
-    overrides_at: NotRequired[dict[str, list[str]]]  # for one scale each
+    overrides_at: NotRequired[dict[str, list[str]]]  # by scale
     note: NotRequired[str]
     notes: NotRequired[dict[str, str]]
     needs: NotRequired[dict[str, str]]
@@ -149,22 +149,28 @@ class FigureSpec(TypedDict):
 KINDS: dict[str, Any] = {"table": TableSpec, "figure": FigureSpec}
 
 
+def settings() -> Config:
+    """conf/report.yaml."""
+    content: Config = yaml.safe_load((ROOT / "conf" / "report.yaml").read_text(encoding="utf-8"))
+    return content
+
+
 def numbers(kind: str) -> list[str]:
-    """The tables or figures that there are; kind: `table` or `figure`."""
+    """The numbers of all tables or figures; kind: `table` or `figure`."""
     return sorted(file.stem for file in (ROOT / "conf" / kind).glob("*.yaml"))
 
 
 def parts(kind: str, number: str) -> list[str]:
-    """`3.2` when there is one, otherwise its parts `3.2a`, `3.2b`; [number] where there is neither."""
-    there = numbers(kind)
-    return [number] if number in there else [name for name in there if name[:-1] == number] or [number]
+    """[number] if it exists, otherwise its parts, such as `3.2a` and `3.2b` for `3.2`; [number] if there are none."""
+    known = numbers(kind)
+    return [number] if number in known else [name for name in known if name[:-1] == number] or [number]
 
 
 def load(kind: str, number: str) -> Config:
-    """The spec of a table or figure. Raises UserError when there is none, or it is not what TableSpec or FigureSpec says."""
-    there = numbers(kind)
-    if number not in there:
-        raise UserError(f"no {kind} {number}{nearest(number, there)} conf/{kind}/ has {', '.join(there) or 'none'}")
+    """The spec of a table or figure. Raises UserError if it does not exist or is not a valid TableSpec or FigureSpec."""
+    known = numbers(kind)
+    if number not in known:
+        raise UserError(f"no {kind} {number}{nearest(number, known)} conf/{kind}/ has {', '.join(known) or 'none'}")
     file = ROOT / "conf" / kind / f"{number}.yaml"
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
@@ -175,29 +181,39 @@ def load(kind: str, number: str) -> Config:
 
 def at_scale(kind: str, scale: str) -> dict[str, Config]:
     """{number: spec} of the tables or figures that a scale has."""
-    found = {number: load(kind, number) for number in numbers(kind)}
-    return {number: spec for number, spec in found.items() if scale in spec["seeds"]}
+    every = {number: load(kind, number) for number in numbers(kind)}
+    return {number: spec for number, spec in every.items() if scale in spec["seeds"]}
 
 
 def seeds_of(spec: Config, scale: str) -> list[int]:
-    """The seeds at a scale. Raises UserError for a scale that the spec does not have."""
+    """The seeds at a scale. Raises UserError if the spec does not have the scale."""
     if scale not in spec["seeds"]:
         raise UserError(f"scale={scale}: {spec['number']} has {', '.join(spec['seeds'])}")
     return list(spec["seeds"][scale])
 
 
-def setting(key: str, *places: Config) -> Any:
-    """What the first place that has this key says; None where none has it."""
-    return next((place[key] for place in places if key in place), None)
+def setting(key: str, *entries: Config) -> Any:
+    """The value of the first entry that has this key, otherwise None."""
+    return next((entry[key] for entry in entries if key in entry), None)
+
+
+def notes(spec: Config, scale: str) -> list[str]:
+    """The notes of a table or figure: the general one and that of the scale."""
+    return [text for text in (spec.get("note"), spec.get("notes", {}).get(scale)) if text]
+
+
+def joined(values: Sequence[Any]) -> str:
+    """`0, 1, 2`"""
+    return ", ".join(map(str, values))
 
 
 # --- cells ------------------------------------------------------------------------------------------------
 
 
 class Cell(NamedTuple):
-    """Where numbers of a table or figure come from: a row and a column, or a series and one of its points.
+    """A cell of a table (row and column) or figure (series and one of its points).
 
-    commands: what to type for each seed, after `python run.py`; none for a cell that the scale does not run.
+    commands: the overrides of `python run.py` by seed; empty for a cell that the scale does not run.
     """
 
     row: Config
@@ -208,15 +224,14 @@ class Cell(NamedTuple):
 def cells(spec: Config, scale: str) -> Iterator[Cell]:
     """All cells of a table or figure, row by row.
 
-    A scale listed under a table's `only` runs nothing but the cells that it names there. A series without points has one
-    cell, whose column is empty.
+    At a scale listed in a table's `only`, the other cells have no commands. A series without points has one cell, whose
+    column is empty.
     """
-    common, only, columns = seeds_of(spec, scale), spec.get("only", {}).get(scale), spec.get("columns")
+    common, only = seeds_of(spec, scale), spec.get("only", {}).get(scale)
     for row in spec["series"] if "series" in spec else spec["rows"]:
-        if "series" in spec:
-            columns = row.get("points", spec.get("points", [{}]))
-        for column in cast("list[Config]", columns):
-            if not all(scale in place.get("scales", [scale]) for place in (row, column)):
+        columns: list[Config] = row.get("points", spec.get("points", [{}])) if "series" in spec else spec["columns"]
+        for column in columns:
+            if not all(scale in entry.get("scales", [scale]) for entry in (row, column)):
                 continue
             wanted = only is None or [row["label"], column["label"]] in only
             seeds = column.get("seeds", {}).get(scale, common) if wanted else []
@@ -224,7 +239,7 @@ def cells(spec: Config, scale: str) -> Iterator[Cell]:
 
 
 def command(spec: Config, row: Config, column: Config, scale: str, seed: int) -> list[str]:
-    """What to type for one cell and one seed. A row, a series or a column may name an experiment of its own."""
+    """The overrides of one cell and seed. A row, a series or a column may name an experiment of its own."""
     first = [f"experiment={setting('experiment', row, column, spec)}", f"scale={scale}"]
     own = [*spec.get("overrides_at", {}).get(scale, []), *row.get("overrides", []), *column.get("overrides", [])]
     return [*first, *own, f"seed={seed}"]

@@ -1,14 +1,12 @@
-"""A thesis table from records.
-
-A table is data: rows, columns and the runs behind each cell. Every cell knows its runs, so that a number can be followed to
-its records, and an empty cell says how to fill itself.
-"""
+"""A table of the thesis from records: a spec, the runs behind each cell, and what their numbers come to."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import pandas as pd
 
@@ -16,15 +14,21 @@ from gradexp.engine.record import value_of
 from gradexp.engine.run import Config, Run
 from gradexp.report import provenance, records, specs
 from gradexp.report.specs import Planner, command, seeds_of
-from gradexp.report.thesis import item_of, read_thesis
+from gradexp.report.thesis import Thesis, item_of, read_thesis
 
 CELL = ["row", "column"]
-ABSENT = "n/a"  # in a cell that the scale does not run
+EMPTY = "–"  # shown in a cell without a finished run
+ABSENT = "n/a"  # shown in a cell that the scale does not run
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Table:
-    """cells: records.cells, one row for each seed and metric of a cell; numbers: summary, one row for each metric of a cell."""
+    """A table at one scale.
+
+    cells: records.cells, one row for each seed and metric of a cell; numbers: `summary`, one row for each metric of a cell.
+    departures: every (setting, here, at scale=paper), which `departure`, one of the caption's sentences, lists too; details:
+    hardware, commits and files that the caption only counts.
+    """
 
     number: str
     title: str
@@ -33,8 +37,10 @@ class Table:
     cells: pd.DataFrame
     numbers: pd.DataFrame
     caption: tuple[str, ...]
-    best_per: str | None = "column"  # what has one best number each; None where none is marked
-    departures: tuple[tuple[str, str, str], ...] = ()  # every (setting, here, at scale=paper)
+    best_per: str | None = "column"  # what has one best number each; None if none is marked
+    departures: tuple[tuple[str, str, str], ...] = ()
+    departure: str = ""
+    details: tuple[str, ...] = ()
 
     @property
     def rows(self) -> list[str]:
@@ -52,13 +58,38 @@ class Table:
     def missing(self) -> list[Run]:
         return [run for run in self.runs if not run.finished]
 
+    @cached_property
+    def texts(self) -> pd.DataFrame:
+        """The cells as text, one row each, indexed by row and column; several metrics are separated by ` / `.
+
+        mean: our mean ± standard deviation; ours: the same with the number of seeds if several are planned; thesis; gap: ours
+        minus the thesis's; best, bold: whether our number, and the thesis's, is marked as best; metric, n, planned, runs.
+        """
+        numbers: Any = self.numbers
+        std = numbers["std"].map(" ± {:.2f}".format, na_action="ignore").fillna("")
+        gap = numbers["difference"].map("{:+.2f}".format, na_action="ignore").fillna("").str.replace("-", "−")
+        parts = {
+            "mean": numbers["ours"].map("{:.2f}".format).str.replace("nan", "NaN") + std,
+            "thesis": [str(Thesis(row.thesis, std=row.thesis_std)) for row in numbers.itertuples()],
+            "gap": gap,
+            "metric": numbers["metric"].fillna(""),
+        }
+        texts = numbers[CELL].assign(**parts).groupby(CELL, sort=False).agg(lambda cell: " / ".join(filter(None, cell)))
+        texts["bold"] = numbers.drop_duplicates(CELL).set_index(CELL)["thesis_bold"]
+        texts = texts.join(numbers.drop_duplicates(CELL, keep="last").set_index(CELL)[["best", "n", "planned"]])
+        texts["mean"] = texts["mean"].where(texts["n"] > 0, EMPTY)
+        seeds = (" (n=" + texts["n"].astype(str) + ")").where((texts["n"] > 0) & (texts["planned"] > 1), "")
+        texts["ours"] = (texts["mean"] + seeds).where(texts["planned"] > 0, ABSENT)
+        texts["runs"] = self.cells.groupby(CELL)["run"].agg(lambda runs: list(runs.dropna().unique()))
+        return texts
+
 
 def summary(cells: pd.DataFrame, spec: Config, scale: str) -> pd.DataFrame:
     """Mean and deviation over the finished seeds of each cell.
 
     One row for each metric of each cell: row, column, part, metric; ours, std, n; planned (seeds, finished or not); thesis,
-    thesis_std, thesis_bold; difference (ours - thesis, where they may be compared); best; inside (whether std is the
-    deviation inside the runs, over draws or images, and not the one over seeds).
+    thesis_std, thesis_bold; difference (ours - thesis, NaN if the scale is not comparable); best; inside (whether std is the
+    deviation inside the runs, over draws or images, instead of over seeds).
     """
     groups = cells.groupby([*CELL, "part"], sort=False)
     numbers = pd.DataFrame([_number(group) for _, group in groups])
@@ -68,7 +99,7 @@ def summary(cells: pd.DataFrame, spec: Config, scale: str) -> pd.DataFrame:
 
 
 def _number(cell: pd.DataFrame) -> Config:
-    """The mean over finished runs is NaN where one diverged, and so is the deviation (of the sample)."""
+    """Mean and standard deviation of the sample over finished runs; NaN if one diverged."""
     first, done = cell.iloc[0], cell[cell["finished"]]
     inside = bool(done["spread"].notna().any())
     return {
@@ -82,9 +113,9 @@ def _number(cell: pd.DataFrame) -> Config:
 
 
 def best(numbers: pd.DataFrame, spec: Config) -> pd.Series[bool]:
-    """Bold as in the thesis: the best of each column, row, or of the table, where at least two of its cells are filled.
+    """Whether a cell is the best of its column, row or table (`best_per`), if at least two of its cells are filled.
 
-    The last metric of a cell decides. A row that is `apart`, such as an oracle, does not compete.
+    The last metric of a cell decides. Rows marked `apart`, such as an oracle, do not compete.
     """
     own = {column["label"]: column["best"] for column in spec["columns"] if "best" in column}
     last = numbers.drop_duplicates(CELL, keep="last")
@@ -100,28 +131,24 @@ def best(numbers: pd.DataFrame, spec: Config) -> pd.Series[bool]:
     return pd.Series([cell in won for cell in zip(numbers["row"], numbers["column"], strict=True)], numbers.index)
 
 
+def _apart(spec: Config) -> list[str]:
+    return [row["label"] for row in spec["rows"] if row.get("apart")]
+
+
 # --- from a spec to a table -------------------------------------------------------------------------------
 
 
-def _paper_words(spec: Config, row: Config, column: Config, seed: int) -> list[str]:
-    """What a cell's run is set against at scale=paper: itself, or its row's first run there where that has no such column."""
-    there = next((one for one in [column, *spec["columns"]] if "paper" in one.get("scales", ["paper"])), column)
-    return command(spec, row, there, "paper", seed)
-
-
 def build(spec: Config, scale: str, plan: Planner) -> Table:
-    """The table that `conf/table/NUMBER.yaml` describes, filled with whatever records there are."""
+    """The table that `conf/table/NUMBER.yaml` describes, filled with the records that exist."""
     cells = records.cells(spec, scale, plan)
     numbers = summary(cells, spec, scale)
+    pairs = list(_counterparts(spec, scale, cells, plan))
+    changes = provenance.departed(pairs)
+    departure = provenance.departure_sentence(scale, changes, tuple(spec.get("described", ())))
     runs = list(cells["run"].dropna().unique())
-    pairs: list[tuple[Config, Config]] = []  # of each cell, here and at scale=paper
-    for row, column, seeds in specs.cells(spec, scale):
-        for seed, words in list(seeds.items())[:1]:
-            pairs.append((plan(words).config, plan(_paper_words(spec, row, column, seed)).config))
-    lines = [line for line in spec.get("upstream", []) if scale in line.get("scales", spec["seeds"])]
-    upstream = [(line, plan([*line["overrides"], f"scale={scale}"])) for line in lines]
-    departed = provenance.departed(pairs)
+    origin = provenance.origin(runs)
     data = sorted({config["data"]["name"] for config, _ in pairs})
+    held_out = any(config.get("data", {}).get("validation") for config, _ in pairs)
     return Table(
         number=spec["number"],
         title=spec["title"].format(data=", ".join(data), where=spec.get("where", {}).get(scale)),
@@ -130,52 +157,61 @@ def build(spec: Config, scale: str, plan: Planner) -> Table:
         cells=cells,
         numbers=numbers,
         caption=(
-            *_what_it_is(spec, scale, missing=not all(run.finished for run in runs)),
-            provenance.departure_sentence(scale, departed, tuple(spec.get("told", ()))),
-            *(_upstream_sentence(line, run, spec, scale) for line, run in upstream),
-            *_how_to_read_it(
-                spec,
-                scale,
-                printed=bool(numbers["thesis"].notna().any()),
-                held_out=any(config.get("data", {}).get("validation") for config, _ in pairs),
-            ),
-            provenance.origins(*provenance.read(runs)),
+            *_notes(spec, scale, missing=not all(run.finished for run in runs)),
+            departure,
+            *_upstream(spec, scale, plan),
+            *_how_to_read_it(spec, scale, printed=bool(numbers["thesis"].notna().any()), held_out=held_out),
+            *origin.sentences,
         ),
         best_per=spec.get("best_per", "column") if spec["best"] else None,
-        departures=tuple((key, *values) for key, values in departed.items()),
+        departures=tuple((key, *values) for key, values in changes.items()),
+        departure=departure,
+        details=tuple(origin.details),
     )
 
 
-def _apart(spec: Config) -> list[str]:
-    """The rows that are not compared with the others."""
-    return [row["label"] for row in spec["rows"] if row.get("apart")]
+def _counterparts(spec: Config, scale: str, cells: pd.DataFrame, plan: Planner) -> Iterator[tuple[Config, Config]]:
+    """The config of each cell's first run, and of the same cell at scale=paper.
+
+    A column that scale=paper does not have is compared with the first one that it has.
+    """
+    first = cells[cells["run"].notna()].drop_duplicates(CELL).set_index(CELL)
+    for row, column, seeds in specs.cells(spec, scale):
+        if seeds:
+            cell = first.loc[(row["label"], column["label"])]
+            there = next((entry for entry in [column, *spec["columns"]] if "paper" in entry.get("scales", ["paper"])), column)
+            yield cell["run"].config, plan(command(spec, row, there, "paper", cell["seed"])).config
 
 
-# Sentences of the caption.
+# --- sentences of the caption -----------------------------------------------------------------------------
 
 
-def _what_it_is(spec: Config, scale: str, missing: bool) -> Iterator[str]:
-    yield from (text for text in (spec.get("note"), spec.get("notes", {}).get(scale)) if text)
+def _notes(spec: Config, scale: str, missing: bool) -> Iterator[str]:
+    yield from specs.notes(spec, scale)
     if scale in spec.get("only", {}):
         yield f"Cells marked {ABSENT} are not part of this scale."
     if missing and scale in spec.get("needs", {}):
         yield f"Its empty cells need {spec['needs'][scale]}."
 
 
+def _upstream(spec: Config, scale: str, plan: Planner) -> Iterator[str]:
+    for line in spec.get("upstream", []):
+        if scale not in line.get("scales", spec["seeds"]):
+            continue
+        run = plan([*line["overrides"], f"scale={scale}"])
+        record = run.record()
+        ours = f"{value_of(record, line.get('metric', 'test/accuracy')):.2f} (run {run.id})" if record else "not run yet"
+        printed = read_thesis().get((item_of(spec), *line["thesis"])) if scale in spec["comparable"] else None
+        yield f"{line['label'].capitalize()}: {ours}" + (f"; the thesis's {printed.value:g}." if printed else ".")
+
+
 def _how_to_read_it(spec: Config, scale: str, *, printed: bool, held_out: bool) -> Iterator[str]:
     if printed and scale not in spec["comparable"]:
-        yield "The thesis's numbers mark their places; at this scale they can't be compared."
+        yield "The thesis's numbers are shown for orientation; at this scale they can't be compared with ours."
     for row in _apart(spec):
         yield f"The best number is marked among the rows without {row}."
     own = [column for column in spec["columns"] if scale in column.get("seeds", {})]
-    listed = [f"column {column['label']}: {provenance.enumerated(column['seeds'][scale])}" for column in own]
+    listed = [f"column {column['label']}: {specs.joined(column['seeds'][scale])}" for column in own]
     exceptions = f" ({'; '.join(listed)})" if listed else ""
-    read = "Training images that are held out take the test set's place" if held_out else "The test set is read once"
-    yield f"Seeds: {provenance.enumerated(seeds_of(spec, scale))}{exceptions}. {read}, after the last step."
-
-
-def _upstream_sentence(line: Config, run: Run, spec: Config, scale: str) -> str:
-    record = run.record()
-    mine = f"{value_of(record, line.get('metric', 'test/accuracy')):.2f} (run {run.id})" if record else "not run yet"
-    printed = read_thesis().get((item_of(spec), *line["thesis"])) if scale in spec["comparable"] else None
-    return f"{line['label'].capitalize()}: {mine}" + (f"; the thesis's {printed.value:g}." if printed else ".")
+    data = "Held-out training images replace the test set" if held_out else "The test set is evaluated once"
+    yield f"Seeds: {specs.joined(seeds_of(spec, scale))}{exceptions}. {data}, after the last step."

@@ -12,27 +12,27 @@ from gradexp.engine.run import ROOT, Config
 
 
 class Thesis(NamedTuple):
-    """A number that the thesis prints; std: its standard deviation. NaN where it prints none."""
+    """A number that the thesis prints, and its standard deviation; NaN if it prints none."""
 
     value: float = math.nan
     bold: bool = False
     std: float = math.nan
 
     def __str__(self) -> str:
-        """`48.1 ± 0.3`; empty where there is no number."""
+        """`48.1 ± 0.3`; empty without a number."""
         parts = [f"{number:g}" for number in (self.value, self.std) if not math.isnan(number)]
         return " ± ".join(parts)
 
 
 @cache
 def read_thesis() -> dict[tuple[str, ...], Thesis]:
-    """{(item, row, column): number}, and {(item, row, column, quantity): number} where a cell has several."""
+    """The numbers by (item, row, column), and by (item, row, column, quantity) for cells with several."""
     lines: Any = pd.read_csv(ROOT / "results" / "thesis.csv", dtype=str, keep_default_na=False).itertuples()
-    found: dict[tuple[str, ...], Thesis] = {}
-    for x in lines:
-        key = (x.item, x.row, x.column)
-        found[key] = found[*key, x.metric] = Thesis(float(x.value), x.bold == "1", float(x.std or math.nan))
-    return found
+    numbers: dict[tuple[str, ...], Thesis] = {}
+    for line in lines:
+        key = (line.item, line.row, line.column)
+        numbers[key] = numbers[*key, line.metric] = Thesis(float(line.value), line.bold == "1", float(line.std or math.nan))
+    return numbers
 
 
 def item_of(spec: Config) -> str:
@@ -41,6 +41,6 @@ def item_of(spec: Config) -> str:
 
 
 def thesis_of(spec: Config, row: Config, column: Config, quantity: str | None) -> Thesis:
-    """The number that the thesis prints in a table's cell."""
-    names = [str(place.get("thesis", place["label"])) for place in (row, column)]
+    """The number that the thesis prints in a table's cell; quantity: which one, if the cell has several."""
+    names = [str(entry.get("thesis", entry["label"])) for entry in (row, column)]
     return read_thesis().get((item_of(spec), *names, *([quantity] if quantity else [])), Thesis())

@@ -1,1 +1,1 @@
-"""Drawing functions, one kind of figure a file: (spec, series) -> (figure, plotted values)."""
+"""Drawing functions, a file for each kind of figure: (spec, series) -> (figure, plotted values)."""

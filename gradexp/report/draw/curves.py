@@ -16,10 +16,9 @@ THESIS = "#555555"  # the colour of the thesis's own numbers
 
 
 def curves(spec: Config, series: Sequence[Series]) -> tuple[Figure, list[Row]]:
-    """One recorded curve a series.
+    """One recorded curve for each series, over the index of its entries, from 1.
 
-    spec: `metric` (a recorded list), `xlabel`, `ylabel`; `lines`: [{y, label}], numbers of the thesis, drawn across;
-    x counts the entries of the list from 1.
+    spec: `metric` (a recorded list), `xlabel`, `ylabel`; `lines`: [{y, label}], horizontal lines at numbers of the thesis.
     """
     figure = Figure(figsize=(COLUMN_WIDTH, 0.72 * COLUMN_WIDTH))
     axes = figure.subplots()
@@ -29,14 +28,14 @@ def curves(spec: Config, series: Sequence[Series]) -> tuple[Figure, list[Row]]:
     for line in spec.get("lines", []):
         axes.axhline(line["y"], color=THESIS, linestyle="--", linewidth=0.9, label=line["label"])
     axes.set(xlabel=spec["xlabel"], ylabel=spec["ylabel"])
-    figure.legend(loc="outside upper center", ncols=3)  # inside it hides curves
+    figure.legend(loc="outside upper center", ncols=3)  # inside the axes it would hide curves
     return figure, rows
 
 
 def panels(spec: Config, series: Sequence[Series]) -> tuple[Figure, list[Row]]:
-    """Columns: the panels that series name (`panel`, one for all if none does); rows: the entries of `curves`.
+    """A grid of plots: a column for each `panel` that series name, a row for each entry of `curves`.
 
-    A label has one colour in all panels.
+    A label has the same colour in all panels.
     spec: `x` (recorded list), `xlabel`, `xscale`; `curves`: [{metric, ylabel, yscale}]; `panels`: {name: title}.
     """
     names = list(dict.fromkeys(str(one.spec.get("panel", "")) for one in series))
@@ -48,9 +47,9 @@ def panels(spec: Config, series: Sequence[Series]) -> tuple[Figure, list[Row]]:
     rows: list[Row] = []
     for axes, (curve, name) in zip(all_axes, wide, strict=True):
         for one in (one for one in series if str(one.spec.get("panel", "")) == name):
-            place = {"panel": name, "metric": curve["metric"], "series": one.label}
+            keys = {"panel": name, "metric": curve["metric"], "series": one.label}
             line = _line(axes, one, one.metric(spec["x"])[0], curve["metric"], colours[one.label])
-            rows += [{**place, **point} for point in line]
+            rows += [{**keys, **point} for point in line]
         axes.set(xscale=spec["xscale"], yscale=curve.get("yscale", "linear"), ylabel=curve["ylabel"])
         axes.set_title(spec.get("panels", {}).get(name, "") if curve is spec["curves"][0] else "")
     for axes in all_axes[-shape[1] :]:
@@ -60,7 +59,7 @@ def panels(spec: Config, series: Sequence[Series]) -> tuple[Figure, list[Row]]:
 
 
 def _line(axes: Axes, one: Series, x: Any, metric: str, colour: str) -> list[Row]:
-    """Draws a series' curve over x (length,), None to count its entries, with its band; its points as rows."""
+    """Draw a series' curve over x (length,), or over its index if x is None, with its band; return its points."""
     mean, std = one.band(metric)
     x = range(1, len(mean) + 1) if x is None else x
     axes.plot(x, mean, color=colour, label=one.label)

@@ -1,4 +1,4 @@
-"""Figure 5.5: where the energy of gradients lies before and after fooling."""
+"""Figure 5.5: the energy of gradients inside a mask, before and after fooling."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from gradexp.report.figures import COLUMN_WIDTH, Row, Series
 def fooling(spec: Config, series: Sequence[Series]) -> tuple[Figure, list[Row]]:
     """One image a row: the mask, and each gradient of `columns` in red over the image, with its mean energy in the mask.
 
-    spec: `columns`: [{label, array, metric}]; for the CSV file further `metrics`, and `thesis`: {metric: number}. The
-    first series is drawn; of the others the CSV file has the metrics.
+    spec: `columns`: [{label, array, metric}]; further `metrics` and `thesis`, {metric: number}, for the CSV file. Only the
+    first series is drawn; the CSV file has the metrics of all.
     """
     one, *others = series
     arrays, images = one.arrays[0], one.arrays[0]["images"]
@@ -25,12 +25,12 @@ def fooling(spec: Config, series: Sequence[Series]) -> tuple[Figure, list[Row]]:
     axes = figure.subplots(len(images), len(heads), squeeze=False)
     for i, line in enumerate(axes):
         maps = [arrays["mask"], *(arrays[column["array"]][i] for column in spec["columns"])]
-        for place, saliency in zip(line, maps, strict=True):
-            show(place, red_over(images[i], saliency))
-            bare(place)
+        for panel, saliency in zip(line, maps, strict=True):
+            show(panel, red_over(images[i], saliency))
+            bare(panel)
     energies = [one.metric(metric)[0] for _, metric in heads]
-    for place, (label, _), energy in zip(axes[0], heads, energies, strict=True):
-        place.set_title(f"{label}\n{energy:.1f} %")
+    for panel, (label, _), energy in zip(axes[0], heads, energies, strict=True):
+        panel.set_title(f"{label}\n{energy:.1f} %")
     before, after = (one.metric(f"test/accuracy{when}")[0] for when in ("/before", ""))
     figure.suptitle(f"test accuracy {before:.1f} % before, {after:.1f} % after", fontsize=8)
     figure.set_layout_engine("constrained", w_pad=0.01, h_pad=0.01, wspace=0.02, hspace=0.02)

@@ -18,17 +18,18 @@ from gradexp.report.figures import PAGE_WIDTH, Row, Series
 MAP = "inferno"  # dark to bright in even steps, also in grey and for the colour-blind
 SIGNED = "RdBu_r"
 OVERLAY = "YlOrRd"
-CLIP = 99.5  # percentile of a map that is drawn brightest: one pixel must not darken all others
-MOST_OVERLAID = 0.85  # opacity of a map over its image where it is brightest
+CLIP = 99.5  # percentile of a map that is drawn brightest, so that one pixel does not darken all others
+MOST_OVERLAID = 0.85  # largest opacity of a map over its image
 
 
 def gallery(spec: Config, series: Sequence[Series]) -> tuple[Figure, list[Row]]:
-    """One image a line, one method a column. spec: `first` and `rows` choose the images, `overlay` of a series lays its
-    maps over them. Every series has arrays `images` and `maps` of the same images.
+    """One image a line, one method a column, from the arrays `images` and `maps` of each series.
+
+    spec: `first` and `rows` select the images; `overlay` of a series draws its maps over them.
     """
     arrays = [one.arrays[0] for one in series]
-    if any(not np.array_equal(found["images"], arrays[0]["images"]) for found in arrays):
-        raise UserError(f"figure {spec['number']}: its runs show different images; delete their records and run again")
+    if any(not np.array_equal(own["images"], arrays[0]["images"]) for own in arrays):
+        raise UserError(f"figure {spec['number']}: its runs have different images; delete their records and run again")
     images = arrays[0]["images"]
     lines = range(spec["first"], min(spec["first"] + spec["rows"], len(images)))
     figure, grid = _grid(len(lines), 1 + len(series), ["Image", *(one.label for one in series)])
@@ -36,33 +37,33 @@ def gallery(spec: Config, series: Sequence[Series]) -> tuple[Figure, list[Row]]:
     for axes, i in zip(grid, lines, strict=True):
         picture(axes[0], images[i])
         _name(axes[0], series[0], i)
-        for place, one, found in zip(axes[1:], series, arrays, strict=True):
-            draw_map(place, found["maps"][i], images[i] if one.spec.get("overlay") else None)
-            rows.append({"image": i, "column": one.label, **_facts(one, i), **_spread(found["maps"][i])})
+        for panel, one, own in zip(axes[1:], series, arrays, strict=True):
+            draw_map(panel, own["maps"][i], images[i] if one.spec.get("overlay") else None)
+            rows.append({"image": i, "column": one.label, **_facts(one, i), **_spread(own["maps"][i])})
     return figure, rows
 
 
 def layers(spec: Config, series: Sequence[Series]) -> tuple[Figure, list[Row]]:
-    """One image a line: the image, ∇f ⊙ x, the bias-gradients of `columns` layers evenly spaced, and FullGrad."""
+    """One image a line: the image, ∇f ⊙ x, the bias-gradients of `columns` evenly spaced layers, and FullGrad."""
     (one,) = series
-    (found,) = one.arrays
+    (arrays,) = one.arrays
     names = one.records[0]["layers"]
     chosen = [names[i] for i in np.linspace(1, len(names) - 1, min(spec["columns"], len(names) - 1)).round().astype(int)]
     titles = ["Image", "∇f ⊙ x", *(f"layer {names.index(name)}" for name in chosen), "FullGrad"]
-    figure, grid = _grid(len(found["images"]), len(titles), titles)
+    figure, grid = _grid(len(arrays["images"]), len(titles), titles)
     rows: list[Row] = []
     for i, axes in enumerate(grid):
-        picture(axes[0], found["images"][i])
+        picture(axes[0], arrays["images"][i])
         _name(axes[0], one, i)
-        maps = {names[0]: found[f"layer/{names[0]}"], **{name: found[f"layer/{name}"] for name in chosen}, "sum": found["maps"]}
-        for place, (name, values) in zip(axes[1:], maps.items(), strict=True):
-            draw_map(place, values[i], None)
+        maps = {name: arrays[f"layer/{name}"] for name in (names[0], *chosen)} | {"sum": arrays["maps"]}
+        for panel, (name, values) in zip(axes[1:], maps.items(), strict=True):
+            draw_map(panel, values[i], None)
             rows.append({"image": i, "column": name, **_facts(one, i), **_spread(values[i])})
     return figure, rows
 
 
 def draw_map(axes: Axes, values: np.ndarray, image: np.ndarray | None) -> None:
-    """A map (H, W): bright where it is large; red and blue where it has signs; over its image where that is given."""
+    """Draw a map (H, W): bright if large, red and blue if it has negative values; over `image` if given."""
     values = values.astype(float)
     if (values < 0).any():
         limit = np.percentile(np.abs(values), CLIP) or 1.0
@@ -77,7 +78,7 @@ def draw_map(axes: Axes, values: np.ndarray, image: np.ndarray | None) -> None:
 
 
 def overlaid(strength: np.ndarray, image: np.ndarray) -> np.ndarray:
-    """A map (H, W) in [0, 1] over an image (C, H, W) uint8: the image shows where the map is small. -> (H, W, 3) in [0, 1]."""
+    """A map (H, W) in [0, 1] over an image (C, H, W) uint8, which is visible where the map is small. -> (H, W, 3) in [0, 1]."""
     colours = image.astype(float).transpose(1, 2, 0) / 255
     grey = colours.mean(2, keepdims=True).repeat(3, axis=2)
     opacity = MOST_OVERLAID * strength[..., None]
@@ -86,7 +87,7 @@ def overlaid(strength: np.ndarray, image: np.ndarray) -> np.ndarray:
 
 
 def picture(axes: Axes, image: np.ndarray) -> None:
-    """An image (C, H, W) uint8, C of 1 or 3."""
+    """Show an image (C, H, W) uint8, C of 1 or 3."""
     axes.imshow(image.repeat(3, axis=0).transpose(1, 2, 0) if len(image) == 1 else image.transpose(1, 2, 0))
 
 
@@ -108,7 +109,7 @@ def _facts(one: Series, i: int) -> Row:
 
 
 def _name(axes: Axes, one: Series, i: int) -> None:
-    """The class of an image, along its left side."""
+    """Write the class of an image along its left side."""
     words = textwrap.fill(one.records[0]["names"][i].partition(",")[0], 14)
     axes.text(-0.04, 0.5, words, rotation=90, ha="right", va="center", fontsize=6.5, transform=axes.transAxes)
 

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from gradexp.engine.run import Config
 from gradexp.report.figures import COLUMN_WIDTH, PALETTE, Row, Series
 
-# what is drawn: title of its panel, the student's label, line style
+# (title, ((array, label, line style), ...)) of each panel
 PANELS = (
     ("Matching the data points", (("activations", "student: values", "-"),)),
     (

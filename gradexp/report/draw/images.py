@@ -16,11 +16,10 @@ Pictures = np.ndarray  # (N, C, H, W) uint8
 
 
 def samples(spec: Config, series: Sequence[Series]) -> tuple[Figure, list[Row]]:
-    """A row of pictures for each series; of the first one, the arrays in `above` make rows of their own.
+    """A row of pictures for each series, below a row for each array in `above` of the first series.
 
     spec: `array`, the pictures of a series; `signed`, whether they are gradients (each is rescaled around grey);
-    `above`: {array: label}; `beside`: {array: metric}, whose number is below the label; `metrics`: what the CSV file says
-    of each series.
+    `above`: {array: label}; `beside`: {array: metric}, a number shown below the label; `metrics`: columns of the CSV file.
     """
     one, array = series[0], spec["array"]
     rows = [(_label(one, label, spec, name), one.arrays[0][name]) for name, label in spec.get("above", {}).items()]
@@ -35,23 +34,23 @@ def samples(spec: Config, series: Sequence[Series]) -> tuple[Figure, list[Row]]:
 
 
 def grid(rows: Sequence[tuple[str, Pictures]]) -> Figure:
-    """Rows of pictures, each with its label at the left; as wide as a page."""
+    """Rows of pictures with their labels on the left, as wide as a page."""
     count = max(len(pictures) for _, pictures in rows)
     width = 2 * COLUMN_WIDTH
     figure = Figure(figsize=(width, (width - 1.1) / count * len(rows) + 0.1))
     axes = figure.subplots(len(rows), count, squeeze=False)
     for line, (label, pictures) in zip(axes, rows, strict=True):
-        for place, picture in zip(line, pictures, strict=False):
-            show(place, picture)
-        for place in line:
-            bare(place)
+        for panel, picture in zip(line, pictures, strict=False):
+            show(panel, picture)
+        for panel in line:
+            bare(panel)
         line[0].set_ylabel(label, rotation=0, ha="right", va="center", labelpad=6)
     figure.set_layout_engine("constrained", w_pad=0.01, h_pad=0.01, wspace=0.02, hspace=0.02)
     return figure
 
 
 def bare(axes: Axes) -> None:
-    """No ticks, no frame, no lines."""
+    """Remove ticks, frame and grid."""
     axes.set(xticks=[], yticks=[])
     axes.grid(False)
     for spine in axes.spines.values():
@@ -59,7 +58,7 @@ def bare(axes: Axes) -> None:
 
 
 def show(axes: Axes, picture: Any) -> None:
-    """(C, H, W) uint8 or in [0, 1], as it is: every pixel a square."""
+    """Show a picture (C, H, W), uint8 or in [0, 1], without interpolation."""
     axes.imshow(np.moveaxis(picture if len(picture) == 3 else picture.repeat(3, 0), 0, 2), interpolation="nearest")
 
 
@@ -71,7 +70,7 @@ def signed(gradients: np.ndarray) -> np.ndarray:
 
 
 def red_over(image: np.ndarray, saliency: np.ndarray) -> np.ndarray:
-    """A picture (C, H, W) uint8 in light grey, red where the saliency (H, W) is large. -> (3, H, W) in [0, 1]."""
+    """An image (C, H, W) uint8 in light grey, red where the saliency (H, W) is large. -> (3, H, W) in [0, 1]."""
     grey = 0.45 + 0.5 * image.mean(0) / 255
     strength = np.clip(saliency / max(float(np.quantile(saliency, 0.98)), 1e-12), 0, 1)
     red = np.array([0.8, 0.0, 0.05])[:, None, None]

@@ -1,4 +1,4 @@
-"""One look a saliency method, the same in every figure of Chapter 3: also without colour, and where lines lie on another."""
+"""The line style of each saliency method in the figures of Chapter 3, distinguishable without colour."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ METHODS = {
 
 
 def style(label: str) -> dict[str, Any]:
-    """How a method's line is drawn. Random is broad and lies below the rest: a line on it does not hide it."""
+    """Arguments of `plot` for a method. Random's line is broad and below the others, so that none hides it."""
     if label not in METHODS:
-        raise UserError(f"series {label!r} has no look in gradexp/report/draw/methods.py{nearest(label, METHODS)}")
+        raise UserError(f"series {label!r} has no style in gradexp/report/draw/methods.py{nearest(label, METHODS)}")
     colour, marker, dashes = METHODS[label]
     below = {"linewidth": 3.0, "alpha": 0.6, "zorder": 1} if label == "Random" else {"zorder": 3 if "FullGrad" in label else 2}
     return {"color": colour, "marker": marker, "linestyle": dashes, "markersize": 3.5, "linewidth": 1.2, **below}

@@ -1,4 +1,4 @@
-"""What is left of saliency maps when layers of the model are made random, one line a method (§3.4.1)."""
+"""Correlation of saliency maps with those of a model with randomised layers, one line for each method (§3.4.1)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gradexp.report.figures import COLUMN_WIDTH, Row, Series
 
 
 def randomisation(spec: Config, series: Sequence[Series]) -> tuple[Figure, list[Row]]:
-    """`correlation` over `randomised`, of one run a series, with its standard error over images as a band."""
+    """`correlation` over `randomised` of one run for each series, with its standard error over images as a band."""
     figure = Figure(figsize=(1.5 * COLUMN_WIDTH, 0.9 * COLUMN_WIDTH))
     axes = figure.subplots()
     rows: list[Row] = []

@@ -1,12 +1,12 @@
-"""What the removal of pixels does: curves over the removed fraction, one a saliency method (fig. 3.2)."""
+"""Curves over the fraction of removed pixels, one for each saliency method (fig. 3.2)."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -22,65 +22,63 @@ CHANGE = "output_change@removed="
 AREA = "output_change_area"
 BASELINE = "untouched"
 NORMAL = 1.96  # standard errors on either side of a 95 % interval
-
-
-@dataclass(frozen=True)
-class Point:
-    x: float  # per cent of the pixels
-    mean: float
-    std: float  # over images, or over runs
-    error: float  # what the band shows: over images the mean's standard error, over runs their standard deviation
-    n: int  # images, or runs
-
-
-Lines = dict[str, list[Point]]
+# Points of curves: x in per cent of the pixels; std over n images or runs; error: half the height of the band.
+COLUMNS = ["series", "x", "mean", "std", "error", "n"]
+THESIS: Any = {"marker": "o", "markerfacecolor": "none", "linestyle": "none", "alpha": 0.45, "markersize": 5}
 
 
 def output_change(spec: Config, series: Sequence[Series]) -> tuple[Figure, list[Row]]:
-    """`output_change@removed=...` of one run a series, its standard error over images as a band; log scale.
+    """`output_change@removed=...` of one run for each series on a log scale, with the standard error over images as a band.
 
-    The legend has each curve's `output_change_area` with its interval (95 %), where it is recorded. spec: `reading` is the
-    name of the recorded reading (evaluate.readings), none for the run's own way to remove pixels.
+    The legend has each curve's `output_change_area` with its 95 % interval, if it is recorded. spec: `reading`, the name of a
+    recorded reading (evaluate.readings); without it, the run's own way to remove pixels.
     """
     prefix = f"test/{spec['reading']}/" if "reading" in spec else "test/"
-    lines: Lines = {}
-    areas: dict[str, Point] = {}
+    rows, areas = [], {}
     for one in series:
         record = one.records[0]
         names = [name for name in record["metrics"] if name.startswith(prefix + CHANGE) and not name.endswith("/std")]
-        for name in sorted(names, key=_fraction):
-            lines.setdefault(one.label, []).append(_over_images(record, name, 100 * _fraction(name)))
+        rows += [_over_images(one.label, record, name, 100 * _fraction(name)) for name in sorted(names, key=_fraction)]
         if f"{prefix}{AREA}" in record["metrics"]:
-            areas[one.label] = _over_images(record, f"{prefix}{AREA}", math.nan)
+            areas[one.label] = _over_images(one.label, record, f"{prefix}{AREA}", math.nan)
+    points = pd.DataFrame(rows, columns=COLUMNS)
     figure, axes = _axes(spec)
     axes.set_xscale("log")
-    ticks = [point.x for point in next(iter(lines.values()))]
-    axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
+    ticks = points[points["series"] == points["series"].iloc[0]]["x"]
+    axes.set_xticks(ticks.tolist(), [f"{x:g}" for x in ticks])
     axes.xaxis.set_minor_locator(NullLocator())
-    _draw(axes, lines, spec, {label: f"{area.mean:.3f} ± {NORMAL * area.error:.3f}" for label, area in areas.items()})
-    axes.set_ylim(0, 1.05 * np.nanmax([point.mean + point.error for line in lines.values() for point in line]))
-    return figure, _rows(lines, spec) + [_row(label, "area", area, "") for label, area in areas.items()]
+    _draw(
+        axes, points, spec, {label: f": {mean:.3f} ± {NORMAL * error:.3f}" for label, (*_, mean, _, error, _) in areas.items()}
+    )
+    axes.set_ylim(0, 1.05 * (points["mean"] + points["error"]).max())
+    return figure, _rows(points, spec) + _rows(pd.DataFrame(areas.values(), columns=COLUMNS), spec)
 
 
 def retrained_accuracy(spec: Config, series: Sequence[Series]) -> tuple[Figure, list[Row]]:
-    """`test/accuracy` of the runs at each point: mean and standard deviation over seeds. `untouched` begins every curve."""
-    lines: Lines = {}
+    """`test/accuracy` at each point, mean and standard deviation over seeds; every curve starts at the series `untouched`."""
+    rows = []
     for one in series:
         values = one.metric("test/accuracy")
         std = float(values.std(ddof=1)) if len(values) > 1 else 0.0
-        lines.setdefault(one.label, []).append(Point(one.spec["x"], values.mean(), std, std, len(values)))
-    start = lines.pop(BASELINE)
+        rows.append((one.label, one.spec["x"], values.mean(), std, std, len(values)))
+    points = pd.DataFrame(rows, columns=COLUMNS)
+    start, rest = points[points["series"] == BASELINE], points[points["series"] != BASELINE]
     figure, axes = _axes(spec)
-    _draw(axes, {label: start + line for label, line in lines.items()}, spec)
-    axes.plot([point.x for point in start], [point.mean for point in start], "s", color="black", markersize=4, clip_on=False)
-    axes.set_xticks([point.x for point in start] + [point.x for point in next(iter(lines.values()))])
+    labels = rest["series"].unique()
+    _draw(
+        axes,
+        pd.concat([frame for label in labels for frame in (start.assign(series=label), rest[rest["series"] == label])]),
+        spec,
+    )
+    axes.plot(start["x"], start["mean"], "s", color="black", markersize=4, clip_on=False)
+    axes.set_xticks([*start["x"], *rest[rest["series"] == labels[0]]["x"]])
     axes.set_ylim(bottom=0)
-    return figure, _rows({BASELINE: start, **lines}, spec)
+    return figure, _rows(pd.concat([start, rest]), spec)
 
 
-def _over_images(record: Config, name: str, x: float) -> Point:
+def _over_images(label: str, record: Config, name: str, x: float) -> tuple[str, float, float, float, float, int]:
     mean, std, images = value_of(record, name), value_of(record, f"{name}/std"), record["images"]
-    return Point(x, mean, std, std / math.sqrt(images), images)
+    return label, x, mean, std, std / math.sqrt(images), images
 
 
 def _fraction(name: str) -> float:
@@ -94,40 +92,34 @@ def _axes(spec: Config) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _draw(axes: Axes, lines: Lines, spec: Config, beside: dict[str, str] | None = None) -> None:
-    """beside: what the legend says behind a line's label."""
-    thesis, said = _thesis(spec), beside or {}
-    for label, line in lines.items():
-        look = style(label)
-        name = f"{label}: {said[label]}" if label in said else label
-        colour = look["color"]
-        axes.plot([point.x for point in line], [point.mean for point in line], label=name, **look)
-        low, high = ([point.mean + sign * point.error for point in line] for sign in (-1, 1))
-        if low != high:
-            axes.fill_between([point.x for point in line], low, high, color=colour, alpha=0.15, linewidth=0)
-        printed = [(point.x, thesis[label, point.x]) for point in line if (label, point.x) in thesis]
-        if printed:
-            axes.plot(*zip(*printed, strict=True), "o", color=colour, markerfacecolor="none", alpha=0.45, markersize=5)
+def _draw(axes: Axes, points: pd.DataFrame, spec: Config, suffixes: dict[str, str] | None = None) -> None:
+    """Draw a line with a band for each series. suffixes: what follows a series' label in the legend."""
+    for label, line in points.groupby("series", sort=False):
+        look = style(str(label))
+        axes.plot(line["x"], line["mean"], label=f"{label}{(suffixes or {}).get(str(label), '')}", **look)
+        low, high = line["mean"] - line["error"], line["mean"] + line["error"]
+        if (low != high).any():
+            axes.fill_between(line["x"], low, high, color=look["color"], alpha=0.15, linewidth=0)
+        printed = _thesis(line, spec)
+        if printed.notna().any():
+            axes.plot(line["x"], printed, color=look["color"], **THESIS)
     handles, labels = axes.get_legend_handles_labels()
-    if thesis:
-        faint = Line2D([], [], color="black", marker="o", linestyle="none", markerfacecolor="none", alpha=0.45, markersize=5)
-        handles, labels = [*handles, faint], [*labels, "thesis (its poster)"]
+    if any(key[0] == spec.get("thesis") for key in read_thesis()):
+        handles, labels = [*handles, Line2D([], [], color="black", **THESIS)], [*labels, "thesis (its poster)"]
     axes.legend(handles, labels, fontsize=6.5, loc="upper left", bbox_to_anchor=(1.0, 1.0), handlelength=3)
 
 
-def _thesis(spec: Config) -> dict[tuple[str, float], float]:
-    """The thesis's own values, as read off the author's poster: {(method, per cent): value}."""
-    mine = [(key, number.value) for key, number in read_thesis().items() if len(key) == 3 and key[0] == spec.get("thesis")]
-    return {(row, float(column)): value for (_, row, column), value in mine}
+def _thesis(points: pd.DataFrame, spec: Config) -> pd.Series[float]:
+    """The thesis's own values at these points, read off the author's poster; NaN where there is none."""
+    printed = {key[1:]: number.value for key, number in read_thesis().items() if len(key) == 3 and key[0] == spec.get("thesis")}
+    keys = zip(points["series"], points["x"].map("{:g}".format), strict=True)
+    return pd.Series([printed.get(key, math.nan) for key in keys], points.index, dtype=float)
 
 
-def _rows(lines: Lines, spec: Config) -> list[Row]:
-    thesis = _thesis(spec)
-    return [
-        _row(label, f"{point.x:g}", point, thesis.get((label, point.x), "")) for label, line in lines.items() for point in line
-    ]
-
-
-def _row(label: str, x: str, point: Point, thesis: float | str) -> Row:
-    numbers = {"mean": f"{point.mean:.5g}", "std": f"{point.std:.3g}", "error": f"{point.error:.3g}", "n": point.n}
-    return {"series": label, "x": x, **numbers, "thesis": thesis}
+def _rows(points: pd.DataFrame, spec: Config) -> list[Row]:
+    formats = {"mean": "{:.5g}", "std": "{:.3g}", "error": "{:.3g}"}
+    texts = {name: points[name].map(form.format) for name, form in formats.items()}
+    x = points["x"].map("{:g}".format).replace("nan", "area")
+    thesis = _thesis(points, spec).astype(object).fillna("")
+    rows: list[Row] = points.assign(x=x, **texts, thesis=thesis).to_dict("records")  # type: ignore[assignment]
+    return rows

@@ -29,11 +29,11 @@ def shift(spec: Config, series: Sequence[Series]) -> tuple[Figure, list[Row]]:
     left, right = figure.add_subfigure(halves[0]), figure.add_subfigure(halves[1])
     axes = left.subplots(count, len(HEADS), squeeze=False)
     for line, i in zip(axes, range(count), strict=True):
-        for place, name in zip(line, HEADS, strict=True):
-            show(place, arrays[name][i] if name == "images" else signed(arrays[name])[i])
-            bare(place)
-    for place, head in zip(axes[0], HEADS.values(), strict=True):
-        place.set_title(head)
+        for panel, name in zip(line, HEADS, strict=True):
+            show(panel, arrays[name][i] if name == "images" else signed(arrays[name])[i])
+            bare(panel)
+    for panel, head in zip(axes[0], HEADS.values(), strict=True):
+        panel.set_title(head)
     left.suptitle("(a) g(x) = a⟨p, x⟩ added to all logits", fontsize=8)
 
     x = one.metric("sine/frequency")[0]

@@ -2,11 +2,6 @@
 // Shows records as text: every string enters the page through textContent or setAttribute, never as markup.
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
-  const unpack = (value) => {
-    if (Array.isArray(value) || value === null || typeof value !== "object") return value;
-    const whole = "$" in value ? data.pool[value.$] : value;
-    return Object.fromEntries(Object.entries(whole).map(([key, item]) => [key, unpack(item)]));
-  };
   const element = (tag, attributes, ...children) => {
     const made = tag.startsWith("svg:")
       ? document.createElementNS("http://www.w3.org/2000/svg", tag.slice(4))
@@ -63,10 +58,10 @@
       return place;
     }).join("");
     const last = y[y.length - 1];
-    const said = `${name}: ${n} values from ${number(y[0])} to ${number(last)}, lowest ${number(low)}, highest ${number(high)}`;
+    const description = `${name}: ${n} values from ${number(y[0])} to ${number(last)}, lowest ${number(low)}, highest ${number(high)}`;
     return element("figure", { class: "curve" },
       element("figcaption", {}, element("span", {}, name), element("b", {}, number(last))),
-      element("svg:svg", { viewBox: "0 0 240 64", preserveAspectRatio: "none", role: "img", "aria-label": said },
+      element("svg:svg", { viewBox: "0 0 240 64", preserveAspectRatio: "none", role: "img", "aria-label": description },
         element("svg:path", { d: "M0,63.5H240", class: "axis" }), element("svg:path", { d: path, class: "line" })),
       element("p", {}, element("span", {}, `${number(low)} to ${number(high)}${logarithmic ? ", log" : ""}`),
         element("span", {}, `1 … ${n}${y.length < n ? `, drawn as ${y.length} means` : ""}`)));
@@ -90,8 +85,7 @@
 
   const SHOWN = new Set(["id", "experiment", "scale", "seed", "status", "numbers", "curves", "command", "config", "upstream", "seconds", "peak_memory_mib", "git", "started", "ended", "device", "precision", "threads", "parameters", "images_per_second"]);
   const runBlock = (id, open) => {
-    const record = unpack(data.records[id]);
-    record.numbers = record.numbers || {};
+    const record = data.records[id];
     const numbers = Object.entries(record.numbers).map(([name, value]) => [name, number(value)]);
     const curves = Object.entries(record.curves).map(([name, value]) => sparkline(name, value)).filter(Boolean);
     const upstream = Object.entries(record.upstream || {}).map(([name, run]) =>
@@ -107,7 +101,7 @@
       curves.length > 4 ? fold(`${curves.length - 4} more curves`, element("div", { class: "curves" }, ...curves.slice(4))) : null,
       record.command ? element("h3", {}, "Run it again") : null,
       record.command ? command(record.command) : null,
-      element("h3", {}, "Where it comes from"), about(record), ...upstream,
+      element("h3", {}, "Origin"), about(record), ...upstream,
       fold("Config", element("pre", { tabindex: "0" }, yaml(record.config || {}))),
       fold("Versions, data and the rest of the record", element("pre", { tabindex: "0" }, yaml(rest))));
     block.open = open;
@@ -133,7 +127,7 @@
     part("kind").textContent = entry.kind;
     part("title").textContent = entry.title;
     const standing = entry.facts.length ? facts(entry.facts) : null;
-    const todo = entry.todo.length ? [element("h3", {}, entry.runs.length ? "Still missing" : "Not run yet. This fills it:"), ...entry.todo.map(command)] : [];
+    const todo = entry.todo.length ? [element("h3", {}, entry.runs.length ? "Still missing" : "Not run yet. Run:"), ...entry.todo.map(command)] : [];
     const nothing = !entry.runs.length && !entry.todo.length ? element("p", {}, "Not part of this scale.") : null;
     part("body").replaceChildren(...[standing, nothing, ...entry.runs.map((id, i) => runBlock(id, i === 0)), ...todo].filter(Boolean));
     const known = order.includes(decodeURIComponent(location.hash.slice(1)));
@@ -171,7 +165,7 @@
   for (const [name, step] of [["previous", -1], ["next", 1]])
     document.getElementById(name).addEventListener("click", () => { const found = neighbour(step); if (found) location.hash = found; });
   addEventListener("hashchange", route);
-  // A link to the panel that is in the address already opens it again.
+  // Following a link whose panel is already in the address opens the panel again.
   document.addEventListener("click", (event) => {
     const link = event.target.closest?.('a[href^="#"]');
     if (link && link.hash === location.hash && entryOf(decodeURIComponent(link.hash.slice(1)))) route();
