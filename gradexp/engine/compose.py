@@ -194,8 +194,15 @@ def _composed(overrides: tuple[str, ...]) -> Config:
             f"{error.full_key} takes its value from {missing}, which is not there: take a method and an experiment that fit"
         ) from error
     except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(_explain(error, overrides)) from error
+        raise _refusal(error) or UserError(_explain(error, overrides)) from error
     return resolved
+
+
+def _refusal(error: BaseException | None) -> UserError | None:
+    """The UserError of a resolver, which OmegaConf and Hydra wrap in their own."""
+    while error is not None and not isinstance(error, UserError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 @cache
