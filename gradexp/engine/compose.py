@@ -15,7 +15,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
 from gradexp.base.errors import UserError, nearest
@@ -30,6 +30,7 @@ HYDRA_OPTIONS = (  # a word follows them
     *("--cfg", "-c", "--package", "-p", "--info", "-i", "--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp"),
 )
 PIXELS = ("normalise", "mean", "std", "size", "channels")  # of data: what a network takes for granted
+BY_SCALE = re.compile(r"\$\{by_scale:[^$]*\}")  # one that depends on nothing but the scale
 # A line, comments aside, that speaks to Hydra itself, or a header that puts a whole file there.
 TO_HYDRA = re.compile(r"^[^#\n]*\bhydra\b.*$|^#\s*@package\s+hydra\b.*$", re.MULTILINE)
 
@@ -209,9 +210,21 @@ def _refusal(error: BaseException | None) -> UserError | None:
 def _by_hydra(overrides: tuple[str, ...]) -> DictConfig:
     """The config that Hydra composes, with its interpolations; not to be changed."""
     if GlobalHydra.instance().is_initialized():
-        return compose("config", overrides=list(overrides))
+        return _settle(compose("config", overrides=list(overrides)))
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("config", overrides=list(overrides))
+        return _settle(compose("config", overrides=list(overrides)))
+
+
+def _settle(config: Any) -> Any:
+    """The config with by_scale's choices made, which many runs share: parsing them takes milliseconds each."""
+    for key in config.keys() if isinstance(config, DictConfig) else range(len(config)):
+        child = config._get_node(key)
+        if isinstance(child, DictConfig | ListConfig):
+            if isinstance(child._value(), dict | list):  # neither null nor an interpolation
+                _settle(child)
+        elif BY_SCALE.fullmatch(str(child._value())):
+            config[key] = config[key]
+    return config
 
 
 def _with_values(overrides: tuple[str, ...]) -> DictConfig | None:
