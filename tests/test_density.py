@@ -408,10 +408,11 @@ def test_a_start_of_another_model_fails_before_it_is_trained(places: list[str], 
 
 
 def test_a_mask_that_does_not_fit_fails_before_the_training(places: list[str], tmp_path: Path) -> None:
+    small = [*shrunk("start"), "model.width=0.015625"]
     with pytest.raises(UserError, match="a side from 1 to 32"):
-        ensure(run(places, "experiment=fooling", *shrunk("start"), "task.mask=33"))
+        ensure(run(places, "experiment=fooling", *small, "task.mask=33"))
     with pytest.raises(UserError, match=r"set task\.mask alone"):
-        ensure(run(places, "experiment=fooling", *shrunk("start"), "method.terms.fooling.mask=8"))
+        ensure(run(places, "experiment=fooling", *small, "method.terms.fooling.mask=8"))
     assert not list(tmp_path.rglob("*.pt"))
 
 
