@@ -40,7 +40,7 @@ EXPERIMENTS = {
         *("+upstream.model.optim.passes=2", "+upstream.model.scale.width=0.03"),
     ),
     "denoised images": (
-        *("experiment=implicit_samples", *TINY, "task.denoising.steps=20", "scale.density.long_steps=20"),
+        *("experiment=implicit_samples", *TINY, "task.denoising.steps=20", "task.sampling.steps=20"),
         *("+upstream.model.optim.passes=1", "+upstream.model.model.width=0.03"),
     ),
 }

@@ -31,17 +31,19 @@ from gradexp.report.draw.images import red_over, samples, signed
 from gradexp.report.draw.shift import shift
 from gradexp.training.classifier import Classifier
 
-TINY = ["scale=quick", "scale.density.images=40", "trainer.threads=1", "logger=none"]
-SMALL = {"scale.density.width": 1 / 64, "scale.density.judge_width": 1 / 64, "data.per_class": 4, "optim.passes": 1}
+TINY = ["scale=quick", "trainer.threads=1", "logger=none"]
+SMALL = {"model.width": 1 / 64, "data.per_class": 4, "optim.passes": 1}
+OF_IMAGES = ("density_ratio", "discriminative_pixel_perturbation", "fooling", "score_objective")
 
 
 def shrunk(*names: str) -> list[str]:
     """Overrides that make upstream trainings tiny."""
-    return [f"+upstream.{name}.{key}={value}" for name in names for key, value in SMALL.items()]
+    return [f"++upstream.{name}.{key}={value}" for name in names for key, value in SMALL.items()]
 
 
 def run(places: list[str], *words: str) -> Run:
-    config = compose_run([*words, *TINY, *places])
+    images = ["task.images=40"] if words[0].removeprefix("experiment=") in OF_IMAGES else []
+    config = compose_run([words[0], *images, *words[1:], *TINY, *places])
     return Run(config, Paths.of(config))
 
 
@@ -52,7 +54,7 @@ def done(places: list[str], *words: str) -> tuple[dict[str, Any], dict[str, np.n
 
 
 TRAIN = ["experiment=score_matching", *(f"{key}={value}" for key, value in SMALL.items())]
-MODEL_AND_JUDGE = [*shrunk("model", "judge"), "scale.density.samples=12", "scale.density.steps=2"]
+MODEL_AND_JUDGE = [*shrunk("model", "judge"), "task.samples=12", "task.sampling.steps=2"]
 
 
 # --- training ---------------------------------------------------------------------------------------------
@@ -193,7 +195,7 @@ def test_samples_of_other_weights_are_not_reused(places: list[str], monkeypatch:
     [
         (
             "implicit_samples",
-            ["scale.density.long_steps=2", "task.denoising.steps=2", "task.images=20"],
+            ["task.sampling.steps=2", "task.denoising.steps=2", "task.images=20"],
             "gradexp.sampling.Ascent.denoise",
             "gradexp.tasks.implicit_samples.DENOISED",
         ),
@@ -281,7 +283,7 @@ def test_sampling_needs_pixels_from_0_to_1(places: list[str]) -> None:
 
 def test_implicit_samples(places: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten images are shown; the errors are those of all that were denoised, however they are batched."""
-    short = [*shrunk("model"), "scale.density.long_steps=2", "task.denoising.steps=2", "task.images=40"]
+    short = [*shrunk("model"), "task.sampling.steps=2", "task.denoising.steps=2", "task.images=40"]
     record, arrays = done([f"{place}/0" for place in places], "experiment=implicit_samples", *short)
     assert {name: array.shape for name, array in arrays.items() if name != "labels"} == dict.fromkeys(
         ("samples", "images", "noisy", "denoised"), (10, 3, 32, 32)
@@ -302,7 +304,7 @@ def test_implicit_samples(places: list[str], monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_fooling_moves_the_energy_into_the_mask(places: list[str]) -> None:
-    words = [*shrunk("start"), "scale.density.judge_width=0.015625", "data.per_class=4", "optim.passes=40"]
+    words = [*shrunk("start"), "model.width=0.015625", "data.per_class=4", "optim.passes=40"]
     record, arrays = done(
         places, "experiment=fooling", *words, "optim.optimizer.lr=0.01", "method.terms.cross_entropy.weight=0.1"
     )
@@ -315,7 +317,7 @@ def test_fooling_moves_the_energy_into_the_mask(places: list[str]) -> None:
 
 def test_the_control_of_figure_5_5_is_measured_in_the_same_mask(places: list[str]) -> None:
     """The control has weight 0; the energy is that inside the task's mask."""
-    words = [*shrunk("start"), "scale.density.judge_width=0.015625", "data.per_class=4", "optim.passes=1"]
+    words = [*shrunk("start"), "model.width=0.015625", "data.per_class=4", "optim.passes=1"]
     control = [*words, "method.terms.fooling.weight=0"]
     record, _ = done(places, "experiment=fooling", *control)
     smaller, _ = done(places, "experiment=fooling", *control, "task.mask=8")
@@ -328,7 +330,7 @@ def test_the_control_of_figure_5_5_is_measured_in_the_same_mask(places: list[str
 
 def test_fooling_compares_accuracies_on_the_same_images(places: list[str]) -> None:
     """Measured by the run itself: another start may have been tested on other images."""
-    words = [*shrunk("start"), "scale.density.judge_width=0.015625", "optim.passes=1", "data.validation=0.3"]
+    words = [*shrunk("start"), "model.width=0.015625", "optim.passes=1", "data.validation=0.3"]
     made = run(places, "experiment=fooling", *words)
     metrics = ensure(made)["metrics"]
     hardware, data = make_hardware(made.config), make_data(made)
@@ -342,7 +344,7 @@ def test_fooling_compares_accuracies_on_the_same_images(places: list[str]) -> No
 def test_a_failed_measurement_does_not_repeat_the_fine_tuning(places: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     from gradexp.tasks import fool
 
-    words = [*shrunk("start"), "scale.density.judge_width=0.015625", "data.per_class=4", "optim.passes=2"]
+    words = [*shrunk("start"), "model.width=0.015625", "data.per_class=4", "optim.passes=2"]
     made = run(places, "experiment=fooling", *words, "trainer.checkpoint_every=0")
     steps: list[int] = []
     step = Classifier.training_step
@@ -358,7 +360,7 @@ def test_a_failed_measurement_does_not_repeat_the_fine_tuning(places: list[str],
 
 
 def test_a_fine_tuning_that_diverged_keeps_what_was_measured_before_it(places: list[str]) -> None:
-    words = [*shrunk("start"), "scale.density.judge_width=0.015625", "data.per_class=4", "optim.passes=4"]
+    words = [*shrunk("start"), "model.width=0.015625", "data.per_class=4", "optim.passes=4"]
     record, _ = done(places, "experiment=fooling", *words, "method.terms.fooling.weight=1e38")
     assert record["status"] == "diverged"
     found = {name: value for name, value in record["metrics"].items() if name.startswith(("energy/", "test/accuracy"))}
@@ -406,10 +408,11 @@ def test_a_start_of_another_model_fails_before_it_is_trained(places: list[str], 
 
 
 def test_a_mask_that_does_not_fit_fails_before_the_training(places: list[str], tmp_path: Path) -> None:
+    small = [*shrunk("start"), "model.width=0.015625"]
     with pytest.raises(UserError, match="a side from 1 to 32"):
-        ensure(run(places, "experiment=fooling", *shrunk("start"), "task.mask=33"))
+        ensure(run(places, "experiment=fooling", *small, "task.mask=33"))
     with pytest.raises(UserError, match=r"set task\.mask alone"):
-        ensure(run(places, "experiment=fooling", *shrunk("start"), "method.terms.fooling.mask=8"))
+        ensure(run(places, "experiment=fooling", *small, "method.terms.fooling.mask=8"))
     assert not list(tmp_path.rglob("*.pt"))
 
 

@@ -83,7 +83,7 @@ def test_rank_correlation_is_spearmans_of_absolute_values() -> None:
 def test_from_end_to_end(tmp_path: Path) -> None:
     """Noisy copies are the same for all models: SmoothGrad of an unchanged model would correlate perfectly with itself."""
     words = ["experiment=model_randomisation", "scale=quick", "scale.width=0.04", "logger=none", "trainer.threads=1"]
-    words += ["saliency=smoothgrad", "scale.smoothgrad_samples=2", "evaluate.images=6", "evaluate.batch_size=4"]
+    words += ["saliency=smoothgrad", "saliency.samples=2", "evaluate.images=6", "evaluate.batch_size=4"]
     words += ["+upstream.model.optim.passes=1", f"paths.results={tmp_path}/results", f"paths.outputs={tmp_path}/outputs"]
     config = compose_run(words)
     run = Run(config, Paths.of(config))

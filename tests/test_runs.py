@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -383,6 +384,10 @@ def test_digests_of_runs_of_one_kind_do_not_hide_each_other() -> None:
         "experiment=gan_test scale=cpu +upstream.model.optim.passes=3 upstream.model.method.choice=ce ++seed=2",
         "experiment=gan_test scale=quick ++upstream.model.optim={passes:3,batch_size:7} ~upstream.judge",
         "experiment=teacher scale=quick trainer.threads=2 paths.results=somewhere data=cifar10 data.per_class=null",
+        "experiment=jacobian_distill scale=cpu optim.batch_size=500 data.per_class=7 optim.schedule.at=[0.5]",
+        "experiment=jacobian_transfer scale=quick upstream.teacher.optim.passes=3 method.terms.jacobian.student_layers=[a]",
+        "experiment=noise_robustness data.name=other upstream.model.model.width=null scale=cpu",
+        "experiment=pixel_perturbation data=cifar100 explained=teacher evaluate.images=9 scale=paper",
     ],
 )
 def test_values_are_set_as_hydra_sets_them(words: str) -> None:
@@ -392,6 +397,18 @@ def test_values_are_set_as_hydra_sets_them(words: str) -> None:
         expected = OmegaConf.to_container(compose("config", overrides=list(overrides)), resolve=True)
     assert compose_module._composed((*overrides, "++seed=11", "trainer.threads=13")) != expected
     assert compose_module._composed(overrides) == expected
+
+
+def test_a_scale_without_a_value_is_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a defaults list, and in a value."""
+    shutil.copytree(compose_module.CONF, tmp_path / "conf")
+    (tmp_path / "conf" / "scale" / "tiny.yaml").write_text("name: tiny\nwidth: 0.1\nig_steps: 3\n")
+    monkeypatch.setattr(compose_module, "CONF", tmp_path / "conf")
+    groups = ("data=digits", "logger=csv", "optim=mnist")
+    for words, known in (((), "{paper: wandb, cpu: wandb, quick: csv}"), (groups, "{paper: 4, cpu: 0, quick: 4}")):
+        with pytest.raises(UserError) as caught:
+            compose_module._composed(("experiment=teacher", "scale=tiny", *words))
+        assert str(caught.value) == f"scale=tiny: by_scale:{known} in conf/ has no value for it; add 'tiny: VALUE' there"
 
 
 WRONG = {

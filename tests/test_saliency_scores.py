@@ -252,7 +252,7 @@ def test_maps_that_are_damaged_or_of_other_images_are_refused(tmp_path: Path) ->
         Removal(fraction=0.5).mask("train")
 
 
-TINY = ["scale=quick", "scale.width=0.04", "logger=none", "trainer.threads=1", "scale.roar_per_class=3"]
+TINY = ["scale=quick", "scale.width=0.04", "logger=none", "trainer.threads=1"]
 UPSTREAM = [
     "+upstream.maps.scale.width=0.04",
     "+upstream.maps.upstream.model.optim.passes=1",
@@ -280,7 +280,7 @@ def test_the_seeds_of_roar_share_their_images_and_maps() -> None:
 
 def test_roar_from_end_to_end(tmp_path: Path, run_py: Callable[..., "subprocess.CompletedProcess[str]"]) -> None:
     """Teacher, maps, retraining; then killed maps go on, to the same bytes, and those of other weights do not."""
-    done = run_py("experiment=roar", *TINY, *UPSTREAM, "optim.passes=1", "upstream.maps.saliency=random")
+    done = run_py("experiment=roar", *TINY, *UPSTREAM, "data.per_class=3", "optim.passes=1", "upstream.maps.saliency=random")
     assert done.returncode == 0, done.stderr
     (record,) = (json.loads(file.read_text()) for file in (tmp_path / "results/runs/roar").glob("*.json"))
     (maps_record,) = (json.loads(file.read_text()) for file in (tmp_path / "results/runs/saliency_maps").glob("*.json"))

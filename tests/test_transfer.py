@@ -402,7 +402,7 @@ def test_imagenet_to_mit_scenes_from_end_to_end(tmp_path: Path, places: list[str
     }
     start = {"data.classes": 3, "scale.width": 0.05, "optim.passes": 1, "optim.batch_size": 6}
     words = [f"++upstream.start.{key}={value}" for key, value in start.items()]
-    oracle = made("method=oracle", "scale.transfer.source_classes=3", *words)
+    oracle = made("method=oracle", "model.source_classes=3", *words)
     assert oracle["upstream"].keys() == {"start"}
     assert oracle["config"]["upstream"]["start"]["optim"]["optimizer"]["momentum"] == 0.9  # of conf/optim/imagenet_paper.yaml
     assert 0 <= oracle["metrics"]["test/accuracy"] <= 100

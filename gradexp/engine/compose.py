@@ -15,7 +15,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
 from gradexp.base.errors import UserError, nearest
@@ -30,6 +30,7 @@ HYDRA_OPTIONS = (  # that take a value
     *("--cfg", "-c", "--package", "-p", "--info", "-i", "--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp"),
 )
 PIXELS = ("normalise", "mean", "std", "size", "channels")  # of data: what a network must share with its upstream runs
+BY_SCALE = re.compile(r"\$\{by_scale:[^$]*\}")  # one that depends on nothing but the scale
 # A line, comments aside, that configures Hydra itself, or a header that puts a whole file there.
 TO_HYDRA = re.compile(r"^[^#\n]*\bhydra\b.*$|^#\s*@package\s+hydra\b.*$", re.MULTILINE)
 
@@ -193,17 +194,36 @@ def _composed(overrides: tuple[str, ...]) -> Config:
             f"{error.full_key} takes its value from {missing}, which does not exist; choose a method that fits the experiment"
         ) from error
     except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(_explain(error, overrides)) from error
+        raise _refusal(error) or UserError(_explain(error, overrides)) from error
     return resolved
+
+
+def _refusal(error: BaseException | None) -> UserError | None:
+    """The UserError of a resolver, which OmegaConf and Hydra wrap in their own."""
+    while error is not None and not isinstance(error, UserError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 @cache
 def _by_hydra(overrides: tuple[str, ...]) -> DictConfig:
     """The config that Hydra composes, interpolations not resolved. Do not modify it."""
     if GlobalHydra.instance().is_initialized():
-        return compose("config", overrides=list(overrides))
+        return _settle(compose("config", overrides=list(overrides)))
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("config", overrides=list(overrides))
+        return _settle(compose("config", overrides=list(overrides)))
+
+
+def _settle(config: Any) -> Any:
+    """The config with by_scale's choices made, which many runs share: parsing them takes milliseconds each."""
+    for key in config.keys() if isinstance(config, DictConfig) else range(len(config)):
+        child = config._get_node(key)
+        if isinstance(child, DictConfig | ListConfig):
+            if isinstance(child._value(), dict | list):  # neither null nor an interpolation
+                _settle(child)
+        elif BY_SCALE.fullmatch(str(child._value())):
+            config[key] = config[key]
+    return config
 
 
 def _with_values(overrides: tuple[str, ...]) -> DictConfig | None:

@@ -1,8 +1,25 @@
 """OmegaConf resolvers, with which conf/ computes settings from others. A change here changes configs."""
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
+
+from gradexp.base.errors import UserError
+
+
+def by_scale(values: Mapping[str, Any], *, _root_: DictConfig) -> Any:
+    """The entry of `values`, {scale: value}, for the run's scale, such as `${by_scale:{paper: 500, cpu: 12, quick: 8}}`.
+
+    In a defaults list it chooses the file of a group. Raises UserError where `values` has no entry for the scale.
+    """
+    scale = _root_["scale"]
+    name = scale if isinstance(scale, str) else scale["name"]  # a defaults list knows choices of groups only
+    if name not in values:
+        known = ", ".join(f"{key}: {value}" for key, value in values.items())
+        raise UserError(f"scale={name}: by_scale:{{{known}}} in conf/ has no value for it; add '{name}: VALUE' there")
+    return values[name]
 
 
 def longer(unit: str, passes: int, steps: int, per_class: int | None, classes: int, batch_size: int) -> int | None:
@@ -14,4 +31,5 @@ def longer(unit: str, passes: int, steps: int, per_class: int | None, classes: i
     return {"passes": passes if longest else None, "steps": None if longest else steps}[unit]
 
 
+OmegaConf.register_new_resolver("by_scale", by_scale, replace=True)
 OmegaConf.register_new_resolver("longer", longer, replace=True)
