@@ -162,6 +162,17 @@ def test_the_output_jacobian_is_that_of_the_teachers_largest_logit_at_the_studen
         Jacobian(weight=1, reduction="sum", target="label", student_bn=student_bn, head="source")
 
 
+def test_a_term_on_one_head_may_stand_beside_a_gradient_of_the_other() -> None:
+    """The logits do not depend on the source head, so that they have no gradient there."""
+    torch.manual_seed(4)
+    student = TwoHeadedVGG(source_classes=5, name="tiny", layers=[4, "M", 5], width=1, channels=2, classes=3, dropout=None)
+    student.double().train()
+    step = Step(batch(), student, differentiable_input=True, student_layers=["source", "features.relu1"])
+    found = step.student_layer_gradients("label", "batch")
+    assert list(found) == [gradients.INPUT, "features.relu1"]
+    assert step.student_features("source").shape == (3, 5)
+
+
 def test_the_attention_map_against_a_loop() -> None:
     features = torch.randn(2, 3, 4, 5, dtype=torch.float64)
     by_hand = torch.zeros(2, 4, 5, dtype=torch.float64)

@@ -51,12 +51,13 @@ def gradients_of(
     """Gradients of logits at several of the values they were computed from, in one backward pass.
 
     values: {name: (B, ...)}, on the way from the images to the logits, such as the outputs of layers. The gradient at
-    a layer's output is the gradient with respect to the layer's bias, position by position. -> {name: (B, ...)}.
+    a layer's output is the gradient with respect to the layer's bias, position by position. -> {name: (B, ...)}, without the
+    values on which the output does not depend, such as those of another head.
     """
     with torch.enable_grad():
         output = scalar(logits, labels, target)
-    found = _gradients(output, list(values.values()), differentiable)
-    return dict(zip(values, found, strict=True))
+    slopes = _gradients(output, list(values.values()), differentiable, allow_unused=True)
+    return {name: slope for name, slope in zip(values, slopes, strict=True) if slope is not None}
 
 
 def gradient_of_values(values: Tensor, images: Tensor, *, differentiable: bool) -> Tensor:
@@ -160,8 +161,12 @@ def _product(gradient: Tensor, images: Tensor, direction: Tensor, differentiable
     return _gradients(gradient * direction, [images], differentiable)[0]
 
 
-def _gradients(values: Tensor, inputs: Sequence[Tensor], differentiable: bool) -> tuple[Tensor, ...]:
+def _gradients(
+    values: Tensor, inputs: Sequence[Tensor], differentiable: bool, *, allow_unused: bool = False
+) -> tuple[Any, ...]:
     # The sum keeps one backward pass for the whole batch. In train mode, batch statistics couple the images:
     # this is then the gradient of the batch's sum, as in the author's code.
     with torch.enable_grad(), layers.only_inputs():
-        return torch.autograd.grad(values.sum(), inputs, create_graph=differentiable, retain_graph=True)
+        return torch.autograd.grad(
+            values.sum(), inputs, create_graph=differentiable, retain_graph=True, allow_unused=allow_unused
+        )

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 
+import torch
 from torch import nn
 
 from gradexp.layers.backward import only_inputs
@@ -48,14 +49,16 @@ def accelerate(model: nn.Module) -> nn.Module:
 
     The layers' classes change, their parameters, buffers, hooks and names do not. Layers that torch differentiates once
     (Hardsigmoid, nn.MultiheadAttention with its fused kernels) become differentiable twice; an attention that calls
-    scaled_dot_product_attention itself needs `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)` around the forward pass. Returns
-    `model`.
+    scaled_dot_product_attention itself needs `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)` around the forward pass. On
+    a CPU, convolutions work in the channels_last layout, whatever that of the images is. Returns `model`.
     """
     unknown: set[str] = set()
     for module in model.modules():
         kind = type(module)
         if kind in FAST:
             module.__class__ = FAST[kind]
+            if isinstance(module, Convolution) and module.weight.device.type == "cpu":
+                module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
         elif kind.__module__.startswith("torch.nn") and not list(module.children()) and kind not in PLAIN:
             unknown.add(kind.__name__)
     if unknown:
