@@ -138,6 +138,44 @@ def test_a_frozen_models_weights_cost_nothing(name: str, monkeypatch: pytest.Mon
     assert asked == [name in ("integrated_gradients", "smoothgrad", "smoothgrad_squared"), False]  # Captum's gradients
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_maps_do_not_depend_on_what_surrounds_the_call(name: str) -> None:
+    """no_grad, inference_mode with images made inside it, wrappers of the model."""
+    model, images = net(), pictures()
+
+    def explain(explained: nn.Module, given: Tensor) -> Tensor:
+        torch.manual_seed(0)
+        return METHODS[name](explained, given)
+
+    expected = explain(model, images)
+    with torch.no_grad():
+        torch.testing.assert_close(explain(model, images), expected)
+    with torch.inference_mode():
+        torch.testing.assert_close(explain(model, images + 0), expected)
+    torch.testing.assert_close(explain(nn.DataParallel(model), images), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", METHODS)
+def test_models_in_half_precision_are_explained(name: str, dtype: torch.dtype) -> None:
+    maps = METHODS[name](net().to(dtype), pictures().to(dtype))
+    assert maps.shape == (len(pictures()), 1, *pictures().shape[-2:])
+
+
+def test_the_usual_defaults() -> None:
+    assert FullGrad() == FullGrad(psi=("abs", "rescale", "upsample"), separate=False)
+    assert SmoothGrad() == SmoothGrad(samples=50, sigma=0.15, channels="abs")
+    assert IntegratedGradients() == IntegratedGradients(steps=50, channels="abs")
+    for method in (
+        SimpleFullGrad(),
+        SmoothFullGrad(samples=2),
+        InputGradient(),
+        GradientTimesInput(),
+        SmoothGradSquared(samples=2),
+    ):
+        assert method(net(), pictures()).isfinite().all()
+
+
 @pytest.mark.parametrize("name", DETERMINISTIC)
 def test_an_image_is_explained_alone(name: str) -> None:
     model, images = net(), pictures()
