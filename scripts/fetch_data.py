@@ -51,9 +51,9 @@ def mit_scenes(paths: Paths, mirror: str | None, unverified: bool) -> None:
     print(f"MIT Scenes is in {home}: {counts[0]} + {counts[1]} images of {data.classes} classes, all readable")
 
 
-HELP = """Put what is missing into {home} and run this again:
-  indoorCVPR_09.tar (2.4 GB; or the folder Images/ that it holds), TrainImages.txt, TestImages.txt
-or name an address (or file:///FOLDER) that has these three: --from ADDRESS"""
+HELP = """Put the missing files into {home} and run this again:
+  indoorCVPR_09.tar (2.4 GB; or its folder Images/), TrainImages.txt, TestImages.txt
+or name an address (or file:///FOLDER) that has all three: --from ADDRESS"""
 
 
 def fetch(name: str, home: Path, mirror: str | None) -> str | None:
@@ -104,15 +104,15 @@ def extract(archive: Path, home: Path) -> None:
                     member.name = "/".join(parts[parts.index("Images") + 1 :])
                     content.extract(member, draft, filter="data")
         if not draft.exists():
-            raise UserError(f"{archive} holds no folder Images/; delete it and run this again")
+            raise UserError(f"{archive} has no folder Images/; delete it and run this again")
         draft.rename(home / "Images")
     except (tarfile.TarError, OSError) as error:
         if isinstance(error, OSError) and error.errno in FIXES:  # the archive may be intact
             raise
-        raise UserError(f"{archive} can't be extracted ({error}); delete it and run this again") from None
+        raise UserError(f"{archive} cannot be extracted ({error}); delete it and run this again") from None
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-    print(f"{archive} is not needed any more")
+    print(f"{archive} is no longer needed")
 
 
 FETCHERS = {"mit_scenes": mit_scenes}
@@ -122,14 +122,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("name", help=", ".join(FETCHERS))
     parser.add_argument(
-        "--from", dest="mirror", metavar="ADDRESS", help="where the files are, if not at their published addresses"
+        "--from", dest="mirror", metavar="ADDRESS", help="where the files are, if not where they were published"
     )
     parser.add_argument("--unverified", action="store_true", help="use files whose checksum is not the expected one")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="of paths, such as paths.data=FOLDER")
     given = parser.parse_args()
     with exit_on_errors():
         if given.name not in FETCHERS:
-            raise UserError(f"{given.name} can't be fetched{nearest(given.name, FETCHERS)} Expected: {', '.join(FETCHERS)}")
+            raise UserError(f"{given.name} cannot be fetched{nearest(given.name, FETCHERS)} Available: {', '.join(FETCHERS)}")
         FETCHERS[given.name](Paths.of(compose_run(["experiment=teacher", *given.set])), given.mirror, given.unverified)
 
 

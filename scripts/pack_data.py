@@ -22,7 +22,8 @@ from PIL import Image
 from gradexp.base.errors import UserError
 from gradexp.base.files import draft_of, move_into_place
 from gradexp.data import parquet, subsets
-from gradexp.data.sources import Layout, Split
+from gradexp.data.parquet import Layout
+from gradexp.data.sources import Split
 from gradexp.engine.assemble import declare_data
 from gradexp.engine.compose import compose_run
 from gradexp.engine.exits import exit_on_errors

@@ -132,7 +132,7 @@ def test_a_download_that_fails_leaves_nothing(tmp_path: Path, script: Any, how: 
         address = {"no server": "http://localhost:1", "no address": "nowhere"}.get(
             how, f"http://localhost:{server.server_port}/{how}"
         )
-        with pytest.raises(UserError, match="not everything could be fetched") as caught:
+        with pytest.raises(UserError, match="some files could not be downloaded") as caught:
             script.mit_scenes(paths(tmp_path), address, False)
         server.shutdown()
     assert f"{address}/TestImages.txt: " in str(caught.value)
@@ -155,6 +155,6 @@ def test_an_interrupted_download_leaves_nothing(
 def test_an_archive_that_is_cut_off_leaves_no_images(tmp_path: Path, mirror: Path, script: Any) -> None:
     archive = mirror / "indoorCVPR_09.tar"
     archive.write_bytes(archive.read_bytes()[:-30000])
-    with pytest.raises(UserError, match="can't be extracted"):
+    with pytest.raises(UserError, match="cannot be extracted"):
         script.extract(archive, tmp_path / "home")
     assert not list((tmp_path / "home").iterdir())

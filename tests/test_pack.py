@@ -14,7 +14,7 @@ from gradexp.base.errors import UserError
 from gradexp.data.cifar100 import CIFAR100
 from gradexp.data.dataset import ImageData
 from gradexp.data.digits import Digits
-from gradexp.data.sources import Layout
+from gradexp.data.parquet import Layout
 from gradexp.engine.run import ROOT
 
 OPTIONS: dict[str, Any] = {"flip": False, "crop": 0, "normalise": "standard", "validation": None, "seed": 0, "per_class": None}

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from gradexp.data.dataset import ImageData
-from gradexp.data.sources import Layout
+from gradexp.data.parquet import Layout
 
 
 class CIFAR10(ImageData):

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from gradexp.data.dataset import ImageData
-from gradexp.data.sources import Layout
+from gradexp.data.parquet import Layout
 
 NAMES = """
 apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can castle caterpillar

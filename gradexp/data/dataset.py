@@ -15,8 +15,8 @@ from gradexp.base.errors import UserError, choose
 from gradexp.base.ranges import Count, Index
 from gradexp.data import sources, subsets
 from gradexp.data.loader import Loader, TensorLoader
+from gradexp.data.parquet import Layout
 from gradexp.data.removal import Removal
-from gradexp.data.sources import Layout
 
 
 class ImageData:

@@ -1,7 +1,7 @@
 """MNIST: 60,000 + 10,000 grey images of handwritten digits (LeCun, Cortes, Burges)."""
 
 from gradexp.data.dataset import ImageData
-from gradexp.data.sources import Layout
+from gradexp.data.parquet import Layout
 
 
 class MNIST(ImageData):

@@ -6,6 +6,7 @@ import io
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +18,28 @@ from gradexp.data import pictures
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from gradexp.data.sources import Layout
-
 PART = re.compile(r"-(\d+)-of-(\d+)(-[0-9a-f]+)?\.parquet")  # what follows the name of the split; newer ones end in a hash
 PACK = b"gradexp"  # key of the schema's metadata that scripts/pack_data.py writes
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What is needed to read and check one data set.
+
+    images: how many the training and the test split have, None where that is not known. names: of the classes, () where
+    they have none.
+    """
+
+    name: str
+    title: str
+    classes: int
+    channels: int
+    size: int
+    image_column: str
+    label_column: str
+    torchvision: str
+    images: tuple[int, int] | None = None
+    names: tuple[str, ...] = ()
 
 
 def parts(folder: Path, split: str) -> list[Path]:

@@ -22,29 +22,10 @@ import numpy as np
 from gradexp.base.errors import UserError
 from gradexp.base.files import draft_of, sha256
 from gradexp.data import parquet, subsets
+from gradexp.data.parquet import Layout
 
 SPLITS, PARTS = ("train", "test"), ("images", "labels")
 CHECKSUMS, PACK = "checksums.json", "pack.json"  # beside the arrays of a cached data set
-
-
-@dataclass(frozen=True)
-class Layout:
-    """What is needed to read and check one data set.
-
-    images: how many the training and the test split have, None where that is not known. names: of the classes, () where
-    they have none.
-    """
-
-    name: str
-    title: str
-    classes: int
-    channels: int
-    size: int
-    image_column: str
-    label_column: str
-    torchvision: str
-    images: tuple[int, int] | None = None
-    names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
