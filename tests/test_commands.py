@@ -20,6 +20,10 @@ from gradexp.engine.many import run_all
 from gradexp.engine.registry import locate
 from gradexp.engine.run import ROOT
 
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import common
+
 RunPy = Callable[..., "subprocess.CompletedProcess[str]"]
 
 # Seconds instead of minutes: narrow networks, few passes, a teacher to match.
@@ -158,6 +162,12 @@ def test_nan_is_a_result(tmp_path: Path, run_py: RunPy) -> None:
 
 
 MISTAKES = {
+    "paths.results=data/rés": """double quotes; for a shell: 'paths.results="data/rés"'""",
+    "paths.results=a=b": """double quotes; for a shell: 'paths.results="a=b"'""",
+    'name=a"b é': r"""double quotes; for a shell: 'name="a\"b é"'""",
+    "=3": "'=3' is not of the form key=value",
+    "method=glob(nope*)": "method=glob(nope*): nothing matches",
+    "data={a: 1}": "Could not override 'data'",
     "method=nope": "there is no conf/method/nope.yaml",
     "method=ce_a_k": "did you mean ce_a_j?",
     "data.per_klass=1": "did you mean per_class?",
@@ -178,6 +188,18 @@ def test_a_sweep_is_checked_before_its_first_run() -> None:
     with pytest.raises(UserError, match="did you mean ce_a"):
         check_overrides(["-m", "experiment=jacobian_distill", "method=ce,ce_aa", "seed=range(0,3)"])
     check_overrides(["-m", "experiment=jacobian_distill", "method=ce,ce_a", "seed=range(0,3)", "hydra/launcher=joblib"])
+    configs = check_overrides(["-m", "experiment=jacobian_distill", "method=glob(ce_a*)"])
+    assert [config["method"]["name"] for config in configs] == ["ce_a", "ce_a_10", "ce_a_j"]
+
+
+def test_quoted_values_are_what_was_meant() -> None:
+    (config,) = check_overrides(["experiment=jacobian_distill", 'paths.results="data/rés=1"'])
+    assert config["paths"]["results"] == "data/rés=1"
+
+
+def test_set_may_be_repeated() -> None:
+    given = common.arguments(None).parse_args(["--set", "trainer.threads=1", "logger=none", "--set", "trainer.precision=32"])
+    assert given.set == ["trainer.threads=1", "logger=none", "trainer.precision=32"]
 
 
 def errors() -> Iterator[Any]:

@@ -27,6 +27,9 @@ def longer(unit: str, passes: int, steps: int, per_class: int | None, classes: i
 
     unit: `passes` or `steps`. per_class: images of each class; None for the whole data set, where `passes` are longer.
     """
+    numbers = (classes, batch_size) if per_class is None else (per_class, classes, batch_size)
+    if any(type(number) is not int or number < 1 for number in numbers):
+        return passes if unit == "passes" else None  # build refuses the wrong setting
     longest = per_class is None or passes * math.ceil(per_class * classes / batch_size) > steps
     return {"passes": passes if longest else None, "steps": None if longest else steps}[unit]
 

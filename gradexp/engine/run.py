@@ -16,7 +16,7 @@ from pydantic import ConfigDict, with_config
 from typing_extensions import TypedDict
 
 from gradexp.base.errors import UserError
-from gradexp.base.ranges import Count, Index
+from gradexp.base.ranges import Count, Seed
 from gradexp.base.typed import strict
 from gradexp.engine.record import read_record
 from gradexp.engine.registry import FORMER
@@ -60,7 +60,7 @@ class RunConfig(TypedDict):
     """The config of a run: conf/config.yaml, and the groups that an experiment adds to it."""
 
     name: str
-    seed: Index
+    seed: Seed
     objective: str | None
     upstream: dict[str, Any]
     paths: dict[str, str]
