@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from gradexp.base.errors import UserError
+from gradexp.engine.run import ROOT
 
 
 def by_scale(values: Mapping[str, Any], *, _root_: DictConfig) -> Any:
@@ -34,5 +36,11 @@ def longer(unit: str, passes: int, steps: int, per_class: int | None, classes: i
     return {"passes": passes if longest else None, "steps": None if longest else steps}[unit]
 
 
+def absolute(folder: str) -> str:
+    """A folder of `paths`, relative ones from the repository, as in engine.run.Paths."""
+    return str(ROOT / Path(folder).expanduser())
+
+
+OmegaConf.register_new_resolver("absolute", absolute, replace=True)
 OmegaConf.register_new_resolver("by_scale", by_scale, replace=True)
 OmegaConf.register_new_resolver("longer", longer, replace=True)
