@@ -495,6 +495,23 @@ def attempt(name: str, trial: Callable[[Path], Trial]) -> Trial:
     return done
 
 
+TRUST = """## What is trusted
+
+Trusted: the checkout, with its code and `conf/`; the data root, whose images and labels are not checked; what the user names on
+the command line, including Hydra's own options and plugins and the folders of `paths`; the other users of a results folder.
+
+Not trusted, as they come from other people: records, configs and experiments, pictures, weights.
+
+- A record is data. The classes that its config names are built only if they are listed for their place
+  (`gradexp/engine/registry.py`); `make verify` checks that its id is that of its config.
+- Configs can choose among the listed classes and set their declared parameters. They cannot name other code, configure Hydra or
+  choose a folder outside `paths`.
+- Weights, checkpoints and pieces are loaded without executing what they hold (`weights_only=True`), and their checksums are
+  compared. A checksum recognises damage; it does not prove who wrote a file.
+- Pictures are decoded by Pillow; one that cannot be read is an error of one line.
+"""
+
+
 def page(done: Sequence[Trial]) -> str:
     rows = [f"| {trial.what} | {trial.good}/{trial.times} | {trial.message} |" for trial in done]
     return "\n".join(
@@ -510,6 +527,7 @@ def page(done: Sequence[Trial]) -> str:
             "|---|---|---|",
             *rows,
             "",
+            TRUST,
         ]
     )
 

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra import compose, initialize_config_dir
 
 from gradexp.base.errors import Stopped
 from gradexp.engine import exits, loggers, origin
-from gradexp.engine.compose import compose_run
+from gradexp.engine.compose import CONF, compose_run
 from gradexp.engine.run import ROOT, Paths, Run
 
 QUICK = ["experiment=jacobian_distill", "scale=quick", "scale.width=0.03", "method=ce", "data.per_class=1", "optim.passes=2"]
@@ -236,19 +237,9 @@ def test_a_command_may_be_typed_in_any_folder(script: str, tmp_path: Path) -> No
 def test_relative_folders_start_at_the_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of Hydra too."""
     monkeypatch.chdir(tmp_path)
-    command = [
-        sys.executable,
-        str(ROOT / "run.py"),
-        "experiment=teacher",
-        "--cfg",
-        "hydra",
-        "--resolve",
-        "--package",
-        "hydra.run",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.stdout.split()[-1] == str(ROOT / "outputs" / "hydra"), done.stderr
-    assert list(tmp_path.iterdir()) == []
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose("config", overrides=["experiment=teacher"], return_hydra_config=True)
+        assert config.hydra.run.dir == config.hydra.sweep.dir == str(ROOT / "outputs" / "hydra")
 
 
 # --- interrupts -------------------------------------------------------------------------------------------
@@ -344,7 +335,7 @@ def test_how_a_process_ends_depends_on_the_signal() -> None:
     "variables", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}]
 )
 def test_a_terminal_that_is_not_utf_8(variables: dict[str, str]) -> None:
-    code = "from gradexp.engine import exits; print('σ × é')"
+    code = "from gradexp.engine import exits; print('\\u03c3')"
     environment = {**os.environ, **variables}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True)
     assert done.returncode == 0, done.stderr
