@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 
 from gradexp.base.errors import UserError
-from gradexp.engine import loggers
 from gradexp.engine.compose import check_overrides, plan
 from gradexp.engine.known import answer
 from gradexp.engine.many import run_all
@@ -250,20 +249,6 @@ def test_run_all_trains_a_shared_teacher_once_and_reports_failures(
     told = capsys.readouterr().out
     assert told.count("finished") == 3
     assert re.findall(r"^\[(\d)/4\]", told, flags=re.MULTILINE) == list("1234")  # the teacher is counted too
-
-
-@pytest.mark.parametrize(("url", "there"), [(None, False), ("https://wandb.example.org:8080", True)])
-def test_w_and_b_knows_the_key_of_its_own_server(
-    url: str | None, there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
-        monkeypatch.delenv(name, raising=False)
-    (tmp_path / ".netrc").write_text("machine wandb.example.org login user password key\n")
-    (tmp_path / ".netrc").chmod(0o600)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    if url:
-        monkeypatch.setenv("WANDB_BASE_URL", url)
-    assert loggers.logged_in() is there
 
 
 def test_a_target_that_can_not_be_imported_says_why() -> None:

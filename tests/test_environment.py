@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import wandb
 from hydra import compose, initialize_config_dir
 
 from gradexp.base.errors import Stopped
@@ -126,6 +127,7 @@ def wandb_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setenv("WANDB_SILENT", "true")
+    wandb.teardown()  # it keeps what it has read of the environment
     return tmp_path
 
 
@@ -147,11 +149,17 @@ def fake_loggers(monkeypatch: pytest.MonkeyPatch, error: Exception | None) -> li
     return made
 
 
-@pytest.mark.parametrize(("host", "offline"), [("api.wandb.ai", False), ("wandb.example.org", True)])
-def test_w_and_b_finds_the_key_that_netrc_names(
-    host: str, offline: bool, wandb_home: Path, places: list[str], monkeypatch: pytest.MonkeyPatch
+SERVERS = [("api.wandb.ai", None, False), ("wandb.example.org", None, True)]
+SERVERS += [("wandb.example.org", "https://wandb.example.org", False), ("api.wandb.ai", "https://wandb.example.org", True)]
+
+
+@pytest.mark.parametrize(("host", "server", "offline"), SERVERS)
+def test_w_and_b_finds_the_key_that_netrc_has_for_its_server(
+    host: str, server: str | None, offline: bool, wandb_home: Path, places: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (wandb_home / "netrc").write_text(f"machine {host} login user password {KEY}\n")
+    if server:
+        monkeypatch.setenv("WANDB_BASE_URL", server)
     made = fake_loggers(monkeypatch, None)
     loggers.make_logger(training(places, "logger=wandb"))
     assert made == [offline]

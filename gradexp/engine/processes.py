@@ -145,7 +145,8 @@ def _passing_signals_on() -> Iterator[list[int]]:
         for child in children:  # which Ctrl-C has signalled already
             os.kill(child.pid or 0, signal.SIGTERM if number == signal.SIGINT else number)
 
-    before: dict[int, Any] = {number: signal.getsignal(number) for number in (*SIGNALS, signal.SIGALRM)}
+    handlers: dict[int, Any] = {number: signal.getsignal(number) for number in (*SIGNALS, signal.SIGALRM)}
+    before = {number: handler for number, handler in handlers.items() if handler is not signal.SIG_IGN}
     for number in before:
         signal.signal(number, kill if number == signal.SIGALRM else stop)
     try:
