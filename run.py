@@ -10,7 +10,7 @@ from contextlib import nullcontext
 import hydra
 from omegaconf import DictConfig
 
-from gradexp.engine.compose import check_overrides, plan, refuse_copies, refuse_many_devices
+from gradexp.engine.compose import CONF, check_overrides, plan, refuse_copies, refuse_many_devices
 from gradexp.engine.ensure import ensure
 from gradexp.engine.exits import exit_on_errors
 from gradexp.engine.known import answer
@@ -18,7 +18,7 @@ from gradexp.engine.record import objective, print_summary
 from gradexp.engine.run import Paths
 
 
-@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def main(_: DictConfig) -> float | None:
     """Does a run and returns its objective, which a sweeper optimises."""
     from hydra.core.hydra_config import HydraConfig
@@ -45,4 +45,4 @@ if __name__ == "__main__":
         refuse_copies(sys.argv[1:], os.environ)
         for config in check_overrides(sys.argv[1:]):
             (Paths.of(config).outputs / "hydra").mkdir(parents=True, exist_ok=True)  # else Hydra fails with a traceback
-    main()
+        main()

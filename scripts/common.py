@@ -56,7 +56,9 @@ def arguments(about: str | None) -> argparse.ArgumentParser:
     """A parser with the arguments of all scripts."""
     parser = argparse.ArgumentParser(description=about)
     parser.add_argument("--scale", default="cpu")
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help=f"for all runs: {', '.join(SETTABLE)}")
+    parser.add_argument(
+        "--set", nargs="*", action="extend", default=[], metavar="KEY=VALUE", help=f"for all runs: {', '.join(SETTABLE)}"
+    )
     return parser
 
 

@@ -125,7 +125,9 @@ def main() -> None:
         "--from", dest="mirror", metavar="ADDRESS", help="where the files are, if not where they were published"
     )
     parser.add_argument("--unverified", action="store_true", help="use files whose checksum is not the expected one")
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="of paths, such as paths.data=FOLDER")
+    parser.add_argument(
+        "--set", nargs="*", action="extend", default=[], metavar="KEY=VALUE", help="of paths, such as paths.data=FOLDER"
+    )
     given = parser.parse_args()
     with exit_on_errors():
         if given.name not in FETCHERS:

@@ -19,7 +19,7 @@ def main() -> None:
     with exit_on_errors():
         paths = Paths.of(shared(given.scale, given.set))
         path = html.write(page(given.scale, paths, planner(given.set)), given.scale, paths.results)
-    print(f"written: {shown(path)} ({path.stat().st_size / 1024:,.0f} KiB); open it in a browser")
+        print(f"written: {shown(path)} ({path.stat().st_size / 1024:,.0f} KiB); open it in a browser")
 
 
 def page(scale: str, paths: Paths, plan: Planner) -> str:

@@ -81,7 +81,9 @@ def main() -> None:
     parser.add_argument("--per-class", type=int, required=True, metavar="K", help="training images per class, for each seed")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="SEED")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="of paths, such as paths.data=FOLDER")
+    parser.add_argument(
+        "--set", nargs="*", action="extend", default=[], metavar="KEY=VALUE", help="of paths, such as paths.data=FOLDER"
+    )
     given = parser.parse_args()
     with exit_on_errors():
         if given.per_class < 1 or min(given.seeds) < 0:

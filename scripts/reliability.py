@@ -1,4 +1,4 @@
-"""What happens when things go wrong, tried: kills, full disks, crowds, jumping clocks, damaged files.
+"""What happens when things go wrong, tried: kills, signals, full disks, crowds, jumping clocks, damaged and forged files.
 
 python scripts/reliability.py                 all trials, to docs/reliability.md
 python scripts/reliability.py --kills 4       a short one, printed only, as is --soak:
@@ -6,8 +6,10 @@ python scripts/reliability.py --soak 100      so many quick runs by two workers,
 """
 
 import argparse
+import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
@@ -295,6 +297,152 @@ def _plain(text: str, folder: Path) -> str:
     return text.replace(f"{folder}/", "").replace("|", "\\|")
 
 
+# --- signals ----------------------------------------------------------------------------------------------
+
+TOGETHER = ("trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu")
+STOPPING = {  # (who gets a signal, which, the exit code)
+    "a training process": ("rank", signal.SIGTERM, 143),
+    "another training process": ("other rank", signal.SIGUSR1, 143),
+    "the command": ("parent", signal.SIGTERM, 143),
+    "the command, with Ctrl-C": ("parent", signal.SIGINT, -2),
+    "all processes": ("group", signal.SIGTERM, 143),
+    "all processes, with Ctrl-C": ("group", signal.SIGINT, -2),
+}
+
+
+def command(place: Path, words: Sequence[str]) -> "subprocess.Popen[str]":
+    """`python run.py`, in a process group of its own, which Ctrl-C may end."""
+    return subprocess.Popen(
+        [sys.executable, "run.py", *words, f"paths.results={place}/results", f"paths.outputs={place}/outputs"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+
+
+def training_processes(pid: int) -> list[int]:
+    """The child processes that train, in the order of their ranks."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(child) for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
+
+
+def signalled(who: str, folder: Path) -> Trial:
+    """A signal in the middle of a training by two processes, and a second attempt."""
+    to, number, expected = STOPPING[who]
+    words = (*EXPERIMENTS["training"], *TOGETHER)
+    whole = command(folder / "whole", words)
+    output, _ = whole.communicate()
+    expect(whole.returncode == 0, f"the undisturbed run failed: {output}")
+    place = folder / "place"
+    stopped = command(place, words)
+    while stopped.poll() is None and not list(place.glob("outputs/runs/*/*/last.ckpt")):
+        time.sleep(0.01)
+    ranks = training_processes(stopped.pid)
+    if to == "group":
+        os.killpg(stopped.pid, number)
+    else:
+        os.kill({"parent": stopped.pid, "rank": ranks[0], "other rank": ranks[1]}[to], number)
+    output, _ = stopped.communicate(timeout=60)
+    expect(stopped.returncode == expected, f"exit code {stopped.returncode}: {output}")
+    expect("the checkpoint is written" in output, f"no clear message: {output}")
+    expect(not list(place.glob("results/runs/*/*.json")), "a record was written")
+    again = command(place, words)
+    output, _ = again.communicate()
+    expect(again.returncode == 0, output)
+    expect(left(place) == left(folder / "whole"), "not what the undisturbed run left")
+    message = "exit code 143" if expected > 0 else "it dies of SIGINT"
+    return Trial(
+        f"{number.name} to {who}, of a training by two", 1, 1, f"{message}; a checkpoint, from which the same bytes come"
+    )
+
+
+# --- shared results ---------------------------------------------------------------------------------------
+
+
+def two_outputs(folder: Path) -> Trial:
+    """Two processes with outputs of their own, as of two clones, on one folder of results."""
+    words = (*EXPERIMENTS["training"], f"paths.results={folder}/results")
+    tasks = [Work((*words, f"paths.outputs={folder}/{name}"), folder / f"{name}.txt") for name in ("first", "second")]
+    processes = [started(task) for task in tasks]
+    codes = [exit_code(process) for process in processes]
+    texts = " ".join(task.log.read_text() for task in tasks)
+    expect(codes == [0, 0], texts)
+    expect("waiting for process " in texts, f"nobody waited: {texts}")
+    expect(len(list(folder.glob("results/runs/*/*.json"))) == 1, "not one record")
+    expect(len(list(folder.glob("*/runs/*/*/weights.pt"))) == 1, "the run was done twice")
+    return Trial("two folders of outputs, one of results", 1, 1, "the run is done once; who waits names the process and host")
+
+
+# --- what others hand in ----------------------------------------------------------------------------------
+
+
+def hostile(folder: Path) -> Trial:
+    """Configs that would run commands, or write elsewhere."""
+    mark = folder / "mark"
+    shell = f"{{_target_:torch.utils.collect_env.run,command:'touch {mark}'}}"
+    configs = [
+        f"logger.group={shell}",
+        f"+model.activation={shell}",
+        "optim.optimizer._target_=os.system",
+        "optim.optimizer._target_=torch.hub.load",
+        "data._target_=torch.hub.download_url_to_file",
+        "method.module=subprocess.Popen",
+        "name=../../../escaped",
+    ]
+    for words in configs:
+        task = work(folder, (*EXPERIMENTS["training"], words))
+        expect(finish(task) == 1, f"{words} was accepted")
+        text = task.log.read_text()
+        expect(text.startswith("error: ") and text.count("\n") == 1, f"{words}: no clear message: {text[-500:]}")
+        expect(not mark.exists(), f"{words} ran a command")
+    expect(not list(folder.rglob("*.json")), "a record was written")
+    return Trial(
+        "configs that name what runs commands", len(configs), len(configs), "each is refused in a line; nothing is run"
+    )
+
+
+def edited_record(folder: Path) -> Trial:
+    """A better number, written into a record by hand, and make verify."""
+    task = work(folder, EXPERIMENTS["training"])
+    expect(finish(task) == 0, last(task))
+    (file,) = folder.glob("results/runs/*/*.json")
+    record = json.loads(file.read_text())
+    record["metrics"]["test/accuracy"] += 1
+    file.write_text(json.dumps(record))
+    places = [f"paths.results={folder}/results", f"paths.outputs={folder}/outputs"]
+    words = ["scripts/verify.py", "--sample", "1", "--set", *places, "trainer.threads=1"]
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
+    expect(done.returncode != 0, f"verify found nothing: {done.stdout}")
+    line = next((line for line in done.stdout.splitlines() if file.name in line), done.stderr)
+    return Trial("a number in a record changed by hand", 1, 1, _plain(line, folder))
+
+
+def swapped_weights(folder: Path) -> Trial:
+    """A teacher's weights replaced by those of another run, together with their checksum."""
+    words, place = EXPERIMENTS["teacher targets"], folder / "place"
+    expect(finish(work(folder / "whole", words)) == 0, "the undisturbed run failed")
+    other = ("experiment=teacher", *TINY, "data.per_class=null", "optim.passes=1", "scale.width=0.03", "seed=5")
+    expect(finish(work(place, other)) == 0, "the other run failed")
+    expect(finish(work(place, (*words, "method=ce_a"))) == 0, "the first student failed")
+    (source,) = _weights(place, seed=5)
+    (target,) = _weights(place, seed=0)
+    for suffix in ("", ".sha256"):
+        target.with_name(target.name + suffix).write_bytes(source.with_name(source.name + suffix).read_bytes())
+    task = work(place, words)
+    code = finish(task)
+    expect(code != 0 or left(place).items() >= left(folder / "whole").items(), "a number of the wrong teacher was recorded")
+    return Trial("a teacher's weights swapped for another run's", 1, 1, _plain(last(task), folder))
+
+
+def _weights(place: Path, *, seed: int) -> list[Path]:
+    """The weights of the teachers with this seed."""
+    records = {file.stem: read_record(file) for file in place.glob("results/runs/teacher/*.json")}
+    return [place / "outputs/runs/teacher" / name / "weights.pt" for name, record in records.items() if record["seed"] == seed]
+
+
 # --- all of it --------------------------------------------------------------------------------------------
 
 DAMAGES: list[tuple[str, str, str, bool]] = [
@@ -323,6 +471,12 @@ def trials(count: int, seed: int) -> Iterator[tuple[str, Callable[[Path], Trial]
             lambda folder, w=what, p=pattern, m=message, s=stops: damaged(w, p, m, folder, stops=s),  # type: ignore[misc]
         )
     yield "damaged parquet", damaged_parquet
+    for who in STOPPING:
+        yield f"signal to {who}", lambda folder, who=who: signalled(who, folder)  # type: ignore[misc]
+    yield "two outputs", two_outputs
+    yield "hostile configs", hostile
+    yield "edited record", edited_record
+    yield "swapped weights", swapped_weights
 
 
 def attempt(name: str, trial: Callable[[Path], Trial]) -> Trial:
@@ -341,6 +495,23 @@ def attempt(name: str, trial: Callable[[Path], Trial]) -> Trial:
     return done
 
 
+TRUST = """## What is trusted
+
+Trusted: the checkout, with its code and `conf/`; the data root, whose images and labels are not checked; what the user names on
+the command line, including Hydra's own options and plugins and the folders of `paths`; the other users of a results folder.
+
+Not trusted, as they come from other people: records, configs and experiments, pictures, weights.
+
+- A record is data. The classes that its config names are built only if they are listed for their place
+  (`gradexp/engine/registry.py`); `make verify` checks that its id is that of its config.
+- Configs can choose among the listed classes and set their declared parameters. They cannot name other code, configure Hydra or
+  choose a folder outside `paths`.
+- Weights, checkpoints and pieces are loaded without executing what they hold (`weights_only=True`), and their checksums are
+  compared. A checksum recognises damage; it does not prove who wrote a file.
+- Pictures are decoded by Pillow; one that cannot be read is an error of one line.
+"""
+
+
 def page(done: Sequence[Trial]) -> str:
     rows = [f"| {trial.what} | {trial.good}/{trial.times} | {trial.message} |" for trial in done]
     return "\n".join(
@@ -356,6 +527,7 @@ def page(done: Sequence[Trial]) -> str:
             "|---|---|---|",
             *rows,
             "",
+            TRUST,
         ]
     )
 

@@ -13,7 +13,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sample", type=int, default=3, help="how many quick records to repeat")
     parser.add_argument("--seed", type=int, default=0, help="which ones")
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="of trainer or paths")
+    parser.add_argument("--set", nargs="*", action="extend", default=[], metavar="KEY=VALUE", help="of trainer or paths")
     given = parser.parse_args()
     config = compose_run(["experiment=teacher", "logger=none", *given.set])
     extra = {name: config[name] for name in ("trainer", "logger", "gradients")}

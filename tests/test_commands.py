@@ -13,12 +13,15 @@ from typing import Any
 import pytest
 
 from gradexp.base.errors import UserError
-from gradexp.engine import loggers
 from gradexp.engine.compose import check_overrides, plan
 from gradexp.engine.known import answer
 from gradexp.engine.many import run_all
 from gradexp.engine.registry import locate
 from gradexp.engine.run import ROOT
+
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import common
 
 RunPy = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -158,6 +161,12 @@ def test_nan_is_a_result(tmp_path: Path, run_py: RunPy) -> None:
 
 
 MISTAKES = {
+    "paths.results=data/rés": """double quotes; for a shell: 'paths.results="data/rés"'""",
+    "paths.results=a=b": """double quotes; for a shell: 'paths.results="a=b"'""",
+    'name=a"b é': r"""double quotes; for a shell: 'name="a\"b é"'""",
+    "=3": "'=3' is not of the form key=value",
+    "method=glob(nope*)": "method=glob(nope*): nothing matches",
+    "data={a: 1}": "Could not override 'data'",
     "method=nope": "there is no conf/method/nope.yaml",
     "method=ce_a_k": "did you mean ce_a_j?",
     "data.per_klass=1": "did you mean per_class?",
@@ -178,6 +187,18 @@ def test_a_sweep_is_checked_before_its_first_run() -> None:
     with pytest.raises(UserError, match="did you mean ce_a"):
         check_overrides(["-m", "experiment=jacobian_distill", "method=ce,ce_aa", "seed=range(0,3)"])
     check_overrides(["-m", "experiment=jacobian_distill", "method=ce,ce_a", "seed=range(0,3)", "hydra/launcher=joblib"])
+    configs = check_overrides(["-m", "experiment=jacobian_distill", "method=glob(ce_a*)"])
+    assert [config["method"]["name"] for config in configs] == ["ce_a", "ce_a_10", "ce_a_j"]
+
+
+def test_quoted_values_are_what_was_meant() -> None:
+    (config,) = check_overrides(["experiment=jacobian_distill", 'paths.results="data/rés=1"'])
+    assert config["paths"]["results"] == "data/rés=1"
+
+
+def test_set_may_be_repeated() -> None:
+    given = common.arguments(None).parse_args(["--set", "trainer.threads=1", "logger=none", "--set", "trainer.precision=32"])
+    assert given.set == ["trainer.threads=1", "logger=none", "trainer.precision=32"]
 
 
 def errors() -> Iterator[Any]:
@@ -228,20 +249,6 @@ def test_run_all_trains_a_shared_teacher_once_and_reports_failures(
     told = capsys.readouterr().out
     assert told.count("finished") == 3
     assert re.findall(r"^\[(\d)/4\]", told, flags=re.MULTILINE) == list("1234")  # the teacher is counted too
-
-
-@pytest.mark.parametrize(("url", "there"), [(None, False), ("https://wandb.example.org:8080", True)])
-def test_w_and_b_knows_the_key_of_its_own_server(
-    url: str | None, there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
-        monkeypatch.delenv(name, raising=False)
-    (tmp_path / ".netrc").write_text("machine wandb.example.org login user password key\n")
-    (tmp_path / ".netrc").chmod(0o600)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    if url:
-        monkeypatch.setenv("WANDB_BASE_URL", url)
-    assert loggers.logged_in() is there
 
 
 def test_a_target_that_can_not_be_imported_says_why() -> None:

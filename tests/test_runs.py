@@ -412,6 +412,23 @@ def test_a_scale_without_a_value_is_refused_in_one_line(tmp_path: Path, monkeypa
 
 
 WRONG = {
+    "seed=4294967296": "seed=4294967296 should be less than 4294967296",
+    "name=../../escaped": "name='../../escaped' should match pattern",
+    "seed=1.5": "seed=1.5 should be a valid integer",
+    "seed=null": "seed=None should be a valid integer",
+    "seed='0'": "seed='0' should be a valid integer",
+    "seed=true": "seed=True should be a valid integer",
+    "optim.batch_size=8.0": "optim.batch_size=8.0: it should be a valid integer",
+    "optim.batch_size='8'": "optim.batch_size=8: it should be a valid integer",
+    "optim.optimizer.lr=nan": "optim.optimizer.lr=nan: it should be a finite number",
+    "optim.optimizer.lr=inf": "optim.optimizer.lr=inf: it should be a finite number",
+    "optim.optimizer.lr=-1": "optim.optimizer: Invalid learning rate: -1",
+    "optim.optimizer.weight_decay=-1": "optim.optimizer: Invalid weight_decay value: -1",
+    "method.terms.jacobian.weight=nan": "method.terms.jacobian.weight=nan: it should be a finite number",
+    "data.per_class=1.5": "data.per_class=1.5: it should be a valid integer",
+    "data.flip=no": "data.flip=no: it should be a valid boolean",
+    "data.crop=2.0": "data.crop=2.0: it should be a valid integer",
+    "data.crop=-1": "data.crop=-1: it should be greater than or equal to 0",
     "seed=x": "seed='x' should be a valid integer",
     "seed=-1": "seed=-1 should be greater than or equal to 0",
     "gradients.backend=fats": "gradients.backend='fats' should be 'fast' or 'autograd'",
@@ -427,6 +444,13 @@ WRONG = {
     "method.terms.jacobian.weight=-1": "method.terms.jacobian.weight=-1: it should be greater than or equal to 0",
     "trainer.threads=0": "trainer.threads=0: it should be greater than or equal to 1",
 }
+
+
+@pytest.mark.parametrize("size", ["0", "'8'", "8.0", "null"])
+def test_a_wrong_batch_size_is_refused_where_lengths_are_computed_from_it(size: str) -> None:
+    """At scale=cpu the length of a training is an expression of the batch size."""
+    with pytest.raises(UserError, match=r"optim\.batch_size=.*: it should be"):
+        check_settings(plan(["experiment=jacobian_distill", "scale=cpu", f"optim.batch_size={size}"]).config)
 
 
 @pytest.mark.parametrize("word", WRONG)

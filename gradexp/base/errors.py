@@ -1,5 +1,6 @@
 """The error that users see, and the exception that ends a run after a signal."""
 
+import signal
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -11,7 +12,11 @@ class UserError(Exception):
 
 
 class Stopped(BaseException):
-    """A signal stopped the training, and its checkpoint is written."""
+    """A signal stopped the work. number: the signal, which decides how the process ends."""
+
+    def __init__(self, message: str = "", number: int = signal.SIGTERM) -> None:
+        super().__init__(message)
+        self.number = number
 
 
 def nearest(word: str, words: Iterable[str]) -> str:

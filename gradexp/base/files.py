@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import os
+import platform
+import secrets
+import shutil
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+
+ABANDONED = 24 * 3600.0  # seconds after which the untouched draft of a process on another host is a leftover
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -19,9 +26,41 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def draft_of(path: Path) -> Path:
-    """The file beside `path` in which this process prepares it; the folder is made."""
+    """A new name beside `path`, of a file or folder in which this process prepares it; the parent folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    return path.with_name(f".{path.name}.{os.getpid()}")
+    return path.with_name(f".{path.name}.{host()}.{os.getpid()}.{secrets.token_hex(4)}")
+
+
+def host() -> str:
+    """The name of this machine; in a container also a number, as two containers may share the name but not process ids."""
+    processes = Path("/proc/self/ns/pid")
+    number = f"-{processes.stat().st_ino}" if processes.exists() else ""
+    return f"{platform.node().partition('.')[0][:40]}{number}"
+
+
+def remove_drafts(path: Path) -> None:
+    """Removes the drafts of `path` whose processes have died; elsewhere than on this host, those untouched for a day."""
+    for draft in path.parent.glob(f".{path.name}.*"):
+        with suppress(FileNotFoundError):  # another process removed or renamed it
+            if _abandoned(draft):
+                shutil.rmtree(draft) if draft.is_dir() else draft.unlink()
+
+
+def _abandoned(draft: Path) -> bool:
+    *_, where, process, _random = draft.name.rsplit(".", 3)
+    if where == host() and process.isdigit():
+        return not _alive(int(process))
+    return time.time() - draft.stat().st_mtime > ABANDONED
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        pass
+    return True
 
 
 def move_into_place(draft: Path, path: Path) -> None:
@@ -50,8 +89,7 @@ def write_sealed(path: Path, content: bytes | Callable[[Path], object]) -> None:
     content: bytes, or a function that writes a draft. Drafts of processes that died are removed.
     """
     draft, seal = draft_of(path), _seal(path)
-    for abandoned in path.parent.glob(f".{path.name}.*"):
-        abandoned.unlink()
+    remove_drafts(path)
     try:
         if isinstance(content, bytes):
             draft.write_bytes(content)

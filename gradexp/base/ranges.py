@@ -10,6 +10,7 @@ from gradexp.base.typed import faults_of
 
 Count = Annotated[int, Ge(1)]
 Index = Annotated[int, Ge(0)]
+Seed = Annotated[int, Ge(0), Lt(2**32)]  # NumPy takes no more
 Positive = Annotated[float, Gt(0)]
 NonNegative = Annotated[float, Ge(0)]
 Fraction = Annotated[float, Ge(0), Le(1)]

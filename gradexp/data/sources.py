@@ -20,7 +20,7 @@ import filelock
 import numpy as np
 
 from gradexp.base.errors import UserError
-from gradexp.base.files import draft_of, sha256
+from gradexp.base.files import draft_of, remove_drafts, sha256
 from gradexp.data import parquet, subsets
 from gradexp.data.parquet import Layout
 
@@ -238,8 +238,7 @@ def _sorted(images: np.ndarray, labels: np.ndarray) -> Split:
 
 
 def _save(folder: Path, splits: dict[str, Split]) -> None:
-    for left in folder.parent.glob(f".{folder.name}.*"):
-        shutil.rmtree(left)  # of a process that died; this one holds the lock
+    remove_drafts(folder)
     draft = draft_of(folder)
     draft.mkdir()
     try:

@@ -15,23 +15,29 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from gradexp.base.errors import Stopped
 from gradexp.base.files import draft_of, intact, write_sealed
 from gradexp.engine import clocks
+from gradexp.engine.exits import die_of_interrupt
 from gradexp.layers import ranks
 
-# From the user or the system; from SLURM before the end of a job; from SLURM at the request of submitit.
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+# From the user or the system; from SLURM before the end of a job; from SLURM at the request of submitit; Ctrl-C.
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 PLAIN_EVERY = 30.0  # seconds between lines where there is no terminal
 REFRESH_EVERY = 0.5  # seconds between updates of the bar
 
 
-def call_handler(number: int, handler: Any, checkpoint: Path) -> None:
-    """Calls the handler that a signal had before the training. Raises Stopped where it had none."""
-    if callable(handler):
+def call_handler(number: int, handler: Any, checkpoint: Path, *, written: bool) -> None:
+    """Calls the handler that a signal had before the training. Raises Stopped where it had none.
+
+    written: whether the checkpoint was written after the signal came.
+    """
+    if callable(handler) and handler is not signal.default_int_handler:
         handler(number, None)
         return
     name = signal.Signals(number).name
+    if written:
+        raise Stopped(f"stopped by {name}; the checkpoint is written, and the same command resumes from it", number)
     if checkpoint.exists():
-        raise Stopped(f"stopped by {name}; the checkpoint is written, and the same command resumes from it")
-    raise Stopped(f"stopped by {name} before there was a checkpoint; the same command starts the training again")
+        raise Stopped(f"stopped by {name} before a new checkpoint; the same command resumes from the last one", number)
+    raise Stopped(f"stopped by {name} before there was a checkpoint; the same command starts the training again", number)
 
 
 class Checkpointer(lightning.Callback):
@@ -48,11 +54,13 @@ class Checkpointer(lightning.Callback):
         self._begun = clocks.read()
         self._saved = time.monotonic()
         self._signal: int | None = None
+        self._noticed = 0.0  # when it came
         self._before: dict[int, Any] = {}
 
     def setup(self, *_: Any, **__: Any) -> None:
         if threading.current_thread() is threading.main_thread() and not self._before:
-            self._before = {number: signal.getsignal(number) for number in SIGNALS}
+            handlers = {number: signal.getsignal(number) for number in SIGNALS}
+            self._before = {number: handler for number, handler in handlers.items() if handler is not signal.SIG_IGN}
 
     def on_train_start(self, *_: Any) -> None:
         for number in self._before:  # instead of Lightning's, which communicate between processes
@@ -67,7 +75,11 @@ class Checkpointer(lightning.Callback):
         self._before = {}
 
     def _notice(self, number: int, _: Any) -> None:
-        self._signal = number
+        """Keeps the signal for the end of the step. A second Ctrl-C, of an impatient user, ends the process now."""
+        if self._signal == number == signal.SIGINT and time.monotonic() - self._noticed > 1:
+            die_of_interrupt()
+        if self._signal is None:
+            self._signal, self._noticed = number, time.monotonic()
 
     def on_train_batch_end(self, trainer: lightning.Trainer, *_: Any) -> None:
         late = time.monotonic() - self._saved >= self.every
@@ -76,7 +88,7 @@ class Checkpointer(lightning.Callback):
         self.save(trainer)
         if ranks.any_of(self._signal is not None):
             number, self._signal = self._signal or signal.SIGTERM, None
-            call_handler(number, self._before.get(number), self.path)
+            call_handler(number, self._before.get(number), self.path, written=True)
 
     def on_train_end(self, trainer: lightning.Trainer, *_: Any) -> None:
         if trainer.world_size > 1:

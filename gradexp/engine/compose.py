@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -54,6 +57,7 @@ def plan(overrides: Sequence[str], extra: Sequence[str] = ()) -> Run:
 
 def _plan(overrides: tuple[str, ...], config: Config) -> Run:
     check(RunConfig, config, f"experiment {config['name']}")
+    _check_finite({key: value for key, value in config.items() if key not in HARDWARE})
     maps = ["maps"] if config.get("data", {}).get("removal") else []
     names = [*config["method"]["upstream"], *maps] if "method" in config else config["upstream"]
     upstream = {name: _upstream(config, name) for name in names}
@@ -75,6 +79,15 @@ def _upstream(config: Config, name: str) -> Run:
         )
     overrides = (*_as_overrides(choices), f"scale={config['scale']['name']}")
     return _plan(overrides, _compose(overrides) | hardware(config))
+
+
+def _check_finite(value: Any, where: str = "") -> None:
+    """Raises UserError for a number that is nan or infinite."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{where}={value}: it should be a finite number")
+    if isinstance(value, dict | list):
+        for key, below in value.items() if isinstance(value, dict) else enumerate(value):
+            _check_finite(below, f"{where}.{key}".removeprefix("."))
 
 
 def _check_pixels(config: Config, upstream: Config, name: str) -> None:
@@ -112,14 +125,32 @@ def check_overrides(arguments: Sequence[str]) -> list[Config]:
     check_hydra(CONF)
     after = zip(["", *arguments], arguments, strict=False)
     words = [word for before, word in after if not word.startswith(("-", "hydra")) and before not in HYDRA_OPTIONS]
+    for word in words:
+        if word.startswith("="):  # Hydra takes it for a group without a name
+            raise UserError(_misformed(word))
     try:
-        parsed = OverridesParser.create().parse_overrides(words)
+        with _hydra() as loader:  # which lists the files that a glob matches
+            values = [choices for choices in map(_choices, OverridesParser.create(loader).parse_overrides(words)) if choices]
     except OverrideParseException as error:
-        raise UserError(f"{error.override!r} is not of the form key=value") from None
-    values = [choices for choices in map(_choices, parsed) if choices]
+        raise UserError(_misformed(str(error.override))) from None
+    except HydraException as error:
+        raise UserError(str(error).splitlines()[0]) from None
     first = [choices[0] for choices in values]
     others = [[*first[:i], other, *first[i + 1 :]] for i, choices in enumerate(values) for other in choices[1:]]
     return [compose_run(overrides) for overrides in [first, *others]]
+
+
+def _misformed(word: str) -> str:
+    """What is wrong with an override that Hydra can't parse: it has no key, or its value must be quoted."""
+    key, equals, value = word.partition("=")
+    quoted, wrong = key + '="' + value.replace('"', '\\"') + '"', f"{word!r} is not of the form key=value"
+    if not key or not equals:
+        return wrong
+    try:
+        OverridesParser.create().parse_override(quoted)
+    except HydraException:
+        return wrong
+    return f"{word}: Hydra takes such a value in double quotes; for a shell: {shlex.quote(quoted)}"
 
 
 def check_hydra(conf: Path) -> None:
@@ -170,7 +201,10 @@ def _choices(override: Override) -> list[str]:
         return [str(override.input_line)]
     if not override.is_discrete_sweep():
         return []
-    return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
+    choices = [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
+    if not choices:
+        raise UserError(f"{override.input_line}: nothing matches")
+    return choices
 
 
 @cache
@@ -208,10 +242,15 @@ def _refusal(error: BaseException | None) -> UserError | None:
 @cache
 def _by_hydra(overrides: tuple[str, ...]) -> DictConfig:
     """The config that Hydra composes, interpolations not resolved. Do not modify it."""
-    if GlobalHydra.instance().is_initialized():
+    with _hydra():
         return _settle(compose("config", overrides=list(overrides)))
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return _settle(compose("config", overrides=list(overrides)))
+
+
+@contextmanager
+def _hydra() -> Iterator[ConfigLoader]:
+    """Hydra on conf/; its loader of configs. Inside a run of Hydra's, this is the one of that run."""
+    with nullcontext() if GlobalHydra.instance().is_initialized() else initialize_config_dir(str(CONF), version_base="1.3"):
+        yield GlobalHydra.instance().config_loader()
 
 
 def _settle(config: Any) -> Any:
@@ -267,6 +306,8 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
         known = OmegaConf.select(OmegaConf.create(_compose(tuple(rest))), parent) if parent else _compose(tuple(rest))
         names = list(known) if isinstance(known, Mapping) else []
         groups = [] if parent else [folder.name for folder in CONF.iterdir() if folder.is_dir()]
+        if name in names or key in groups:
+            return f"{override}: {text}"
         return f"{override}: there is no key {key}{nearest(name, [*names, *groups])}"
     if "You must specify 'experiment'" in text:
         experiments = sorted(file.stem for file in (CONF / "experiment").glob("[!_]*.yaml"))

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
+from pathlib import Path
 
 import filelock
 
 from gradexp.base.errors import UserError
-from gradexp.base.files import draft_of, intact, remove_sealed, sha256
+from gradexp.base.files import draft_of, intact, remove_drafts, remove_sealed, sha256
 from gradexp.engine import clocks
 from gradexp.engine.build import check_settings
 from gradexp.engine.origin import git_state, versions
@@ -18,6 +21,8 @@ from gradexp.engine.record import faults, finite, read_record, write_arrays, wri
 from gradexp.engine.registry import check_targets
 from gradexp.engine.run import Config, Run
 from gradexp.engine.task import Finished, Task, Upstream, task_of
+
+WAITING_EVERY = 180.0  # seconds between the lines of a process that waits for another one
 
 
 def ensure(run: Run, *, product: bool = False) -> Config:
@@ -117,8 +122,7 @@ def _remove_leftovers(run: Run) -> None:
     """Removes what only an unfinished run needs, and drafts of processes that died. The caller holds the run's lock."""
     remove_sealed(run.checkpoint)
     for path in (run.checkpoint, run.record_path):
-        for draft in path.parent.glob(f".{path.name}.*"):
-            draft.unlink()
+        remove_drafts(path)
     shutil.rmtree(run.pieces, ignore_errors=True)
 
 
@@ -135,16 +139,31 @@ def _compare(run: Run, record: Config, fresh: Config) -> None:
 
 @contextmanager
 def _locked(run: Run) -> Iterator[None]:
-    """Holds the run's lock, which the operating system releases when the process ends, however it ends."""
-    path = run.paths.outputs / "locks" / f"{run.id}.lock"
+    """Holds the locks of the run's folder of outputs and, until it is written, of its record, which others may share."""
+    with ExitStack() as locks:
+        locks.enter_context(_holding(run.paths.outputs / "locks" / f"{run.id}.lock", run))
+        if not run.finished:
+            locks.enter_context(_holding(run.paths.results / "runs" / ".locks" / f"{run.id}.lock", run))
+        yield
+
+
+@contextmanager
+def _holding(path: Path, run: Run) -> Iterator[None]:
+    """Holds a lock, which the operating system releases when the process ends, however it ends.
+
+    The file names the process that holds it. One that waits prints this, first and every few minutes.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(path, poll_interval=0.5)
+    lock, patience = filelock.FileLock(path, poll_interval=0.5), 0.0
+    while not lock.is_locked:
+        try:
+            lock.acquire(timeout=patience)
+        except filelock.Timeout:
+            holder = path.read_text(errors="replace").strip() or "another process"
+            print(f"{run.name} {run.id}: waiting for {holder}, which is doing this run", flush=True)
+            patience = WAITING_EVERY
     try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        print(f"{run.name} {run.id}: another process is doing this run; waiting for its record", flush=True)
-        lock.acquire()
-    try:
+        path.write_text(f"process {os.getpid()} on host {platform.node()}\n")
         yield
     finally:
         lock.release()

@@ -87,5 +87,10 @@ def fit(
             enable_model_summary=False,
         )
         resume = checkpointer.path if checkpointer.usable() else None
-        trainer.fit(module, stream, ckpt_path=resume, weights_only=True)
+        try:
+            trainer.fit(module, stream, ckpt_path=resume, weights_only=True)
+        except SystemExit as error:
+            if isinstance(error.__context__, KeyboardInterrupt):  # Lightning makes it exit code 1
+                raise KeyboardInterrupt from None
+            raise
     hardware.place(module.student)  # Lightning leaves it on the CPU

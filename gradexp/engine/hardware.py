@@ -11,6 +11,7 @@ from joblib import cpu_count
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
 from gradexp.base.errors import UserError, choose
@@ -120,6 +121,8 @@ class Hardware:
         """Applies the settings to this process."""
         if self.threads or self.is_part:
             torch.set_num_threads(self.threads_of_each())
+        if not self.is_part:
+            vars(rank_zero_only)["rank"] = 0  # Lightning believes RANK and SLURM's variables, and another rank writes no logs
         if self.strict:
             _use_deterministic_algorithms()
         _forbid_tf32()

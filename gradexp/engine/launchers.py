@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -18,12 +19,14 @@ from typing import Any
 
 from joblib import cpu_count
 
-from gradexp.base.errors import STOPPED, UserError
+from gradexp.base.errors import Stopped, UserError
+from gradexp.base.files import host
 from gradexp.base.ranges import Count, Index, Positive
 from gradexp.engine.compose import plan
 from gradexp.engine.ensure import ensure
-from gradexp.engine.exits import exit_on_errors
-from gradexp.engine.origin import LOADED, git_state
+from gradexp.engine.exits import die_of_interrupt, exit_on_errors
+from gradexp.engine.loggers import COMMAND
+from gradexp.engine.origin import note_loaded
 from gradexp.engine.record import print_summary
 
 # A fresh interpreter takes ten seconds to import these; a process forked from a server that has imported them takes none.
@@ -50,6 +53,9 @@ class Work:
         try:
             with exit_on_errors():
                 print_summary(ensure(plan(self.overrides)))
+        except KeyboardInterrupt as interrupt:  # multiprocessing would print a traceback
+            sys.excepthook(KeyboardInterrupt, interrupt, None)
+            die_of_interrupt()
         except Exception:
             traceback.print_exc()
             sys.exit(1)
@@ -66,20 +72,21 @@ class Local:
 
     def __init__(self) -> None:
         self._running: dict[Any, tuple[int, Any, str | None]] = {}  # {sentinel: (index, process, GPU)}
-        self._stopped = False
+        self._stopped: int | None = None  # the signal
 
     def do(self, works: Sequence[Work], workers: int) -> Iterator[tuple[int, int]]:
         """Does all works and yields (index, exit code) when one ends.
 
-        Raises SystemExit after SIGTERM, once the running processes have written their checkpoints.
+        Raises Stopped after SIGTERM or SIGINT, once the running processes have written their checkpoints.
         """
-        os.environ.setdefault(LOADED, git_state()["commit"] or "")
+        note_loaded()
+        os.environ.setdefault(COMMAND, f"{host()}-{os.getpid()}-{secrets.token_hex(4)}")
         gpus = visible_gpus()
         count = min(workers, len(works), len(gpus) or workers)
         free: list[str | None] = [*gpus[:count]] or [None] * count
         threads = max(1, cpu_count() // count)
         waiting = list(enumerate(works))
-        with self._forwarding_sigterm():
+        with self._forwarding_signals():
             while self._running or (waiting and not self._stopped):
                 while waiting and free and not self._stopped:
                     self._start(*waiting.pop(0), threads, free.pop())
@@ -90,7 +97,8 @@ class Local:
                     free.append(gpu)
                     yield index, process.exitcode
         if self._stopped:
-            sys.exit(STOPPED)
+            name = signal.Signals(self._stopped).name
+            raise Stopped(f"stopped by {name}; the same command goes on from what is finished", self._stopped)
 
     def _start(self, index: int, work: Work, threads: int, gpu: str | None) -> None:
         process = start_process(_on_gpu, work, threads, gpu)
@@ -99,17 +107,25 @@ class Local:
             process.terminate()
 
     @contextmanager
-    def _forwarding_sigterm(self) -> Iterator[None]:
-        def stop(*_: Any) -> None:
-            self._stopped = True
-            for _index, process, _gpu in list(self._running.values()):
-                process.terminate()
+    def _forwarding_signals(self) -> Iterator[None]:
+        """SIGTERM and SIGINT end the running processes by SIGTERM; Ctrl-C gives these SIGINT of their own. Again: SIGKILL."""
 
-        before = signal.signal(signal.SIGTERM, stop)
+        def stop(number: int, _: Any) -> None:
+            for _index, process, _gpu in list(self._running.values()):
+                if self._stopped:
+                    process.kill()
+                else:
+                    process.terminate()
+            self._stopped = self._stopped or number
+
+        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        for number in before:
+            signal.signal(number, stop)
         try:
             yield
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def start_process(task: Callable[..., None], *arguments: Any) -> Any:

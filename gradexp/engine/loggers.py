@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import netrc
 import os
+import secrets
 from typing import Any
-from urllib.parse import urlsplit
 
 from gradexp.base.errors import UserError
 from gradexp.engine.build import build
 from gradexp.engine.run import Run
+
+COMMAND = "GRADEXP_COMMAND"  # environment variable: a name that all processes of a command share
+CONNECTING = 8.0  # seconds that W&B may take to answer; it would wait for 90
 
 
 def make_logger(run: Run) -> Any | None:
@@ -37,11 +39,43 @@ def csv(*, run: Run, group: str) -> Any:
     return CSVLogger(run.folder, name="csv", flush_logs_every_n_steps=1)
 
 
-def wandb(*, run: Run, group: str, project: str) -> Any:
-    """Weights & Biases, offline if nobody is logged in."""
-    from lightning.pytorch.loggers import WandbLogger  # importing wandb takes seconds
-
+def wandb(*, run: Run, group: str, project: str) -> Any | None:
+    """Weights & Biases: offline where it has no key or can't be reached; None where WANDB_MODE is disabled."""
+    mode = os.environ.get("WANDB_MODE", "online")
+    if mode == "disabled":
+        return None
     os.environ.setdefault("WANDB_SILENT", "true")
+    import wandb as library  # takes seconds
+
+    unreachable = run.paths.outputs / "wandb" / f".unreachable.{os.environ.setdefault(COMMAND, secrets.token_hex(8))}"
+    if mode == "online" and library.api.api_key and not unreachable.exists():
+        logger = _wandb_logger(run, group, project, offline=False)
+        try:
+            logger.experiment  # noqa: B018 (connects)
+            return logger
+        except Exception as error:
+            why = str(error).partition("\n")[0]
+            print(f"W&B can't be reached ({why}); the runs of this command are logged offline", flush=True)
+            unreachable.parent.mkdir(parents=True, exist_ok=True)
+            unreachable.touch()
+    return _wandb_logger(run, group, project, offline=True)
+
+
+def _wandb_logger(run: Run, group: str, project: str, *, offline: bool) -> Any:
+    from lightning.pytorch.loggers import WandbLogger
+    from wandb import Settings
+
+    # Without the command line, paths, the names of host and user, and the output.
+    private = Settings(
+        x_disable_meta=True,
+        x_disable_machine_info=True,
+        disable_git=True,
+        save_code=False,
+        console="off",
+        program="run.py",
+        host="",
+        init_timeout=CONNECTING,
+    )
     config = {key: value for key, value in run.config.items() if key != "paths"}
     return WandbLogger(
         project=project,
@@ -50,10 +84,11 @@ def wandb(*, run: Run, group: str, project: str) -> Any:
         tags=[config["scale"]["name"], config["data"]["name"], config["method"]["name"]],
         id=run.id,
         name=f"{config['name']}-{run.id}",
-        offline=not logged_in(),
+        offline=offline,
         save_dir=str(run.paths.outputs),
         config=config,
         resume="allow",
+        settings=private,
     )
 
 
@@ -68,16 +103,3 @@ def close(logger: Any | None, metrics: dict[str, float]) -> None:
             logger.experiment.finish()
     except Exception as error:
         print(f"the logger failed at the end ({error}); the record has all numbers", flush=True)
-
-
-def logged_in() -> bool:
-    """Whether W&B is to be used online and has a key for its server."""
-    if os.environ.get("WANDB_MODE", "online") != "online":
-        return False
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    try:
-        server = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
-        return netrc.netrc().authenticators(server) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False

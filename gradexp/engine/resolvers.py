@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from gradexp.base.errors import UserError
+from gradexp.engine.run import ROOT
 
 
 def by_scale(values: Mapping[str, Any], *, _root_: DictConfig) -> Any:
@@ -27,9 +29,18 @@ def longer(unit: str, passes: int, steps: int, per_class: int | None, classes: i
 
     unit: `passes` or `steps`. per_class: images of each class; None for the whole data set, where `passes` are longer.
     """
+    numbers = (classes, batch_size) if per_class is None else (per_class, classes, batch_size)
+    if any(type(number) is not int or number < 1 for number in numbers):
+        return passes if unit == "passes" else None  # build refuses the wrong setting
     longest = per_class is None or passes * math.ceil(per_class * classes / batch_size) > steps
     return {"passes": passes if longest else None, "steps": None if longest else steps}[unit]
 
 
+def absolute(folder: str) -> str:
+    """A folder of `paths`, relative ones from the repository, as in engine.run.Paths."""
+    return str(ROOT / Path(folder).expanduser())
+
+
+OmegaConf.register_new_resolver("absolute", absolute, replace=True)
 OmegaConf.register_new_resolver("by_scale", by_scale, replace=True)
 OmegaConf.register_new_resolver("longer", longer, replace=True)

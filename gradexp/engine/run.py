@@ -10,13 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NotRequired
+from typing import Annotated, Any, Literal, NotRequired
 
-from pydantic import ConfigDict, with_config
+from pydantic import ConfigDict, StringConstraints, with_config
 from typing_extensions import TypedDict
 
 from gradexp.base.errors import UserError
-from gradexp.base.ranges import Count, Index
+from gradexp.base.ranges import Count, Seed
 from gradexp.base.typed import strict
 from gradexp.engine.record import read_record
 from gradexp.engine.registry import FORMER
@@ -59,8 +59,8 @@ class GradientsConfig(TypedDict):
 class RunConfig(TypedDict):
     """The config of a run: conf/config.yaml, and the groups that an experiment adds to it."""
 
-    name: str
-    seed: Index
+    name: Annotated[str, StringConstraints(pattern=r"^[\w-]+$")]  # of a folder
+    seed: Seed
     objective: str | None
     upstream: dict[str, Any]
     paths: dict[str, str]

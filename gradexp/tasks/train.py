@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import traceback
 from typing import Any, ClassVar
@@ -10,18 +11,19 @@ from typing import Any, ClassVar
 import lightning
 from torch import distributed, nn
 
-from gradexp.base.errors import STOPPED, Stopped, UserError
+from gradexp.base.errors import Stopped, UserError
 from gradexp.data.loader import Loader
 from gradexp.engine import assemble
 from gradexp.engine.assemble import make_data, make_hardware, make_model, make_terms
 from gradexp.engine.build import build
 from gradexp.engine.callbacks import Checkpointer, ProgressLine
 from gradexp.engine.ensure import finish
+from gradexp.engine.exits import die_of_interrupt
 from gradexp.engine.fit import Training
 from gradexp.engine.hardware import Hardware
 from gradexp.engine.loggers import close, make_logger
 from gradexp.engine.origin import git_state
-from gradexp.engine.processes import check_machines
+from gradexp.engine.processes import EXITED, check_machines
 from gradexp.engine.run import Config, Paths, Run
 from gradexp.engine.task import Finished, Result, Sizes, Task, Upstream, digests_of, images_of
 from gradexp.evaluate.accuracy import accuracy_on_test
@@ -193,13 +195,17 @@ def train_part(text: str) -> None:
 
     The result is the last checkpoint of the first process. The exit code is not zero after an error.
     """
-    config = json.loads(text)
+    config, logger = json.loads(text), None
     try:
         run = Run(config, Paths.of(config))
         training = prepare(run, {name: finish(below) for name, below in run.upstream.items()})
-        training.fit(make_logger(run) if training.hardware.rank == 0 else None)
-    except Stopped:
-        sys.exit(STOPPED)  # the waiting process prints the message
+        logger = make_logger(run) if training.hardware.rank == 0 else None
+        training.fit(logger)
+    except Stopped as error:
+        close(logger, {})
+        os._exit(EXITED + error.number)  # at once: SLURM kills soon. The waiting process prints the message
+    except KeyboardInterrupt:
+        die_of_interrupt()
     except UserError as error:
         sys.exit(f"error: {error}")
     except Exception:

@@ -29,6 +29,13 @@ class Optim:
     passes: Count | None
     steps: Count | None
 
+    def __post_init__(self) -> None:
+        """Raises UserError for settings that the optimizer refuses, such as a negative learning rate."""
+        try:
+            self.optimizer([torch.nn.Parameter(torch.zeros(1))])
+        except ValueError as error:
+            raise UserError(f"optim.optimizer: {error}") from None
+
     def total_steps(self, steps_per_pass: int) -> int:
         """Raises UserError unless exactly one of passes and steps is given."""
         if self.steps is not None and self.passes is None:

@@ -1,0 +1,131 @@
+"""Several processes, outputs folders and machines that share results: drafts and locks."""
+
+import multiprocessing
+import os
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gradexp.base import files
+from gradexp.engine import ensure, registry
+from gradexp.engine.run import Paths, Run
+from gradexp.engine.task import Result, Task, Upstream
+
+
+class Slow(Task):
+    """Takes a second, and notes each time that it is done."""
+
+    def __call__(self, run: Run, upstream: Upstream) -> Result:
+        with (run.paths.results / "times").open("a") as file:
+            file.write("x")
+        time.sleep(1)
+        return Result({"test/accuracy": 50.0})
+
+
+@pytest.fixture(autouse=True)
+def _slow_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(registry.KINDS, "task", registry.Kind("a task", ("test_sharing.Slow",)))
+
+
+def slow(tmp_path: Path, outputs: str = "outputs") -> Run:
+    config = {
+        "name": "slow",
+        "seed": 0,
+        "scale": {"name": "quick"},
+        "upstream": {},
+        "task": {"_target_": "test_sharing.Slow"},
+        "paths": {"data": "data", "results": str(tmp_path / "results"), "outputs": str(tmp_path / outputs)},
+    }
+    return Run(config, Paths.of(config))
+
+
+def dead_process() -> int:
+    child = subprocess.Popen(["true"])
+    child.wait()
+    return child.pid
+
+
+def draft(path: Path, where: str, process: int, *, age: float = 0.0) -> Path:
+    made = path.with_name(f".{path.name}.{where}.{process}.0a1b2c3d")
+    made.write_text("half")
+    os.utime(made, (time.time() - age,) * 2)
+    return made
+
+
+DRAFTS: dict[str, tuple[Callable[[Path], Path], bool]] = {
+    "of this process": (lambda path: draft(path, files.host(), os.getpid()), True),
+    "of a live process, a year old": (lambda path: draft(path, files.host(), os.getppid(), age=3e7), True),
+    "of a dead process": (lambda path: draft(path, files.host(), dead_process()), False),
+    "of another host": (lambda path: draft(path, "elsewhere", 1), True),
+    "of another host, a week old": (lambda path: draft(path, "elsewhere", 1, age=6e5), False),
+}
+
+
+@pytest.mark.parametrize("kind", DRAFTS)
+def test_only_drafts_that_nobody_writes_are_removed(kind: str, tmp_path: Path) -> None:
+    make, stays = DRAFTS[kind]
+    path = tmp_path / "record.json"
+    made = make(path)
+    files.write_sealed(path, b"content")
+    assert made.exists() is stays
+    assert path.read_bytes() == b"content"
+
+
+def test_a_finished_run_leaves_the_drafts_of_live_processes(tmp_path: Path) -> None:
+    run = slow(tmp_path)
+    run.record_path.parent.mkdir(parents=True)
+    live = draft(run.record_path, files.host(), os.getppid())
+    dead = draft(run.record_path, files.host(), dead_process())
+    ensure.ensure(run)
+    assert live.exists()
+    assert not dead.exists()
+
+
+def test_two_drafts_of_one_file_have_two_names(tmp_path: Path) -> None:
+    assert files.draft_of(tmp_path / "a") != files.draft_of(tmp_path / "a")
+
+
+def _ensure(run: Run, barrier: Any, results: Any) -> None:
+    barrier.wait()
+    results.put(ensure.ensure(run))
+
+
+def test_outputs_folders_that_share_results_do_a_run_once(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    barrier, results = context.Barrier(3), context.Queue()
+    runs = [slow(tmp_path, f"outputs{number}") for number in range(3)]
+    workers = [context.Process(target=_ensure, args=(run, barrier, results)) for run in runs]
+    for worker in workers:
+        worker.start()
+    records = [results.get(timeout=30) for _ in workers]
+    for worker in workers:
+        worker.join()
+    assert records[0] == records[1] == records[2]
+    assert (tmp_path / "results" / "times").read_text() == "x"
+    assert len(list(tmp_path.rglob("*.json"))) == 1
+
+
+@pytest.mark.parametrize("which", ["outputs", "results"])
+def test_who_waits_names_the_holder_again_and_again(
+    which: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The lock beside the outputs, and the one beside the record where the outputs are others."""
+    monkeypatch.setattr(ensure, "WAITING_EVERY", 0.2)
+    context = multiprocessing.get_context("fork")
+    ready = context.Event()
+
+    def hold() -> None:
+        with ensure._locked(slow(tmp_path)):
+            ready.set()
+            time.sleep(2)
+
+    holder = context.Process(target=hold)
+    holder.start()
+    assert ready.wait(20)
+    ensure.ensure(slow(tmp_path, "outputs" if which == "outputs" else "others"))
+    holder.join()
+    assert capsys.readouterr().out.count(f"waiting for process {holder.pid} on host ") > 2
