@@ -3,21 +3,30 @@
 import gzip
 import json
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from torch import Tensor, nn
 
 import gradexp
 from gradexp.base.errors import UserError
+from gradexp.engine import origin
+from gradexp.engine.build import build
 from gradexp.engine.compose import compose_run
 from gradexp.engine.ensure import ensure
 from gradexp.engine.known import find_record
 from gradexp.engine.record import curves_path, read_arrays, read_record, write_record
 from gradexp.engine.run import ROOT, Paths, Run
+from gradexp.engine.sources import SOURCES
 from gradexp.engine.verify import Finding, examine, verify
 from gradexp.report.costs import History
+from gradexp.tasks import saliency_maps
 
 FILES = sorted((ROOT / "results" / "runs").glob("*/*.json"))
 STUDENT, OTHER = [file for file in FILES if file.parent.name == "jacobian_distill"][:2]
@@ -194,6 +203,75 @@ def test_arrays_that_are_no_arrays_are_refused(tmp_path: Path) -> None:
             read_arrays(path)
 
 
+def repository(folder: Path) -> Callable[[str], str]:
+    """A git repository with one committed file; a function that calls git in it."""
+
+    def git(words: str) -> str:
+        command = ["git", "-C", str(folder), "-c", "user.name=a", "-c", "user.email=a@b", *words.split()]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    git("init -q")
+    (folder / "term.py").write_text("weight = 1\n")
+    git("add .")
+    git("commit -qm first")
+    return git
+
+
+def test_a_process_never_claims_clean_code_that_was_dirty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A term is edited, a table starts, and the file is restored while it runs."""
+    git = repository(tmp_path)
+    monkeypatch.setattr(origin, "ROOT", tmp_path)
+    commit, term = git("rev-parse HEAD").strip(), tmp_path / "term.py"
+
+    def state(*, fresh: bool) -> dict[str, Any]:
+        """fresh: as of a process that starts now; otherwise of one that was forked from the process before."""
+        if fresh:
+            monkeypatch.delenv(origin.LOADED, raising=False)
+        return origin.git_state()
+
+    assert state(fresh=True) == {"commit": commit, "dirty": False}
+    term.write_text("weight = 2\n")
+    assert state(fresh=False)["dirty"]  # edited after the code was loaded
+    edited = state(fresh=True)
+    assert edited["dirty"]
+    term.write_text("weight = 1\n")
+    assert state(fresh=False) == edited
+    assert state(fresh=True) == {"commit": commit, "dirty": False}
+    term.write_text("weight = 3\n")
+    assert state(fresh=True)["changes"] != edited["changes"]
+    term.write_text("weight = 1\n")
+    (tmp_path / "new.py").write_text("x")
+    new = state(fresh=True)
+    assert new["dirty"]
+    (tmp_path / "new.py").write_text("y")
+    assert state(fresh=True)["changes"] != new["changes"]
+    (tmp_path / "new.py").unlink()
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "x.json").write_text("{}")
+    assert state(fresh=True) == {"commit": commit, "dirty": False}
+    git("commit -q --allow-empty -m second")
+    assert state(fresh=False)["dirty"]
+
+
+def test_records_of_other_sources_are_listed(record: Path) -> None:
+    def information() -> str:
+        paths = Paths(Path("data"), record.parents[2], record.parents[3])
+        return "\n".join(str(line) for line in verify(paths, sample=0, seed=0, extra={}) if not isinstance(line, Finding))
+
+    assert "1 records do not state by which sources" in information()
+    write_record(record, read_record(record) | {"sources": SOURCES})
+    assert "sources" not in information()
+    write_record(record, read_record(record) | {"sources": SOURCES | {"terms": "0" * 12, "layers": "1" * 12}})
+    assert f"1 records were computed by other sources of layers, terms than today's: {record.stem}" in information()
+    assert "1 records are not repeated: only those at scale=quick" in information()
+
+
+def test_every_package_that_computes_has_a_digest() -> None:
+    assert len(set(SOURCES.values())) == len(SOURCES)
+    packages = {file.stem for file in (ROOT / "gradexp").iterdir() if not file.name.startswith("_")}
+    assert SOURCES.keys() == packages - {"base", "engine", "report"}
+
+
 TINY = ["scale=quick", "scale.width=0.04", "optim.passes=2", "data.per_class=3", "trainer.threads=1", "logger=none"]
 
 
@@ -209,6 +287,33 @@ def test_a_new_record_proves_itself_and_its_upstream(places: list[str]) -> None:
     assert stored["upstream"]["teacher"]["data"]["train"]
     assert find_record(run.id, run.paths.results) == run.record_path
     assert list(examine(run.record_path)) == []
+
+
+@pytest.mark.parametrize("name", ["../x.pth", "/etc/passwd", "a/b"])
+def test_published_weights_are_read_from_their_folder_only(name: str) -> None:
+    node = {"_target_": "gradexp.tasks.pretrained.Pretrained", "version": 1, "file": name}
+    with pytest.raises(UserError, match="should be a name"):
+        build(node, where="task")
+
+
+@pytest.mark.parametrize("done", [b"other:digest 1", b"run:digest x", b"\xff\xfe", b""])
+def test_maps_of_another_run_are_computed_again(done: bytes, tmp_path: Path) -> None:
+    """The file of ranks is that of another run, or what notes its progress is damaged."""
+    images = torch.rand(3, 1, 2, 2)
+    batch = SimpleNamespace(images=images)
+    loader: Any = SimpleNamespace(count=3, example=images[:1], batches=lambda epoch, start: [batch][start:])
+    loader.__class__ = type("L", (SimpleNamespace,), {"__len__": lambda self: 1})
+
+    def maps(model: Any, images: Tensor) -> Tensor:
+        return images
+
+    file = tmp_path / "train.npy"
+    saliency_maps.fill(file, loader, nn.Identity(), maps, 0, "run:digest", "maps")  # type: ignore[arg-type]
+    expected = np.load(file)
+    np.save(file, 0 * expected)
+    file.with_suffix(".done").write_bytes(done)
+    saliency_maps.fill(file, loader, nn.Identity(), maps, 0, "run:digest", "maps")  # type: ignore[arg-type]
+    assert np.array_equal(np.load(file), expected)
 
 
 @pytest.mark.parametrize("signed", [True, False])

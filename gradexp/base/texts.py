@@ -18,6 +18,8 @@ class _UniqueKeys(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         known = []
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":  # <<
+                continue
             key = self.construct_object(key_node, deep=True)
             if key in known:
                 raise yaml.constructor.ConstructorError(None, None, f"the key {key} occurs twice", key_node.start_mark)
