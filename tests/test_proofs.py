@@ -300,9 +300,17 @@ def test_published_weights_are_read_from_their_folder_only(name: str) -> None:
 def test_maps_of_another_run_are_computed_again(done: bytes, tmp_path: Path) -> None:
     """The file of ranks is that of another run, or what notes its progress is damaged."""
     images = torch.rand(3, 1, 2, 2)
-    batch = SimpleNamespace(images=images)
-    loader: Any = SimpleNamespace(count=3, example=images[:1], batches=lambda epoch, start: [batch][start:])
-    loader.__class__ = type("L", (SimpleNamespace,), {"__len__": lambda self: 1})
+
+    class Images:
+        count, example = 3, images[:1]
+
+        def __len__(self) -> int:
+            return 1
+
+        def batches(self, epoch: int, start: int) -> list[Any]:
+            return [SimpleNamespace(images=images)][start:]
+
+    loader: Any = Images()
 
     def maps(model: Any, images: Tensor) -> Tensor:
         return images

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired
 
 import numpy as np
-from pydantic import AfterValidator, ConfigDict, Field, with_config
+from pydantic import AfterValidator, ConfigDict, with_config
 from typing_extensions import TypedDict
 
 from gradexp.base import typed
@@ -29,7 +29,6 @@ RUN_ID = re.compile("[0-9a-f]{12}")
 SEAL = '\n  "record_sha256": "'  # where a record's text has the digest of the rest
 
 Metric = float | None | list[float | None]  # null where a number is not finite
-RunId = Annotated[str, Field(pattern=f"^{RUN_ID.pattern}$")]
 Moment = Annotated[str, AfterValidator(lambda text: datetime.fromisoformat(text) and text)]
 Config = dict[str, Any]
 lenient = with_config(ConfigDict(extra="allow", strict=True))  # tasks add facts of their own, and older records have others
@@ -54,7 +53,7 @@ class Git(TypedDict):
 class Used(TypedDict):
     """An upstream run: its id, (NAME_sha256) the digest of its file that was used, and the fingerprints of its images."""
 
-    id: RunId
+    id: str
     experiment: NotRequired[FileName]
     data: NotRequired[dict[str, Any]]  # records before 2026-11-29 lack it
 
@@ -71,7 +70,7 @@ class Product(TypedDict):
 class Record(TypedDict):
     """What a finished run leaves in results/runs/."""
 
-    id: RunId
+    id: str
     experiment: FileName
     scale: str
     seed: int
@@ -117,6 +116,11 @@ def faults(record: Any, *, complete: bool) -> list[str]:
     if not isinstance(record, dict) or not isinstance(record.get("metrics"), dict):
         return ["it has no metrics"]
     wrong = typed.faults(Record, record, missing=complete)
+    if complete and not wrong:
+        ids = {"id": record["id"], **{f"upstream.{name}.id": below["id"] for name, below in record["upstream"].items()}}
+        wrong = [
+            f"{key}={name!r} should be twelve hexadecimal digits" for key, name in ids.items() if not RUN_ID.fullmatch(name)
+        ]
     if not wrong and record.get("status") == "finished" and record.get("steps", 0) < record.get("planned_steps", 0):
         wrong.append(f"its training ended after {record['steps']} of {record['planned_steps']} steps")
     return wrong
