@@ -1,15 +1,17 @@
 """make report SCALE=cpu: render one page of everything at a scale from records; runs nothing."""
 
-import json
+from pathlib import Path
 from typing import Any
 
 from common import CLAIMS, arguments, planner, shared, shown
 from joblib import cpu_count
 
 from gradexp import __version__
+from gradexp.base.errors import UserError
+from gradexp.base.texts import read_json
 from gradexp.engine.exits import exit_on_errors
 from gradexp.engine.origin import git_state
-from gradexp.engine.run import Paths
+from gradexp.engine.run import Config, Paths
 from gradexp.report import claims, costs, figures, html, specs, tables
 from gradexp.report.specs import Planner
 
@@ -44,9 +46,18 @@ def page(scale: str, paths: Paths, plan: Planner) -> str:
         settings,
         made_by=f"gradexp {__version__}, commit {(git['commit'] or 'none')[:8]}{' (dirty)' if git['dirty'] else ''}",
         explanation=claims.explanation(claims.load(CLAIMS)["confidence"]),
-        bench=json.loads(bench.read_text()) if bench.exists() else None,
+        bench=measured(bench) if bench.exists() else None,
         costs=plan_rows,
     )
+
+
+def measured(file: Path) -> Config:
+    """results/bench.json. Raises UserError where it is damaged."""
+    advice = "delete it, or measure again: make bench"
+    bench = read_json(file, advice)
+    if not all(isinstance(part, dict) and (name == "machine" or "rows" in part) for name, part in bench.items()):
+        raise UserError(f"{file} is not a benchmark; {advice}")
+    return {"machine": {}, **bench}
 
 
 if __name__ == "__main__":

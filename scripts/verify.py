@@ -1,12 +1,13 @@
-"""make verify: checks that every record is valid and agrees with its config, and that a sample of quick runs repeats."""
+"""make verify: checks every record and the files of its run on this disk, and that a sample of quick runs repeats."""
 
 import argparse
+import itertools
 import sys
 
 from gradexp.engine.compose import compose_run
 from gradexp.engine.exits import exit_on_errors
 from gradexp.engine.run import Paths
-from gradexp.engine.verify import Finding, verify
+from gradexp.engine.verify import Finding, repeat_own, verify
 
 
 def main() -> None:
@@ -17,8 +18,9 @@ def main() -> None:
     given = parser.parse_args()
     config = compose_run(["experiment=teacher", "logger=none", *given.set])
     extra = {name: config[name] for name in ("trainer", "logger", "gradients")}
-    wrong = 0
-    for line in verify(Paths.of(config), sample=given.sample, seed=given.seed, extra=extra):
+    paths, wrong = Paths.of(config), 0
+    lines = verify(paths, sample=given.sample, seed=given.seed, extra=extra)
+    for line in itertools.chain(lines, repeat_own(paths, extra) if given.sample else ["nothing was repeated (--sample 0)"]):
         wrong += isinstance(line, Finding)
         print(f"{line.record.parent.name}/{line.record.name}: {line.what}" if isinstance(line, Finding) else line, flush=True)
     if wrong:

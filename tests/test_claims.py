@@ -21,6 +21,8 @@ from gradexp.report.claims import Judged
 from gradexp.report.grid import Grid
 from gradexp.report.inference import estimate
 
+pytestmark = pytest.mark.usefixtures("sample_records")
+
 FILE = ROOT / "conf" / "claims.yaml"
 RNG = np.random.default_rng(0)
 

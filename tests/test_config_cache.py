@@ -64,11 +64,16 @@ def test_a_change_of_what_configs_come_from_is_noticed(conf: Path, change: str, 
 def test_a_damaged_or_unwritable_file_costs_nothing_but_time(folder: Path, conf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config_cache.store(conf, WORDS, {"seed": 3})
     (file,) = folder.rglob("*.json")
-    for content in (os.urandom(4096), b'{"seed": ', b""):
+    for content in (os.urandom(4096), b'{"seed": ', b"", b'{"seed": 3}'):
         file.write_bytes(content)
         assert config_cache.load(conf, WORDS) is None
     config_cache.store(conf, WORDS, {"seed": 3})
     assert config_cache.load(conf, WORDS) == {"seed": 3}
+    written = file.read_bytes()
+    for position in range(len(written)):  # 3 may become 7, which is JSON, too
+        file.write_bytes(written[:position] + bytes([written[position] ^ 4]) + written[position + 1 :])
+        assert config_cache.load(conf, WORDS) is None
+    file.write_bytes(written)
     monkeypatch.setattr(config_cache, "FOLDER", Path("/dev/null/configs"))
     config_cache.store(conf, WORDS, {"seed": 3})
     assert config_cache.load(conf, WORDS) is None

@@ -17,6 +17,8 @@ from gradexp.engine.task import task_of
 from gradexp.report import costs
 from gradexp.report.costs import History, Row, Sample
 
+pytestmark = pytest.mark.usefixtures("sample_records")
+
 SIZES = {"digits": (1437, 360)}
 WHOLE = {"name": "digits", "train_images": 1437, "test_images": 360}
 TEACHER = ["experiment=teacher", "scale=quick"]

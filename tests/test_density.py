@@ -31,6 +31,8 @@ from gradexp.report.draw.images import red_over, samples, signed
 from gradexp.report.draw.shift import shift
 from gradexp.training.classifier import Classifier
 
+pytestmark = pytest.mark.usefixtures("sample_records")
+
 TINY = ["scale=quick", "trainer.threads=1", "logger=none"]
 SMALL = {"model.width": 1 / 64, "data.per_class": 4, "optim.passes": 1}
 OF_IMAGES = ("density_ratio", "discriminative_pixel_perturbation", "fooling", "score_objective")

@@ -21,6 +21,8 @@ from gradexp.report import figures, specs
 from gradexp.report.draw import gallery, methods, randomisation, removal
 from gradexp.saliency import __main__ as explain
 
+pytestmark = pytest.mark.usefixtures("sample_records")
+
 SPEC: dict[str, Any] = {"number": "9.9", "xlabel": "x", "ylabel": "y", "thesis": "fig 3.2b", "first": 1, "rows": 2}
 
 SCALES = ("paper", "cpu", "quick")

@@ -104,7 +104,7 @@ def test_code_that_was_changed_when_it_was_loaded_is_not_the_commits(tmp_path: P
     monkeypatch.setenv(origin.LOADED, "")  # so that it is restored
     monkeypatch.delenv(origin.LOADED)
     (ours / "file").write_text("changed")
-    origin.note_loaded()
+    origin.git_state()
     (ours / "file").write_text("content")
     assert git(ours, "status", "--porcelain") == ""
     assert origin.git_state()["dirty"] is True

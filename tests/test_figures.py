@@ -20,6 +20,8 @@ from gradexp.report import figures, specs
 from gradexp.report.draw.curves import curves
 from gradexp.report.draw.illustration import illustration
 
+pytestmark = pytest.mark.usefixtures("sample_records")
+
 SPEC: dict[str, Any] = {
     **{"number": "9.1", "seeds": {"quick": [0, 1]}, "also": ["svg"]},
     **{"metric": "train/loss", "xlabel": "pass", "ylabel": "loss"},

@@ -9,13 +9,11 @@ from statistics import mean, stdev
 import numpy as np
 import pandas as pd
 import pytest
-from fakes import at, fake_plan
-from test_tables import GOLDEN, SPEC
 
 import gradexp
 from gradexp.base.errors import UserError
 from gradexp.engine.run import ROOT
-from gradexp.report import records, specs, tables
+from gradexp.report import specs
 
 FILES = sorted((ROOT / "results" / "runs").glob("*/*.json"))
 
@@ -87,18 +85,6 @@ def test_every_kind_of_table_and_figure_is_a_query(kind: str, number: str, shape
     frame = gradexp.records(**{kind: number}, scale="quick")  # type: ignore[arg-type]
     assert (frame["id"].nunique(), len(frame) // frame["id"].nunique()) == shape
     assert frame["thesis"].notna().any() == (kind == "table")
-
-
-def test_cells_are_those_of_the_table() -> None:
-    """One row for each seed, in the table's order, with the numbers that its cells are made of."""
-    frame = records.cells(SPEC, "cpu", at(GOLDEN, fake_plan))
-    made = tables.build(SPEC, "cpu", at(GOLDEN, fake_plan))
-    for cell in made.texts.itertuples():
-        row, column = cell.Index
-        own = frame[(frame["row"] == row) & (frame["column"] == column)]
-        assert list(own["run"]) == cell.runs
-        assert own["finished"].sum() == cell.n
-        assert {f"{number:g}" for number in own["thesis"]} == {cell.thesis}
 
 
 def test_examples_of_the_page_run(tmp_path: Path) -> None:

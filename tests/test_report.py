@@ -22,6 +22,8 @@ from gradexp.engine.record import write_record
 from gradexp.engine.run import ROOT, Run, run_id
 from gradexp.report import claims, figures, html, provenance, specs, tables
 
+pytestmark = pytest.mark.usefixtures("sample_records")
+
 HOSTILE = '</script><script>window.hacked = 1</script><img src=x onerror="window.hacked = 1">'
 SETTINGS = specs.settings()
 BENCH = json.loads((ROOT / "results" / "bench.json").read_text())  # as `make bench` writes it

@@ -77,11 +77,21 @@ def test_a_method_without_teacher_has_no_upstream() -> None:
     assert compose_run([*BASE, "method=ce"])["upstream"] == {}
 
 
+WHOLE = next((run.ROOT / "results" / "runs" / "teacher").glob("*.json"))
+
+
+def copied(folder: Path, **changes: Any) -> Path:
+    """A committed record with changes, below `folder`."""
+    path = folder / WHOLE.parent.name / WHOLE.name
+    record.write_record(path, record.read_record(WHOLE) | changes)
+    return path
+
+
 def test_arrays_lie_beside_the_record_and_are_checked(tmp_path: Path) -> None:
-    path = tmp_path / "record.json"
+    path = tmp_path / WHOLE.parent.name / WHOLE.name
     maps = {"maps": np.arange(6, dtype=np.float32).reshape(2, 3)}
     facts = record.write_arrays(path.with_suffix(".npz"), maps)
-    record.write_record(path, {"metrics": {}, "arrays": facts})
+    copied(tmp_path, arrays=facts)
     assert (record.read_arrays(path)["maps"] == maps["maps"]).all()
     path.with_suffix(".npz").write_bytes(b"something else")
     with pytest.raises(UserError, match="delete both and run again"):
@@ -89,9 +99,8 @@ def test_arrays_lie_beside_the_record_and_are_checked(tmp_path: Path) -> None:
 
 
 def test_records_are_sorted_small_and_know_nan(tmp_path: Path) -> None:
-    path = tmp_path / "record.json"
     metrics = {"test/accuracy": float("nan"), "train/loss": [1.0, float("inf")]}
-    record.write_record(path, {"metrics": metrics, "a": 1})
+    path = copied(tmp_path, metrics=metrics, a=1)
     text = path.read_text()
     assert '"train/loss": [1.0, null]' in text
     assert text.index('"a"') < text.index('"metrics"')
@@ -99,9 +108,8 @@ def test_records_are_sorted_small_and_know_nan(tmp_path: Path) -> None:
 
 
 def test_long_curves_move_beside_the_record(tmp_path: Path) -> None:
-    path = tmp_path / "record.json"
     curve = [float(i) / 7 for i in range(20_000)]
-    record.write_record(path, {"metrics": {"train/loss": curve, "test/accuracy": 1.5}})
+    path = copied(tmp_path, metrics={"train/loss": curve, "test/accuracy": 1.5})
     assert path.stat().st_size < record.RECORD_LIMIT
     assert record.read_record(path)["metrics"] == {"train/loss": curve, "test/accuracy": 1.5}
 
@@ -186,7 +194,7 @@ def test_code_of_an_earlier_commit_is_not_the_commits(monkeypatch: pytest.Monkey
     monkeypatch.setenv(origin.LOADED, commit)
     before = origin.git_state()
     monkeypatch.setenv(origin.LOADED, "0" * 40)
-    assert origin.git_state() == {"commit": commit, "dirty": True}
+    assert origin.git_state() | {"changes": ""} == {"commit": commit, "dirty": True, "changes": ""}
     assert before["commit"] == commit
 
 

@@ -295,7 +295,7 @@ def test_roar_from_end_to_end(tmp_path: Path, run_py: Callable[..., "subprocess.
     whole = test.read_bytes()
     done_file = manifest.parent / "test.done"
     weights = done_file.read_text().split()[0]
-    assert weights == maps_record["upstream"]["model"]["weights_sha256"]
+    assert weights == f"{maps_record['id']}:{maps_record['upstream']['model']['weights_sha256']}"
     config = maps_record["config"] | {"paths": compose_run(["experiment=roar", *paths(tmp_path)])["paths"]}
     run = Run(config, Paths.of(config))
     # As if it had been killed after its first chunk, by these weights and by others.

@@ -24,6 +24,8 @@ from gradexp.report import formats, provenance, records, tables
 from gradexp.report import specs as report_specs
 from gradexp.report.thesis import Thesis, read_thesis
 
+pytestmark = pytest.mark.usefixtures("sample_records")
+
 GOLDEN = ROOT / "tests" / "golden"
 SPEC: dict[str, Any] = yaml.safe_load((GOLDEN / "table.yaml").read_text())
 
@@ -79,6 +81,18 @@ def test_mean_deviation_difference_and_best(tmp_path: Path) -> None:
     assert list(rows[0]) == formats.COLUMNS
     assert len(rows) == 4
     assert rows[0]["run_ids"].count(" ") == 1
+
+
+def test_cells_are_those_of_the_table() -> None:
+    """One row for each seed, in the table's order, with the numbers that its cells are made of."""
+    frame = records.cells(SPEC, "cpu", at(GOLDEN, fake_plan))
+    made = tables.build(SPEC, "cpu", at(GOLDEN, fake_plan))
+    for cell in made.texts.itertuples():
+        row, column = cell.Index
+        own = frame[(frame["row"] == row) & (frame["column"] == column)]
+        assert list(own["run"]) == cell.runs
+        assert own["finished"].sum() == cell.n
+        assert {f"{number:g}" for number in own["thesis"]} == {cell.thesis}
 
 
 def numbers(made: tables.Table, row: str, column: str) -> Any:

@@ -15,9 +15,9 @@ from gradexp.data.sources import Split
 from gradexp.engine import record as records
 from gradexp.engine.build import build
 from gradexp.engine.compose import compose_run
-from gradexp.engine.ensure import differing_split, ensure
-from gradexp.engine.record import read_record, write_record
-from gradexp.engine.run import HARDWARE, ROOT, Paths, Run
+from gradexp.engine.ensure import ensure
+from gradexp.engine.record import differing_split, read_record, write_record
+from gradexp.engine.run import HARDWARE, ROOT, Paths, Run, run_id
 from gradexp.engine.verify import Finding, alike, verify
 
 TINY = ["scale=quick", "scale.width=0.04", "optim.passes=2", "data.per_class=3", "trainer.threads=1", "logger=none"]
@@ -115,17 +115,22 @@ def test_verify_finds_what_is_wrong(places: list[str]) -> None:
     write_record(made.record_path, {**good, "upstream": {"teacher": {"id": "0" * 12}}})
     assert "upstream teacher is not the run" in findings()[0]
     other = {**good["config"], "task": {"_target_": "os.system", "version": 0}}
-    write_record(made.record_path, {**good, "config": other})
+    moved = made.record_path.with_name(f"{run_id(other)}.json")
+    write_record(moved, {**good, "config": other, "id": run_id(other)})
     texts = " ".join(findings())
+    moved.unlink()
     assert "os.system is refused" in texts
     assert "version of jacobian_distill is 0" in texts
     teacher = run(places, "experiment=teacher", "scale=quick").config
     below = {"teacher": {**teacher, "task": {**teacher["task"], "version": 0}}}
-    write_record(made.record_path, {**good, "config": {**good["config"], "upstream": below}})
+    student = {**good["config"], "upstream": below}
+    moved = made.record_path.with_name(f"{run_id(student)}.json")
+    write_record(moved, {**good, "config": student, "id": run_id(student)})
     assert "version of teacher is 0" in " ".join(findings())
+    moved.unlink()
     write_record(made.record_path, {name: value for name, value in good.items() if name != "upstream"})
-    assert findings() == ["upstream is missing"]
-    write_record(made.record_path, {**good, "config": {name: x for name, x in good["config"].items() if name != "task"}})
+    assert "(upstream is missing)" in findings()[0]
+    write_record(made.record_path, {**good, "config": {name: x for name, x in good["config"].items() if name != "scale"}})
     assert "not that of a run" in findings()[0]
     made.record_path.write_bytes(made.record_path.read_bytes()[:100])
     assert "can't be read" in findings()[0]

@@ -95,7 +95,7 @@ def write_sealed(path: Path, content: bytes | Callable[[Path], object]) -> None:
             draft.write_bytes(content)
         else:
             content(draft)
-        digests = [sha256(draft), *(seal.read_text().split()[:1] if seal.exists() else [])]
+        digests = [sha256(draft), *(seal.read_text(errors="replace").split()[:1] if seal.exists() else [])]
         write_atomically(seal, "\n".join(digests).encode())
         move_into_place(draft, path)
     finally:
@@ -110,7 +110,7 @@ def remove_sealed(path: Path) -> None:
 def intact(path: Path) -> bool:
     """Whether a file exists and, if it has a checksum, has the content that was written."""
     seal = _seal(path)
-    return path.exists() and (not seal.exists() or sha256(path) in seal.read_text().split())
+    return path.exists() and (not seal.exists() or sha256(path) in seal.read_text(errors="replace").split())
 
 
 def reserve(path: Path, size: int) -> None:

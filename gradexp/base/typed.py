@@ -2,17 +2,36 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from types import UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
+from pydantic import AfterValidator, ConfigDict, TypeAdapter, ValidationError, with_config
 from typing_extensions import get_type_hints, is_typeddict
 
 from gradexp.base.errors import UserError, nearest
 
 T = TypeVar("T")
 strict = with_config(ConfigDict(extra="forbid", strict=True))  # a TypedDict without further keys
+FILE_NAME = re.compile(r"\w[\w .,+=@()-]*")
+
+
+def file_name(text: str) -> str:
+    """`text`, if it names a file or folder inside another one. Raises UserError for a path, such as `../x`."""
+    try:
+        return _is_file_name(text)
+    except ValueError as error:
+        raise UserError(f"{text!r} {error}") from None
+
+
+def _is_file_name(text: str) -> str:
+    if not FILE_NAME.fullmatch(text):
+        raise ValueError("should be a name, which begins with a letter or digit and contains no / or \\")
+    return text
+
+
+FileName = Annotated[str, AfterValidator(_is_file_name)]
 
 
 def check(kind: type[T], value: Any, where: str) -> T:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy as np
 from gradexp.base.errors import UserError
 from gradexp.base.files import sha256
 from gradexp.base.ranges import Fraction
+from gradexp.base.texts import read_json
 
 MANIFEST = "maps.json"  # written last: its presence means that the maps are complete
 
@@ -32,11 +32,14 @@ class Removal:
 
         Raises UserError where they are damaged or belong to other images.
         """
-        self._folder, manifest = folder, json.loads((folder / MANIFEST).read_text())
-        for file, digest in manifest["sha256"].items():
-            if not (folder / file).exists() or sha256(folder / file) != digest:
-                raise UserError(f"{folder / file} is missing or damaged; delete {folder}, and the maps are computed again")
-        if manifest["data"] != fingerprint:
+        advice = f"delete {folder}, and the maps are computed again"
+        self._folder, manifest = folder, read_json(folder / MANIFEST, advice)
+        digests = manifest.get("sha256")
+        for file in ("train.npy", "test.npy"):
+            recorded = digests.get(file) if isinstance(digests, dict) else None
+            if not (folder / file).exists() or sha256(folder / file) != recorded:
+                raise UserError(f"{folder / file} is missing or damaged; {advice}")
+        if manifest.get("data") != fingerprint:
             raise UserError(
                 f"the saliency maps in {folder} are of other images than this run's; give upstream.maps the same data, "
                 f"data.per_class and data.subset_seed"

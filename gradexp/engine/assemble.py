@@ -68,9 +68,13 @@ def load_model(finished: Finished, hardware: Hardware) -> nn.Module:
 
 
 def load_weights(finished: Finished) -> dict[str, Tensor]:
-    """The parameters that a finished run left, on the CPU."""
-    weights: dict[str, Tensor] = torch.load(finished.product, weights_only=True, map_location="cpu")
-    return weights
+    """The parameters that a finished run left, on the CPU. Raises UserError where the file can't be read."""
+    try:
+        weights: dict[str, Tensor] = torch.load(finished.product, weights_only=True, map_location="cpu")
+        return weights
+    except Exception as error:  # torch raises whatever its readers of archives do
+        why = str(error).splitlines()[:1]
+        raise UserError(f"{finished.product} can't be read {why}; delete its folder, and the run is done again") from None
 
 
 def save_weights(run: Run, model: nn.Module) -> None:

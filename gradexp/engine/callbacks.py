@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from gradexp.base.errors import Stopped
@@ -47,8 +48,8 @@ class Checkpointer(lightning.Callback):
     Stopped is raised. Stores the seconds and the origins (code, hardware, upstream) of all attempts.
     """
 
-    def __init__(self, path: Path, *, every: float, origin: dict[str, Any] | None = None) -> None:
-        self.path, self.every, self.origin = path, every, origin or {}
+    def __init__(self, path: Path, *, every: float, run: str = "", origin: dict[str, Any] | None = None) -> None:
+        self.path, self.every, self.run, self.origin = path, every, run, origin or {}
         self.earlier = dict.fromkeys(clocks.CLOCKS, 0.0)
         self.attempts: list[dict[str, Any]] = []  # earlier ones whose origin was another
         self._begun = clocks.read()
@@ -102,20 +103,32 @@ class Checkpointer(lightning.Callback):
         self._saved = time.monotonic()
 
     def usable(self) -> bool:
-        """Whether there is a checkpoint to resume from; a damaged one is renamed."""
-        if not self.path.exists() or intact(self.path):
-            return self.path.exists()
+        """Whether there is a checkpoint to resume from; a damaged one, or that of another run, is renamed."""
+        if not self.path.exists():
+            return False
+        owner = self._owner() if intact(self.path) else None
+        if owner == self.run:
+            return True
         aside = self.path.with_suffix(".damaged")
         self.path.replace(aside)
-        print(f"checkpoint {aside} is damaged, so it is set aside: training begins anew", flush=True)
+        fault = "damaged" if owner is None else f"that of run {owner}"
+        print(f"checkpoint {aside} is {fault}, so it is set aside: training begins anew", flush=True)
         return False
+
+    def _owner(self) -> str | None:
+        """The id of the run whose checkpoint it is; None if it can't be read."""
+        try:
+            state = torch.load(self.path, weights_only=True, map_location="cpu")
+            return str(state["callbacks"]["Checkpointer"].get("run", self.run))  # checkpoints before 2026-11-29 lack it
+        except Exception:  # torch raises whatever its readers of archives do
+            return None
 
     def state_dict(self) -> dict[str, Any]:
         """Called in every process; `cpu` is the sum over all of them."""
         spent = clocks.since(self._begun)
         spent["cpu"] = ranks.sum_of(spent["cpu"])
         total = {clock: self.earlier[clock] + seconds for clock, seconds in spent.items()}
-        return {**total, "attempts": [*self.attempts, self.origin]}
+        return {**total, "run": self.run, "attempts": [*self.attempts, self.origin]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.earlier = {clock: state[clock] for clock in clocks.CLOCKS}

@@ -20,8 +20,10 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
+from yaml import YAMLError
 
 from gradexp.base.errors import UserError, nearest
+from gradexp.base.texts import read_text
 from gradexp.base.typed import check
 from gradexp.engine import config_cache
 from gradexp.engine import resolvers as resolvers  # conf/ uses them
@@ -159,7 +161,7 @@ def check_hydra(conf: Path) -> None:
     An experiment from somebody else must not do so; a user may on the command line.
     """
     for file in sorted(conf.rglob("*.yaml")):
-        line = TO_HYDRA.search(file.read_text(encoding="utf-8"))
+        line = TO_HYDRA.search(read_text(file))
         if line and file != conf / "config.yaml":
             raise UserError(
                 f"conf/{file.relative_to(conf)} configures Hydra ({line[0].strip()!r}), which only conf/config.yaml may; "
@@ -227,6 +229,8 @@ def _composed(overrides: tuple[str, ...]) -> Config:
         raise UserError(
             f"{error.full_key} takes its value from {missing}, which does not exist; choose a method that fits the experiment"
         ) from error
+    except (YAMLError, UnicodeError) as error:
+        raise UserError(f"a file of conf/ is not YAML: {' '.join(str(error).split())}") from error
     except (HydraException, OmegaConfBaseException) as error:
         raise _refusal(error) or UserError(_explain(error, overrides)) from error
     return resolved

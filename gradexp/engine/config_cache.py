@@ -23,7 +23,8 @@ FOLDER = ROOT / "outputs" / "cache" / "configs"
 def load(conf: Path, overrides: tuple[str, ...]) -> Config | None:
     """The stored config; None where there is none, or conf/ or an environment variable that it reads has changed since."""
     try:
-        config: Config = json.loads(_file(conf, overrides).read_text())
+        digest, _, content = _file(conf, overrides).read_bytes().partition(b"\n")
+        config: Config | None = json.loads(content) if digest == _digest(content) else None
         return config
     except (OSError, ValueError):
         return None
@@ -37,8 +38,13 @@ def store(conf: Path, overrides: tuple[str, ...], config: Config) -> None:
             if folder != file.parent:
                 shutil.rmtree(folder, ignore_errors=True)
         draft = draft_of(file)
-        draft.write_text(json.dumps(config))
+        content = json.dumps(config).encode()
+        draft.write_bytes(_digest(content) + b"\n" + content)
         draft.replace(file)  # without a sync: a damaged file is composed again
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.sha256(content).hexdigest().encode()
 
 
 def _file(conf: Path, overrides: tuple[str, ...]) -> Path:
@@ -56,6 +62,6 @@ def _state(conf: Path) -> str:
     for file in sorted(conf.rglob("*.yaml")):
         content = file.read_bytes()
         digest.update(f"{file.relative_to(conf)} {len(content)} ".encode() + content)
-        variables |= set(VARIABLE.findall(content.decode()))
+        variables |= set(VARIABLE.findall(content.decode(errors="replace")))
     digest.update(repr(sorted((name, os.environ.get(name)) for name in variables)).encode())
     return digest.hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shutil
@@ -13,13 +14,14 @@ from pathlib import Path
 import filelock
 
 from gradexp.base.errors import UserError
-from gradexp.base.files import draft_of, intact, remove_drafts, remove_sealed, sha256
+from gradexp.base.files import draft_of, intact, remove_drafts, remove_sealed, sha256, write_atomically
 from gradexp.engine import clocks
 from gradexp.engine.build import check_settings
 from gradexp.engine.origin import git_state, versions
-from gradexp.engine.record import faults, finite, read_record, write_arrays, write_record
+from gradexp.engine.record import differing_split, faults, finite, read_record, write_arrays, write_record
 from gradexp.engine.registry import check_targets
 from gradexp.engine.run import Config, Run
+from gradexp.engine.sources import SOURCES
 from gradexp.engine.task import Finished, Task, Upstream, task_of
 
 WAITING_EVERY = 180.0  # seconds between the lines of a process that waits for another one
@@ -38,8 +40,8 @@ def ensure(run: Run, *, product: bool = False) -> Config:
             _remove_leftovers(run)
             return record
         if record := run.record():
-            print(f"{run.name} {run.id}: the record exists but its files were deleted; running it again "
-                  f"(took {record['seconds']['wall'] / 60:.0f} min)", flush=True)  # fmt: skip
+            print(f"{run.name} {run.id}: the record exists but its files were deleted, damaged or replaced by those of another "
+                  f"run; running it again (took {record['seconds']['wall'] / 60:.0f} min)", flush=True)  # fmt: skip
         else:
             _check_writable(run)
         check_targets(run.config)
@@ -50,6 +52,8 @@ def ensure(run: Run, *, product: bool = False) -> Config:
                 raise UserError(f"upstream.{name}: runs of experiment {below.name} leave no file for other runs")
         task.check(run)
         fresh = _do(run, task, {name: finish(below) for name, below in run.upstream.items()})
+        if task.product:
+            _sign(run.folder / task.product, run.id)
         if record:
             _compare(run, record, finite(fresh))
         else:
@@ -66,7 +70,34 @@ def finish(run: Run) -> Finished:
 def _usable_record(run: Run, product: bool) -> Config | None:
     """The record, if it exists, and with it the product where that is needed."""
     record = run.record()
-    return record if record and not (product and not intact(run.folder / task_of(run.config).product)) else None
+    usable = record and not (product and owner(run.folder / task_of(run.config).product, record) != run.id)
+    return record if usable else None
+
+
+def _sign(product: Path, name: str) -> None:
+    """Writes beside a product whose it is; with it, the files of another run are not taken for this one's."""
+    write_atomically(_signature(product), json.dumps({"run": name, "sha256": sha256(product)}).encode())
+
+
+def owner(product: Path, record: Config) -> str | None:
+    """The id of the run that left a file for other runs; None where the file is missing, damaged or replaced.
+
+    record: of the run that should have left it; it decides where a file has no signature, as before 2026-11-29.
+    """
+    if not intact(product):
+        return None
+    digest, signature = sha256(product), _signature(product)
+    if not signature.exists():
+        return str(record["id"]) if record.get("product", {}).get("sha256", digest) == digest else None
+    try:
+        signed = json.loads(signature.read_bytes())
+        return str(signed["run"]) if signed["sha256"] == digest else None
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _signature(product: Path) -> Path:
+    return product.with_name(f"{product.name}.run.json")
 
 
 def _do(run: Run, task: Task, upstream: Upstream) -> Config:
@@ -91,6 +122,7 @@ def _do(run: Run, task: Task, upstream: Upstream) -> Config:
         "peak_memory_mib": clocks.peak_memory_mib(),
         "versions": versions(),
         "git": git,
+        "sources": SOURCES,
         "started": started.isoformat(timespec="seconds"),
         "ended": datetime.now(UTC).isoformat(timespec="seconds"),
         **({"product": {"file": task.product, "sha256": sha256(run.folder / task.product)}} if task.product else {}),
@@ -102,8 +134,9 @@ def _do(run: Run, task: Task, upstream: Upstream) -> Config:
 
 
 def _used(below: Finished) -> Config:
-    """The entry of an upstream run in a record: its id, and the digest of the file that was used."""
-    return {"id": below.run.id, "experiment": below.run.name, f"{below.product.stem}_sha256": below.digest}
+    """The entry of an upstream run in a record: its id, the digest of the file that was used, fingerprints of its images."""
+    data = {"data": below.record["data"]} if "data" in below.record else {}
+    return {"id": below.run.id, "experiment": below.run.name, f"{below.product.stem}_sha256": below.digest, **data}
 
 
 def digests(upstream: Config) -> dict[str, str]:
@@ -158,6 +191,8 @@ def _holding(path: Path, run: Run) -> Iterator[None]:
     while not lock.is_locked:
         try:
             lock.acquire(timeout=patience)
+        except IsADirectoryError:
+            raise UserError(f"{path} is a folder, and should be the lock of run {run.id}; delete it") from None
         except filelock.Timeout:
             holder = path.read_text(errors="replace").strip() or "another process"
             print(f"{run.name} {run.id}: waiting for {holder}, which is doing this run", flush=True)
@@ -185,17 +220,3 @@ def check_images(run: Run, data: Config) -> None:
                 f"there {record['data'][split]}); use the data root that it was made with (paths.data=FOLDER), or delete its "
                 f"record and its folder of outputs to make it again from these images"
             )
-
-
-def differing_split(first: Config, second: Config) -> str | None:
-    """The split, `train` or `test`, of which two runs used different images; None where there is none.
-
-    first, second: `data` of records. Where images were held out of the training set, there is no test split to compare.
-    """
-    if first.get("name") != second.get("name"):
-        return None
-    held_out = any(data.get("test") == data.get("train") for data in (first, second))
-    for split in ("train",) if held_out else ("train", "test"):
-        if split in first and split in second and first[split] != second[split]:
-            return split
-    return None

@@ -26,7 +26,7 @@ from gradexp.engine.compose import plan
 from gradexp.engine.ensure import ensure
 from gradexp.engine.exits import die_of_interrupt, exit_on_errors
 from gradexp.engine.loggers import COMMAND
-from gradexp.engine.origin import note_loaded
+from gradexp.engine.origin import git_state
 from gradexp.engine.record import print_summary
 
 # A fresh interpreter takes ten seconds to import these; a process forked from a server that has imported them takes none.
@@ -79,7 +79,7 @@ class Local:
 
         Raises Stopped after SIGTERM or SIGINT, once the running processes have written their checkpoints.
         """
-        note_loaded()
+        git_state()  # notes which code the server of forked processes loads
         os.environ.setdefault(COMMAND, f"{host()}-{os.getpid()}-{secrets.token_hex(4)}")
         gpus = visible_gpus()
         count = min(workers, len(works), len(gpus) or workers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -12,42 +13,44 @@ from typing import Any
 
 from gradexp.engine.run import ROOT
 
-# Environment variable: the commit whose code the server of forked processes has loaded, and whether that was changed.
+# Environment variable: the commit, and the digest of changes, that this process and those forked from it have loaded.
 LOADED = "GRADEXP_COMMIT"
 VERSIONED = ("torch", "torchvision", "lightning", "hydra-core", "numpy", "gradexp")
 
 
 def git_state() -> dict[str, Any]:
-    """The commit, and whether code or config differ from it (results do not count); None for both where git can't tell.
+    """The commit, whether code or config differ from it (results do not count), and the digest of these changes.
 
-    A process that was forked from a server runs the code that the server loaded, which may be of an earlier commit.
+    None for commit and dirty where git can't tell.
+
+    A process runs the code that it loaded, or that the server from which it was forked loaded; where the working tree has
+    changed since the first call, the state is dirty.
     """
+    here = ("--", ".", ":!results")
     try:
-        top = _git("rev-parse", "--show-toplevel")
+        top = _git("rev-parse", "--show-toplevel").strip()
         if Path(top).resolve() != ROOT:
             raise LookupError(f"it is inside another repository, {top}")
-        commit = _git("rev-parse", "HEAD")
-        changes = _git("status", "--porcelain", "--", ".", ":!results")
+        commit = _git("rev-parse", "HEAD").strip()
+        parts = [_git("diff", "HEAD", "--binary", *here).encode(errors="surrogateescape")]
+        names = [name for name in _git("ls-files", "--others", "--exclude-standard", "-z", *here).split("\0") if name]
+        parts += [name.encode(errors="surrogateescape") + (ROOT / name).read_bytes() for name in names]
     except (OSError, LookupError) as error:
         _note(str(error))
         return {"commit": None, "dirty": None}
-    loaded = os.environ.get(LOADED, commit)
-    return {"commit": commit, "dirty": bool(changes) or loaded != commit}
-
-
-def note_loaded() -> None:
-    """Notes, for the processes that will be forked from a server, which code it loads now."""
-    state = git_state()
-    os.environ.setdefault(LOADED, f"{state['commit']}{' with changes' if state['dirty'] else ''}")
+    changes = hashlib.sha256(b"".join(parts)).hexdigest()[:12] if any(parts) else ""
+    loaded = os.environ.setdefault(LOADED, f"{commit} {changes}".strip())
+    digest = loaded.partition(" ")[2] or changes
+    return {"commit": commit, "dirty": bool(changes) or loaded != commit, **({"changes": digest} if digest else {})}
 
 
 def _git(*words: str) -> str:
     """The output of git in this checkout, wherever GIT_DIR and the like point. Raises LookupError where git fails."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
-    done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, env=environment)
+    done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, env=environment)
     if done.returncode:
-        raise LookupError((done.stderr.strip() or "git failed").splitlines()[0])
-    return done.stdout.strip()
+        raise LookupError((done.stderr.decode(errors="replace").strip() or "git failed").splitlines()[0])
+    return done.stdout.decode(errors="surrogateescape")
 
 
 @cache

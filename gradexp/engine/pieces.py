@@ -26,7 +26,7 @@ class Pieces:
     """Finished pieces, which are stored in `run.pieces` until the run has its record.
 
     Random numbers of a piece must depend on its number only, so that a resumed run gives the same numbers as an undisturbed
-    one. Damaged pieces, and those made from other files of upstream runs, are made again.
+    one. Damaged pieces, those of other runs, and those made from other files of upstream runs, are made again.
 
     used: SHA-256 of the files of upstream runs, by name.
     """
@@ -46,24 +46,38 @@ class Pieces:
     def each(self, name: str, items: Iterable[Item], make: Callable[[int, Item], Piece], *, count: int) -> list[Piece]:
         """make(number, item) for each of the `count` items; stored results of earlier attempts are loaded instead."""
         files = [self.folder / f"{name}_{number}.pt" for number in range(count)]
-        stored = [intact(file) for file in files]
-        progress = Progress(f"{self.title}: {name}", count, "pieces", done=sum(stored))
+        stored = [self._load(file, f"{name} {number}") for number, file in enumerate(files)]
+        progress = Progress(f"{self.title}: {name}", count, "pieces", done=sum(content is not None for content in stored))
         pieces = []
         for number, (file, item) in enumerate(zip(files, items, strict=True)):
-            if stored[number]:
-                pieces.append(self._load(file))
+            if (content := stored[number]) is not None:
+                pieces.append(self._count(content))
                 continue
             begun = clocks.read()
             piece = make(number, item)
-            content = io.BytesIO()
-            torch.save({"piece": piece, "seconds": clocks.since(begun), "origin": self.origin}, content)
-            write_sealed(file, content.getvalue())
+            archive = io.BytesIO()
+            facts = {"run": self.run.id, "name": f"{name} {number}", "seconds": clocks.since(begun), "origin": self.origin}
+            torch.save({"piece": piece, **facts}, archive)
+            write_sealed(file, archive.getvalue())
             pieces.append(piece)
-            progress.update(number + 1 + sum(stored[number + 1 :]))
+            progress.update(number + 1 + sum(content is not None for content in stored[number + 1 :]))
         return pieces
 
-    def _load(self, file: Path) -> Any:
-        content = torch.load(file, weights_only=True, map_location="cpu")
+    def _load(self, file: Path, name: str) -> dict[str, Any] | None:
+        """A stored piece with its facts; None where it does not exist, is damaged, or is another piece or another run's."""
+        if not intact(file):
+            return None
+        try:
+            content: dict[str, Any] = torch.load(file, weights_only=True, map_location="cpu")
+            own = (content["run"], content["name"]) == (self.run.id, name)
+        except Exception:  # torch raises whatever its readers of archives do
+            own = False
+        if not own:
+            print(f"{self.title}: {file} is damaged or of another run, so it is made again", flush=True)
+        return content if own else None
+
+    def _count(self, content: dict[str, Any]) -> Any:
+        """A stored piece, whose seconds and origin are added to those of earlier attempts."""
         for clock in clocks.CLOCKS:
             self.earlier[clock] += content["seconds"][clock]
         if content["origin"] not in (self.origin, *self.attempts):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
 import json
 import math
@@ -20,8 +21,12 @@ from typing_extensions import TypedDict
 from gradexp.base import typed
 from gradexp.base.errors import UserError, nearest
 from gradexp.base.files import sha256, write_atomically
+from gradexp.base.typed import FileName
+from gradexp.engine.identity import run_id
 
 RECORD_LIMIT = 64 * 1024  # bytes; longer curves go to a compressed file beside the record
+RUN_ID = re.compile("[0-9a-f]{12}")
+SEAL = '\n  "record_sha256": "'  # where a record's text has the digest of the rest
 
 Metric = float | None | list[float | None]  # null where a number is not finite
 Moment = Annotated[str, AfterValidator(lambda text: datetime.fromisoformat(text) and text)]
@@ -41,21 +46,23 @@ class Seconds(TypedDict):
 class Git(TypedDict):
     commit: str | None
     dirty: bool | None
+    changes: NotRequired[str]  # digest of what the working tree had changed; records before 2026-11-29 lack it
 
 
 @lenient
 class Used(TypedDict):
-    """An upstream run: its id, and (NAME_sha256) the digest of its file that was used."""
+    """An upstream run: its id, (NAME_sha256) the digest of its file that was used, and the fingerprints of its images."""
 
     id: str
-    experiment: NotRequired[str]
+    experiment: NotRequired[FileName]
+    data: NotRequired[dict[str, Any]]  # records before 2026-11-29 lack it
 
 
 @lenient
 class Product(TypedDict):
     """The file that a run left for other runs."""
 
-    file: str
+    file: FileName
     sha256: str
 
 
@@ -64,7 +71,7 @@ class Record(TypedDict):
     """What a finished run leaves in results/runs/."""
 
     id: str
-    experiment: str
+    experiment: FileName
     scale: str
     seed: int
     status: Literal["finished", "diverged"]
@@ -81,7 +88,10 @@ class Record(TypedDict):
     data: NotRequired[dict[str, Any]]
     arrays: NotRequired[dict[str, Any]]
     attempts: NotRequired[list[dict[str, Any]]]  # origins of earlier attempts, on other machines or with other code
-    curves_file: NotRequired[str]
+    curves_file: NotRequired[FileName]
+    curves_sha256: NotRequired[str]  # of the compressed file; this and the next two are missing before 2026-11-29
+    record_sha256: NotRequired[str]  # of the record's text without this digest
+    sources: NotRequired[dict[str, str]]  # digests of the packages that compute (gradexp.engine.sources)
     device: NotRequired[str]
     devices: NotRequired[int]
     precision: NotRequired[str]
@@ -106,11 +116,50 @@ def faults(record: Any, *, complete: bool) -> list[str]:
     if not isinstance(record, dict) or not isinstance(record.get("metrics"), dict):
         return ["it has no metrics"]
     wrong = typed.faults(Record, record, missing=complete)
-    if complete and not re.fullmatch("[0-9a-f]{12}", str(record.get("id"))):
-        wrong.append(f"id={record.get('id')!r} is not twelve hexadecimal digits")
+    if complete and not wrong:
+        ids = {"id": record["id"], **{f"upstream.{name}.id": below["id"] for name, below in record["upstream"].items()}}
+        wrong = [
+            f"{key}={name!r} should be twelve hexadecimal digits" for key, name in ids.items() if not RUN_ID.fullmatch(name)
+        ]
     if not wrong and record.get("status") == "finished" and record.get("steps", 0) < record.get("planned_steps", 0):
         wrong.append(f"its training ended after {record['steps']} of {record['planned_steps']} steps")
     return wrong
+
+
+def contradictions(record: Config, path: Path) -> list[str]:
+    """Where a complete record contradicts its file name, its config or its upstream runs, a line each."""
+    config = record["config"]
+    try:
+        computed = run_id(config)
+        stated = {"experiment": config["name"], "scale": config["scale"]["name"], "seed": config["seed"]}
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        return [f"its config is not that of a run: {error!r}"]
+    wrong = []
+    if record["id"] != path.stem:
+        wrong.append(f"its id is {record['id']}, which is not the name of its file")
+    if record["id"] != computed:
+        wrong.append(f"its config has the id {computed}, not {record['id']}")
+    wrong += [f"its {key} is {record[key]}, and {value} in its config" for key, value in stated.items() if record[key] != value]
+    if path.parent.name != record["experiment"]:
+        wrong.append(f"its experiment is {record['experiment']}, which is not the name of its folder")
+    for name, below in record["upstream"].items():
+        if split := differing_split(record.get("data", {}), below.get("data", {})):
+            wrong.append(f"its upstream {name}, {below['id']}, used other {split} images")
+    return wrong
+
+
+def differing_split(first: Config, second: Config) -> str | None:
+    """The split, `train` or `test`, of which two runs used different images; None where there is none.
+
+    first, second: `data` of records. Where images were held out of the training set, there is no test split to compare.
+    """
+    if first.get("name") != second.get("name"):
+        return None
+    held_out = any(data.get("test") == data.get("train") for data in (first, second))
+    for split in ("train",) if held_out else ("train", "test"):
+        if split in first and split in second and first[split] != second[split]:
+            return split
+    return None
 
 
 # --- reading ----------------------------------------------------------------------------------------------
@@ -119,7 +168,8 @@ def faults(record: Any, *, complete: bool) -> list[str]:
 def read_record(path: Path) -> Config:
     """A record with its curves, which may be in a compressed file beside it. Do not modify it: it is kept for the next reader.
 
-    Raises UserError where it cannot be read or is not valid.
+    Raises UserError where it cannot be read, is not valid, was changed since it was written, or is not the record of the run
+    that its name and its folder state.
     """
     try:
         state = path.stat()
@@ -132,19 +182,45 @@ def read_record(path: Path) -> Config:
 def _parsed(path: Path, *_state: int) -> Config:
     """A table, its caption and the page read the same records; each state of a file is parsed once in a process."""
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if "curves_file" in record:
-            curves = gzip.decompress((path.parent / record["curves_file"]).read_bytes())
-            record["metrics"] |= json.loads(curves)
-    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, zlib.error) as error:
+        text = path.read_text(encoding="utf-8")
+        record = json.loads(text)
+        wrong = faults(record, complete=True) or contradictions(record, path)
+        if not wrong and "record_sha256" in record and record["record_sha256"] != _digest(text):
+            wrong = ["it was changed since it was written"]
+        if not wrong and "curves_file" in record:
+            record["metrics"] |= _curves(path, record)
+    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, RecursionError, zlib.error) as error:
         raise _unreadable(path, str(error)) from None
-    if wrong := faults(record, complete=False):
+    if wrong:
         raise _unreadable(path, wrong[0])
     return record
 
 
+def _curves(path: Path, record: Config) -> Config:
+    """The curves of a record that are in a file beside it. Raises ValueError for the file of another record."""
+    file = curves_path(path)
+    if record["curves_file"] != file.name:
+        raise ValueError(f"its curves_file is {record['curves_file']}, not {file.name}")
+    content = file.read_bytes()
+    if record.get("curves_sha256") not in (None, hashlib.sha256(content).hexdigest()):
+        raise ValueError(f"{file.name} is not the file that was written with it")
+    curves: Config = json.loads(gzip.decompress(content))
+    return curves
+
+
+def curves_path(path: Path) -> Path:
+    """The file of long curves beside the record at `path`."""
+    return path.with_name(f"{path.stem}.curves.json.gz")
+
+
+def _digest(text: str) -> str:
+    """SHA-256 of a record's text without its own digest."""
+    before, seal, after = text.partition(SEAL)
+    return hashlib.sha256((before + seal + after.partition('"')[2]).encode()).hexdigest()
+
+
 def _unreadable(path: Path, why: str) -> UserError:
-    return UserError(f"record {path} can't be read ({why}); delete it and run again, or restore it with git")
+    return UserError(f"record {path} can't be read ({' '.join(why.split())}); delete it and run again, or restore it with git")
 
 
 def metric_of(record: Config, name: str) -> float | list[float | None]:
@@ -168,15 +244,18 @@ def value_of(record: Config, name: str) -> float:
 
 
 def write_record(path: Path, record: Config) -> None:
-    """Writes a record: sorted keys, two-space indent, NaN as null, under 64 KiB."""
+    """Writes a record: sorted keys, two-space indent, NaN as null, under 64 KiB, with the digest of its text."""
+    record = {key: value for key, value in record.items() if not key.startswith("curves_")} | {"record_sha256": ""}
     content = as_json(record)
     if len(content) > RECORD_LIMIT:
         curves = {name: value for name, value in record["metrics"].items() if isinstance(value, list)}
-        curves_file = path.with_name(f"{path.stem}.curves.json.gz")
-        write_atomically(curves_file, gzip.compress(as_json(curves), mtime=0))
+        compressed = gzip.compress(as_json(curves), mtime=0)
+        write_atomically(curves_path(path), compressed)
         numbers = {name: value for name, value in record["metrics"].items() if name not in curves}
-        content = as_json({**record, "metrics": numbers, "curves_file": curves_file.name})
-    write_atomically(path, content)
+        beside = {"curves_file": curves_path(path).name, "curves_sha256": hashlib.sha256(compressed).hexdigest()}
+        content = as_json({**record, "metrics": numbers, **beside})
+    text = content.decode()
+    write_atomically(path, text.replace(SEAL, SEAL + _digest(text), 1).encode())
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:

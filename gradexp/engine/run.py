@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, NotRequired
+from typing import Any, Literal, NotRequired
 
-from pydantic import ConfigDict, StringConstraints, with_config
+from pydantic import ConfigDict, with_config
 from typing_extensions import TypedDict
 
 from gradexp.base.errors import UserError
 from gradexp.base.ranges import Count, Seed
-from gradexp.base.typed import strict
+from gradexp.base.typed import FileName, file_name, strict
+from gradexp.engine.identity import HARDWARE as HARDWARE
+from gradexp.engine.identity import identity as identity
+from gradexp.engine.identity import run_id as run_id
 from gradexp.engine.record import read_record
-from gradexp.engine.registry import FORMER
 
 Config = dict[str, Any]
 Node = dict[str, Any]  # a `_target_` and its settings, which are checked against its declared types
 DEFAULT_DATA = "data"  # as in conf/config.yaml; the only data root that need not exist
 ROOT = Path(__file__).resolve().parents[2]
-
-# Where and how a run is executed, which is not part of its identity.
-HARDWARE = ("paths", "trainer", "logger", "launcher", "gradients", "objective")
 
 
 @strict
@@ -59,7 +56,7 @@ class GradientsConfig(TypedDict):
 class RunConfig(TypedDict):
     """The config of a run: conf/config.yaml, and the groups that an experiment adds to it."""
 
-    name: Annotated[str, StringConstraints(pattern=r"^[\w-]+$")]  # of a folder
+    name: FileName
     seed: Seed
     objective: str | None
     upstream: dict[str, Any]
@@ -76,39 +73,6 @@ class RunConfig(TypedDict):
     saliency: NotRequired[Node]
     evaluate: NotRequired[EvaluateConfig]
     launcher: NotRequired[Node]
-
-
-# --- identity ---------------------------------------------------------------------------------------------
-
-
-def identity(config: Config) -> Config:
-    """The part of a config that decides the numbers of its run.
-
-    Null values and terms of weight 0 are left out, so that a setting can be added later with null for the former behaviour
-    without changing ids. Of the scale only the name counts, as its settings are interpolated into the other groups.
-    1 and 1.0 are the same number.
-    """
-    kept = {key: value for key, value in config.items() if key not in HARDWARE}
-    upstream = {name: identity(run) for name, run in config["upstream"].items()}
-    return _canonical(kept | {"scale": config["scale"]["name"], "upstream": upstream})
-
-
-def run_id(config: Config) -> str:
-    """Twelve hexadecimal digits that name a run."""
-    text = json.dumps(identity(config), sort_keys=True, ensure_ascii=True, allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def _canonical(value: Any) -> Any:
-    if isinstance(value, dict):
-        named = {key: FORMER.get(item, item) if key == "_target_" else item for key, item in value.items()}
-        kept = {key: _canonical(item) for key, item in named.items() if item is not None}
-        return {key: item for key, item in kept.items() if not (isinstance(item, dict) and item.get("weight") == 0)}
-    if isinstance(value, list):
-        return [_canonical(item) for item in value]
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    return value
 
 
 # --- paths ------------------------------------------------------------------------------------------------
@@ -135,11 +99,15 @@ class Paths:
         return cls(**folders)
 
     def record(self, config: Config) -> Path:
-        return self.results / "runs" / config["name"] / f"{run_id(config)}.json"
+        return self.results / "runs" / file_name(config["name"]) / f"{run_id(config)}.json"
 
     def folder(self, config: Config) -> Path:
         """The folder of a run's checkpoint, weights and logs, which can all be deleted and made again."""
-        return self.outputs / "runs" / config["name"] / run_id(config)
+        return self.outputs / "runs" / file_name(config["name"]) / run_id(config)
+
+    def as_config(self) -> dict[str, str]:
+        """The folders as `paths` of a config."""
+        return {name: str(folder) for name, folder in asdict(self).items()}
 
     @property
     def cache(self) -> Path:

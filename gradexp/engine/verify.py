@@ -5,24 +5,28 @@ from __future__ import annotations
 import json
 import random
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gradexp.base.errors import UserError
-from gradexp.engine import record as records
 from gradexp.engine.compose import compose_run
-from gradexp.engine.ensure import differing_split, ensure
+from gradexp.engine.ensure import digests, ensure, owner
 from gradexp.engine.hardware import native_bf16
 from gradexp.engine.known import run_of
-from gradexp.engine.record import read_arrays, read_record
+from gradexp.engine.record import differing_split, read_arrays, read_record
 from gradexp.engine.registry import locate, targets
-from gradexp.engine.run import Config, Paths, run_id
+from gradexp.engine.run import Config, Paths, Run, run_id
+from gradexp.engine.sources import SOURCES
+from gradexp.engine.task import task_of
 
 # How much two machines, which round differently, may differ by: percentage points of accuracy; relative for other metrics.
 POINTS, RELATIVE = 2.0, 0.02
+# The run that verification does for itself; with its teacher it takes seconds.
+OWN = ["experiment=jacobian_distill", "method=ce_a_j", "scale=quick", "scale.width=0.04", "data.per_class=3", "optim.passes=2"]
+OWN += ["+upstream.teacher.optim.passes=1", "+upstream.teacher.scale.width=0.04"]
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,7 @@ class Finding:
 
 
 def verify(paths: Paths, *, sample: int, seed: int, extra: Config) -> Iterator[Finding | str]:
-    """Checks every record, then repeats `sample` quick ones. Yields what is wrong, and lines about progress.
+    """Checks every record and the files on this disk, then repeats `sample` quick ones. Yields what is wrong, and notes.
 
     extra: the trainer, logger and gradients of the repeats.
     """
@@ -45,7 +49,12 @@ def verify(paths: Paths, *, sample: int, seed: int, extra: Config) -> Iterator[F
         yield from (Finding(file, what) for what in wrong)
         good += [] if wrong else [file]
     yield f"{len(good)} of {len(files)} records: complete, with correct digests and ids"
+    for file in good:
+        yield from (Finding(file, what) for what in examine_files(file, paths))
+    yield from notes(good)
     quick = [file for file in good if read_record(file)["scale"] == "quick"]
+    if len(quick) < len(good):
+        yield f"{len(good) - len(quick)} records are not repeated: only those at scale=quick take seconds"
     repeatable = [file for file in quick if read_record(file).get("precision") != "bf16" or native_bf16("cpu")]
     if sample and len(repeatable) < len(quick):
         yield f"{len(quick) - len(repeatable)} quick records are not repeated: this processor has no bf16 arithmetic"
@@ -57,7 +66,7 @@ def verify(paths: Paths, *, sample: int, seed: int, extra: Config) -> Iterator[F
 
 
 def examine(file: Path) -> Iterator[str]:
-    """What is wrong with one record, without repeating it."""
+    """What is wrong with one record beyond what every reader checks, without repeating it."""
     try:
         record = read_record(file)
         if "arrays" in record:
@@ -65,20 +74,12 @@ def examine(file: Path) -> Iterator[str]:
     except UserError as error:
         yield str(error)
         return
-    if faults := records.faults(record, complete=True):
-        yield from faults
-        return
-    if record.get("id") != file.stem:
-        yield f"its id is {record.get('id')}, which is not the name of its file; rename the file, or delete it"
-        return
     try:
-        computed, outdated = run_id(record["config"]), list(_outdated(record["config"]))
+        outdated = list(_outdated(record["config"]))
     except (KeyError, TypeError, AttributeError) as error:
         yield f"its config is not that of a run ({error}); delete it"
         return
     yield from outdated
-    if computed != record["id"]:
-        yield f"its config has the id {computed}: the record or the rule for ids was changed; delete it and run again"
     for name, upstream in record["upstream"].items():
         nested = record["config"]["upstream"].get(name)
         if nested is None or run_id(nested) != upstream["id"]:
@@ -87,6 +88,62 @@ def examine(file: Path) -> Iterator[str]:
             other = read_record(file.parents[1] / upstream.get("experiment", "") / f"{upstream['id']}.json")
             if split := differing_split(record.get("data", {}), other.get("data", {})):
                 yield f"its upstream {name}, {upstream['id']}, used other {split} images; delete the wrong one and run it again"
+
+
+def examine_files(file: Path, paths: Paths) -> Iterator[str]:
+    """What is wrong with the file that a run left for other runs, where it is on this disk."""
+    record = read_record(file)
+    folder = paths.outputs / "runs" / record["experiment"] / record["id"]
+    product = folder / task_of(record["config"]).product
+    if product != folder and product.exists() and owner(product, record) != record["id"]:
+        yield f"{product} is damaged or of another run; delete {folder}"
+
+
+def notes(files: Sequence[Path]) -> Iterator[str]:
+    """What a reader of these records should know, though nothing is wrong: other sources, files of upstream runs made again."""
+    records = {file.stem: read_record(file) for file in files}
+    dated = {name: record["sources"] for name, record in records.items() if "sources" in record}
+    if len(dated) < len(records):
+        yield f"{len(records) - len(dated)} records do not state by which sources they were computed: they are older"
+    changed: dict[str, list[str]] = {}
+    for name, sources in dated.items():
+        packages = [package for package, digest in SOURCES.items() if sources.get(package) != digest]
+        if packages:
+            changed.setdefault(", ".join(packages), []).append(name)
+    for changed_packages, names in changed.items():
+        yield f"{len(names)} records were computed by other sources of {changed_packages} than today's: {_listed(names)}"
+    again = [
+        name for name, record in records.items() if any(_made_again(below, records) for below in record["upstream"].values())
+    ]
+    if again:
+        yield f"{len(again)} records used a file of an upstream run that ran again after its record: {_listed(again)}"
+
+
+def _made_again(below: Config, records: Mapping[str, Config]) -> bool:
+    """Whether the file that was used of an upstream run is not the one that the record of this run describes."""
+    recorded = records.get(below["id"], {}).get("product", {}).get("sha256")
+    return recorded is not None and recorded not in digests({"": below}).values()
+
+
+def _listed(names: Sequence[str], most: int = 5) -> str:
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+
+
+def repeat_own(paths: Paths, setting: Config) -> Iterator[Finding | str]:
+    """Does a tiny student and its teacher twice from nothing, and compares numbers and weights to the bit."""
+    records = []
+    for _ in range(2):
+        with tempfile.TemporaryDirectory(prefix="gradexp-verify-") as folder:
+            elsewhere = Paths(paths.data, Path(folder) / "results", Path(folder) / "outputs")
+            run = compose_run(OWN) | setting
+            trainer = setting["trainer"] | {"threads": 1, "strict": True}
+            records.append(ensure(Run(run | {"trainer": trainer, "paths": elsewhere.as_config()}, elsewhere)))
+    first, second = records
+    differing = [name for name in ("metrics", "upstream", "product", "data") if first[name] != second[name]]
+    if differing:
+        yield Finding(Path(first["experiment"]) / first["id"], f"two runs of {' '.join(OWN)} differ in {', '.join(differing)}")
+    else:
+        yield f"a tiny student and its teacher, done twice: the same numbers and weights ({' '.join(OWN)})"
 
 
 def _outdated(config: Config) -> Iterator[str]:
@@ -138,8 +195,7 @@ def _repeat(record: Config, results: Path, setting: Config, elsewhere: Paths) ->
         if file.exists():
             _repeat(read_record(file), results, setting, elsewhere)
     trainer = setting["trainer"] | {name: record[name] for name in ("threads", "precision") if name in record}
-    named = {name: str(getattr(elsewhere, name)) for name in ("data", "results", "outputs")}
-    return ensure(run_of(record, setting | {"trainer": trainer, "paths": named}, elsewhere))
+    return ensure(run_of(record, setting | {"trainer": trainer, "paths": elsewhere.as_config()}, elsewhere))
 
 
 def alike(name: str, old: Any, new: Any) -> bool:

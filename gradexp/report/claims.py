@@ -17,10 +17,10 @@ from typing import Any, Literal, NamedTuple, NotRequired
 
 import numpy as np
 import pandas as pd
-import yaml
 from typing_extensions import TypedDict
 
 from gradexp.base.errors import UserError
+from gradexp.base.texts import read_yaml
 from gradexp.base.typed import check, strict
 from gradexp.engine.ensure import digests
 from gradexp.engine.run import Config
@@ -28,7 +28,7 @@ from gradexp.report import specs
 from gradexp.report.grid import Cell, Grid
 from gradexp.report.inference import BOOTSTRAP_FROM, Estimate, estimate, estimate_over_images, holm
 from gradexp.report.specs import Planner
-from gradexp.report.writing import folded, markdown, write_beside
+from gradexp.report.writing import csv, folded, markdown, plain, write_beside
 
 VERDICTS = ("holds", "contradicted", "undecided", "direction only", "withheld", "not run")
 FORMS = ("greater", "less", "near")
@@ -75,19 +75,18 @@ class CellSpec(TypedDict, total=False):
 class ClaimsFile(TypedDict):
     confidence: float
     resamples: int
-    claims: list[Any]
+    claims: list[dict[str, Any]]
 
 
 def load(file: Path) -> Config:
     """The file of claims. Raises UserError for unknown or missing keys and for an id that occurs twice."""
-    content: Config = yaml.safe_load(file.read_text(encoding="utf-8"))
-    check(ClaimsFile, content, file.name)
+    content: Any = check(ClaimsFile, read_yaml(file), file.name)
     for spec in content["claims"]:
         check(ClaimSpec, spec, f"{file.name}, claim {spec.get('id')}")
-    name, count = Counter(spec["id"] for spec in content["claims"]).most_common(1)[0]
-    if count > 1:
-        raise UserError(f"{file.name}: the id {name} is used {count} times; rename one claim")
-    return content
+    for name, count in Counter(spec["id"] for spec in content["claims"]).items():
+        if count > 1:
+            raise UserError(f"{file.name}: the id {name} is used {count} times; rename one claim")
+    return dict(content)
 
 
 # --- the comparisons of a claim ---------------------------------------------------------------------------
@@ -316,7 +315,7 @@ def to_csv(found: Judged) -> str:
     for name in ("p", "p_holm"):
         frame[name] = frame[name].map("{:.4g}".format, na_action="ignore")
     columns = ["id", "section", "item", "claim", "verdict", "unit", "comparisons", "planned", "run", "agreeing", "seeds"]
-    return frame.to_csv(columns=[*columns, "p", "p_holm"], index=False)
+    return csv(frame[[*columns, "p", "p_holm"]])
 
 
 def to_markdown(found: Judged, scale: str, *, confidence: float) -> str:
@@ -325,12 +324,13 @@ def to_markdown(found: Judged, scale: str, *, confidence: float) -> str:
     claims, comparisons = shown(found), comparisons_shown(found)
     rows: Any = claims.itertuples()
     claims["claim"] = [
-        f"`{row.Index}` {row.claim}"
-        + (f" ({row.because})" if row.because else "")
-        + (f" *Withheld: {row.withheld}*" if row.withheld else "")
+        f"`{row.Index}` {plain(row.claim)}"
+        + (f" ({plain(row.because)})" if row.because else "")
+        + (f" *Withheld: {plain(row.withheld)}*" if row.withheld else "")
         for row in rows
     ]
     claims["verdict"] = "**" + claims["verdict"] + "**"
+    claims["where"], comparisons["comparison"] = claims["where"].map(plain), comparisons["comparison"].map(plain)
     for chapter, group in claims.groupby("chapter", sort=False):
         lines += ["", f"### Chapter {chapter}", "", tally(found.claims.loc[group.index, "verdict"]), ""]
         lines += markdown(group[["claim", "where", "comparisons", "seeds", "p (Holm)", "verdict"]])

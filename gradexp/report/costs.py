@@ -17,6 +17,7 @@ from pathlib import Path
 import pandas as pd
 
 from gradexp.base.errors import UserError
+from gradexp.base.texts import read_json
 from gradexp.engine.record import read_record
 from gradexp.engine.run import Config, Paths, Run, identity
 from gradexp.engine.task import Sizes, task_of
@@ -117,9 +118,12 @@ class History:
             folder = paths.outputs / "runs" / record["experiment"] / record["id"]
             history.add(sample(record, history.sizes, known, folder, clock))
         for file in sorted(paths.outputs.glob("probes/*.json")):
-            probe = json.loads(file.read_text(encoding="utf-8"))
-            history.add(Sample(**probe["sample"]))
-            history.sizes |= {name: tuple(size) for name, size in probe["sizes"].items() if name not in history.sizes}
+            probe = read_json(file, advice := "delete it: make plan measures again with ARGS=--probe")
+            try:
+                history.add(Sample(**probe["sample"]))
+                history.sizes |= {name: tuple(size) for name, size in probe["sizes"].items() if name not in history.sizes}
+            except (KeyError, TypeError, AttributeError):
+                raise UserError(f"{file} is not a probe; {advice}") from None
         return history
 
     def learn(self, config: Config, data: Config) -> None:

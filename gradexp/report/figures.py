@@ -24,7 +24,7 @@ from gradexp.engine.run import Config, Run
 from gradexp.report import provenance, specs
 from gradexp.report.formats import links, with_details
 from gradexp.report.specs import Planner, command, seeds_of
-from gradexp.report.writing import folded, markdown, write_beside
+from gradexp.report.writing import csv, folded, markdown, plain, write_beside
 
 STYLE = mpl.rc_params_from_file(Path(__file__).with_name("draw") / "gradexp.mplstyle", use_default_template=False)
 PALETTE = STYLE["axes.prop_cycle"].by_key()["color"]
@@ -135,7 +135,7 @@ def make(
         pictures = {kind: _saved(figure, kind) for kind in ("png", "pdf", *spec.get("also", []))}
     stem = results / "figures" / scale / f"figure_{spec['number'].replace('.', '_')}"
     page = to_markdown(spec, scale, series, text or provenance.Caption([], []))
-    return write_beside(stem, {**pictures, "csv": pd.DataFrame(rows).to_csv(index=False), "md": page})
+    return write_beside(stem, {**pictures, "csv": csv(pd.DataFrame(rows)), "md": page})
 
 
 def _below(spec: Config, scale: str, width: float) -> list[str]:
@@ -148,10 +148,10 @@ def _below(spec: Config, scale: str, width: float) -> list[str]:
 def to_markdown(spec: Config, scale: str, series: Sequence[Series], text: provenance.Caption) -> str:
     number, title = spec["number"], spec.get("title", "")
     picture = f"![Figure {number} at scale={scale}](figure_{number.replace('.', '_')}.png)"
-    sentences = [f"- {sentence}" for sentence in text.sentences]
-    records = [(label, links(runs)) for label, runs in runs_of(series).items()]
+    sentences = [f"- {plain(sentence)}" for sentence in text.sentences]
+    records = [(plain(label), links(runs)) for label, runs in runs_of(series).items()]
     details = with_details(markdown(pd.DataFrame(records, columns=["series", "records"])), text.details)
-    head = f"**Figure {number}, scale={scale}.** {title}"
+    head = f"**Figure {number}, scale={scale}.** {plain(title)}"
     return "\n".join([head, "", picture, "", *sentences, "", *folded("Records", details), ""])
 
 

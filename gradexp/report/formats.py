@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import io
 import re
+import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import rich.console
+from rich.markup import escape
 
 from gradexp.engine.run import Run
 from gradexp.report.tables import CELL, Table
-from gradexp.report.writing import folded, grid, markdown, printed, write_beside
+from gradexp.report.writing import csv, folded, grid, markdown, one_line, plain, printed, write_beside
 
 COLUMNS = ["row", "column", "metric", "ours", "std", "n", "thesis", "difference", "run_ids"]
 
 
-def wide(table: Table, show: Callable[[Any], str]) -> pd.DataFrame:
-    """The table as it is printed, one line a row, its label first. show: the text of a row of Table.texts."""
+def wide(table: Table, show: Callable[[Any], str], label: Callable[[str], str] = one_line) -> pd.DataFrame:
+    """The table as it is printed, one line a row, its label first.
+
+    show: the text of a row of Table.texts; label: the text of a label.
+    """
     cells = pd.Series({cell.Index: show(cell) for cell in table.texts.itertuples()})
     frame = cells.unstack().reindex(index=table.rows, columns=table.columns)
-    frame.insert(0, table.corner, frame.index, allow_duplicates=True)
-    return frame
+    frame.insert(0, table.corner, frame.index.map(label), allow_duplicates=True)
+    return frame.rename(columns=label)
 
 
 def to_csv(table: Table) -> str:
@@ -37,7 +42,7 @@ def to_csv(table: Table) -> str:
     frame["ours"] = frame["ours"].mask(diverged, "nan")
     frame["std"] = frame["std"].mask(diverged & (frame["n"] > 1), "nan")
     frame["thesis"] = frame["thesis"].map("{:g}".format, na_action="ignore")
-    return frame.to_csv(columns=COLUMNS, index=False)
+    return csv(frame[COLUMNS])
 
 
 def to_markdown(table: Table) -> str:
@@ -48,11 +53,12 @@ def to_markdown(table: Table) -> str:
         thesis = f"**{cell.thesis}**" if cell.bold else cell.thesis
         return f"{ours}<br>thesis {thesis}" + (f" ({cell.gap})" if cell.gap else "")
 
-    lines = [f"**{_name(table)}** {table.title}", "", *markdown(wide(table, show)), ""]
-    lines += [f"- {sentence}" for sentence in table.caption]
+    lines = [f"**{_name(table)}** {plain(table.title)}", "", *markdown(wide(table, show, plain)), ""]
+    lines += [f"- {plain(sentence)}" for sentence in table.caption]
     done = table.texts[table.texts["n"] > 0].reset_index()
     if len(done):
-        records = markdown(done.assign(records=done["runs"].map(links))[[*CELL, "records"]])
+        labels = {name: done[name].map(plain) for name in CELL}
+        records = markdown(done.assign(**labels, records=done["runs"].map(links))[[*CELL, "records"]])
         lines += ["", *folded("Records", with_details(records, table.details))]
     if table.missing:
         lines += ["", "Missing runs:", "", "```", *(run.command for run in table.missing), "```"]
@@ -61,7 +67,7 @@ def to_markdown(table: Table) -> str:
 
 def with_details(records: Sequence[str], details: Sequence[str]) -> list[str]:
     """The lines of a table of records, below the lists that a caption only counts."""
-    return [*(f"- {sentence}" for sentence in details), *([""] if details else []), *records]
+    return [*(f"- {plain(sentence)}" for sentence in details), *([""] if details else []), *records]
 
 
 def links(runs: Sequence[Run]) -> str:
@@ -70,12 +76,26 @@ def links(runs: Sequence[Run]) -> str:
 
 
 LATEX = str.maketrans(
-    {"β": r"$\beta$", "λ": r"$\lambda$", "μ": r"$\mu$", "σ": r"$\sigma$", "Δ": r"$\Delta$", "ℓ": r"$\ell$", "×": r"$\times$"}
-    | {"→": r"$\rightarrow$", "↓": r"$\downarrow$", "−": "$-$", "±": r"$\pm$", "–": "--", "τ": r"$\tau$", "½": r"$\frac{1}{2}$"}
-    | {"∇": r"$\nabla$", "‖": r"$\|$", "²": "$^2$", "§": r"\S ", "ψ": r"$\psi$"}
+    {"×": r"$\times$", "→": r"$\rightarrow$", "↓": r"$\downarrow$", "↑": r"$\uparrow$", "−": "$-$", "±": r"$\pm$", "–": "--"}
+    | {"½": r"$\frac{1}{2}$", "∇": r"$\nabla$", "‖": r"$\|$", "²": "$^2$", "³": "$^3$", "§": r"\S ", "ℓ": r"$\ell$"}
+    | {"·": r"$\cdot$", "≤": r"$\leq$", "≥": r"$\geq$", "≈": r"$\approx$", "∞": r"$\infty$", "…": r"\ldots{}", "—": "---"}
+    | {"’": "'", "‘": "`", "“": "``", "”": "''"}
     | {character: "\\" + character for character in "&%$#_{}"}
-    | {"\\": r"\textbackslash "}
+    | {"\\": r"\textbackslash ", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}"}
 )
+GREEK = {"alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu", "nu", "xi"}
+GREEK |= {"pi", "rho", "sigma", "tau", "upsilon", "phi", "chi", "psi", "omega"}
+GREEK |= {"Gamma", "Delta", "Theta", "Lambda", "Xi", "Pi", "Sigma", "Upsilon", "Phi", "Psi", "Omega"}
+ACCENTS = {
+    "\u0300": "`",
+    "\u0301": "'",
+    "\u0302": "^",
+    "\u0303": "~",
+    "\u0308": '"',
+    "\u030a": "r ",
+    "\u030c": "v ",
+    "\u0327": "c ",
+}
 
 
 def to_latex(table: Table) -> str:
@@ -86,8 +106,7 @@ def to_latex(table: Table) -> str:
         thesis = rf"\textbf{{{latex(cell.thesis)}}}" if cell.bold else latex(cell.thesis)
         return f"{ours} ({thesis})"
 
-    frame = wide(table, show).rename(columns=latex)
-    frame.iloc[:, 0] = frame.iloc[:, 0].map(latex)
+    frame = wide(table, show, latex)
     sentences = [table.title, "In parentheses: the thesis.", *(sentence.replace("`", "") for sentence in table.caption)]
     return frame.style.hide(axis="index").to_latex(
         caption=" ".join(map(latex, sentences)),
@@ -98,8 +117,24 @@ def to_latex(table: Table) -> str:
 
 
 def latex(text: str) -> str:
-    """The text with LaTeX's special characters and mathematical symbols escaped."""
-    return text.translate(LATEX)
+    """The text in ASCII that LaTeX sets as it reads; `[U+2603]` for a character that is neither a letter nor in LATEX."""
+    escaped = "".join(map(_latex, one_line(text).translate(LATEX)))
+    # After the end of a row, \\, these two would be read as its options.
+    return f"{{{escaped[0]}}}{escaped[1:]}" if escaped.startswith(("[", "*")) else escaped
+
+
+def _latex(character: str) -> str:
+    if character.isascii():
+        return character
+    name = unicodedata.name(character, "").replace("LAMDA", "LAMBDA")
+    letter = name.rpartition(" ")[2]
+    letter = letter.lower() if "SMALL" in name else letter.capitalize()
+    if name.startswith("GREEK") and name.count(" ") == 3 and letter in GREEK:
+        return rf"$\{letter}$"
+    base, accent = (*unicodedata.normalize("NFD", character), "")[:2]
+    if base.isascii() and accent in ACCENTS:
+        return rf"\{ACCENTS[accent]}{{{base}}}"
+    return f"[U+{ord(character):04X}]"
 
 
 def to_text(table: Table) -> str:
@@ -109,10 +144,10 @@ def to_text(table: Table) -> str:
         return cell.ours + ("*" if cell.best else "") + (f"\n({cell.thesis})" if cell.thesis else "")
 
     best = f"* best of its {table.best_per}; " if table.best_per else ""
-    lines = [f"{best}in parentheses: the thesis's number", *table.caption]
+    lines = [f"{best}in parentheses: the thesis's number", *map(one_line, table.caption)]
     if table.missing:
         lines += ["", "Missing runs:", *(f"  {run.command}" for run in table.missing)]
-    return f"{_name(table)} {table.title}\n{printed(wide(table, show))}" + "\n".join(lines) + "\n"
+    return f"{_name(table)} {one_line(table.title)}\n{printed(wide(table, show))}" + "\n".join(lines) + "\n"
 
 
 def to_svg(table: Table) -> str:
@@ -122,14 +157,19 @@ def to_svg(table: Table) -> str:
         ours = f"[bold]{cell.ours}[/bold]" if cell.best else cell.ours
         return f"{ours} [dim]{cell.thesis}[/dim]" if cell.thesis else str(ours)
 
-    picture = grid(wide(table, show))
-    picture.title = f"{_name(table)} {table.title}"
-    console = rich.console.Console(record=True, width=100, file=io.StringIO())
+    picture = grid(wide(table, show, _no_markup))
+    picture.title = _no_markup(f"{_name(table)} {table.title}")
+    console = rich.console.Console(record=True, width=100, emoji=False, file=io.StringIO())
     console.print(picture)
     best = f"bold: best of its {table.best_per}; " if table.best_per else ""
     console.print(f"{best}dim: the thesis", style="dim", justify="center")
     # rich's fonts are loaded from the network, which a committed picture must not need.
     return re.sub(r"@font-face \{[^}]*\}\s*", "", console.export_svg(title="gradexp"))
+
+
+def _no_markup(text: str) -> str:
+    """The text for rich, which takes `[...]` for markup."""
+    return escape(one_line(text))
 
 
 def _name(table: Table) -> str:

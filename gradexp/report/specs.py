@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple, NotRequired
 
-import yaml
 from typing_extensions import TypedDict
 
 from gradexp.base.errors import UserError, nearest
+from gradexp.base.texts import read_yaml
 from gradexp.base.typed import check, strict
 from gradexp.engine.run import ROOT, Config, Run
 
@@ -146,13 +146,27 @@ class FigureSpec(TypedDict):
     columns: NotRequired[int | list[dict[str, str]]]
 
 
+@strict
+class ReportSettings(TypedDict):
+    """The comments of conf/report.yaml describe the keys."""
+
+    title: str
+    subtitle: str
+    close: float
+    curve_points: int
+    scales: dict[str, str]
+    chapters: list[dict[str, Any]]
+    bench: dict[str, str]
+    verdicts: list[str]
+
+
 KINDS: dict[str, Any] = {"table": TableSpec, "figure": FigureSpec}
 
 
 def settings() -> Config:
-    """conf/report.yaml."""
-    content: Config = yaml.safe_load((ROOT / "conf" / "report.yaml").read_text(encoding="utf-8"))
-    return content
+    """conf/report.yaml. Raises UserError where it is damaged or lacks a key."""
+    content: Any = check(ReportSettings, read_yaml(ROOT / "conf" / "report.yaml"), "conf/report.yaml")
+    return dict(content)
 
 
 def numbers(kind: str) -> list[str]:
@@ -171,12 +185,23 @@ def load(kind: str, number: str) -> Config:
     known = numbers(kind)
     if number not in known:
         raise UserError(f"no {kind} {number}{nearest(number, known)} conf/{kind}/ has {', '.join(known) or 'none'}")
-    file = ROOT / "conf" / kind / f"{number}.yaml"
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise UserError(f"conf/{kind}/{number}.yaml is not YAML: {' '.join(str(error).split())}") from None
-    return check(KINDS[kind], {"number": number, **content}, f"{kind} {number}")
+    content = read_yaml(ROOT / "conf" / kind / f"{number}.yaml")
+    if content is not None and not isinstance(content, dict):
+        raise UserError(f"conf/{kind}/{number}.yaml is not a mapping of keys to values")
+    spec: Config = check(KINDS[kind], {"number": number, **(content or {})}, f"{kind} {number}")
+    _check_labels(spec, f"{kind} {number}")
+    return spec
+
+
+def _check_labels(spec: Config, where: str) -> None:
+    """Raises UserError for two rows, columns or series of one label, whose cells would be taken for one another's."""
+    for entries in ("rows", "columns", "series"):
+        listed = spec.get(entries, []) if isinstance(spec.get(entries, []), list) else []
+        for scale in spec["seeds"]:
+            shown = [entry for entry in listed if scale in entry.get("scales", [scale])]
+            names = [(entry.get("label"), entry.get("panel")) for entry in shown if "label" in entry]
+            if twice := [label for i, (label, panel) in enumerate(names) if (label, panel) in names[:i]]:
+                raise UserError(f"{where}: two {entries} have the label {twice[0]!r}; give each its own")
 
 
 def at_scale(kind: str, scale: str) -> dict[str, Config]:

@@ -8,7 +8,10 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
+from gradexp.base.errors import UserError
 from gradexp.engine.run import ROOT, Config
+
+COLUMNS = ["item", "row", "column", "metric", "value", "std", "bold"]
 
 
 class Thesis(NamedTuple):
@@ -26,12 +29,23 @@ class Thesis(NamedTuple):
 
 @cache
 def read_thesis() -> dict[tuple[str, ...], Thesis]:
-    """The numbers by (item, row, column), and by (item, row, column, quantity) for cells with several."""
-    lines: Any = pd.read_csv(ROOT / "results" / "thesis.csv", dtype=str, keep_default_na=False).itertuples()
+    """The numbers by (item, row, column), and by (item, row, column, quantity) for cells with several.
+
+    Raises UserError where the file is damaged, empty, or has two numbers for one cell.
+    """
+    file = ROOT / "results" / "thesis.csv"
     numbers: dict[tuple[str, ...], Thesis] = {}
-    for line in lines:
-        key = (line.item, line.row, line.column)
-        numbers[key] = numbers[*key, line.metric] = Thesis(float(line.value), line.bold == "1", float(line.std or math.nan))
+    try:
+        lines: Any = pd.read_csv(file, dtype=str, keep_default_na=False)[COLUMNS].itertuples()
+        for line in lines:
+            key, bold = (line.item, line.row, line.column), line.bold == "1"
+            if (*key, line.metric) in numbers:
+                raise ValueError(f"{', '.join(key)} has two numbers")
+            numbers[key] = numbers[*key, line.metric] = Thesis(float(line.value), bold, float(line.std or math.nan))
+        if not numbers:
+            raise ValueError("it has no numbers")
+    except (OSError, ValueError, KeyError) as error:  # pandas's own errors are ValueErrors
+        raise UserError(f"{file} can't be read ({' '.join(str(error).split())}); restore it with git") from None
     return numbers
 
 

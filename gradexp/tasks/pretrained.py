@@ -10,6 +10,7 @@ import torch
 
 from gradexp.base.errors import UserError
 from gradexp.base.files import sha256
+from gradexp.base.typed import FileName
 from gradexp.engine.assemble import make_hardware, make_model, save_weights
 from gradexp.engine.run import Run
 from gradexp.engine.task import Result, Task, Upstream
@@ -23,7 +24,7 @@ class Pretrained(Task):
     file: another file in `weights/`, which is never downloaded.
     """
 
-    file: str | None = None
+    file: FileName | None = None
 
     product: ClassVar[str] = "weights.pt"
 

@@ -42,10 +42,10 @@ class SaliencyMaps(SaliencyTask):
             "test": data.test_loader(batch_size=CHUNK, device=device),
         }
         run.folder.mkdir(parents=True, exist_ok=True)
-        weights = upstream["model"].digest
+        origin = f"{run.id}:{upstream['model'].digest}"
         for number, (split, loader) in enumerate(loaders.items()):
             seed = mix(run.config["seed"], number)
-            fill(run.folder / f"{split}.npy", loader, model, method, seed, weights, f"saliency maps {run.id}, {split}")
+            fill(run.folder / f"{split}.npy", loader, model, method, seed, origin, f"saliency maps {run.id}, {split}")
         checksums = {f"{split}.npy": sha256(run.folder / f"{split}.npy") for split in loaders}
         manifest = {"sha256": checksums, "data": data.fingerprint()}
         write_atomically(run.folder / MANIFEST, json.dumps(manifest, indent=2).encode())
@@ -69,16 +69,17 @@ class SaliencyMaps(SaliencyTask):
         return None if images is None else 2 * images * config["data"]["size"] ** 2 / 2**20  # two bytes a pixel
 
 
-def fill(path: Path, loader: Loader, model: nn.Module, method: Saliency, seed: int, weights: str, title: str) -> None:
+def fill(path: Path, loader: Loader, model: nn.Module, method: Saliency, seed: int, origin: str, title: str) -> None:
     """Writes the ranks (N, 1, H, W) of all images to `path`, chunk by chunk.
 
-    The file with suffix `.done` holds `weights`, the digest of the model's weights, and the number of finished chunks; chunks
-    of other weights are computed again.
+    The file with suffix `.done` holds `origin`, which names the run and its model's weights, and the number of finished chunks;
+    chunks of another origin are computed again.
     """
     shape = (loader.count, 1, *loader.example.shape[-2:])
     done_file = path.with_suffix(".done")
-    done_weights, _, count = (done_file.read_text() if path.exists() and done_file.exists() else "").partition(" ")
-    done = int(count) if done_weights == weights else 0
+    noted = done_file.read_text(errors="replace") if path.exists() and done_file.exists() else ""
+    done_origin, _, count = noted.partition(" ")
+    done = int(count) if done_origin == origin and count.isdigit() else 0
     kind = np.dtype(np.int16 if shape[-1] * shape[-2] < 2**15 else np.int32)
     stored = np.lib.format.open_memmap(path, mode="r+" if done else "w+", dtype=kind, shape=shape)
     reserve(path, path.stat().st_size)
@@ -88,5 +89,5 @@ def fill(path: Path, loader: Loader, model: nn.Module, method: Saliency, seed: i
         ranks = masking.ranks(method(model, batch.images)[:, 0], seed=mix(seed, number))
         stored[number * CHUNK :][:CHUNK, 0] = ranks.to("cpu", torch.int32).numpy()
         stored.flush()
-        write_atomically(done_file, f"{weights} {number + 1}".encode())
+        write_atomically(done_file, f"{origin} {number + 1}".encode())
         progress.update(number + 1)

@@ -99,7 +99,7 @@ def prepare(run: Run, upstream: Upstream) -> Training:
         ranks.share_layers(student)
     facts = hardware.facts(mixed=not module.full_precision)
     origin = {"git": git_state(), "device": facts["device"], "precision": facts["precision"], "upstream": digests_of(upstream)}
-    checkpointer = Checkpointer(run.checkpoint, every=hardware.checkpoint_every, origin=origin)
+    checkpointer = Checkpointer(run.checkpoint, every=hardware.checkpoint_every, run=run.id, origin=origin)
     progress = ProgressLine(f"{run.name} {run.id}", module.total_steps)
     return Training(run, hardware, data, loader, module, checkpointer, progress)
 

@@ -12,6 +12,7 @@ from typing import Any
 from bench import loops, photographs, runs, saliency, steps
 from gradexp.base.errors import UserError
 from gradexp.base.files import write_atomically
+from gradexp.base.texts import read_json
 from gradexp.engine.hardware import native_bf16
 from gradexp.engine.origin import git_state, versions
 
@@ -66,7 +67,7 @@ def _kept(path: Path, machine: dict[str, Any]) -> dict[str, Any]:
     """The parts that are there."""
     if not path.exists():
         raise UserError(f"{path} is not there; measure everything first: make bench")
-    found = json.loads(path.read_text())
+    found = read_json(path, "measure everything again: make bench")
     if differing := [name for name in SAME if found["machine"].get(name) != machine[name]]:
         raise UserError(f"{path} was measured with another {', '.join(differing)}; measure everything again: make bench")
     there = {part: found[part] for part in ROWS if part in found}

@@ -1,0 +1,65 @@
+"""Files that people write or edit (YAML, JSON), read so that a damaged one is an error of one line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from gradexp.base.errors import UserError
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML whose mappings name no key twice; of two values, PyYAML silently takes the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        known = []
+        for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":  # <<
+                continue
+            key = self.construct_object(key_node, deep=True)
+            if key in known:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key} occurs twice", key_node.start_mark)
+            known.append(key)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(file: Path) -> Any:
+    """The content of a YAML file. Raises UserError where it is missing, not YAML or not UTF-8, or names a key twice."""
+    try:
+        return yaml.load(read_text(file), _UniqueKeys)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{_short(file)} is not YAML: {_line(error)}") from None
+
+
+def read_json(file: Path, advice: str) -> dict[str, Any]:
+    """The object in a JSON file. Raises UserError, which ends with `advice`, where it can't be read or holds no object."""
+    try:
+        content = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file} can't be read ({_line(error)}); {advice}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{file} can't be read (it holds no JSON object); {advice}")
+    return content
+
+
+def read_text(file: Path) -> str:
+    """The text of a file. Raises UserError where it is missing or not UTF-8."""
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{_short(file)} is not UTF-8 ({_line(error)}); save it as UTF-8") from None
+    except OSError as error:
+        raise UserError(f"{_short(file)} can't be read ({error.strerror}); restore it with git") from None
+
+
+def _short(file: Path) -> str:
+    """The last three parts of a path, such as conf/table/2.1.yaml."""
+    return "/".join(file.parts[-3:])
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
