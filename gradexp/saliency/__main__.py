@@ -232,14 +232,15 @@ def label_of(target: str | None, classifier: Classifier) -> int | None:
         return None
     if target.lstrip("-").isdigit():
         return int(target)
-    labels = [label for label, name in enumerate(classifier.classes) if name.lower() == target.lower()]
+    wanted, names = target.lower(), [name.lower() for name in classifier.classes]
+    # timm's names are lists of synonyms, such as "tench, Tinca tinca".
+    labels = [label for label, name in enumerate(names) if wanted == name or wanted in name.split(", ")]
     if len(labels) == 1:
         return labels[0]
     if labels:
         raise UserError(f"--target {target}: classes {' and '.join(map(str, labels))} have this name; give the number")
-    names = [name.lower() for name in classifier.classes]
-    parts = [name for name in names if target.lower() in name][:5]
-    hint = f"; did you mean {' or '.join(parts)}?" if parts else nearest(target.lower(), names)
+    parts = [name for name in names if wanted in name][:5]
+    hint = f"; did you mean {' or '.join(parts)}?" if parts else nearest(wanted, names)
     raise UserError(f"--target {target}: {classifier.title} has no such class{hint}")
 
 
