@@ -1,7 +1,9 @@
 """Figures of Chapter 3 from sample records; the command that explains a picture."""
 
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,9 @@ from gradexp.base.files import sha256
 from gradexp.engine.compose import plan
 from gradexp.engine.record import write_record
 from gradexp.engine.run import ROOT
+from gradexp.models import published
 from gradexp.report import figures, specs
-from gradexp.report.draw import gallery, methods, randomisation, removal
+from gradexp.report.draw import explanation, gallery, methods, randomisation, removal
 from gradexp.saliency import __main__ as explain
 
 pytestmark = pytest.mark.usefixtures("sample_records")
@@ -135,7 +138,7 @@ def test_a_gallery_shows_the_images_that_its_spec_chooses(tmp_path: Path) -> Non
 
 def test_an_overlay_is_the_image_in_grey_where_the_map_is_zero() -> None:
     image = np.full((3, 2, 2), 255, dtype=np.uint8)
-    blended = gallery.overlaid(np.array([[0.0, 1.0], [0.0, 0.0]]), image)
+    blended = gallery.blended(np.array([[0.0, 1.0], [0.0, 0.0]]), image)
     np.testing.assert_allclose(blended[0, 0], 0.95)
     assert blended[0, 1, 0] > blended[0, 1, 2]  # red where the map is large
 
@@ -167,26 +170,176 @@ def test_the_galleries_have_as_many_images_as_figure_3_4_shows(scale: str) -> No
 
 # --- python -m gradexp.saliency ---------------------------------------------------------------------------
 
+PHOTO = np.random.default_rng(0).integers(0, 256, (500, 520, 3), dtype=np.uint8)
 
-def test_a_published_network_explains_a_picture_without_its_data_set(
-    tmp_path: Path, places: list[str], capsys: pytest.CaptureFixture[str]
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    Image.fromarray(PHOTO).save(tmp_path / "photo.png")
+    return tmp_path / "photo.png"
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of torch hub's checkpoints with the file of SqueezeNet, and no network."""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    monkeypatch.setattr("torch.hub.urlopen", refused)
+    folder = tmp_path / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    torch.manual_seed(0)
+    torch.save(torchvision.models.squeezenet1_1().state_dict(), folder / "squeezenet1_1-b8a52dc0.pth")
+    return folder
+
+
+def refused(*_: object, **__: object) -> None:
+    raise OSError("no network")
+
+
+def failure(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The message with which the command ends."""
+    with pytest.raises(SystemExit) as ended:
+        explain.main(words)
+    return ended.value.code if isinstance(ended.value.code, str) else capsys.readouterr().err.strip()
+
+
+def test_published_weights_explain_a_photograph_at_its_own_size(
+    photo: Path, hub: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--model", "torchvision:squeezenet1_1", "--method", "fullgrad,input_gradient,fullgrad_signed"]
+    explain.main([*words, str(photo), "--target", "Tench"])
+    said = capsys.readouterr().out
+    assert "class 0 (tench), probability" in said
+    assert said.count("completeness error") == 2
+    assert "of the logit lies in no plane" in said
+    drawn = np.asarray(Image.open(photo.with_name("photo_fullgrad_input_gradient_fullgrad_signed.png")).convert("RGB"))
+    left, top = 25, drawn.shape[0] - 25 - 2 * 500 - 2 * 25  # margins are a line of 25 pixels
+    assert drawn.shape[1] == 4 * (520 + 25) + 25
+    np.testing.assert_array_equal(drawn[top : top + 500, left : left + 520], PHOTO)
+
+
+def test_the_map_is_over_what_the_network_gets() -> None:
+    """Of a wide picture, the middle square; a transform that crops 224 of 256 pixels sees seven eighths of it."""
+    torch.manual_seed(0)
+    classifier = published.torchvision_classifier("squeezenet1_1", weights="random")
+    marked = Image.new("RGB", (512, 256))
+    left, top, right, bottom = classifier.region(marked.size)
+    assert (left, top, right, bottom) == (144, 16, 368, 240)
+    marked.paste((255, 255, 255), (int(left), int(top), int(right), int(bottom)))
+    assert float(classifier.prepare(marked).std(dim=(2, 3)).max()) < 1e-3  # nothing but the region is seen
+    pixels = np.asarray(marked)
+    over = explanation.laid_over(np.eye(2), pixels, (left, top, right, bottom))
+    outside = np.ones(pixels.shape[:2], dtype=bool)
+    outside[16:240, 144:368] = False
+    np.testing.assert_allclose(over[outside], 0.6, rtol=1e-6)  # black, drawn pale
+    assert over[20, 150, 0] > over[20, 150, 2] + 0.2  # the map is large at the upper left, and red
+
+
+def test_classes_are_numbers_or_names() -> None:
+    classifier = published.torchvision_classifier("squeezenet1_1", weights="random")
+    classifier = replace(classifier, classes=["crane", "heron", "Crane", "grey owl"])
+    assert [explain.label_of(word, classifier) for word in (None, "2", "HERON")] == [None, 2, 1]
+    for word, message in (("crane", "classes 0 and 2 have"), ("owl", "did you mean grey owl"), ("herno", "did you mean heron")):
+        with pytest.raises(UserError, match=message):
+            explain.label_of(word, classifier)
+
+
+def test_weights_of_a_file_may_have_another_number_of_classes(
+    photo: Path, hub: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save(torchvision.models.squeezenet1_1(num_classes=5).state_dict(), tmp_path / "mine.pth")
+    words = [str(photo), "--model", "torchvision:squeezenet1_1", "--size", "96", "--weights"]
+    explain.main([*words, str(tmp_path / "mine.pth"), "--method", "input_gradient", "--out", str(tmp_path / "new" / "map.pdf")])
+    assert (tmp_path / "new" / "map.pdf").read_bytes().startswith(b"%PDF")
+    assert "class 7" in failure([*words, str(tmp_path / "mine.pth"), "--target", "7"], capsys).replace("target=", "class ")
+    assert "no such file" in failure([*words, "mime.pth"], capsys)
+    explain.main([*words, "random", "--method", "input_gradient"])
+
+
+def test_missing_weights_name_the_file_to_place(photo: Path, hub: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = failure([str(photo), "--model", "torchvision:alexnet"], capsys)
+    assert f"Place {hub / 'alexnet-owt-7be5be79.pth'}, from https://" in message
+    assert "no network" in message
+    assert "--weights random" in message
+    (hub / "alexnet-owt-7be5be79.pth").write_bytes(b"half a file")
+    assert "no readable weights file" in failure([str(photo), "--model", "torchvision:alexnet"], capsys)
+    assert "did you mean alexnet?" in failure([str(photo), "--model", "torchvision:alexnt"], capsys)
+
+
+def test_one_bad_picture_does_not_stop_the_others(
+    photo: Path, hub: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bad.jpg").write_bytes(b"no picture")
+    words = ["--model", "torchvision:squeezenet1_1", "--method", "input_gradient", "--out", str(tmp_path / "maps")]
+    with pytest.raises(SystemExit) as ended:
+        explain.main([str(tmp_path / "bad.jpg"), *words, "--set", "scale=quick", str(photo), "--set", "trainer.threads=1"])
+    assert ended.value.code == 1
+    assert "bad.jpg can't be read" in capsys.readouterr().err
+    assert [file.name for file in (tmp_path / "maps").iterdir()] == ["photo_input_gradient.png"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--out", "PHOTO"], "is a picture to explain"),
+        (["--out", "map.bmp"], "the file's name ends in"),
+        (["--out", "/proc/none/"], "can't be written"),
+        (["OTHER", "--out", "map.png"], "several pictures need a folder"),
+        (["OTHER", "--out", "FOLDER"], "would both be explained in"),
+        (["--model", "torchvison:resnet18"], "did you mean torchvision:resnet18?"),
+        (["--model", "experiment:score_objective"], "train no model"),
+        (["--model", "experiment:teacher", "--size", "64"], "--size is for published networks"),
+        (["--set", "seed=1"], "takes overrides of saliency, trainer and scale only"),
+        (["--set", "saliency.sample=3"], "saliency.sample"),
+        (["--target", "tabbi"], "did you mean tabby"),
+        (["--method", "fullgrd"], "fullgrad"),
+    ],
+)
+def test_mistakes_are_noticed_before_any_work(
+    words: list[str], message: str, photo: Path, hub: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "other").mkdir()
+    Image.fromarray(PHOTO).save(tmp_path / "other" / "photo.jpg")
+    places = {"PHOTO": photo, "OTHER": tmp_path / "other" / "photo.jpg", "FOLDER": tmp_path / "folder"}
+    words = [str(places.get(word, word)) for word in words]
+    before = sorted(tmp_path.rglob("*.*"))
+    model = [] if "--model" in words else ["--model", "torchvision:squeezenet1_1"]
+    assert message in failure([str(photo), *model, *words], capsys)
+    assert sorted(tmp_path.rglob("*.*")) == before
+
+
+def test_timm_is_optional(photo: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    assert "pip install timm" in failure([str(photo), "--model", "timm:resnet18"], capsys)
+
+
+def test_networks_of_timm(photo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("timm")
+    explain.main([str(photo), "--model", "timm:test_resnet", "--weights", "random", "--target", "tench"])
+    assert "completeness error" in capsys.readouterr().out
+    assert "did you mean" in failure([str(photo), "--model", "timm:resnet19"], capsys)
+
+
+def test_weights_of_a_run_explain_a_picture_without_its_data_set(
+    tmp_path: Path, photo: Path, places: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     torch.manual_seed(0)
     (tmp_path / "weights").mkdir()
     torch.save(torchvision.models.vgg16_bn(weights=None).state_dict(), tmp_path / "weights" / "mine.pth")
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(tmp_path / "photo.png")
     words = ["model=vgg16_bn_imagenet", "task.file=mine.pth", "trainer.threads=1", *places, f"paths.data={tmp_path}"]
-    explain.main([str(tmp_path / "photo.png"), "--model", "pretrained", "--target", "5", "--set", *words])
-    assert "class 5, logit" in capsys.readouterr().out
+    explain.main([str(photo), "--model", "experiment:pretrained", "--target", "5", "--set", *words])
+    assert "class 5" in capsys.readouterr().out
 
 
-def test_the_command_draws_a_map(tmp_path: Path, places: list[str]) -> None:
+def test_the_command_draws_a_map_of_a_trained_network(tmp_path: Path, places: list[str]) -> None:
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50), dtype=np.uint8)).save(tmp_path / "photo.png")
-    words = [sys.executable, "-m", "gradexp.saliency", str(tmp_path / "photo.png"), "--set", "scale=quick", "logger=none"]
-    tiny = ["scale.width=0.04", "optim.passes=1", "trainer.threads=1", *places]
-    done = subprocess.run([*words, *tiny], cwd=ROOT, capture_output=True, text=True)
+    words = [sys.executable, "-m", "gradexp.saliency", str(tmp_path / "photo.png"), "--model", "experiment:teacher"]
+    tiny = ["--set", "scale=quick", "logger=none", "--set", "scale.width=0.04", "optim.passes=1", "trainer.threads=1", *places]
+    asked = subprocess.run([*words, *tiny], cwd=ROOT, capture_output=True, text=True)
+    assert asked.returncode == 1
+    assert re.search(r"experiment:teacher is not trained yet, which takes .*; add --train", asked.stderr)
+    done = subprocess.run([*words, "--train", *tiny], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "completeness error" in done.stdout
     assert Image.open(tmp_path / "photo_fullgrad.png").size[0] > 1000
-    wrong = subprocess.run([*words[:4], "--target", "10", *words[4:], *tiny], cwd=ROOT, capture_output=True, text=True)
+    wrong = subprocess.run([*words, "--target", "10", *tiny], cwd=ROOT, capture_output=True, text=True)
     assert wrong.stderr.strip() == "error: target=10: the model has classes 0 to 9"

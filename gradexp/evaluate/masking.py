@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from gradexp.base.errors import UserError
+from gradexp.base.errors import UserError, choose
+from gradexp.saliency.method import Saliency
 
 
 def ranks(saliency: Tensor, *, seed: int) -> Tensor:
@@ -31,6 +32,24 @@ def least_salient(ranks: Tensor, fraction: float) -> Tensor:
 def most_salient(ranks: Tensor, fraction: float) -> Tensor:
     """Mask of the `fraction` of pixels with the highest ranks, as `least_salient`."""
     return least_salient(ranks[0].numel() - 1 - ranks, fraction)
+
+
+ORDERS = {"least": least_salient, "most": most_salient}
+
+
+def salient_ranks(model: nn.Module, images: Tensor, method: Saliency, *, seed: int = 0) -> Tensor:
+    """Rank of each pixel by the maps of a method for the predicted classes, as `ranks`: (B, C, H, W) -> (B, H, W)."""
+    return ranks(method(model, images)[:, 0], seed=seed)
+
+
+def salient_mask(
+    model: nn.Module, images: Tensor, method: Saliency, fraction: float, *, order: str = "most", seed: int = 0
+) -> Tensor:
+    """Mask of the pixels that ROAR removes (§3.5.2): the `fraction` that is most or least salient, by `order`.
+
+    images (B, C, H, W) -> bool (B, 1, H, W), for `remove`. Raises UserError for a fraction outside [0, 1].
+    """
+    return ORDERS[choose("order", order, *ORDERS)](salient_ranks(model, images, method, seed=seed), fraction)
 
 
 def remove(images: Tensor, mask: Tensor, replacement: str | float | Tensor) -> Tensor:

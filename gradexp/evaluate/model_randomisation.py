@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
+
 import torch
 from scipy import stats
 from torch import Tensor, nn
@@ -9,6 +12,39 @@ from torch import Tensor, nn
 from gradexp.base.errors import UserError
 from gradexp.data.loader import mix
 from gradexp.gradients import NORMS
+from gradexp.saliency.method import Saliency, predicted
+
+UNTOUCHED = "untouched"
+
+
+def randomisation_correlations(
+    model: nn.Module, images: Tensor, method: Saliency, *, batch_size: int = 64, seed: int = 0
+) -> dict[str, Tensor]:
+    """Rank correlation of maps with those of a copy of `model` whose layers are randomised one after another from the output.
+
+    images (N, C, H, W) -> {names of the layer randomised last: (N,)}, the first entry `untouched`. All maps are of the classes
+    that `model` predicts; methods draw the same noise for every copy. Raises UserError for a module without
+    `reset_parameters`.
+    """
+    groups, batches = layers_from_output(model), torch.split(images, batch_size)
+    copied = copy.deepcopy(model).eval()
+    classes = [predicted(copied, batch, None) for batch in batches]
+    correlations = {UNTOUCHED: torch.ones(len(images))}
+    with torch.random.fork_rng():
+        original = maps_of(copied, method, batches, classes, seed)
+        for count, names in enumerate(groups, 1):
+            randomise(copied, groups[:count], seed)
+            correlations[" and ".join(names)] = rank_correlation(original, maps_of(copied, method, batches, classes, seed))
+    return correlations
+
+
+def maps_of(model: nn.Module, method: Saliency, batches: Sequence[Tensor], classes: Sequence[Tensor], seed: int) -> Tensor:
+    """Maps of batches of images for given classes, (N, 1, H, W) on the CPU. seed: of the noise that methods add."""
+    maps = []
+    for number, (images, labels) in enumerate(zip(batches, classes, strict=True)):
+        torch.manual_seed(mix(seed, number))
+        maps.append(method(model, images, labels).cpu())
+    return torch.cat(maps)
 
 
 def layers_from_output(model: nn.Module) -> list[list[str]]:

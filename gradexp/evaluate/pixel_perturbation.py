@@ -14,8 +14,51 @@ from gradexp.evaluate import masking
 from gradexp.gradients import evaluating
 from gradexp.saliency import Saliency
 
-MASKS = {"least": masking.least_salient, "most": masking.most_salient}
 CHANGE = "output_change"
+FRACTIONS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1)  # Figure 3.2a
+
+
+def perturb_pixels(
+    model: nn.Module,
+    images: Tensor,
+    method: Saliency,
+    *,
+    fractions: Sequence[float] = FRACTIONS,
+    order: str = "least",
+    fill: str | float | Tensor = "image_mean",
+    seed: int = 0,
+) -> Tensor:
+    """Change of the output when pixels are removed, |f(perturbed) - f(x)| / |f(x)| of the predicted class (§3.5.1).
+
+    images (B, C, H, W) -> (B, F) for F removed fractions. order: `least` or `most` salient pixels. fill: see masking.remove.
+    seed: orders equal saliencies. The model is in eval mode meanwhile. Raises UserError for unknown words and fractions outside
+    [0, 1].
+    """
+    choose("order", order, *masking.ORDERS)
+    ranks = masking.salient_ranks(model, images, method, seed=seed)
+    with torch.no_grad(), evaluating(model):
+        before, top = model(images).max(1)
+        return output_changes(model, images, ranks, before, top, fractions=fractions, order=order, fill=fill)
+
+
+def output_changes(
+    model: nn.Module,
+    images: Tensor,
+    ranks: Tensor,
+    before: Tensor,
+    top: Tensor,
+    *,
+    fractions: Sequence[float],
+    order: str,
+    fill: str | float | Tensor,
+) -> Tensor:
+    """As `perturb_pixels`, by given ranks (B, H, W). before: the outputs f(x) of the classes `top`, (B,) each."""
+    curve = []
+    for fraction in fractions:
+        perturbed = masking.remove(images, masking.ORDERS[order](ranks, fraction), fill)
+        after = model(perturbed).gather(1, top[:, None])[:, 0]
+        curve.append((after - before).abs() / before.abs())
+    return torch.stack(curve, 1)
 
 
 class Reading(NamedTuple):
@@ -54,7 +97,7 @@ class PixelPerturbation:
                     raise UserError(f"evaluate.readings.{name}.{key}: unknown key; take {' or '.join(Reading._fields)}")
             self.readings[f"{name}/"] = Reading(**{"order": order, "fill": fill, **changed})
         for reading in self.readings.values():
-            choose("evaluate.order", reading.order, *MASKS)
+            choose("evaluate.order", reading.order, *masking.ORDERS)
 
     def __call__(self, model: nn.Module, method: Saliency, batch: Batch, *, black: Tensor, seed: int) -> dict[str, Tensor]:
         """{`output_change@removed=FRACTION`: (B,)}, and `output_change_area` with an area; computed in eval mode.
@@ -62,20 +105,19 @@ class PixelPerturbation:
         The keys of a further reading begin with its name and a slash. black (C, 1, 1): the value of black pixels in the units
         of the images. seed: orders equal saliencies.
         """
-        ranks = masking.ranks(method(model, batch.images)[:, 0], seed=seed)
+        ranks = masking.salient_ranks(model, batch.images, method, seed=seed)
         changes: dict[str, Tensor] = {}
         with torch.no_grad(), evaluating(model):
             before, top = model(batch.images).max(1)
             for name, reading in self.readings.items():
                 fill = black if reading.fill == "black" else reading.fill
-                curve = []
-                for fraction in self.fractions:
-                    perturbed = masking.remove(batch.images, MASKS[reading.order](ranks, fraction), fill)
-                    after = model(perturbed).gather(1, top[:, None])[:, 0]
-                    curve.append((after - before).abs() / before.abs())
-                    changes[f"{name}{CHANGE}@removed={fraction:g}"] = curve[-1]
+                curves = output_changes(
+                    model, batch.images, ranks, before, top, fractions=self.fractions, order=reading.order, fill=fill
+                )
+                for fraction, values in zip(self.fractions, curves.unbind(1), strict=True):
+                    changes[f"{name}{CHANGE}@removed={fraction:g}"] = values
                 if self.area is not None:
-                    changes[f"{name}{CHANGE}_area"] = mean_height(self.fractions, torch.stack(curve, 1), log=self.area == "log")
+                    changes[f"{name}{CHANGE}_area"] = mean_height(self.fractions, curves, log=self.area == "log")
         return changes
 
 

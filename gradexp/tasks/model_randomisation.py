@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradexp.data.loader import mix
 from gradexp.engine.run import Run
 from gradexp.engine.task import Result, Upstream
-from gradexp.evaluate.model_randomisation import layers_from_output, randomise, rank_correlation
+from gradexp.evaluate.model_randomisation import UNTOUCHED, layers_from_output, maps_of, randomise, rank_correlation
 from gradexp.saliency.method import predicted
 from gradexp.tasks.saliency_score import SaliencyTask
 
@@ -28,26 +27,18 @@ class ModelRandomisation(SaliencyTask):
         if evaluation.diverged:
             return evaluation.result({})
         options, seed = run.config["evaluate"], run.config["seed"]
-        batches = list(evaluation.first_images(options["images"], options["batch_size"])[0])
-        classes = [predicted(model, batch.images, None) for batch in batches]
+        batches = [batch.images for batch in evaluation.first_images(options["images"], options["batch_size"])[0]]
+        classes = [predicted(model, images, None) for images in batches]
         groups = layers_from_output(model)
-
-        def maps() -> Tensor:
-            parts = []
-            for number, (batch, labels) in enumerate(zip(batches, classes, strict=True)):
-                torch.manual_seed(mix(seed, number))  # for methods that add noise
-                parts.append(method(model, batch.images, labels).cpu())
-            return torch.cat(parts)
-
-        original = maps()
+        original = maps_of(model, method, batches, classes, seed)
 
         def correlate(_: int, layers: list[list[str]]) -> Tensor:
             randomise(model, layers, seed)
-            return rank_correlation(original, maps())
+            return rank_correlation(original, maps_of(model, method, batches, classes, seed))
 
         randomised = [groups[:count] for count in range(1, len(groups) + 1)]
         correlations = [torch.ones(len(original)), *evaluation.pieces.each("layers", randomised, correlate, count=len(groups))]
-        facts = {"images": len(original), "layers": ["untouched", *(" and ".join(names) for names in groups)]}
+        facts = {"images": len(original), "layers": [UNTOUCHED, *(" and ".join(names) for names in groups)]}
         return Result(curves(correlations), facts={**facts, **evaluation.facts()})
 
 

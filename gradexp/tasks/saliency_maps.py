@@ -86,7 +86,7 @@ def fill(path: Path, loader: Loader, model: nn.Module, method: Saliency, seed: i
     progress = Progress(title, len(loader), "chunks", done=done)
     for number, batch in enumerate(loader.batches(epoch=0, start=done), start=done):
         torch.manual_seed(mix(seed, number))
-        ranks = masking.ranks(method(model, batch.images)[:, 0], seed=mix(seed, number))
+        ranks = masking.salient_ranks(model, batch.images, method, seed=mix(seed, number))
         stored[number * CHUNK :][:CHUNK, 0] = ranks.to("cpu", torch.int32).numpy()
         stored.flush()
         write_atomically(done_file, f"{origin} {number + 1}".encode())

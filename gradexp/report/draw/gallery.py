@@ -74,16 +74,20 @@ def draw_map(axes: Axes, values: np.ndarray, image: np.ndarray | None) -> None:
     if image is None:
         axes.imshow(strength, cmap=MAP, vmin=0, vmax=1)
     else:
-        axes.imshow(overlaid(strength, image))
+        axes.imshow(blended(strength, image))
 
 
-def overlaid(strength: np.ndarray, image: np.ndarray) -> np.ndarray:
-    """A map (H, W) in [0, 1] over an image (C, H, W) uint8, which is visible where the map is small. -> (H, W, 3) in [0, 1]."""
-    colours = image.astype(float).transpose(1, 2, 0) / 255
-    grey = colours.mean(2, keepdims=True).repeat(3, axis=2)
+def blended(strength: np.ndarray, image: np.ndarray, colours: np.ndarray | None = None) -> np.ndarray:
+    """A map (H, W) in [0, 1] over an image (C, H, W) uint8, which is visible where the map is small. -> (H, W, 3) in [0, 1].
+
+    colours: of the map, (H, W, 3); None for those of its values.
+    """
+    if colours is None:
+        colours = mpl.colormaps[OVERLAY](strength)[..., :3]
+    grey = (image.astype(float).transpose(1, 2, 0) / 255).mean(2, keepdims=True).repeat(3, axis=2)
     opacity = MOST_OVERLAID * strength[..., None]
-    blended: np.ndarray = (1 - opacity) * (0.35 + 0.6 * grey) + opacity * mpl.colormaps[OVERLAY](strength)[..., :3]
-    return blended
+    mixed: np.ndarray = (1 - opacity) * (0.35 + 0.6 * grey) + opacity * colours
+    return mixed
 
 
 def picture(axes: Axes, image: np.ndarray) -> None:

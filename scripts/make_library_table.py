@@ -1,0 +1,233 @@
+"""Checks FullGrad and accelerate on torchvision's classifiers, and writes the table of docs/library.md.
+
+One architecture after another, the smallest first. Each row is stored in results/library.csv when it is computed, and an
+architecture with a row is not computed again; `--again NAME` computes its row anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import csv
+import gc
+import io
+import math
+import re
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import gradexp
+from gradexp import gradients
+from gradexp.base.errors import UserError
+from gradexp.base.files import write_atomically
+from gradexp.engine.exits import exit_on_errors
+from gradexp.engine.run import ROOT
+from gradexp.layers import only_inputs
+from gradexp.report.writing import markdown
+
+ROWS = ROOT / "results" / "library.csv"
+PAGE = ROOT / "docs" / "library.md"
+COLUMNS = ("architecture", "parameters", "fullgrad", "error", "outside", "accelerate")
+SIZE = 224  # pixels, for FullGrad
+SMALL = 64  # pixels, for second derivatives; an attention over windows of fixed number needs SIZE
+SMALLER = {"inception_v3": 96, "maxvit_t": SIZE}
+EPS = torch.finfo(torch.float32).eps
+ROUNDING = 1e-10  # gradients so much smaller than the largest one are rounding, such as those of a bias before a normalisation
+
+
+def main(words: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--limit", type=float, default=100, help="largest number of parameters, in millions (default: 100)")
+    parser.add_argument("--only", nargs="*", metavar="NAME", help="these architectures")
+    parser.add_argument("--again", nargs="*", default=[], metavar="NAME", help="compute these rows anew")
+    parser.add_argument("--render-only", action="store_true", help="write the table from the rows that exist")
+    given = parser.parse_args(words)
+    with exit_on_errors():
+        sizes = parameter_counts()
+        if unknown := {*(given.only or ()), *given.again} - sizes.keys():
+            raise UserError(f"torchvision has no classifier {', '.join(sorted(unknown))}")
+        rows = {name: row for name, row in read(ROWS).items() if name not in given.again}
+        for name in [] if given.render_only else sizes:
+            if name not in rows and sizes[name] <= given.limit * 1e6 and name in (given.only or sizes):
+                rows[name] = row_of(name, sizes[name])
+                print(*rows[name].values(), sep="  ", flush=True)
+                write_atomically(ROWS, to_csv(rows).encode())
+                gc.collect()
+        write_table(PAGE, rows, sizes)
+
+
+def parameter_counts() -> dict[str, int]:
+    """{architecture: number of parameters}, the smallest first."""
+    names = torchvision.models.list_models(module=torchvision.models)
+    counts = {name: next(iter(torchvision.models.get_model_weights(name))).meta["num_params"] for name in names}
+    return dict(sorted(counts.items(), key=lambda item: item[1]))
+
+
+# --- rows ---------------------------------------------------------------------------------------------------
+
+
+def row_of(name: str, parameters: int) -> dict[str, str]:
+    row = {"architecture": name, "parameters": str(parameters)}
+    try:
+        row |= full_gradients(name)
+    except Exception as error:
+        row |= {"fullgrad": first_line(error), "error": "", "outside": ""}
+    try:
+        row["accelerate"] = f"{max(difference(name, training) for training in (False, True)):.1e}"
+    except Exception as error:
+        row["accelerate"] = first_line(error)
+    return row
+
+
+def full_gradients(name: str) -> dict[str, str]:
+    """Columns about FullGrad of one image of noise, in float32."""
+    model = perturbed(network(name)).eval()
+    images = torch.randn(1, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        full = gradients.full_gradient(model, images, torch.zeros(1, dtype=torch.long), target="top")
+        error, outside = float(full.error()), float(full.outside() / full.output)
+        del full
+        saliency = gradexp.FullGrad()(model, images)
+    drawn = (
+        saliency.shape == (1, 1, SIZE, SIZE) and saliency.isfinite().all() and saliency.flatten().diff().count_nonzero() > SIZE
+    )
+    return {"fullgrad": "yes" if drawn else "the map is constant", "error": f"{error:.1e}", "outside": f"{outside:.4f}"}
+
+
+def difference(name: str, training: bool) -> float:
+    """The largest difference that `accelerate` makes to a parameter's gradient of a gradient penalty, relative to its norm."""
+    size = SMALLER.get(name, SMALL)
+    stock = perturbed(network(name, size)).double()
+    fast = gradexp.accelerate(copy.deepcopy(stock)).train(training)
+    images = torch.randn(2, 3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    with sdpa_kernel(SDPBackend.MATH):
+        expected, found = (penalised(model, images) for model in (twice_differentiable(stock).train(training), fast))
+    smallest = ROUNDING * max(float(gradient.norm()) for gradient in expected.values())
+    return max(
+        float((found[key] - gradient).norm() / gradient.norm())
+        for key, gradient in expected.items()
+        if float(gradient.norm()) > smallest
+    )
+
+
+def network(name: str, size: int = SIZE) -> nn.Module:
+    options: dict[str, Any] = {"image_size": size} if name.startswith("vit") else {}
+    if name in ("googlenet", "inception_v3"):
+        options = {"aux_logits": False, "init_weights": False}
+    torch.manual_seed(0)
+    model: nn.Module = torchvision.models.get_model(name, weights=None, **options)
+    return model
+
+
+def perturbed(model: nn.Module) -> nn.Module:
+    """Random biases, scales and running statistics, so that nothing is 0 or 1; no dropout."""
+    for key, value in model.named_parameters():
+        if value.ndim == 1 or not value.any():
+            value.data.add_(0.1 * torch.randn_like(value))
+        elif "layer_scale" in key:
+            value.data.fill_(0.5)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            assert module.running_mean is not None and module.running_var is not None
+            module.running_mean.normal_(0, 0.3)
+            module.running_var.uniform_(0.5, 1.5)
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+class TwiceHardsigmoid(nn.Module):
+    """torch's own Hardsigmoid has one derivative."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ((x + 3) / 6).clamp(0, 1)
+
+
+def twice_differentiable(model: nn.Module) -> nn.Module:
+    for module in list(model.modules()):
+        for key, child in module.named_children():
+            if type(child) is nn.Hardsigmoid:
+                setattr(module, key, TwiceHardsigmoid())
+    return model
+
+
+def penalised(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
+    """Gradients of the parameters of a loss with a gradient penalty, relative to the input-gradient's own size."""
+    torch.manual_seed(3)  # for stochastic depth
+    images = images.clone().requires_grad_()
+    with only_inputs():
+        logits = model(images)
+        # All logits: the ReLU of one may be dead, as in SqueezeNet with random weights.
+        (gradient,) = torch.autograd.grad((logits * torch.randn_like(logits[0])).sum(), images, create_graph=True)
+    (gradient / gradient.detach().norm() - 0.01).square().sum().backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0]}" if str(error) else type(error).__name__
+
+
+# --- files --------------------------------------------------------------------------------------------------
+
+
+def read(path: Path) -> dict[str, dict[str, str]]:
+    if not path.exists():
+        return {}
+    with path.open(encoding="utf-8", newline="") as file:
+        return {row["architecture"]: row for row in csv.DictReader(file)}
+
+
+def to_csv(rows: dict[str, dict[str, str]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(row for _, row in sorted(rows.items()))
+    return text.getvalue()
+
+
+def table(rows: dict[str, dict[str, str]], sizes: dict[str, int]) -> list[str]:
+    """The table in Markdown, and a line about the architectures that have no row."""
+    frame = pd.DataFrame(
+        {
+            "Architecture": name,
+            "Parameters": f"{sizes[name] / 1e6:.1f} M",
+            "FullGrad": row["fullgrad"],
+            "Completeness error": f"< {EPS:.0e}" if row["error"] and float(row["error"]) < EPS else row["error"],
+            "Without a plane": f"{100 * float(row['outside']):.1f} %" if row["outside"] else "",
+            "`accelerate`": row["accelerate"],
+        }
+        for name, row in sorted(rows.items())
+    )
+    lines = markdown(frame)
+    left = [f"{name} ({math.floor(size / 1e6)} M)" for name, size in sizes.items() if name not in rows]
+    return [*lines, "", f"Not computed (parameters in brackets): {', '.join(left)}."] if left else lines
+
+
+def write_table(page: Path, rows: dict[str, dict[str, str]], sizes: dict[str, int]) -> None:
+    """Puts the table between the page's two markers. Raises UserError where the page has none."""
+    text = page.read_text(encoding="utf-8") if page.exists() else ""
+    if not re.search(MARKED, text):
+        raise UserError(f"{page} has no markers {START} and {END} for the table")
+    content = between(table(rows, sizes))
+    write_atomically(page, re.sub(MARKED, lambda _: content, text).encode())
+
+
+START, END = "<!-- architectures -->", "<!-- end of architectures -->"
+MARKED = re.compile(f"{re.escape(START)}.*?{re.escape(END)}", re.DOTALL)
+
+
+def between(lines: Sequence[str]) -> str:
+    return "\n".join([START, "", *lines, "", END])
+
+
+if __name__ == "__main__":
+    main()
