@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from hashlib import sha256
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,9 @@ from gradexp.engine.build import build
 from gradexp.engine.run import ROOT, Config
 from gradexp.evaluate.model_randomisation import layers_from_output
 from gradexp.terms.targets import Targets
-from gradexp.training.classifier import Classifier
+
+if TYPE_CHECKING:
+    from gradexp.training.classifier import Classifier
 
 META = torch.device("meta")
 SIZES = {"imagenet": (1_281_167, 50_000), "mit_scenes": (5_360, 1_340)}  # as published, where no run has counted them
@@ -92,11 +94,13 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.each: list[tuple[float, float]] = []
+        self._last = ""  # operation
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.ops.aten._local_scalar_dense.default:
-            return 1  # a check of values, such as isfinite().all(), passes
+            return int(self._last != "any")  # checks such as isfinite().all() pass, those such as isnan().any() raise nothing
+        self._last = func.overloadpacket.__name__
         out = func(*args, **kwargs)
         if not func.is_view:
             count = flop_registry.get(func.overloadpacket)

@@ -9,7 +9,6 @@ from dataclasses import asdict
 from hashlib import sha256
 
 import operations
-import probe
 import torch
 from common import arguments, planner, shared
 from joblib import cpu_count
@@ -125,6 +124,8 @@ def measure(configs: Sequence[Config], paths: Paths, history: costs.History) -> 
 
 
 def probed(config: Config, paths: Paths, history: costs.History) -> costs.Sample:
+    import probe  # imports Lightning, which takes seconds
+
     if "optim" in config:
         return costs.probed_training(config, probe.in_its_own_process(probe.training, config, paths, threads=1), history)
     cut = [short for n in costs.LADDER if (short := task_of(config).shortened(config, n))]

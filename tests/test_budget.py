@@ -7,10 +7,10 @@ import filelock
 import pytest
 import reproduce
 from common import planner
+from stubs import Deaf, Endless, Failing
 
 from gradexp.base.errors import UserError
 from gradexp.engine.compose import plan
-from gradexp.engine.fit import load_checkpoint
 from gradexp.engine.launchers import start_process
 from gradexp.engine.run import Config, Run, run_id
 from gradexp.report import specs
@@ -37,6 +37,7 @@ def teacher(places: list[str], *words: str) -> Run:
 
 
 def spend(seconds: float, runs: list[Run], guess: Guess, places: list[str]) -> reproduce.Budget:
+    start_process(time.sleep, 0).join()  # the first process waits for imports, which take half a minute on a busy machine
     ranked = {run: (number,) for number, run in enumerate(runs)}
     return reproduce.spend(seconds, ranked, guess, workers=1, extra=[*places, "trainer.threads=1"])  # type: ignore[arg-type]
 
@@ -106,19 +107,26 @@ def test_the_most_wanted_run_that_fits_comes_first_and_its_upstream_run_before_i
     assert budget.choose()[0] == dear  # type: ignore[index]
 
 
-def test_a_budget_that_ends_in_the_middle_of_a_run(places: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    """It was thought to take a second. It is stopped with a checkpoint, in time, and the next budget resumes from it."""
-    run = teacher(places, "optim.passes=200000")
-    start_process(time.sleep, 0).join()  # the first process waits for imports, which take half a minute on a busy machine
-    begun = time.monotonic()
-    budget = spend(40, [run], Guess(), places)
-    assert time.monotonic() - begun < 45
-    assert budget.stopped == [run] and not budget.failed and not run.finished
-    assert run.checkpoint.exists()
+def test_a_budget_that_ends_in_the_middle_of_a_run(
+    places: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It was thought to take a second. It is stopped in time with a checkpoint, and begun again with the next budget."""
+    monkeypatch.setattr(reproduce, "Work", Endless)
+    run, begun = teacher(places), time.monotonic()
+    budget = spend(20, [run], Guess(), places)
+    assert 15 < time.monotonic() - begun < 21
+    assert budget.stopped == [run] and not budget.failed and run.checkpoint.exists()
     assert f"resumes next time: {run.command}" in capsys.readouterr().out
-    step = load_checkpoint(run.checkpoint)["global_step"]
-    spend(40, [run], Guess(), places)
-    assert load_checkpoint(run.checkpoint)["global_step"] > step
+    spend(20, [run], Guess(), places)
+    assert (run.folder / "begun").read_text() == "after a checkpoint: False\nafter a checkpoint: True\n"
+
+
+def test_a_run_that_does_not_stop_is_killed_at_the_end(places: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reproduce, "Work", Deaf)
+    run, begun = teacher(places), time.monotonic()
+    budget = spend(20, [run], Guess(), places)
+    assert 20 <= time.monotonic() - begun < 23
+    assert budget.stopped == [run] and (run.folder / "heard").exists() and not run.checkpoint.exists()
 
 
 def test_a_run_that_takes_three_times_its_estimate(places: list[str]) -> None:
@@ -149,8 +157,11 @@ def test_a_run_that_another_process_is_doing_is_left_to_it(places: list[str]) ->
     assert budget.choose()[0] == runs[0]  # type: ignore[index]
 
 
-def test_a_run_that_fails_is_reported_and_not_tried_again(places: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    run = teacher(places, "data.per_class=1000")
+def test_a_run_that_fails_is_reported_and_not_tried_again(
+    places: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(reproduce, "Work", Failing)
+    run = teacher(places)
     budget = spend(60, [run], Guess(), places)
-    assert list(budget.failed) == [run]
+    assert budget.failed == {run: "error: something is wrong"}
     assert "1 failed" in capsys.readouterr().out

@@ -8,9 +8,6 @@ from typing import Any, Literal
 
 import torch
 from joblib import cpu_count
-from lightning.fabric.plugins.environments.lightning import LightningEnvironment
-from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
-from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 
 from gradexp.base.errors import UserError, choose
@@ -136,6 +133,11 @@ class Hardware:
 
     def trainer_options(self) -> dict[str, Any]:
         """Options of Lightning's Trainer. They include the environment, which it would otherwise infer from SLURM's job."""
+        # Imported here: make plan needs the class, and Lightning takes seconds.
+        from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+        from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+        from lightning.pytorch.strategies import DDPStrategy
+
         options = {"accelerator": self.kind, "precision": LIGHTNING_PRECISION[self.precision]}
         if not self.is_part:
             return {**options, "devices": 1, "plugins": [LightningEnvironment()]}

@@ -27,7 +27,7 @@ from gradexp.engine.origin import LOADED, git_state
 from gradexp.engine.record import print_summary
 
 # A fresh interpreter takes ten seconds to import these; a process forked from a server that has imported them takes none.
-PRELOADED = ["gradexp.tasks.train", "gradexp.engine.compose"]
+PRELOADED = ["gradexp.tasks.train", "gradexp.engine.fit", "gradexp.engine.compose"]
 
 
 @dataclass(frozen=True)
