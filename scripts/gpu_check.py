@@ -118,6 +118,16 @@ class Setting:
                 flags[number].allow_tf32 = value
 
 
+def network(name: str, width: float) -> nn.Module:
+    """With random biases: those of a fresh network are 0, and so would be all that is multiplied by them."""
+    model = steps.network(name, width)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.1 * torch.randn(parameter.shape))
+    return model
+
+
 def make_step(kind: str, model: str, width: float, images: int, setting: Setting | None) -> Callable[[], tuple[Tensor, Any]]:
     """A function that computes (loss, parameter gradients) of one step. setting: None for stock layers in float64 on the CPU.
 
@@ -126,7 +136,7 @@ def make_step(kind: str, model: str, width: float, images: int, setting: Setting
     torch.manual_seed(0)
     device = setting.device if setting else torch.device("cpu")
     dtype = torch.float32 if setting else torch.float64
-    student, teacher = (steps.network(name, width).to(dtype) for name in (model, "vgg9"))
+    student, teacher = (network(name, width).to(dtype) for name in (model, "vgg9"))
     batch = Batch(torch.randn(images, 3, 32, 32).to(dtype), *torch.arange(3 * images).view(3, -1).remainder(100))
     noise = torch.randn(images, 3, 32, 32)
     terms: dict[str, Term] = {"ce": CrossEntropy(weight=1), **KINDS[kind]()}
@@ -193,16 +203,21 @@ def measure(step: Callable[[], Any], device: torch.device) -> tuple[float, int]:
 
 def check_saliency(name: str, model: str, width: float, device: torch.device) -> Check:
     torch.manual_seed(0)
-    network, images = steps.network(model, width).eval(), torch.randn(2, 3, 32, 32)
-    noise = torch.randn(2, 3, 32, 32)
+    explained, images = network(model, width).eval(), torch.randn(2, 3, 32, 32)
     labels = torch.tensor([3, 7])
     node = compose_run(["experiment=pixel_perturbation", "scale=quick", f"saliency={name}"])["saliency"]
     maps = []
     for dtype, place in ((torch.float64, torch.device("cpu")), (torch.float32, device)):
-        net: nn.Module = network.to(place, dtype)
+        net: nn.Module = explained.to(place, dtype)
         colours = {key: torch.ones(3, 1, 1, dtype=dtype, device=place) for key in ("black", "std")}
         method: saliency.Saliency = build(node, where="saliency", **colours)
-        with patch.object(torch, "randn_like", lambda x: noise.to(x)):
+        noise = torch.Generator().manual_seed(0)  # of the CPU: a GPU draws other numbers
+
+        def normal(like: Tensor, noise: torch.Generator = noise) -> Tensor:
+            return torch.randn(like.shape, generator=noise).to(like)
+
+        drawing = patch.object(torch, "randn_like", normal), patch.object(torch, "normal", lambda m, std: m + std * normal(std))
+        with drawing[0], drawing[1]:
             maps.append(method(net, images.to(place, dtype), labels.to(place)))
     error = relative([maps[1]], [maps[0]])
     return Check(f"saliency {name}, {model}", error <= MAP_TOLERANCE, (error,))

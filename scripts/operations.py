@@ -229,8 +229,9 @@ class Unit:
 
     @property
     def memory_mib(self) -> float:
-        """A third of the bytes of a batch are kept for the backward pass; torch itself takes half a GiB."""
-        return 512 + self.batch * self.bytes / 3 / 2**20
+        """Half a GiB for torch; of a batch, a third of all bytes for the backward pass of a training, or 20 operations."""
+        kept = 1 / 3 if self.parameters else 20 / max(1, self.launches)
+        return 512 + kept * self.batch * self.bytes / 2**20
 
     @property
     def disk_mib(self) -> float:

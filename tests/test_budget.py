@@ -18,6 +18,12 @@ from gradexp.report import specs
 TINY = ["scale=quick", "scale.width=0.04", "data.per_class=3", "trainer.threads=1", "logger=none"]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _preloaded() -> None:
+    """The first process waits for imports, which take half a minute on a busy machine."""
+    start_process(time.sleep, 0).join()
+
+
 class Guess:
     """Estimates that a test chooses, in seconds; 1 for other runs."""
 
@@ -37,7 +43,6 @@ def teacher(places: list[str], *words: str) -> Run:
 
 
 def spend(seconds: float, runs: list[Run], guess: Guess, places: list[str]) -> reproduce.Budget:
-    start_process(time.sleep, 0).join()  # the first process waits for imports, which take half a minute on a busy machine
     ranked = {run: (number,) for number, run in enumerate(runs)}
     return reproduce.spend(seconds, ranked, guess, workers=1, extra=[*places, "trainer.threads=1"])  # type: ignore[arg-type]
 
