@@ -37,8 +37,9 @@ def seconds_of(run: Run, unit: Unit) -> float:
 
 def head() -> list[str]:
     speeds = "; ".join(
-        f"{name}: {gpu.tflops:g} TFLOP/s and {gpu.gbytes:g} GB/s, {100 * gpu.share:.0f} % of which are reached"
-        for name, gpu in H100.items()
+        f"{gpu.name.split(', ')[1]}: {gpu.tflops:g} TFLOP/s and {gpu.gbytes:g} GB/s, "
+        f"{100 * gpu.share:.0f} % of which are reached"
+        for gpu in H100.values()
     )
     return [
         "# What GPU-hours would reproduce",
@@ -51,7 +52,8 @@ def head() -> list[str]:
         f"- A GPU of the H100 class. {speeds}; an operation follows another after {H100['bf16'].launch * 1e6:.0f} µs "
         "at the earliest, because Python starts it. Each operation takes the longest of the three.",
         "- Trainings compute in bf16, unless a term needs fp32 (traces of Hessians); everything else in fp32 without TF32.",
-        "- Each operation reads its inputs and writes its outputs once. A teacher's targets are computed for every batch, "
+        "- Each operation reads its inputs and writes its outputs once, counted as fp32; bf16 halves most of it. "
+        "A teacher's targets are computed for every batch, "
         "although stored ones save that. The optimizer and the loading of images are left out.",
         f"- Every run takes {START:.0f} s more, and one run is done at a time.",
         "",
