@@ -24,7 +24,7 @@ def main() -> None:
         items = {name: [plan(words) for words in commands] for name, commands in costs.items("paper").items()}
         every = {need.run.id: need.run for need in costs.needed(run for runs in items.values() for run in runs).values()}
         kinds = {costs.signature(run.config): run.config for run in every.values()}
-        units = operations.counts(kinds)
+        units = operations.counts(kinds, operations.STORE)
         seconds = {name: seconds_of(run, units[costs.signature(run.config)]) for name, run in every.items()}
         text = "\n".join([*head(), *steps(items, units), *hours(items, seconds), ""])
         write_atomically(ROOT / "docs" / "gpu_hours.md", text.encode())

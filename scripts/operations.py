@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from hashlib import sha256
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -52,6 +53,7 @@ H100 = {  # data sheet of the H100 SXM; fp32 without TF32
     "32": Processor("H100-class GPU, fp32", 67, 3350, 8e-6, 0.4),
 }
 STORE = ROOT / "results" / "operations.json"  # counts are the same on every machine, and take seconds each
+OWN = ROOT / "outputs" / "cache" / "operations.json"  # those that are not committed
 
 
 @dataclass(frozen=True)
@@ -238,15 +240,16 @@ class Unit:
         return 4 * self.parameters / 2**20
 
 
-def counts(configs: Mapping[str, Config]) -> dict[str, Unit]:
-    """The units of kinds of runs, {signature: config}; those that are not in results/operations.json are counted and added."""
-    stored: dict[str, Any] = json.loads(STORE.read_text()) if STORE.exists() else {}
+def counts(configs: Mapping[str, Config], store: Path = OWN) -> dict[str, Unit]:
+    """The units of kinds of runs, {signature: config}; those that are not stored are counted, and stored in `store`."""
+    files = [file for file in (STORE, OWN) if file.exists()]
+    stored: dict[str, Any] = {key: unit for file in files for key, unit in json.loads(file.read_text()).items()}
     keys = {name: sha256(name.encode()).hexdigest()[:12] for name in configs}
     missing = {name: config for name, config in configs.items() if keys[name] not in stored}
     for number, (name, config) in enumerate(missing.items(), 1):
         print(f"[{number}/{len(missing)}] counting operations of {config['name']}", flush=True)
         stored[keys[name]] = asdict(_unit(config))
-        write_atomically(STORE, json.dumps(stored, indent=1, sort_keys=True).encode() + b"\n")
+        write_atomically(store, json.dumps(stored, indent=1, sort_keys=True).encode() + b"\n")
     return {name: Unit(**stored[key]) for name, key in keys.items()}
 
 
