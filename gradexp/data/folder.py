@@ -25,7 +25,7 @@ from gradexp.base.errors import UserError
 from gradexp.base.files import write_atomically
 from gradexp.data import pictures, subsets
 from gradexp.data.dataset import ImageData
-from gradexp.data.loader import Batch, Loader
+from gradexp.data.loader import Batch, Loader, send
 
 THREADS = max(2, cpu_count())  # Pillow decodes and resizes outside the interpreter lock
 AHEAD = 64  # images decoded before they are asked for
@@ -180,8 +180,8 @@ class FileLoader(Loader):
             values -= self.shift.ravel().numpy()
             images = torch.from_numpy(values).permute(0, 3, 1, 2)
         else:
-            images = torch.from_numpy(pixels).to(device, non_blocking=True).permute(0, 3, 1, 2) * self.scale - self.shift
-        return Batch(images, self.labels[rows.to(device)], rows, view)
+            images = send(torch.from_numpy(pixels), device).permute(0, 3, 1, 2) * self.scale - self.shift
+        return Batch(images, self.labels[send(rows, device)], rows, view)
 
     def _read(self, row: int, view: int) -> np.ndarray:
         side = 2 * self.crop + 1

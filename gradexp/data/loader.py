@@ -21,6 +21,7 @@ from gradexp.data.sources import Split
 class Batch(NamedTuple):
     """images (B, C, H, W) float, labels (B,), row (B,): among the images of the loader, view (B,): which crop and flip.
 
+    Images and labels are on the device, row and view, by which a teacher's targets are read, on the CPU.
     share: (number of the first image, number of all images) where this is a process's part of a batch, None for a whole one.
     """
 
@@ -153,13 +154,14 @@ class TensorLoader(Loader):
 
     def batch(self, rows: Tensor, view: Tensor) -> Batch:
         device = self.images.device
-        images = self.images[rows.to(device)]
+        chosen = send(rows, device)
+        images = self.images[chosen]
         if self.removed is not None:
-            images = torch.where(self.removed[rows.to(device)], self.fill, images.float())
+            images = torch.where(self.removed[chosen], self.fill, images.float())
         if self.views > 1:
-            images = _see(images, view.to(device), flip=self.flip, crop=self.crop)
+            images = _see(images, send(view, device), flip=self.flip, crop=self.crop)
         images = (images * self.scale - self.shift).contiguous(memory_format=torch.channels_last)
-        return Batch(images, self.labels[rows.to(device)], rows, view)
+        return Batch(images, self.labels[chosen], rows, view)
 
 
 class TrainingStream:
@@ -210,6 +212,13 @@ def _see(images: Tensor, view: Tensor, *, flip: bool, crop: int) -> Tensor:
         mirrored = (view // side**2 == 1).view(-1, 1, 1, 1)
         images = torch.where(mirrored, images.flip(3), images)
     return images
+
+
+def send(values: Tensor, device: torch.device) -> Tensor:
+    """The values on the device. A GPU copies them from pinned memory, and neither it nor this process waits for the other."""
+    if device.type == "cuda" and values.device.type == "cpu":
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)
 
 
 def mix(seed: int, number: int) -> int:

@@ -8,10 +8,6 @@ from typing import Any, Literal
 
 import torch
 from joblib import cpu_count
-from lightning.fabric.plugins.environments.lightning import LightningEnvironment
-from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
-from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
 from gradexp.base.errors import UserError, choose
@@ -122,6 +118,8 @@ class Hardware:
         if self.threads or self.is_part:
             torch.set_num_threads(self.threads_of_each())
         if not self.is_part:
+            from lightning.pytorch.utilities import rank_zero_only
+
             vars(rank_zero_only)["rank"] = 0  # Lightning believes RANK and SLURM's variables, and another rank writes no logs
         if self.strict:
             _use_deterministic_algorithms()
@@ -139,6 +137,11 @@ class Hardware:
 
     def trainer_options(self) -> dict[str, Any]:
         """Options of Lightning's Trainer. They include the environment, which it would otherwise infer from SLURM's job."""
+        # Imported here: make plan needs the class, and Lightning takes seconds.
+        from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+        from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+        from lightning.pytorch.strategies import DDPStrategy
+
         options = {"accelerator": self.kind, "precision": LIGHTNING_PRECISION[self.precision]}
         if not self.is_part:
             return {**options, "devices": 1, "plugins": [LightningEnvironment()]}

@@ -30,7 +30,7 @@ from gradexp.engine.origin import git_state
 from gradexp.engine.record import print_summary
 
 # A fresh interpreter takes ten seconds to import these; a process forked from a server that has imported them takes none.
-PRELOADED = ["gradexp.tasks.train", "gradexp.engine.compose"]
+PRELOADED = ["gradexp.tasks.train", "gradexp.engine.fit", "gradexp.engine.compose"]
 
 
 @dataclass(frozen=True)
@@ -73,14 +73,14 @@ class Local:
     def __init__(self) -> None:
         self._running: dict[Any, tuple[int, Any, str | None]] = {}  # {sentinel: (index, process, GPU)}
         self._stopped: int | None = None  # the signal
+        git_state()  # notes which code the server of forked processes loads
+        os.environ.setdefault(COMMAND, f"{host()}-{os.getpid()}-{secrets.token_hex(4)}")
 
     def do(self, works: Sequence[Work], workers: int) -> Iterator[tuple[int, int]]:
         """Does all works and yields (index, exit code) when one ends.
 
         Raises Stopped after SIGTERM or SIGINT, once the running processes have written their checkpoints.
         """
-        git_state()  # notes which code the server of forked processes loads
-        os.environ.setdefault(COMMAND, f"{host()}-{os.getpid()}-{secrets.token_hex(4)}")
         gpus = visible_gpus()
         count = min(workers, len(works), len(gpus) or workers)
         free: list[str | None] = [*gpus[:count]] or [None] * count
@@ -96,6 +96,9 @@ class Local:
                     del self._running[sentinel]
                     free.append(gpu)
                     yield index, process.exitcode
+        self._raise_if_stopped()
+
+    def _raise_if_stopped(self) -> None:
         if self._stopped:
             name = signal.Signals(self._stopped).name
             raise Stopped(f"stopped by {name}; the same command goes on from what is finished", self._stopped)

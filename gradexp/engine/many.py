@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import signal
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
+from joblib import cpu_count
+
 from gradexp.engine.build import build
 from gradexp.engine.compose import compose_run
-from gradexp.engine.launchers import Local, Slurm, Work
+from gradexp.engine.launchers import Local, Slurm, Work, visible_gpus
 from gradexp.engine.run import Run
 
 
@@ -72,13 +76,64 @@ def run_all(
             run, log = ready[index], works[index].log
             count += 1
             seconds = time.monotonic() - begun
-            print(f"[{count}/{total}] {seconds:.0f} s  {run.command}\n    {_last_line(log, code)}", flush=True)
+            print(f"[{count}/{total}] {seconds:.0f} s  {run.command}\n    {last_line(log, code)}", flush=True)
             if code:
                 failed[run.id] = Failure(run.command, log)
     return list(failed.values())
 
 
-def _last_line(log: Path, code: int) -> str:
+class UntilDeadline(Local):
+    """Local processes, each given the work that is chosen when it is free, until a deadline.
+
+    At `warning` seconds before the deadline the running processes get SIGTERM, so that they write their checkpoints; a process
+    that still runs at the deadline is killed. Times are those of time.monotonic.
+    """
+
+    def __init__(self, deadline: float, warning: float) -> None:
+        super().__init__()
+        self.deadline, self.warning = deadline, warning
+        self._late = False  # whether it was this object that stopped the processes
+
+    def each(self, choose: Callable[[], tuple[Any, Work] | None], slots: int) -> Iterator[tuple[Any, int]]:
+        """Yields (key, exit code) when the work of a key ends. choose: (key, work) or None, asked again after each end.
+
+        Raises Stopped after SIGTERM or SIGINT to this process, once the running ones have ended.
+        """
+        gpus = visible_gpus()
+        free: list[str | None] = [*gpus[:slots]] or [None] * slots
+        threads = max(1, cpu_count() // slots)
+        with self._forwarding_signals():
+            while True:
+                while free and not self._stopped and (chosen := choose()):
+                    self._start(*chosen, threads, free.pop())
+                if not self._running:
+                    break
+                for sentinel in self._wait():
+                    key, process, gpu = self._running.pop(sentinel)
+                    process.join()
+                    free.append(gpu)
+                    yield key, process.exitcode
+        if not self._late:
+            self._raise_if_stopped()
+
+    def _wait(self) -> list[Any]:
+        """The processes that have ended; none at the warning and at the deadline, when signals are sent."""
+        end = self.deadline if self._stopped else self.deadline - self.warning
+        ended = connection.wait(list(self._running), timeout=max(0.0, end - time.monotonic()))
+        if not ended:
+            for _key, process, _gpu in self._running.values():
+                (process.kill if self._stopped else process.terminate)()
+            self._late = self._late or not self._stopped
+            self._stopped = signal.SIGTERM
+        return ended
+
+
+def slots_of(workers: int) -> int:
+    """How many runs are done at a time: one on each GPU, where there are any."""
+    return min(workers, len(visible_gpus()) or workers)
+
+
+def last_line(log: Path, code: int) -> str:
     lines = log.read_text().splitlines() if log.exists() else []
     if code < 0:  # its last line is about its progress
         return f"killed by signal {-code}; its last output: {lines[-1] if lines else 'none'}"

@@ -4,7 +4,6 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
-from torchmetrics.classification import MulticlassAccuracy
 
 from gradexp.data.dataset import ImageData
 from gradexp.data.loader import Batch
@@ -16,6 +15,8 @@ EVALUATION_BATCH = 512  # images per batch where nothing is differentiated
 @torch.inference_mode()
 def accuracy(model: nn.Module, batches: Iterable[Batch], *, classes: int, device: torch.device) -> float:
     """Percentage of images whose largest logit is their label's, in eval mode; `model` keeps its mode."""
+    from torchmetrics.classification import MulticlassAccuracy  # takes seconds, and make plan does without it
+
     metric = MulticlassAccuracy(num_classes=classes, average="micro").to(device)
     with evaluating(model):
         for batch in batches:

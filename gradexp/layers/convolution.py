@@ -163,7 +163,7 @@ def _channels_last(x: Tensor) -> Tensor:
 def _autocast(*tensors: Tensor | None) -> list[Any]:
     """What autocast would have done to the arguments of a stock convolution."""
     device = next(tensor for tensor in tensors if tensor is not None).device.type
-    if not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return list(tensors)
     dtype = torch.get_autocast_dtype(device)
     return [tensor if tensor is None else tensor.to(dtype) for tensor in tensors]

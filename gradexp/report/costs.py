@@ -1,7 +1,8 @@
 """The missing runs of tables and figures, and an estimate of their cost on this machine.
 
 Estimates come from records of similar runs (same task, networks, loss terms, method and image size), scaled by the number of
-images that they process, or from probes, which are such runs cut short (scripts/probe.py). Other costs are unknown.
+images that they process, from probes, which are such runs cut short (scripts/probe.py), or else from operation counts
+(scripts/operations.py), which are marked with ~.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Cost:
-    """An estimate. seconds: of one processor; basis: `record`, `record elsewhere` (of another machine) or `probe`."""
+    """An estimate. seconds: of one processor; basis: `record`, `record elsewhere` (of another machine), `probe` or `count`."""
 
     seconds: float
     memory_mib: float
@@ -99,12 +100,18 @@ class Cost:
 
 @dataclass
 class History:
-    """All known costs. device: this machine's, as records name it; clock: `cpu`, or `wall` for GPUs; sizes: of data sets."""
+    """All known costs.
+
+    device: this machine's, as records name it; clock: `cpu`, or `wall` for GPUs; sizes: of data sets; counts: what operation
+    counts give, by signature, for runs without a similar one; configs: of one run of each signature.
+    """
 
     device: str | None = None
     clock: str = "cpu"
     samples: dict[str, list[Sample]] = field(default_factory=dict)
     sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
+    counts: dict[str, Sample] = field(default_factory=dict)
+    configs: dict[str, Config] = field(default_factory=dict)
 
     @classmethod
     def of(cls, paths: Paths, device: str | None = None, clock: str = "cpu") -> History:
@@ -116,7 +123,9 @@ class History:
         known = {record["id"]: record for record in records}
         for record in records:
             folder = paths.outputs / "runs" / record["experiment"] / record["id"]
-            history.add(sample(record, history.sizes, known, folder, clock))
+            history.add(learned := sample(record, history.sizes, known, folder, clock))
+            if learned:
+                history.configs[learned.signature] = record["config"]
         for file in sorted(paths.outputs.glob("probes/*.json")):
             probe = read_json(file, advice := "delete it: make plan measures again with ARGS=--probe")
             try:
@@ -137,14 +146,17 @@ class History:
 
     def cost(self, config: Config) -> Cost | None:
         """The median over the similar runs that are nearest in size, of this machine if it has any; None if unknown."""
-        size, similar = amount(config, self.sizes), self.samples.get(signature(config), [])
-        if size is None or not similar:
+        size, name = amount(config, self.sizes), signature(config)
+        similar, count = self.samples.get(name, []), self.counts.get(name)
+        disk = task_of(config).leaves(config, self.sizes)
+        if size is None or not (similar or count):
             return None
+        if count and not similar:
+            return Cost(count.at(size), count.memory_mib, count.disk_mib if disk is None else disk, "count")
         here = [sample for sample in similar if self.device in (None, sample.device)]
         candidates = [sample for sample in here if not sample.probe] or here or similar
         near = sorted(candidates, key=lambda sample: abs(math.log(sample.amount / size)))[:NEAREST]
         basis = "probe" if near[0].probe else "record" if here else "record elsewhere"
-        disk = task_of(config).leaves(config, self.sizes)
         return Cost(
             seconds=statistics.median(sample.at(size) for sample in near),
             memory_mib=max(sample.memory_mib for sample in near),
@@ -299,6 +311,8 @@ def to_text(rows: Sequence[Row], scale: str, slots: int, device: str, free_gib: 
     ]
     if total.rebuilt:
         lines.append(f"Runs with a record that must be repeated, because their weights or maps were deleted: {total.rebuilt}.")
+    if "count" in total.bases:
+        lines.append("~: computed from operation counts, not measured, and often wrong by a factor of two.")
     if total.unknown:
         lines.append(f"The cost of {len(total.unknown)} runs is unknown and not counted: make plan SCALE={scale} ARGS=--probe")
     return "\n".join(lines) + "\n"
@@ -311,7 +325,8 @@ def to_frame(rows: Sequence[Row], slots: int) -> pd.DataFrame:
 
 def _texts(row: Row, slots: int) -> dict[str, str]:
     least = "≥ " if row.unknown else ""  # sums leave out runs of unknown cost
-    names = {"record elsewhere": "records elsewhere", "record": "records", "probe": "probes"}
+    least += "~" if "count" in row.bases else ""
+    names = {"record elsewhere": "records elsewhere", "record": "records", "probe": "probes", "count": "counts"}
     known = [f"{count} {basis if count == 1 else names[basis]}" for basis, count in sorted(row.bases.items())]
     unknown = [f"{len(row.unknown)} unknown"] if row.unknown else []
     return {

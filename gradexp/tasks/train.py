@@ -6,9 +6,8 @@ import json
 import os
 import sys
 import traceback
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import lightning
 from torch import distributed, nn
 
 from gradexp.base.errors import Stopped, UserError
@@ -16,22 +15,23 @@ from gradexp.data.loader import Loader
 from gradexp.engine import assemble
 from gradexp.engine.assemble import make_data, make_hardware, make_model, make_terms
 from gradexp.engine.build import build
-from gradexp.engine.callbacks import Checkpointer, ProgressLine
 from gradexp.engine.ensure import finish
 from gradexp.engine.exits import die_of_interrupt
-from gradexp.engine.fit import Training
 from gradexp.engine.hardware import Hardware
 from gradexp.engine.loggers import close, make_logger
 from gradexp.engine.origin import git_state
-from gradexp.engine.processes import EXITED, check_machines
 from gradexp.engine.run import Config, Paths, Run
 from gradexp.engine.task import Finished, Result, Sizes, Task, Upstream, digests_of, images_of
 from gradexp.evaluate.accuracy import accuracy_on_test
 from gradexp.layers import ranks
 from gradexp.terms import Term
-from gradexp.training.classifier import Classifier
 from gradexp.training.optim import Optim
 from gradexp.training.targets import make_targets
+
+# The engine of trainings is imported by the functions that train: make plan needs the class, and Lightning takes seconds.
+if TYPE_CHECKING:
+    from gradexp.engine.fit import Training
+    from gradexp.training.classifier import Classifier
 
 
 class Train(Task):
@@ -45,6 +45,8 @@ class Train(Task):
 
     def check(self, run: Run) -> None:
         """Builds data, terms, student and teacher with untrained weights, so that settings that do not fit raise now."""
+        from gradexp.engine.processes import check_machines
+
         hardware, data, terms = make_hardware(run.config), make_data(run), make_terms(run.config)
         check_machines(hardware.num_nodes)
         _check_teacher(run, terms)
@@ -86,12 +88,17 @@ class Train(Task):
 
 def prepare(run: Run, upstream: Upstream) -> Training:
     """Everything that a training needs: data, seeded networks, terms, targets, checkpointer."""
+    from lightning import seed_everything
+
+    from gradexp.engine.callbacks import Checkpointer, ProgressLine
+    from gradexp.engine.fit import Training
+
     config, hardware, data = run.config, make_hardware(run.config), make_data(run)
     if data.removal is not None:
         data.removal.open(upstream["maps"].run.folder, data.fingerprint())
     optim = make_optim(run)
     loader = data.train_loader(batch_size=optim.batch_size, device=hardware.device)
-    lightning.seed_everything(config["seed"], verbose=False)
+    seed_everything(config["seed"], verbose=False)
     terms = make_terms(config)
     student = make_student(run, upstream, terms, hardware)
     module = make_module(run, upstream, student, terms, optim, loader, hardware)
@@ -203,6 +210,8 @@ def train_part(text: str) -> None:
         training.fit(logger)
     except Stopped as error:
         close(logger, {})
+        from gradexp.engine.processes import EXITED
+
         os._exit(EXITED + error.number)  # at once: SLURM kills soon. The waiting process prints the message
     except KeyboardInterrupt:
         die_of_interrupt()

@@ -26,7 +26,7 @@ class Fooling(Term):
 
     def forward(self, step: Step) -> Tensor:
         saliency = unsigned_saliency(precise(step.student_input_gradient(self.target, self.student_bn)))
-        mask = corner(self.mask, step.images.shape[-2:]).to(step.images)
+        mask = corner(self.mask, step.images.shape[-2:], step.images.device).to(step.images.dtype)
         return (saliency - mask / mask.sum()).square().flatten(1).sum(1).mean()
 
 
@@ -36,7 +36,7 @@ def unsigned_saliency(gradient: Tensor) -> Tensor:
     return size / size.sum((1, 2), keepdim=True).clamp(min=torch.finfo(size.dtype).tiny)
 
 
-def corner(side: int, size: Sequence[int]) -> Tensor:
+def corner(side: int, size: Sequence[int], device: torch.device | None = None) -> Tensor:
     """The mask of Figure 5.5a, of `size` (H, W): 1 in the top left square of `side` pixels, 0 elsewhere.
 
     Raises UserError for a square larger than the mask.
@@ -44,6 +44,6 @@ def corner(side: int, size: Sequence[int]) -> Tensor:
     height, width = size
     if not 0 < side <= min(height, width):
         raise UserError(f"mask={side}: images have {height}x{width} pixels; take a side from 1 to {min(height, width)}")
-    mask = torch.zeros(height, width)
+    mask = torch.zeros(height, width, device=device)
     mask[:side, :side] = 1
     return mask

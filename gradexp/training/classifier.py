@@ -11,7 +11,7 @@ import lightning
 import torch
 from torch import Tensor, nn
 
-from gradexp.data.loader import Batch, mix
+from gradexp.data.loader import Batch, mix, send
 from gradexp.layers import ranks
 from gradexp.terms import Step, Term
 from gradexp.terms.targets import Targets
@@ -52,6 +52,10 @@ class Classifier(lightning.LightningModule):
     def configure_optimizers(self) -> Any:
         optimizer, schedule = self.optim.build(list(self.student.parameters()), self.total_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, _: int) -> Batch:
+        """Leaves row and view on the CPU: reading them there again would wait for the device."""
+        return batch._replace(images=send(batch.images, device), labels=send(batch.labels, device))
 
     def on_train_batch_start(self, batch: Batch, number: int) -> None:
         torch.manual_seed(mix(self.seed, self.global_step))  # dropout draws the same after a resume
@@ -97,7 +101,9 @@ class Classifier(lightning.LightningModule):
         self._summed += 1
 
     def _end_pass(self) -> None:
-        means = {name: float(total) / self._counts[name] for name, total in self._totals().items()}
+        totals = self._totals()
+        values = torch.stack(list(totals.values())).tolist()  # one wait for the device, not one for each quantity
+        means = {name: value / self._counts[name] for name, value in zip(totals, values, strict=True)}
         self._sums, self._counts, self._summed = {}, {}, 0
         for name, mean in means.items():
             self.curves.setdefault(name, []).append(float(f"{mean:.5g}"))

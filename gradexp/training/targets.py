@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from gradexp.base.errors import UserError
 from gradexp.base.files import reserve, write_atomically
-from gradexp.data.loader import Batch, Loader
+from gradexp.data.loader import Batch, Loader, send
 from gradexp.terms import Term
 from gradexp.terms.targets import Map, Targets
 
@@ -77,9 +77,8 @@ class StoredTargets(Targets):
         return self._read(name, batch) if name in self.stored else super().map(batch, wanted)
 
     def _read(self, name: str, batch: Batch) -> Tensor:
-        keys = self.loader.key(batch.row.cpu(), batch.view.cpu())  # Lightning moves all of a batch to the device
-        slots = torch.searchsorted(self.keys, keys)
-        return self.stored[name][slots].to(batch.images.device)
+        slots = torch.searchsorted(self.keys, self.loader.key(batch.row, batch.view))
+        return send(self.stored[name][slots], batch.images.device)
 
     def _values(self, start: int, end: int, names: Iterable[str]) -> dict[str, Tensor]:
         """The quantities `names` of the keys from `start` to `end`, computed by the teacher."""

@@ -88,8 +88,9 @@ class Row:
     samples: int = 0  # that the median is of
 
 
-def network(name: str) -> nn.Module:
-    config = compose_run(["experiment=teacher", f"model={name}", f"scale.width={MODELS[name]}"])
+def network(name: str, width: float | None = None) -> nn.Module:
+    """width: None for that of MODELS."""
+    config = compose_run(["experiment=teacher", f"model={name}", f"scale.width={MODELS[name] if width is None else width}"])
     model: nn.Module = build(config["model"], where="model")
     return model
 

@@ -1,0 +1,109 @@
+"""python scripts/gpu_hours.py: what GPU-hours would reproduce at scale=paper, to docs/gpu_hours.md; computed, not measured."""
+
+from collections.abc import Mapping, Sequence
+
+import operations
+from common import planner
+from operations import H100, Unit
+from reproduce import ranks
+
+from gradexp.base.files import write_atomically
+from gradexp.engine.exits import exit_on_errors
+from gradexp.engine.run import ROOT, Run
+from gradexp.report import costs
+
+HOURS = (1, 10, 100)
+START = 20.0  # seconds that any run takes: imports, data, evaluation
+SIZES = operations.SIZES | {"cifar10": (50_000, 10_000), "cifar100": (50_000, 10_000), "mnist": (60_000, 10_000),
+                            "cifar100_source": (40_000, 8_000)}  # fmt: skip
+
+
+def main() -> None:
+    with exit_on_errors():
+        plan = planner([])
+        items = {name: [plan(words) for words in commands] for name, commands in costs.items("paper").items()}
+        every = {need.run.id: need.run for need in costs.needed(run for runs in items.values() for run in runs).values()}
+        kinds = {costs.signature(run.config): run.config for run in every.values()}
+        units = operations.counts(kinds, operations.STORE)
+        seconds = {name: seconds_of(run, units[costs.signature(run.config)]) for name, run in every.items()}
+        text = "\n".join([*head(), *steps(items, units), *hours(items, seconds), ""])
+        write_atomically(ROOT / "docs" / "gpu_hours.md", text.encode())
+        print(text)
+
+
+def seconds_of(run: Run, unit: Unit) -> float:
+    return START + (costs.amount(run.config, SIZES) or 0.0) * unit.gpu_seconds
+
+
+def head() -> list[str]:
+    speeds = "; ".join(
+        f"{gpu.name.split(', ')[1]}: {gpu.tflops:g} TFLOP/s and {gpu.gbytes:g} GB/s, "
+        f"{100 * gpu.share:.0f} % of which are reached"
+        for gpu in H100.values()
+    )
+    return [
+        "# What GPU-hours would reproduce",
+        "",
+        "**Computed from operation counts, not measured**: no GPU has run any of this. `python scripts/gpu_hours.py` "
+        "writes this page; `make gpu-check` measures.",
+        "",
+        "Assumptions:",
+        "",
+        f"- A GPU of the H100 class. {speeds}; an operation follows another after {H100['bf16'].launch * 1e6:.0f} µs "
+        "at the earliest, because Python starts it. Each operation takes the longest of the three.",
+        "- Trainings compute in bf16, unless a term needs fp32 (traces of Hessians); everything else in fp32 without TF32.",
+        "- Each operation reads its inputs and writes its outputs once, counted as fp32; bf16 halves most of it. "
+        "A teacher's targets are computed for every batch, "
+        "although stored ones save that. The optimizer and the loading of images are left out.",
+        f"- Every run takes {START:.0f} s more, and one run is done at a time.",
+        "",
+    ]
+
+
+def steps(items: Mapping[str, Sequence[Run]], units: Mapping[str, Unit]) -> list[str]:
+    """A line for each kind of training of each table."""
+    head = ["table", "training", "student", "GFLOP an image", "MB an image", "operations a step", "batch", "precision"]
+    columns = " | ".join([*head, "computed ms a step"])
+    lines = ["## The steps of each table", "", f"| {columns} |", "|---" * (len(head) + 1) + "|"]
+    for item, runs in items.items():
+        seen = set()
+        for run in runs:
+            unit = units[costs.signature(run.config)]
+            if "optim" not in run.config or not item.startswith("table") or unit in seen:
+                continue
+            seen.add(unit)
+            numbers = f"{unit.flops / 1e9:.2f} | {unit.bytes / 1e6:.0f} | {unit.launches} | {unit.batch:.0f}"
+            time = f"{unit.precision} | {1e3 * unit.gpu_seconds * unit.batch:.1f}"
+            lines.append(f"| {item} | {unit.name} | {run.config['model']['name']} | {numbers} | {time} |")
+    return [*lines, ""]
+
+
+def hours(items: Mapping[str, Sequence[Run]], seconds: Mapping[str, float]) -> list[str]:
+    """What fits into 1, 10 and 100 hours, most wanted first (conf/budget.yaml)."""
+    ranked = ranks("paper", planner([]))
+
+    def parts(run: Run) -> list[str]:
+        return [run.id, *(name for below in run.upstream.values() for name in parts(below))]
+
+    order = sorted(ranked, key=lambda run: (ranked[run], sum(seconds[name] for name in set(parts(run)))))
+    total = sum(seconds.values()) / 3600
+    lines = ["## One GPU-hour, ten, and a hundred", "", f"All {len(seconds)} runs of scale=paper take {total:.0f} hours.", ""]
+    for limit in HOURS:
+        done, left = set[str](), 3600.0 * limit
+        for run in order:
+            new = set(parts(run)) - done
+            if (cost := sum(seconds[name] for name in new)) <= left:
+                done, left = done | new, left - cost
+        complete = [item for item, runs in items.items() if all(run.id in done for run in runs)]
+        shares = {item: sum(run.id in done for run in runs) / len(runs) for item, runs in items.items()}
+        begun = [f"{item} ({100 * share:.0f} %)" for item, share in shares.items() if 0 < share < 1]
+        lines += [
+            f"**{limit} hour{'s' * (limit > 1)}**: {len(done)} runs. Complete: {', '.join(complete) or 'nothing'}. "
+            f"In part: {', '.join(begun) or 'nothing'}.",
+            "",
+        ]
+    return lines
+
+
+if __name__ == "__main__":
+    main()
