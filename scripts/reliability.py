@@ -47,7 +47,19 @@ EXPERIMENTS = {
     ),
 }
 # Of a record, what may differ between two repeats: when, how long, how fast, and on what.
-PASSING = ("seconds", "started", "ended", "images_per_second", "peak_memory_mib", "git", "versions", "threads", "device")
+PASSING = (
+    "record_sha256",
+    "seconds",
+    "started",
+    "ended",
+    "images_per_second",
+    "peak_memory_mib",
+    "git",
+    "versions",
+    "threads",
+    "device",
+    "record_sha256",
+)
 
 
 @dataclass(frozen=True)
@@ -286,7 +298,7 @@ def damaged_parquet(folder: Path) -> Trial:
     data = folder / "data" / "cifar10"
     data.mkdir(parents=True)
     for name in ("train-0.parquet", "test-0.parquet"):
-        (data / name).write_bytes(b"PAR1 and then nothing of use PAR1")
+        (data / name).write_bytes(f"PAR1 and then nothing of use in {name} PAR1".encode())
     task = work(folder, EXPERIMENTS["training"], "data=cifar10", f"paths.data={folder}/data")
     expect(finish(task) == 1, "it did not end with exit code 1")
     expect("can't be used" in last(task), f"no clear message: {last(task)}")

@@ -28,6 +28,7 @@ def main(words: list[str] | None = None) -> None:
 def executed(notebook: dict[str, Any]) -> dict[str, Any]:
     """The notebook with the outputs of its cells, which are executed in one namespace. Errors of cells are raised."""
     mpl.use("agg")
+    figures()  # closes those of the caller
     names: dict[str, Any] = {}
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     for number, cell in enumerate(cells, 1):

@@ -502,20 +502,3 @@ def test_stored_targets_that_are_nan_are_refused(tmp_path: Path) -> None:
     kept.compute["logits"] = lambda batch: live.logits(batch) * torch.nan
     with pytest.raises(UserError, match="delete that folder"):
         kept._check()
-
-
-class Elsewhere:
-    """Indices on another device, which must be moved to the CPU before they index stored targets."""
-
-    def __init__(self, values: Tensor) -> None:
-        self.values = values
-
-    def cpu(self) -> Tensor:
-        return self.values
-
-
-def test_stored_targets_of_a_batch_on_another_device(tmp_path: Path) -> None:
-    loader, _, kept = stored(tmp_path / "targets", net(1))
-    batch = next(iter(TrainingStream(loader, 12)))
-    moved = batch._replace(row=Elsewhere(batch.row), view=Elsewhere(batch.view))  # type: ignore[arg-type]
-    assert torch.equal(kept.logits(moved), kept.logits(batch))

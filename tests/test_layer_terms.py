@@ -566,7 +566,7 @@ def test_a_step_of_fg_att_takes_one_forward_and_one_gradient_of_each_network(mon
     for name, model in names.items():
         model.register_forward_hook(lambda *_, name=name: calls.append(name))
     taken = inputs._gradients
-    monkeypatch.setattr(inputs, "_gradients", lambda *call: calls.append("gradient") or taken(*call))
+    monkeypatch.setattr(inputs, "_gradients", lambda *call, **options: calls.append("gradient") or taken(*call, **options))
     assert terms[3].student_layers == ("features.norm1", "features.norm2", "features.norm3") == terms[3].teacher_layers
     assert terms[4].student_layers == ("features.norm1", "features.norm2", "features.norm3") == terms[4].teacher_layers
     layers_read = terms[3].student_layers + terms[4].student_layers

@@ -12,7 +12,7 @@ from gradexp.base.errors import UserError
 from gradexp.engine.compose import CONF, check_hydra, compose_run
 from gradexp.engine.ensure import ensure
 from gradexp.engine.registry import KINDS, check_targets, kind_of, locate, targets
-from gradexp.engine.run import ROOT, Paths, Run
+from gradexp.engine.run import ROOT, Paths, Run, run_id
 from gradexp.engine.verify import Finding, verify
 from gradexp.report import specs
 
@@ -88,8 +88,12 @@ def test_a_record_is_verified_without_running_what_it_names(places: list[str], t
     record = json.loads(run.record_path.read_text())
     written = tmp_path / "executed"
     command = {"_target_": "torch.utils.collect_env.run", "command": f"touch {written}"}
+    run.record_path.unlink()
+    del record["record_sha256"]  # whoever writes such a record writes a digest that fits, or none
     for name, hostile in (("logger", {**record["config"]["logger"], "group": command}), ("model", command)):
-        run.record_path.write_text(json.dumps({**record, "config": {**record["config"], name: hostile}}))
+        edited = {**record["config"], name: hostile}
+        content = json.dumps({**record, "config": edited, "id": run_id(edited)})
+        run.record_path.with_stem(run_id(edited)).write_text(content)
         extra = {key: config[key] for key in ("trainer", "logger", "gradients")}
         found = [line.what for line in verify(run.paths, sample=1, seed=0, extra=extra) if isinstance(line, Finding)]
         assert any("is refused" in what for what in found)

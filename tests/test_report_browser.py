@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 from test_report import HOSTILE, SPEC, fill, picture, render
 
+pytestmark = pytest.mark.usefixtures("sample_records")
 api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (it comes with .[dev])")
 expect = api.expect
 

@@ -421,7 +421,7 @@ def test_a_scale_without_a_value_is_refused_in_one_line(tmp_path: Path, monkeypa
 
 WRONG = {
     "seed=4294967296": "seed=4294967296 should be less than 4294967296",
-    "name=../../escaped": "name='../../escaped' should match pattern",
+    "name=../../escaped": "name='../../escaped' should be a name",
     "seed=1.5": "seed=1.5 should be a valid integer",
     "seed=null": "seed=None should be a valid integer",
     "seed='0'": "seed='0' should be a valid integer",

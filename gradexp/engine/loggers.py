@@ -48,7 +48,7 @@ def wandb(*, run: Run, group: str, project: str) -> Any | None:
     import wandb as library  # takes seconds
 
     unreachable = run.paths.outputs / "wandb" / f".unreachable.{os.environ.setdefault(COMMAND, secrets.token_hex(8))}"
-    if mode == "online" and library.api.api_key and not unreachable.exists():
+    if mode == "online" and not unreachable.exists() and library.login(prompt=False, verify=False):
         logger = _wandb_logger(run, group, project, offline=False)
         try:
             logger.experiment  # noqa: B018 (connects)
@@ -75,6 +75,7 @@ def _wandb_logger(run: Run, group: str, project: str, *, offline: bool) -> Any:
         program="run.py",
         host="",
         init_timeout=CONNECTING,
+        mode="offline" if offline else "online",  # Lightning sets WANDB_MODE, which wandb has read already
     )
     config = {key: value for key, value in run.config.items() if key != "paths"}
     return WandbLogger(
