@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from make_library_table import perturbed
 from torch import Tensor, nn
 from torchvision import models
 from torchvision.models.convnext import CNBlockConfig
@@ -74,18 +75,5 @@ SIZES = {"alexnet": 64, "googlenet": 64, "inception": 75}
 def family(name: str, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, Tensor]:
     """The network in eval mode, with random biases and running statistics; three images for it."""
     torch.manual_seed(0)
-    model = FAMILIES[name](num_classes=CLASSES).to(dtype).eval()
-    with torch.no_grad():
-        for key, value in model.named_parameters():
-            if value.ndim == 1 or not value.any():
-                value.add_(0.1 * torch.randn_like(value))
-            elif "layer_scale" in key:
-                value.fill_(0.5)
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                assert module.running_mean is not None and module.running_var is not None
-                module.running_mean.normal_(0, 0.3)
-                module.running_var.uniform_(0.5, 1.5)
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
+    model = perturbed(FAMILIES[name](num_classes=CLASSES).to(dtype).eval())
     return model, torch.randn(3, 3, *[SIZES.get(name, 32)] * 2, dtype=dtype)

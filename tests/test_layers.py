@@ -8,6 +8,7 @@ import pytest
 import torch
 import torchvision
 from families import FAMILIES, family
+from make_library_table import twice_differentiable
 from tiny import randomised
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -234,23 +235,13 @@ def agree(stock: nn.Module, size: int, memory_format: torch.memory_format) -> No
         torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-11, msg=lambda text, name=name: f"{name}: {text}")
 
 
-class TwiceHardsigmoid(nn.Module):
-    """Written out: torch's own has one derivative."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return ((x + 3) / 6).clamp(0, 1)
-
-
 @pytest.mark.parametrize("training", [True, False], ids=["batch", "running"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_accelerate_is_exact_on_every_family(name: str, training: bool) -> None:
     """Values, input-gradients, second derivatives and buffers, also where torch itself has no second derivative."""
     stock, images = family(name)
     fast = layers.accelerate(copy.deepcopy(stock)).train(training)
-    for module in list(stock.modules()):
-        for key, child in module.named_children():
-            if type(child) is nn.Hardsigmoid:
-                setattr(module, key, TwiceHardsigmoid())
+    twice_differentiable(stock)
     with sdpa_kernel(SDPBackend.MATH):
         expected = penalised(stock.train(training), images.clone())
     found = penalised(fast, images.clone())

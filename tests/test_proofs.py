@@ -152,7 +152,7 @@ def test_curves_are_read_from_the_file_beside_the_record_only(record: Path) -> N
     refused(record, "its curves_file is")
 
 
-@pytest.mark.parametrize("name", ["../../../escaped", "'a/b'", "'..'", "/tmp/x", "'.x'"])
+@pytest.mark.parametrize("name", ["../../../escaped", "'a/b'", "'..'", "/x", "'.x'"])
 def test_the_name_of_a_run_is_no_path(name: str, places: list[str]) -> None:
     with pytest.raises(UserError, match="should be a name"):
         compose_run(["experiment=teacher", "scale=quick", f"name={name}", *places])
