@@ -1,5 +1,6 @@
 """The benchmark's own arithmetic."""
 
+import copy
 import json
 from collections.abc import Callable
 from functools import partial
@@ -9,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from bench import loops, page, photographs, runs, saliency, steps
+import torchvision
+from bench import loops, networks, page, photographs, runs, saliency, steps
 from bench.timing import peak_memory
 from PIL import Image
 from torch import nn
@@ -18,6 +20,7 @@ from gradexp import layers
 from gradexp.base.errors import UserError
 from gradexp.engine import fit as steps_of_training
 from gradexp.engine.clocks import peak_memory_mib
+from gradexp.layers import ranks
 
 VGG4 = (27 * 64 * 32**2, 9 * 64 * 128 * 16**2, 9 * 128 * 512 * 8**2)
 
@@ -47,18 +50,72 @@ def test_limits_by_hand() -> None:
 
 def test_the_page_shows_every_row() -> None:
     rows = [
-        steps.Row("vgg4", "32", "ce", 100.0, 1.0, 1.0, 1.0, None, 7),
-        steps.Row("vgg4", "32", "j naive, live teacher", 10.0, 10.0, 2.7, 0.3, None, 3),
-        steps.Row("vgg4", "32", "j, stored targets", 40.0, 2.5, 2.0, 0.8, 512, 7),
+        steps.Row("vgg4", "32", "ce", 100.0, 1.0, 1.0, 1.0, 0.5, 80.0, "channels_last", None, 7),
+        steps.Row("vgg4", "32", "a, stored targets", 90.0, 1.1, 1.0, 0.9, 0.45, None, None, None, 7),
+        steps.Row("vgg4", "32", "j, stored targets", 40.0, 2.5, 2.0, 0.8, 0.6, 16.0, "contiguous", 512, 3),
     ]
     facts = {"device": "d", "threads": 2, "batch": 128, "versions": {"torch": "2"}}
     part = {"commit": "0123456789", "dirty": True, "rows": rows}
     text = page.markdown(facts, {"steps": part}, has_bf16=False)
     assert "commit 0123456, with changes." in text
-    assert "| vgg4 | 32 | j, stored targets | 40 | 2.50 | 2.00 | 80 % | 512 |" in text
+    assert "| vgg4 | 32 | ce | 100 | 1.00 | 1.00 | 100 % | 50 % | 80 | 1.25 |  |" in text
+    assert "| vgg4 | 32 | a, stored targets | 90 | 1.10 | 1.00 | 90 % | 45 % |  |  |  |" in text
+    assert "| vgg4 | 32 | j, stored targets | 40 | 2.50 | 2.00 | 80 % | 60 % | 16 c | 2.50 | 512 |" in text
     assert "medians of 3 or more" in text
-    assert "is 4.0 times as fast as a naive one" in text
     assert "no bf16" in text
+
+
+def test_stock_is_measured_in_both_layouts_and_the_faster_one_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stock steps have torch's layers and compute the same loss as ours."""
+    seconds = {None: 1.0, "channels_last": 4.0, "contiguous": 2.0}
+    monkeypatch.setattr(
+        steps, "medians", lambda ways, **_: ({key: seconds[key[1]] if key != "product" else 1.0 for key in ways}, 3)
+    )
+    monkeypatch.setattr(steps, "make_step", lambda *_: None)
+    chosen = [kind("ce"), kind("a, stored targets"), kind("j, stored targets")]
+    ce, a, j = steps.measure("vgg4", steps.make_hardware("32"), chosen, rounds=1, memory=False, budget=9)
+    assert (ce.stock, ce.stock_layout) == (j.stock, j.stock_layout) == (steps.BATCH / 2, "contiguous")
+    assert a.stock is None
+    assert ce.matrix_share == pytest.approx((3 * sum(VGG4) - VGG4[0]) * steps.BATCH / 2**33)
+
+
+@pytest.mark.parametrize("name", [kind.name for kind in steps.KINDS if kind.compared])
+def test_stock_steps_compute_the_same_loss(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steps, "BATCH", 4)
+    monkeypatch.setattr(steps, "MODELS", {"vgg4": 0.1, "vgg9": 0.1})
+    loader, hardware, losses = steps.images(8), steps.make_hardware("32"), list[float]()
+    original = steps.Distillation.training_step
+    noise = torch.randn(4, 3, 32, 32)
+
+    def noted(self: steps.Distillation, *given: Any) -> Any:
+        loss = original(self, *given)
+        losses.append(float(loss.detach()))
+        return loss
+
+    monkeypatch.setattr(ranks, "normal_like", lambda images: noise.to(images))
+    monkeypatch.setattr(steps.Distillation, "training_step", noted)
+    for layout in (None, *steps.LAYOUTS):
+        steps.make_step(kind(name), "vgg4", hardware, loader, tmp_path, layout)()
+    assert losses[1:] == pytest.approx(losses[:1] * 2, rel=1e-3)
+
+
+def test_penalties_are_compared_in_the_better_layouts() -> None:
+    row = networks.Row("a", 2, 16, 10.0, 60.0, 50.0, 20.0, 25.0)
+    assert row.gain == 2.5
+    assert "| a | 2 | 16 | 60 | 50 | 20 | 25 | 2.50 | 2.00 |" in networks.markdown([row])
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vit_b_16"])
+def test_penalties_of_stock_and_accelerated_networks_have_equal_gradients(name: str) -> None:
+    options = {"image_size": 32} if name == "vit_b_16" else {}
+    torch.manual_seed(0)
+    stock = torchvision.models.get_model(name, weights=None, **options).eval()
+    fast, images = layers.accelerate(copy.deepcopy(stock)), torch.randn(2, 3, 32, 32)
+    networks.make_step(stock, images, penalty=True, fused=False)()
+    networks.make_step(fast, images, penalty=True)()
+    for ours, theirs in zip(fast.parameters(), stock.parameters(), strict=True):
+        assert ours.grad is not None and theirs.grad is not None
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-2, atol=1e-4 * float(theirs.grad.abs().max()))
 
 
 def test_maps_are_measured_against_one_forward_and_one_backward() -> None:
@@ -152,10 +209,11 @@ def test_a_process_that_fails_says_so() -> None:
 
 
 def test_what_is_measured_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    row = steps.Row("vgg4", "32", "ce", 100.0, 1.0, 1.0, 1.0, None)
+    row = steps.Row("vgg4", "32", "ce", 100.0, 1.0, 1.0, 1.0, 1.0, None, None, None)
     monkeypatch.setattr(steps, "measure", lambda *_, **__: [row])
     monkeypatch.setattr(loops, "measure", lambda *_, **__: loops.Row(1, "32", 110.0, 100.0))
     monkeypatch.setattr(saliency, "rows", lambda *_, **__: [])
+    monkeypatch.setattr(networks, "rows", lambda **_: [])
     monkeypatch.setattr(photographs, "measure", lambda *_, **__: photographs.Row(1, 1.0, 8, 2, 1.0))
     monkeypatch.setattr(runs, "measure", lambda **_: runs.Row(7, 3.0, 10.0, 12.0))
     quick = page.run(tmp_path, quick=True)

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bench import loops, photographs, runs, saliency, steps
+from bench import loops, networks, photographs, runs, saliency, steps
 from gradexp.base.errors import UserError
 from gradexp.base.files import write_atomically
 from gradexp.base.texts import read_json
@@ -18,6 +18,7 @@ from gradexp.engine.origin import git_state, versions
 
 ROWS: dict[str, type[Any]] = {  # of each part of the page
     "steps": steps.Row,
+    "networks": networks.Row,
     "loops": loops.Row,
     "maps": saliency.Row,
     "photographs": photographs.Row,
@@ -41,6 +42,7 @@ def run(results: Path, *, quick: bool, parts: Collection[str] = ROWS) -> str:
     kept = {} if set(parts) == set(ROWS) or quick else _kept(results / "bench.json", machine)
     measures: dict[str, Callable[[], list[Any]]] = {
         "steps": lambda: _steps(precisions, quick=quick),
+        "networks": lambda: networks.rows(rounds=3),
         "loops": lambda: [loops.measure(n, steps.make_hardware(precisions[-1]), steps=30, rounds=5) for n in (1, 10)],
         "maps": lambda: saliency.rows(hardware, quick=quick),
         "photographs": lambda: [photographs.measure(hardware, images=64 if quick else 512, rounds=1 if quick else 5)],
@@ -78,6 +80,7 @@ def markdown(machine: dict[str, Any], found: dict[str, Any], has_bf16: bool) -> 
     """The parts that were measured, each with the commit at which it was."""
     write: dict[str, Callable[[Any], str]] = {
         "steps": lambda rows: steps.markdown(rows, machine, has_bf16),
+        "networks": networks.markdown,
         "loops": loops.markdown,
         "maps": saliency.markdown,
         "photographs": lambda rows: photographs.markdown(rows[0]),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from gradexp.saliency import FullGrad
 
 FORWARD_BACKWARD = "forward + input-gradient"
 PACKAGE = "FullGrad of grad-cam"
+LARGE = ("vgg16_bn", "resnet50", "efficientnet_b0", "convnext_tiny", "vit_b_16")  # of torchvision, at 224 pixels
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,8 @@ class Row:
 
 def network(name: str) -> nn.Module:
     """Random weights: what a map costs does not depend on them."""
-    if name == "vgg16_bn":
-        large: nn.Module = torchvision.models.vgg16_bn(weights=None, init_weights=False)
+    if name in LARGE:
+        large: nn.Module = torchvision.models.get_model(name, weights=None)
         return large
     small: nn.Module = build(compose_run(["experiment=teacher", f"model={name}"])["model"], where="model")
     return small
@@ -83,10 +84,10 @@ def measure(name: str, hardware: Hardware, *, batch: int, size: int, rounds: int
     hardware.apply()
     model = frozen(name, hardware)
     images = torch.randn(batch, 3, size, size, device=hardware.device).contiguous(memory_format=torch.channels_last)
-    seconds: dict[str, float] = {}
-    for group in (ours(model, images, hardware), theirs(model, images)):
-        if group:
-            seconds |= medians(group, rounds=rounds, cuda=hardware.kind == "gpu")[0]
+    groups = ours(model, images, hardware), theirs(model, images)
+    seconds = dict[str, float]()
+    for group in filter(None, groups):
+        seconds |= medians(group, rounds=rounds, cuda=hardware.kind == "gpu")[0]
     base = seconds[FORWARD_BACKWARD]
     return [Row(name, batch, what, batch / median, median / base, None) for what, median in seconds.items()]
 
@@ -97,8 +98,13 @@ def one_map(name: str, batch: int, size: int) -> None:
 
 
 def rows(hardware: Hardware, *, quick: bool) -> list[Row]:
-    found = measure("vgg9", hardware, batch=64, size=32, rounds=2 if quick else 7)
-    return found if quick else [*found, Row("vgg16_bn", 16, "FullGrad", None, None, peak_memory(one_map, "vgg16_bn", 16, 224))]
+    measured = measure("vgg9", hardware, batch=64, size=32, rounds=2 if quick else 7)
+    if quick:
+        return measured
+    for name in LARGE:
+        base, ours, *package = measure(name, hardware, batch=8, size=224, rounds=3)
+        measured += [base, replace(ours, peak_memory_mib=peak_memory(one_map, name, 8, 224)), *package]
+    return measured
 
 
 def markdown(measured: list[Row]) -> str:

@@ -1,12 +1,13 @@
-"""What a training step costs: the project's own steps, interleaved in one process, against a cross-entropy step.
+"""What a training step costs: against a cross-entropy step, and against stock torch in its best memory layout.
 
-The limit beside each ratio counts convolutions: a perfect implementation that does nothing else would reach it.
+All steps of a model are interleaved in one process. The limit beside each ratio counts convolutions: an implementation that
+does nothing else would reach it.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,12 +36,12 @@ EXAMPLE = torch.zeros(1, 3, 32, 32)
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of step: whose terms it has beside cross-entropy, where its teacher's targets come from, its backend."""
+    """One kind of step: whose terms it has beside cross-entropy, and where its teacher's targets come from."""
 
     name: str
     method: str | None = None
     teacher: str = "none"  # none | live | stored
-    fast: bool = True
+    compared: bool = False  # whether stock torch does the step as well, in both layouts
     passes: float = 3  # convolution passes over the student: 3 for forward, weight- and input-gradient
     late_passes: float = 0  # over what lies behind the first convolution of its last block
     teacher_passes: float = 0
@@ -55,23 +56,20 @@ def terms_of(method: str | None) -> dict[str, Term]:
 
 
 KINDS = (
-    Kind("ce"),
-    Kind("ce naive", fast=False),
+    Kind("ce", compared=True),
     Kind("a, live teacher", "a", "live", teacher_passes=1),
     Kind("a, stored targets", "a", "stored"),
-    Kind("j naive, live teacher", "ce_j", "live", fast=False, passes=6, teacher_passes=2),
-    Kind("j naive, stored targets", "ce_j", "stored", fast=False, passes=6),
     Kind("j, live teacher", "ce_j", "live", passes=6, teacher_passes=2),
-    Kind("j, stored targets", "ce_j", "stored", passes=6),
-    Kind("gradient norm naive", "gradient_norm", fast=False, passes=6),
-    Kind("gradient norm", "gradient_norm", passes=6),
+    Kind("j, stored targets", "ce_j", "stored", compared=True, passes=6),
+    Kind("gradient norm", "gradient_norm", compared=True, passes=6),
     Kind("attention, stored targets", "att", "stored"),
     Kind("fg_att, live teacher", "fg_att", "live", passes=6, teacher_passes=2),
-    Kind("fg_att, stored targets", "fg_att", "stored", passes=6),
-    Kind("bias-gradient", "bias_gradient", late_passes=3),
-    Kind("score-matching", "score_matching", passes=9),
-    Kind("anti-score-matching", "anti_score_matching", passes=6),
+    Kind("fg_att, stored targets", "fg_att", "stored", compared=True, passes=6),
+    Kind("bias-gradient", "bias_gradient", compared=True, late_passes=3),
+    Kind("score-matching", "score_matching", compared=True, passes=9),
+    Kind("anti-score-matching", "anti_score_matching", compared=True, passes=6),
 )
+LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 MODELS = {"vgg4": 1.0, "vgg9": 1.0, "vgg11": 1.0, "resnet18": 0.25}
 
 
@@ -84,6 +82,9 @@ class Row:
     ratio: float  # to the model's cross-entropy step
     limit: float  # the same ratio, in convolutions
     share: float  # limit / ratio
+    matrix_share: float  # of the rate of a product of two large matrices that the step's convolutions reach
+    stock: float | None  # images per second of stock torch in its better layout
+    stock_layout: str | None
     peak_memory_mib: int | None
     samples: int = 0  # that the median is of
 
@@ -102,23 +103,28 @@ def images(count: int = IMAGES) -> TensorLoader:
     return TensorLoader(split, np.arange(count), batch_size=BATCH, mean=half, std=half, shuffle=True, flip=True, crop=4)
 
 
-def make_step(kind: Kind, model: str, hardware: Hardware, loader: TensorLoader, folder: Path) -> Callable[[], None]:
-    """A function that does one training step, as the trainer would."""
+def make_step(
+    kind: Kind, model: str, hardware: Hardware, loader: TensorLoader, folder: Path, stock_layout: str | None = None
+) -> Callable[[], None]:
+    """A function that does one training step, as the trainer would, or with stock torch's layers in `stock_layout`."""
     torch.manual_seed(0)
     student = hardware.place(network(model))
     terms = {"ce": CrossEntropy(weight=1), **terms_of(kind.method)}
     teacher = None if kind.teacher == "none" else hardware.place(network("vgg9")).eval()
     for term in terms.values():
         term.resolve_layers(student, teacher, loader.example)
-    if kind.fast:
+    if stock_layout:
+        student.to(memory_format=LAYOUTS[stock_layout])
+    else:
         accelerate(student, terms, hardware)
         if teacher is not None:
             accelerate(teacher, {}, hardware)
     optim = build(compose_run(["experiment=jacobian_distill"])["optim"], where="optim")
-    targets = _targets(kind, teacher, terms, hardware, loader, folder) if teacher else None
+    targets = _targets(kind, teacher, terms, hardware, loader, folder / f"{kind.name} {stock_layout}") if teacher else None
     module = Distillation(student, terms, optim, steps_per_pass=10**9, seed=0, targets=targets)
     optimizer, _ = optim.build(list(student.parameters()), 10**9)
-    batches = list(loader)
+    layout = LAYOUTS[stock_layout or "channels_last"]
+    batches = [batch._replace(images=batch.images.contiguous(memory_format=layout)) for batch in loader]
     count = 0
 
     def step() -> None:
@@ -143,7 +149,7 @@ def _targets(
         return live
     maps = list(dict.fromkeys(wanted for term in terms.values() for wanted in term.teacher_maps))
     with hardware.autocast():
-        return StoredTargets(live, loader, len(loader), folder / kind.name, target=target, maps=maps)
+        return StoredTargets(live, loader, len(loader), folder, target=target, maps=maps)
 
 
 def _costs(model: nn.Module) -> dict[str, float]:
@@ -167,33 +173,50 @@ def late_convolutions(model: nn.Module) -> float:
     return sum(list(costs.values())[first + 1 :])
 
 
-def limit(kind: Kind, model: str) -> float:
-    """The ratio to a cross-entropy step if nothing but convolutions took time.
+def work(kind: Kind, model: str) -> float:
+    """Multiply-adds of a step's convolutions, per image.
 
     The ordinary backward pass needs no input-gradient at the first convolution; that saves one pass over it for each
     forward pass that is not differentiated with respect to the images.
     """
-    whole, first = convolutions(network(model))
+    all_layers, first = convolutions(network(model))
     late = late_convolutions(network(model)) if kind.late_passes else 0
     teacher, _ = convolutions(network("vgg9"))
     saved = 2 if kind.name in ("score-matching", "anti-score-matching") else 1
-    work = kind.passes * whole + kind.late_passes * late - saved * first + kind.teacher_passes * teacher
-    return work / (3 * whole - first)
+    return kind.passes * all_layers + kind.late_passes * late - saved * first + kind.teacher_passes * teacher
+
+
+def limit(kind: Kind, model: str) -> float:
+    """The ratio to a cross-entropy step if nothing but convolutions took time."""
+    return work(kind, model) / work(KINDS[0], model)
+
+
+def matrix_rate(hardware: Hardware, size: int = 2048) -> float:
+    """Multiply-adds a second of a product of two large square matrices, in the hardware's precision."""
+    dtype = torch.bfloat16 if hardware.precision == "bf16" else torch.float32
+    left, right = torch.randn(2, size, size, device=hardware.device).to(dtype)
+    seconds, _ = medians({"product": lambda: left @ right}, rounds=20, cuda=hardware.kind == "gpu")
+    return size**3 / seconds["product"]
 
 
 def measure(model: str, hardware: Hardware, kinds: Sequence[Kind], *, rounds: int, memory: bool, budget: float) -> list[Row]:
     """Medians over `rounds` rounds, each of which does every kind of step once; fewer when `budget` seconds are over."""
     hardware.apply()
     loader = images()
+    rate = matrix_rate(hardware)
     with tempfile.TemporaryDirectory() as folder:
-        steps = {kind.name: make_step(kind, model, hardware, loader, Path(folder)) for kind in kinds}
+        ways = [(kind, layout) for kind in kinds for layout in (None, *(LAYOUTS if kind.compared else ()))]
+        steps = {(kind.name, layout): make_step(kind, model, hardware, loader, Path(folder), layout) for kind, layout in ways}
         seconds, samples = medians(steps, rounds=rounds, cuda=hardware.kind == "gpu", budget=budget)
     rows = []
     for kind in kinds:
-        ratio, floor = seconds[kind.name] / seconds["ce"], limit(kind, model)
+        ratio, floor = seconds[kind.name, None] / seconds["ce", None], limit(kind, model)
         peak = peak_memory(three_steps, kind.name, model, hardware.precision) if memory else None
-        speed = BATCH / seconds[kind.name]
-        rows.append(Row(model, hardware.precision, kind.name, speed, ratio, floor, floor / ratio, peak, samples))
+        speed = BATCH / seconds[kind.name, None]
+        layout = min(LAYOUTS, key=lambda name: seconds[kind.name, name]) if kind.compared else None
+        stock = BATCH / seconds[kind.name, layout] if layout else None
+        shares = floor / ratio, work(kind, model) * speed / rate
+        rows.append(Row(model, hardware.precision, kind.name, speed, ratio, floor, *shares, stock, layout, peak, samples))
     return rows
 
 
@@ -211,31 +234,29 @@ def make_hardware(precision: str) -> Hardware:
     return hardware
 
 
-def _gains(rows: Sequence[Row]) -> Iterator[str]:
-    """What a user of stock autograd gains."""
-    speed = {(row.model, row.precision, row.kind): row.images_per_second for row in rows}
-    for (model, precision, kind), rate in speed.items():
-        if kind == "j, stored targets":
-            gain = rate / speed[model, precision, "j naive, live teacher"]
-            yield f"- {model}, {precision}: a step with Jacobians of stored targets is {gain:.1f} times as fast as a naive one."
-
-
 def markdown(rows: Sequence[Row], facts: dict[str, Any], has_bf16: bool) -> str:
     lines = [
         "# The cost of a step",
         "",
-        f"{facts['device']}, {facts['threads']} threads, torch {facts['versions']['torch']}, batch {facts['batch']}, "
-        f"channels_last; medians of {min(row.samples for row in rows)} or more interleaved steps. Ratio: to the same model's "
-        "cross-entropy step. Limit: the same ratio if only convolutions took time. Naive: torch's own layers and double "
-        "backward pass. `make bench` does it again.",
+        f"{facts['device']}, {facts['threads']} threads, torch {facts['versions']['torch']}, batch {facts['batch']}; medians "
+        f"of {min(row.samples for row in rows)} or more interleaved steps. `make bench` measures it again.",
         "",
-        *([] if has_bf16 else ["This processor has no bf16 arithmetic; only fp32 is measured.", ""]),
-        "| model | precision | step | images/s | ratio | limit | share of the limit | peak memory (MiB) |",
-        "|---|---|---|---|---|---|---|---|",
+        "- Ratio: to the same model's cross-entropy step. Limit: the same ratio if only convolutions took time.",
+        "- Matrix rate: multiply-adds of the step's convolutions per second, as a share of those of a product of two 2048 x "
+        "2048 matrices. Winograd's algorithm does with fewer products than are counted here.",
+        "- Stock: torch's own layers and double backward pass in the memory layout that is faster for this step "
+        "(channels_last, unless marked c for contiguous). Gain: images/s divided by those of stock. MiB: peak memory of "
+        "a process that does three steps.",
+        *([] if has_bf16 else ["- This processor has no bf16 arithmetic; only fp32 is measured."]),
+        "",
+        "| model | precision | step | images/s | ratio | limit | share of the limit | matrix rate | stock | gain | MiB |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         memory = "" if row.peak_memory_mib is None else str(row.peak_memory_mib)
+        mark = " c" if row.stock_layout == "contiguous" else ""
+        stock = f"{row.stock:.0f}{mark} | {row.images_per_second / row.stock:.2f}" if row.stock else " | "
         numbers = f"{row.images_per_second:.0f} | {row.ratio:.2f} | {row.limit:.2f} | {100 * row.share:.0f} %"
-        lines.append(f"| {row.model} | {row.precision} | {row.kind} | {numbers} | {memory} |")
-    lines += ["", *_gains(rows)]
+        cells = [row.model, row.precision, row.kind, numbers, f"{100 * row.matrix_share:.0f} %", stock, memory]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

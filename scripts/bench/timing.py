@@ -8,22 +8,24 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from gradexp.engine.clocks import peak_memory_mib
 
+Name = TypeVar("Name")
+
 
 def medians(
-    functions: Mapping[str, Callable[[], Any]], *, rounds: int, cuda: bool, budget: float = math.inf
-) -> tuple[dict[str, float], int]:
+    functions: Mapping[Name, Callable[[], Any]], *, rounds: int, cuda: bool, budget: float = math.inf
+) -> tuple[dict[Name, float], int]:
     """Median seconds of each function, and how many samples they are of.
 
     In each of `rounds` rounds every function is called once, so that drifts hit all alike; a round before the first warms
     up. No round begins once `budget` seconds are over.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    seconds: dict[Name, list[float]] = {name: [] for name in functions}
     started = time.monotonic()
     for number in range(rounds + 1):
         if number > 1 and time.monotonic() - started > budget:
