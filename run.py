@@ -1,6 +1,6 @@
 """python run.py experiment=NAME [overrides]: one run.   python run.py -m ...: Hydra multirun.
 
-python run.py --show ID: a record.   python run.py --id ID: the run of a record.
+python run.py --help: the experiments and what else can be typed.
 """
 
 import os
@@ -10,10 +10,13 @@ from contextlib import nullcontext
 import hydra
 from omegaconf import DictConfig
 
+from gradexp import __version__
+from gradexp.engine import help
 from gradexp.engine.compose import CONF, check_overrides, plan, refuse_copies, refuse_many_devices
 from gradexp.engine.ensure import ensure
 from gradexp.engine.exits import exit_on_errors
 from gradexp.engine.known import answer
+from gradexp.engine.origin import git_state
 from gradexp.engine.record import objective, print_summary
 from gradexp.engine.run import Paths
 
@@ -38,11 +41,18 @@ def main(_: DictConfig) -> float | None:
 
 if __name__ == "__main__":
     with exit_on_errors():
-        if sys.argv[1:2] in (["--show"], ["--id"]):
-            if run := answer(sys.argv[1:]):
+        words = sys.argv[1:]
+        if {"-h", "--help"} & set(words):
+            print(help.text(words, CONF))
+        elif words == ["--version"]:
+            print(f"gradexp {__version__}, commit {git_state()['commit'] or 'unknown'}")
+        elif words[:1] in (["--show"], ["--id"]):
+            if run := answer(words):
                 print_summary(ensure(run))
-            sys.exit()
-        refuse_copies(sys.argv[1:], os.environ)
-        for config in check_overrides(sys.argv[1:]):
-            (Paths.of(config).outputs / "hydra").mkdir(parents=True, exist_ok=True)  # else Hydra fails with a traceback
-        main()
+        elif {"-sc", "--shell-completion", "--hydra-help"} & set(words):
+            main()
+        else:
+            refuse_copies(words, os.environ)
+            for config in check_overrides(words):
+                (Paths.of(config).outputs / "hydra").mkdir(parents=True, exist_ok=True)  # else Hydra fails with a traceback
+            main()

@@ -1,7 +1,9 @@
 """The commands that users type, in processes of their own."""
 
 import json
+import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,7 +15,8 @@ from typing import Any
 import pytest
 
 from gradexp.base.errors import UserError
-from gradexp.engine.compose import check_overrides, plan
+from gradexp.engine import help
+from gradexp.engine.compose import CONF, check_overrides, plan
 from gradexp.engine.known import answer
 from gradexp.engine.many import run_all
 from gradexp.engine.registry import locate
@@ -276,3 +279,45 @@ def test_hydras_own_options_are_no_misspelt_overrides() -> None:
     check_overrides(["--cfg", "job", "experiment=teacher"])
     with pytest.raises(UserError, match="not of the form key=value"):
         check_overrides(["job", "experiment=teacher"])
+
+
+def test_help_lists_every_experiment_with_what_it_claims(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    shown = help.text([], CONF)
+    assert max(map(len, shown.splitlines())) <= 120
+    for file in (CONF / "experiment").glob("[!_]*.yaml"):
+        assert re.search(rf"^  {file.stem}\s+[A-Z§]", shown, re.MULTILINE), file.stem
+    for example in help.EXAMPLES:
+        words = shlex.split(example)
+        if words[0] != "--show":
+            check_overrides([word for word in words if word != "--help"])
+
+
+def test_help_on_an_experiment_is_the_head_of_its_file() -> None:
+    shown = help.text(["experiment=jacobian_distill"], CONF)
+    assert "make table-2.1" in shown and "Cost at scale=cpu" in shown and "defaults:" not in shown
+    with pytest.raises(UserError, match="did you mean jacobian_distill"):
+        help.text(["experiment=jacobian_distil"], CONF)
+
+
+@pytest.mark.parametrize(
+    ("words", "start"),
+    [
+        (["--help"], "python run.py experiment=NAME"),
+        (["experiment=teacher", "-h"], "experiment=teacher\n"),
+        (["--version"], "gradexp 0.1.0, commit "),
+        (["--shell-completion", "install=bash"], "export _HYDRA_OLD_COMP"),
+    ],
+)
+def test_options_about_the_command_itself(words: list[str], start: str) -> None:
+    done = subprocess.run([sys.executable, "run.py", *words], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(start)
+
+
+def test_tab_completes_groups_and_their_choices() -> None:
+    line = "python run.py experiment=jacobian_d"
+    environment = os.environ | {"COMP_LINE": line, "COMP_POINT": str(len(line))}
+    query = [sys.executable, "run.py", "--shell-completion", "query=bash"]
+    done = subprocess.run(query, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.stdout.split() == ["experiment=jacobian_distill"]
