@@ -175,6 +175,11 @@ MISTAKES = {
     "data.per_klass=1": "did you mean per_class?",
     "experimant=teacher": "did you mean experiment?",
     "seed": "not of the form key=value",
+    "trainer.max_epochs=3": "did you mean optim.passes?",
+    "lr=0.1": "did you mean optim.optimizer.lr?",
+    "batch_size=3": "did you mean optim.batch_size?",
+    "dataset=cifar10": "did you mean data?",
+    "upstream.teacher.model=vgg6": "is added with a plus: +upstream.teacher.model=",
     "method.terms.jacobian.wieght=1": "did you mean weight?",
 }
 

@@ -80,6 +80,8 @@ def _sentence(kind: Any, error: Any) -> str:
 def _message(error: Any) -> str:
     if error["type"] == "missing":
         return "is incomplete"
+    if error["type"] == "sequence_str":
+        return "should be a list"
     return str(error["msg"]).removeprefix("Value error, ").removeprefix("Input ")
 
 

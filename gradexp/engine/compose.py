@@ -35,6 +35,13 @@ HYDRA_OPTIONS = (  # that take a value
     *("--cfg", "-c", "--package", "-p", "--info", "-i", "--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp"),
 )
 PIXELS = ("normalise", "mean", "std", "size", "channels")  # of data: what a network must share with its upstream runs
+ELSEWHERE = {  # names that other frameworks have: ours
+    **dict.fromkeys(("max_epochs", "epochs", "num_epochs"), "optim.passes"),
+    **dict.fromkeys(("max_steps", "iterations"), "optim.steps"),
+    **dict.fromkeys(("gpus", "num_devices", "world_size"), "trainer.devices"),
+    **{"bs": "optim.batch_size", "dataset": "data", "optimizer": "optim", "num_classes": "data.classes", "wandb": "logger"},
+    **{"arch": "model", "num_workers": "trainer.threads", "device": "trainer.accelerator", "amp": "trainer.precision"},
+}
 BY_SCALE = re.compile(r"\$\{by_scale:[^$]*\}")  # one that depends on nothing but the scale
 # A line, comments aside, that configures Hydra itself, or a header that puts a whole file there.
 TO_HYDRA = re.compile(r"^[^#\n]*\bhydra\b.*$|^#\s*@package\s+hydra\b.*$", re.MULTILINE)
@@ -306,14 +313,33 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
         if f"'{key}'" not in text:
             continue
         parent, _, name = key.lstrip("+~").rpartition(".")
-        rest = [word for word in overrides if word != override]
-        known = OmegaConf.select(OmegaConf.create(_compose(tuple(rest))), parent) if parent else _compose(tuple(rest))
+        config = _compose(tuple(word for word in overrides if word != override))
+        known = OmegaConf.select(OmegaConf.create(config), parent) if parent else config
         names = list(known) if isinstance(known, Mapping) else []
         groups = [] if parent else [folder.name for folder in CONF.iterdir() if folder.is_dir()]
         if name in names or key in groups:
             return f"{override}: {text}"
-        return f"{override}: there is no key {key}{nearest(name, [*names, *groups])}"
+        return f"{override}: there is no key {key}{_hint(key, config) or nearest(name, [*names, *groups])}"
     if "You must specify 'experiment'" in text:
         experiments = sorted(file.stem for file in (CONF / "experiment").glob("[!_]*.yaml"))
         return f"name an experiment: python run.py experiment=NAME, one of {', '.join(experiments)}"
     return text
+
+
+def _hint(key: str, config: Config) -> str:
+    """Where the config has what another framework calls `key`, or a key of the same last name; "" where nothing has."""
+    words = key.split(".")
+    first, last = words[0], words[-1]
+    if first == "upstream":
+        return f"; a value of an upstream run is added with a plus: +{key}=..."
+    ours = ELSEWHERE.get(last) or ELSEWHERE.get(first)
+    places = [ours] if ours else [place for place in _places(config) if place.rpartition(".")[2] == last]
+    return f"; did you mean {' or '.join(places)}?" if 0 < len(places) < 4 else ""
+
+
+def _places(config: Config, prefix: str = "") -> Iterator[str]:
+    """The dotted names of all keys, but not those of upstream runs."""
+    for key, value in config.items():
+        yield prefix + key
+        if isinstance(value, dict) and key != "upstream":
+            yield from _places(value, f"{prefix}{key}.")
