@@ -179,7 +179,7 @@ MISTAKES = {
     "lr=0.1": "did you mean optim.optimizer.lr?",
     "batch_size=3": "did you mean optim.batch_size?",
     "dataset=cifar10": "did you mean data?",
-    "upstream.teacher.model=vgg6": "is added with a plus: +upstream.teacher.model=",
+    "upstream.teacher.optim.passes=3": "is added with a plus: +upstream.teacher.optim.passes=",
     "method.terms.jacobian.wieght=1": "did you mean weight?",
 }
 
