@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
 from gradexp.base.errors import UserError
@@ -73,6 +74,21 @@ def test_a_multirun_does_only_what_is_missing(tmp_path: Path, run_py: RunPy) -> 
     assert len(records(tmp_path, "jacobian_distill")) == 3
     assert {file: file.stat().st_mtime_ns for file in before} == before
     assert done.stdout.count("finished") == 3
+    (_, table) = sorted((tmp_path / "outputs" / "hydra").glob("*/table.csv"))  # of the second multirun
+    frame = pd.read_csv(table)
+    scores = {run["seed"]: run["metrics"]["test/accuracy"] for run in records(tmp_path, "jacobian_distill").values()}
+    assert dict(zip(frame["seed"], frame["test/accuracy"], strict=True)) == pytest.approx(scores)
+    assert re.search(r"^ *seed +test/accuracy$", done.stdout, re.MULTILINE)  # what all runs share is left out
+
+
+def test_a_search_that_is_typed_again_with_more_trials_goes_on(tmp_path: Path, run_py: RunPy) -> None:
+    search = ["-m", "hydra/sweeper=search", "experiment=teacher", *TINY, "data.validation=0.1"]
+    search += ["optim.optimizer.lr=tag(log,interval(1e-4,1e-2))"]
+    assert run_py(*search, "hydra.sweeper.n_trials=1").returncode == 0
+    ((first, _),) = records(tmp_path, "teacher").items()
+    done = run_py(*search, "hydra.sweeper.n_trials=2")
+    assert done.returncode == 0, done.stderr
+    assert first in records(tmp_path, "teacher") and len(records(tmp_path, "teacher")) == 2
 
 
 def quickest() -> Path:
