@@ -286,8 +286,10 @@ def test_w_and_b_offline(tmp_path: Path, run_py: RunPy, monkeypatch: pytest.Monk
     monkeypatch.setenv("HOME", str(tmp_path))
     done = run_py("experiment=teacher", *[word for word in TINY if word != "logger=none"], "logger=wandb")
     assert done.returncode == 0, done.stderr
-    assert len(records(tmp_path, "teacher")) == 1
-    assert list(tmp_path.rglob("*.wandb"))
+    (record,) = records(tmp_path, "teacher").values()
+    (logged,) = tmp_path.rglob("*.wandb")
+    for shown in ("learning_rate", "train/loss", "test/accuracy", record["git"]["commit"], record["data"]["train"]):
+        assert shown.encode() in logged.read_bytes(), shown
 
 
 @pytest.mark.parametrize("experiment", ["jacobian_distill", "pixel_perturbation"])

@@ -93,12 +93,13 @@ def _wandb_logger(run: Run, group: str, project: str, *, offline: bool) -> Any:
     )
 
 
-def close(logger: Any | None, metrics: dict[str, float]) -> None:
-    """Logs the final numbers and closes the logger, so that the next run in this process gets a new one."""
+def close(logger: Any | None, metrics: dict[str, float], facts: dict[str, Any] | None = None) -> None:
+    """Logs the final numbers and facts and closes the logger, so that the next run in this process gets a new one."""
     if logger is None:
         return
     try:
         logger.log_metrics(metrics)
+        logger.log_hyperparams(facts or {})
         logger.finalize("success")
         if hasattr(logger.experiment, "finish"):
             logger.experiment.finish()

@@ -75,9 +75,11 @@ class Train(Task):
         metrics["test/accuracy"] = accuracy
         if "train/angle" in module.curves:
             metrics["angle"] = module.curves["train/angle"][-1]
-        close(logger, {name: value for name, value in metrics.items() if not isinstance(value, list)})
+        facts = facts_of(training, steps)
+        numbers = {name: value for name, value in metrics.items() if not isinstance(value, list)}
+        close(logger, numbers, {**facts, "git": git_state()})
         assemble.save_weights(run, module.student)
-        return Result(metrics, "diverged" if module.diverged else "finished", facts_of(training, steps))
+        return Result(metrics, "diverged" if module.diverged else "finished", facts)
 
     def work(self, config: Config, sizes: Sizes) -> float | None:
         optim, train = config["optim"], images_of(config, sizes)[0]

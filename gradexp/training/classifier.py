@@ -117,7 +117,8 @@ class Classifier(lightning.LightningModule):
         if self.logger is None:
             return
         try:
-            self.logger.log_metrics(means, step=self.global_step)
+            rate = self.trainer.optimizers[0].param_groups[0]["lr"]
+            self.logger.log_metrics(means | {"learning_rate": rate}, step=self.global_step)
         except Exception as error:
             print(f"{type(self.logger).__name__} failed ({error}); going on without it", flush=True)
             self.trainer.loggers = []  # Lightning would call it once more at the end
