@@ -14,7 +14,7 @@ from joblib import cpu_count
 from gradexp.base.errors import UserError
 from gradexp.engine.compose import compose_run, plan, refuse_many_devices
 from gradexp.engine.exits import exit_on_errors
-from gradexp.engine.many import Failure, generations, make_launcher, missing, run_all
+from gradexp.engine.launchers import Failure, generations, make_launcher, missing, run_all
 from gradexp.engine.run import ROOT, Config, Paths
 from gradexp.report import specs
 from gradexp.report.specs import Planner

@@ -26,8 +26,7 @@ from gradexp.base.errors import STOPPED, UserError, nearest
 from gradexp.base.typed import check, strict
 from gradexp.engine.compose import refuse_many_devices
 from gradexp.engine.exits import exit_on_errors
-from gradexp.engine.launchers import Work
-from gradexp.engine.many import UntilDeadline, last_line, missing, slots_of
+from gradexp.engine.launchers import Local, Work, last_line, missing, slots_of
 from gradexp.engine.run import ROOT, Run
 from gradexp.report import costs, specs
 from gradexp.report.specs import Planner
@@ -213,7 +212,7 @@ def spend(
     end = time.monotonic() + seconds
     budget = Budget(ranked, estimates, end - warning, slots, extra)
     try:
-        for run, code in UntilDeadline(end, warning).each(budget.choose, slots):
+        for run, code in Local().each(budget.choose, slots, deadline=end, warning=warning):
             budget.note(run, code)
     finally:
         print(f"budget of {duration(seconds)}:", "\n".join(budget.summary()), flush=True)

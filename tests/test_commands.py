@@ -19,7 +19,7 @@ from gradexp.base.errors import UserError
 from gradexp.engine import help
 from gradexp.engine.compose import CONF, check_overrides, plan
 from gradexp.engine.known import answer
-from gradexp.engine.many import run_all
+from gradexp.engine.launchers import run_all
 from gradexp.engine.registry import locate
 from gradexp.engine.run import ROOT
 
@@ -180,10 +180,10 @@ def test_nan_is_a_result(tmp_path: Path, run_py: RunPy) -> None:
 
 
 MISTAKES = {
-    "paths.results=data/rés": """double quotes; for a shell: 'paths.results="data/rés"'""",
-    "paths.results=a=b": """double quotes; for a shell: 'paths.results="a=b"'""",
-    'name=a"b é': r"""double quotes; for a shell: 'name="a\"b é"'""",
-    "=3": "'=3' is not of the form key=value",
+    "paths.results=data/rés": "is put in double quotes",
+    "paths.results=a=b": """is put in double quotes: 'key="a=b"'""",
+    'name=a"b é': "is put in double quotes",
+    "=3": "form key=value",
     "method=glob(nope*)": "method=glob(nope*): nothing matches",
     "data={a: 1}": "Could not override 'data'",
     "method=nope": "there is no conf/method/nope.yaml",

@@ -20,7 +20,7 @@ from gradexp.data.imagenet import ImageNet
 from gradexp.data.loader import TensorLoader, TrainingStream
 from gradexp.data.parquet import Layout
 from gradexp.data.sources import Split
-from gradexp.engine import compose, config_cache
+from gradexp.engine import compose
 from gradexp.engine.compose import compose_run, plan
 from gradexp.engine.run import ROOT, Paths
 
@@ -195,7 +195,7 @@ def test_files_that_a_killed_download_left_are_replaced(tmp_path: Path, monkeypa
 
 def test_an_empty_data_root_is_unset(monkeypatch: pytest.MonkeyPatch) -> None:
     """And not the repository, below which a failed download would leave a folder."""
-    for cached in (compose._compose, compose._by_hydra, config_cache._state):  # a process reads its environment once
+    for cached in (compose._compose, compose._by_hydra, compose._sources):  # a process reads its environment once
         cached.cache_clear()
     monkeypatch.setenv("GRADEXP_DATA", "")
     for words in ([], ["paths.data="], ["paths.data=''"]):

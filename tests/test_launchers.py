@@ -16,8 +16,7 @@ from gradexp.base.errors import Stopped, UserError
 from gradexp.engine.callbacks import Checkpointer
 from gradexp.engine.compose import compose_run, plan
 from gradexp.engine.ensure import ensure
-from gradexp.engine.launchers import Local, visible_gpus
-from gradexp.engine.many import generations, make_launcher, run_all
+from gradexp.engine.launchers import Local, generations, make_launcher, run_all, visible_gpus
 from gradexp.engine.record import objective
 from gradexp.engine.run import Paths, Run, run_id
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from gradexp.engine import pieces
+from gradexp.engine.clocks import Progress
 from gradexp.engine.compose import compose_run
 from gradexp.engine.ensure import ensure
 from gradexp.engine.pieces import Pieces
-from gradexp.engine.progress import Progress
 from gradexp.engine.run import Paths, Run
 
 TINY = ["scale=quick", "trainer.threads=1", "logger=none", "+upstream.model.optim.passes=1", "+upstream.model.scale.width=0.03"]
@@ -57,7 +57,7 @@ def test_a_damaged_piece_is_made_again(tmp_path: Path) -> None:
 
 
 def test_progress_counts_pieces_behind_a_damaged_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gradexp.engine.progress.INTERVAL", 0.0)
+    monkeypatch.setattr("gradexp.engine.clocks.INTERVAL", 0.0)
     shown: list[int] = []
     monkeypatch.setattr(Progress, "update", lambda self, done, update=Progress.update: (shown.append(done), update(self, done)))
     squared(begun(tmp_path), [3, 4, 5])

@@ -21,9 +21,9 @@ from gradexp.engine.build import build
 from gradexp.engine.compose import compose_run
 from gradexp.engine.ensure import ensure
 from gradexp.engine.known import find_record
+from gradexp.engine.origin import SOURCES
 from gradexp.engine.record import curves_path, read_arrays, read_record, write_record
 from gradexp.engine.run import ROOT, Paths, Run
-from gradexp.engine.sources import SOURCES
 from gradexp.engine.verify import Finding, examine, verify
 from gradexp.report.costs import History
 from gradexp.tasks import saliency_maps
@@ -286,7 +286,7 @@ def test_a_new_record_proves_itself_and_its_upstream(places: list[str]) -> None:
     assert set(stored) >= {"record_sha256", "sources", "product"}
     assert stored["upstream"]["teacher"]["data"]["train"]
     assert find_record(run.id, run.paths.results) == run.record_path
-    assert list(examine(run.record_path)) == []
+    assert list(examine(run.record_path, run.paths)) == []
 
 
 @pytest.mark.parametrize("name", ["../x.pth", "/etc/passwd", "a/b"])

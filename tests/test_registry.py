@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from gradexp.base.errors import UserError
+from gradexp.engine.build import check_settings
 from gradexp.engine.compose import CONF, check_hydra, compose_run
 from gradexp.engine.ensure import ensure
-from gradexp.engine.registry import KINDS, check_targets, kind_of, locate, targets
+from gradexp.engine.registry import KINDS, kind_of, locate, targets
 from gradexp.engine.run import ROOT, Paths, Run, run_id
 from gradexp.engine.verify import Finding, verify
 from gradexp.report import specs
@@ -50,20 +51,20 @@ def test_what_was_not_meant_for_a_place_is_refused(where: str, target: str) -> N
 def test_no_place_of_a_config_is_overlooked(where: str) -> None:
     """Names in places where nothing is built, in upstream runs and in lists are found before any work."""
     config: dict[str, Any] = copy.deepcopy(compose_run(["experiment=jacobian_distill", "scale=quick"]))
-    check_targets(config)
+    check_settings(config)
     *path, last = where.split(".")
     node = config
     for key in path:
         node = node[key]
     node[last] = [{"_target_": "os.system", "command": "true"}]
     with pytest.raises(UserError, match=r"os\.system is refused"):
-        check_targets(config)
+        check_settings(config)
 
 
 def test_a_module_of_a_method_is_a_name_too() -> None:
     config = copy.deepcopy(compose_run(["experiment=teacher", "scale=quick"]))
     config["method"]["module"] = "gradexp.training.optim.Optim"
-    assert ("method.module", "gradexp.training.optim.Optim") in set(targets(config))
+    assert ("method.module", {"_target_": "gradexp.training.optim.Optim"}) in list(targets(config))
     with pytest.raises(UserError, match="LightningModule"):
         locate("gradexp.training.optim.Optim", "method.module")
 
@@ -71,7 +72,7 @@ def test_a_module_of_a_method_is_a_name_too() -> None:
 def test_everything_that_the_configs_and_committed_records_name_is_allowed() -> None:
     found = set()
     for file in (ROOT / "results" / "runs").glob("*/*.json"):
-        found |= set(targets(json.loads(file.read_text())["config"]))
+        found |= {(where, node["_target_"]) for where, node in targets(json.loads(file.read_text())["config"])}
     for number in specs.numbers("figure"):
         found.add(("draw", specs.load("figure", number)["draw"]))
     for where, target in found:

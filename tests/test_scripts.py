@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from gradexp.base.errors import UserError
-from gradexp.engine.many import last_line
+from gradexp.engine.launchers import last_line
 from gradexp.engine.run import ROOT
 
 sys.path.insert(0, str(ROOT / "scripts"))

@@ -65,7 +65,7 @@ def test_settings_of_the_gpu_are_there_before_torch() -> None:
 
 def test_committed_records_are_valid() -> None:
     for path in (ROOT / "results" / "runs").glob("*/*.json"):
-        assert records.faults(read_record(path), complete=True) == [], path
+        assert records.faults(read_record(path)) == [], path
 
 
 BROKEN: dict[str, Any] = {
@@ -83,17 +83,17 @@ BROKEN: dict[str, Any] = {
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_record_is_not_valid(name: str, places: list[str]) -> None:
     good = json.loads(next((ROOT / "results" / "runs" / "teacher").glob("*.json")).read_text())
-    assert records.faults(good, complete=True) == []
-    assert records.faults({**good, name: BROKEN[name]}, complete=True)
-    assert records.faults({key: value for key, value in good.items() if key != name}, complete=True)
+    assert records.faults(good) == []
+    assert records.faults({**good, name: BROKEN[name]})
+    assert records.faults({key: value for key, value in good.items() if key != name})
 
 
 def test_a_finished_record_has_all_its_steps() -> None:
     good = json.loads(next((ROOT / "results" / "runs" / "teacher").glob("*.json")).read_text())
     short = {**good, "planned_steps": good["steps"] + 1}
-    assert records.faults({**good, "planned_steps": good["steps"]}, complete=False) == []
-    assert "ended after" in records.faults(short, complete=False)[0]
-    assert records.faults({**short, "status": "diverged"}, complete=False) == []
+    assert records.faults({**good, "planned_steps": good["steps"]}) == []
+    assert "ended after" in records.faults(short)[0]
+    assert records.faults({**short, "status": "diverged"}) == []
 
 
 def test_verify_finds_what_is_wrong(places: list[str]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import platform
 import secrets
 import shutil
 import time
@@ -12,7 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-ABANDONED = 24 * 3600.0  # seconds after which the untouched draft of a process on another host is a leftover
+ABANDONED = 24 * 3600.0  # seconds after which an untouched draft is that of a process that died
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -28,39 +27,15 @@ def write_atomically(path: Path, content: bytes) -> None:
 def draft_of(path: Path) -> Path:
     """A new name beside `path`, of a file or folder in which this process prepares it; the parent folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    return path.with_name(f".{path.name}.{host()}.{os.getpid()}.{secrets.token_hex(4)}")
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}")
 
 
-def host() -> str:
-    """The name of this machine; in a container also a number, as two containers may share the name but not process ids."""
-    processes = Path("/proc/self/ns/pid")
-    number = f"-{processes.stat().st_ino}" if processes.exists() else ""
-    return f"{platform.node().partition('.')[0][:40]}{number}"
-
-
-def remove_drafts(path: Path) -> None:
-    """Removes the drafts of `path` whose processes have died; elsewhere than on this host, those untouched for a day."""
+def remove_drafts(path: Path, age: float = ABANDONED) -> None:
+    """Removes the drafts of `path` that nobody has touched for `age` seconds. age: 0 where nobody else can write `path`."""
     for draft in path.parent.glob(f".{path.name}.*"):
         with suppress(FileNotFoundError):  # another process removed or renamed it
-            if _abandoned(draft):
+            if time.time() - draft.stat().st_mtime >= age:
                 shutil.rmtree(draft) if draft.is_dir() else draft.unlink()
-
-
-def _abandoned(draft: Path) -> bool:
-    *_, where, process, _random = draft.name.rsplit(".", 3)
-    if where == host() and process.isdigit():
-        return not _alive(int(process))
-    return time.time() - draft.stat().st_mtime > ABANDONED
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # another user's
-        pass
-    return True
 
 
 def move_into_place(draft: Path, path: Path) -> None:

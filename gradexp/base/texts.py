@@ -3,34 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
 import yaml
+from omegaconf._utils import get_yaml_loader
 
 from gradexp.base.errors import UserError
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML whose mappings name no key twice; of two values, PyYAML silently takes the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        known = []
-        for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":  # <<
-                continue
-            key = self.construct_object(key_node, deep=True)
-            if key in known:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key} occurs twice", key_node.start_mark)
-            known.append(key)
-        return super().construct_mapping(node, deep)
 
 
 def read_yaml(file: Path) -> Any:
     """The content of a YAML file. Raises UserError where it is missing, not YAML or not UTF-8, or names a key twice."""
     try:
-        return yaml.load(read_text(file), _UniqueKeys)
+        return yaml.load(read_text(file), get_yaml_loader())  # which refuses a key that occurs twice
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{_short(file)} is not YAML: {_line(error)}") from None
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import re
 from functools import cache
-from types import UnionType
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, ConfigDict, TypeAdapter, ValidationError, with_config
-from typing_extensions import get_type_hints, is_typeddict
 
 from gradexp.base.errors import UserError, nearest
 
@@ -41,13 +39,13 @@ def check(kind: type[T], value: Any, where: str) -> T:
     return value
 
 
-def faults(kind: Any, value: Any, *, missing: bool = True) -> list[str]:
-    """What is wrong with a value, a line each; empty if it fits `kind`. missing: whether a missing key is a fault."""
+def faults(kind: Any, value: Any) -> list[str]:
+    """What is wrong with a value, a line each, misspelt keys first; empty if it fits `kind`."""
     try:
         _adapter(kind).validate_python(value)
     except ValidationError as error:
-        misspelt_first = sorted(error.errors(include_url=False), key=lambda each: each["type"] != "extra_forbidden")
-        return [_sentence(kind, each) for each in misspelt_first if missing or each["type"] != "missing"]
+        errors = sorted(error.errors(include_url=False), key=lambda each: each["type"] != "extra_forbidden")
+        return [_sentence(kind, each) for each in errors]
     return []
 
 
@@ -69,9 +67,8 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 def _sentence(kind: Any, error: Any) -> str:
     *parents, last = error["loc"] or ("",)
     if error["type"] == "extra_forbidden":
-        known = _keys(kind, parents)
         where = f" in {_dotted(parents)}" if parents else ""
-        return f"there is no key {last}{where}{nearest(str(last), known)} It may have {', '.join(known)}"
+        return f"there is no key {last}{where}{nearest(str(last), _keys(_adapter(kind).json_schema()))}"
     if error["type"] == "missing":
         return f"{_dotted(error['loc'])} is missing"
     return f"{_dotted(error['loc'])}={error['input']!r} {_message(error)}"
@@ -82,30 +79,15 @@ def _message(error: Any) -> str:
         return "is incomplete"
     if error["type"] == "sequence_str":
         return "should be a list"
-    return str(error["msg"]).removeprefix("Value error, ").removeprefix("Input ")
+    return str(error["msg"]).removeprefix("Value error, ").removeprefix("Input ").removeprefix("String ")
 
 
 def _dotted(loc: Any) -> str:
     return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in loc).lstrip(".")
 
 
-def _keys(kind: Any, loc: Any) -> list[str]:
-    """The keys of the TypedDict at `loc` inside `kind`."""
-    candidates = [kind]
-    for step in loc:
-        candidates = [below for each in candidates for below in _inside(each, step)]
-    return list(dict.fromkeys(key for each in candidates if is_typeddict(each) for key in get_type_hints(each)))
-
-
-def _inside(kind: Any, step: Any) -> list[Any]:
-    """The types one step inside `kind`: of a key of a TypedDict, a value of a dict or an item of a list."""
-    if is_typeddict(kind):
-        return _options(get_type_hints(kind).get(step))
-    inside = [option for argument in get_args(kind) for option in _options(argument)]
-    return inside if get_origin(kind) in (list, dict, tuple) else [kind]
-
-
-def _options(kind: Any) -> list[Any]:
-    if get_origin(kind) in (Union, UnionType):
-        return [option for argument in get_args(kind) for option in _options(argument)]
-    return [] if kind is None else [kind]
+def _keys(schema: Any) -> list[str]:
+    """The keys of all objects that a JSON schema describes."""
+    below = schema.values() if isinstance(schema, dict) else schema if isinstance(schema, list) else ()
+    own = schema.get("properties", {}) if isinstance(schema, dict) else {}
+    return [*own, *(key for each in below for key in _keys(each))]

@@ -14,7 +14,7 @@ from typing_extensions import is_typeddict
 
 from gradexp.base.errors import UserError, nearest
 from gradexp.base.typed import faults_of
-from gradexp.engine.registry import locate
+from gradexp.engine.registry import kind_of, locate, targets
 
 SPECIAL = ("_target_", "_partial_")
 
@@ -38,17 +38,13 @@ def build(node: dict[str, Any], *, where: str, **extra: Any) -> Any:
     return function(**arguments)
 
 
-def check_settings(node: Any, where: str = "") -> None:
-    """Raises UserError for a wrong key or value in a run's config, upstream runs aside, or in a node; builds nothing."""
-    if not isinstance(node, dict):
-        return
-    if where == "evaluate":  # the task's own settings are among those of the score
-        node = score_node(node)
-    if _is_node(node):
-        _checked(node, where)
-    for key, value in node.items():
-        if where or key != "upstream":
-            check_settings(value, f"{where}.{key}".removeprefix("."))
+def check_settings(config: dict[str, Any]) -> None:
+    """Raises UserError for a wrong name, key or value in a run's config, upstream runs included; builds nothing."""
+    nodes = list(targets(config))
+    for where, node in nodes:
+        locate(node["_target_"], where)
+    for where, node in nodes:
+        _checked(score_node(node) if kind_of(where) == "evaluate" else node, where)
 
 
 def score_node(evaluate: dict[str, Any]) -> dict[str, Any]:

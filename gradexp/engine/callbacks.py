@@ -11,34 +11,28 @@ from typing import Any
 
 import lightning
 import torch
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
 
 from gradexp.base.errors import Stopped
-from gradexp.base.files import draft_of, intact, write_sealed
+from gradexp.base.files import draft_of, intact, remove_drafts, write_sealed
 from gradexp.engine import clocks
 from gradexp.engine.exits import die_of_interrupt
 from gradexp.layers import ranks
 
 # From the user or the system; from SLURM before the end of a job; from SLURM at the request of submitit; Ctrl-C.
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
-PLAIN_EVERY = 30.0  # seconds between lines where there is no terminal
-REFRESH_EVERY = 0.5  # seconds between updates of the bar
+REFRESH_EVERY = 0.5  # seconds between updates
 
 
-def call_handler(number: int, handler: Any, checkpoint: Path, *, written: bool) -> None:
-    """Calls the handler that a signal had before the training. Raises Stopped where it had none.
-
-    written: whether the checkpoint was written after the signal came.
-    """
+def call_handler(number: int, handler: Any, checkpoint: Path) -> None:
+    """Calls the handler that a signal had before the training. Raises Stopped where it had none."""
     if callable(handler) and handler is not signal.default_int_handler:
         handler(number, None)
         return
-    name = signal.Signals(number).name
-    if written:
-        raise Stopped(f"stopped by {name}; the checkpoint is written, and the same command resumes from it", number)
-    if checkpoint.exists():
-        raise Stopped(f"stopped by {name} before a new checkpoint; the same command resumes from the last one", number)
-    raise Stopped(f"stopped by {name} before there was a checkpoint; the same command starts the training again", number)
+    written = "the checkpoint is written, and the same command resumes from it"
+    after = written if checkpoint.exists() else "there is no checkpoint yet; the same command starts the training again"
+    raise Stopped(f"stopped by {signal.Signals(number).name}; {after}", number)
 
 
 class Checkpointer(lightning.Callback):
@@ -89,7 +83,7 @@ class Checkpointer(lightning.Callback):
         self.save(trainer)
         if ranks.any_of(self._signal is not None):
             number, self._signal = self._signal or signal.SIGTERM, None
-            call_handler(number, self._before.get(number), self.path, written=True)
+            call_handler(number, self._before.get(number), self.path)
 
     def on_train_end(self, trainer: lightning.Trainer, *_: Any) -> None:
         if trainer.world_size > 1:
@@ -104,9 +98,14 @@ class Checkpointer(lightning.Callback):
 
     def usable(self) -> bool:
         """Whether there is a checkpoint to resume from; a damaged one, or that of another run, is renamed."""
+        remove_drafts(self.path, 0)  # of attempts that were killed: the caller holds the run's lock
         if not self.path.exists():
             return False
-        owner = self._owner() if intact(self.path) else None
+        try:
+            state = torch.load(self.path, weights_only=True, map_location="cpu") if intact(self.path) else {}
+            owner = state["callbacks"]["Checkpointer"].get("run", self.run)  # checkpoints before 2026-11-29 lack it
+        except Exception:  # torch raises whatever its readers of archives do
+            owner = None
         if owner == self.run:
             return True
         aside = self.path.with_suffix(".damaged")
@@ -114,14 +113,6 @@ class Checkpointer(lightning.Callback):
         fault = "damaged" if owner is None else f"that of run {owner}"
         print(f"checkpoint {aside} is {fault}, so it is set aside: training begins anew", flush=True)
         return False
-
-    def _owner(self) -> str | None:
-        """The id of the run whose checkpoint it is; None if it can't be read."""
-        try:
-            state = torch.load(self.path, weights_only=True, map_location="cpu")
-            return str(state["callbacks"]["Checkpointer"].get("run", self.run))  # checkpoints before 2026-11-29 lack it
-        except Exception:  # torch raises whatever its readers of archives do
-            return None
 
     def state_dict(self) -> dict[str, Any]:
         """Called in every process; `cpu` is the sum over all of them."""
@@ -144,7 +135,7 @@ class ProgressLine(lightning.Callback):
         self.images = 0
         self.seconds = 0.0
         self.memory: dict[str, int] = {}  # the most that this and other processes used
-        self._bar: Progress | None = None
+        self._bar: Bar | None = None
 
     @property
     def images_per_second(self) -> float:
@@ -152,19 +143,19 @@ class ProgressLine(lightning.Callback):
 
     def on_train_start(self, trainer: lightning.Trainer, *_: Any) -> None:
         self._begun = self._shown = time.monotonic()
-        self._first = trainer.global_step
+        self._lines = clocks.Progress(self.title, self.total, "steps", done=trainer.global_step)
         if trainer.is_global_zero and sys.stdout.isatty():
             columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
             times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-            self._bar = Progress(*columns, *times, TextColumn("{task.fields[note]}"), refresh_per_second=2)
-            self._task = self._bar.add_task(self.title, total=self.total, completed=self._first, note="")
+            self._bar = Bar(*columns, *times, TextColumn("{task.fields[note]}"), refresh_per_second=2)
+            self._task = self._bar.add_task(self.title, total=self.total, completed=trainer.global_step, note="")
             self._bar.start()
 
     def on_train_batch_end(self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Any, *_: Any) -> None:
         self.images += batch.share[1] if batch.share else len(batch.images)
         now = time.monotonic()
         self.seconds = now - self._begun
-        if now - self._shown < (REFRESH_EVERY if self._bar else PLAIN_EVERY) or not trainer.is_global_zero:
+        if now - self._shown < REFRESH_EVERY or not trainer.is_global_zero:
             return
         self._shown = now
         losses = module.curves.get("train/loss", [])
@@ -172,17 +163,16 @@ class ProgressLine(lightning.Callback):
         if self._bar:
             self._bar.update(self._task, completed=trainer.global_step, note=note)
         else:
-            done = trainer.global_step
-            left = (self.total - done) * self.seconds / max(1, done - self._first)
-            print(f"{self.title}: step {done}/{self.total}, {note}, {left / 60:.1f} min left", flush=True)
+            self._lines.update(trainer.global_step, f", {note}")
 
     def on_train_end(self, trainer: lightning.Trainer, *_: Any) -> None:
         if self._bar:
             self._bar.update(self._task, completed=trainer.global_step)
-        self._stop()
+            self._bar.stop()
 
     def on_exception(self, *_: Any) -> None:
-        self._stop()
+        if self._bar:
+            self._bar.stop()
 
     def state_dict(self) -> dict[str, float]:
         return {"images": self.images, "seconds": self.seconds, **clocks.peak_memory()}
@@ -191,7 +181,3 @@ class ProgressLine(lightning.Callback):
         """Loads the state of another process."""
         self.images, self.seconds = int(state["images"]), state["seconds"]
         self.memory = {name: max(int(state[name]), here) for name, here in clocks.peak_memory().items()}
-
-    def _stop(self) -> None:
-        if self._bar:
-            self._bar.stop()

@@ -1,4 +1,4 @@
-"""What this process has used: seconds of the wall clock and of processors, and memory."""
+"""What this process has used, seconds of the wall clock and of processors, and memory; how long the rest will take."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 CLOCKS = ("wall", "cpu")
+INTERVAL = 30.0  # seconds between lines of progress
 
 
 def read() -> dict[str, float]:
@@ -35,3 +36,19 @@ def peak_memory() -> dict[str, int]:
 
     gpu = {"peak_gpu_memory_mib": torch.cuda.max_memory_allocated() // 2**20} if torch.cuda.is_available() else {}
     return {"peak_memory_mib": peak_memory_mib(), **gpu}
+
+
+class Progress:
+    """Prints now and then how many of `total` parts are done, and how long the rest takes at the same speed."""
+
+    def __init__(self, title: str, total: int, parts: str, *, done: int = 0) -> None:
+        self.title, self.total, self.parts, self.first = title, total, parts, done
+        self._begun = self._printed = time.monotonic()
+
+    def update(self, done: int, note: str = "") -> None:
+        now = time.monotonic()
+        if now - self._printed < INTERVAL:
+            return
+        self._printed = now
+        left = (now - self._begun) / max(1, done - self.first) * (self.total - done)
+        print(f"{self.title}: {done}/{self.total} {self.parts}{note}, {left / 60:.1f} min left", flush=True)

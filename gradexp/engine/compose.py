@@ -2,38 +2,42 @@
 
 from __future__ import annotations
 
+import gzip
+import hashlib
+import json
 import math
+import os
 import re
 import shlex
+import shutil
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from copy import deepcopy
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
+from hydra._internal.utils import get_args_parser
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
 from gradexp.base.errors import UserError, nearest
+from gradexp.base.files import draft_of
 from gradexp.base.texts import read_text
 from gradexp.base.typed import check
-from gradexp.engine import config_cache
-from gradexp.engine import resolvers as resolvers  # conf/ uses them
-from gradexp.engine.registry import check_targets
 from gradexp.engine.run import HARDWARE, ROOT, Config, Paths, Run, RunConfig, hardware
 
 CONF = ROOT / "conf"
-HYDRA_OPTIONS = (  # that take a value
-    *("--cfg", "-c", "--package", "-p", "--info", "-i", "--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp"),
-)
+CACHE = ROOT / "outputs" / "cache" / "configs"
 PIXELS = ("normalise", "mean", "std", "size", "channels")  # of data: what a network must share with its upstream runs
 ELSEWHERE = {  # names that other frameworks have: ours
     **dict.fromkeys(("max_epochs", "epochs", "num_epochs"), "optim.passes"),
@@ -42,7 +46,7 @@ ELSEWHERE = {  # names that other frameworks have: ours
     **{"bs": "optim.batch_size", "dataset": "data", "optimizer": "optim", "num_classes": "data.classes", "wandb": "logger"},
     **{"arch": "model", "num_workers": "trainer.threads", "device": "trainer.accelerator", "amp": "trainer.precision"},
 }
-BY_SCALE = re.compile(r"\$\{by_scale:[^$]*\}")  # one that depends on nothing but the scale
+VARIABLE = re.compile(r"oc\.env:(\w+)")
 # A line, comments aside, that configures Hydra itself, or a header that puts a whole file there.
 TO_HYDRA = re.compile(r"^[^#\n]*\bhydra\b.*$|^#\s*@package\s+hydra\b.*$", re.MULTILINE)
 
@@ -73,7 +77,6 @@ def _plan(overrides: tuple[str, ...], config: Config) -> Run:
     for name, run in upstream.items():
         if name != "maps":  # the images of the maps themselves are checked where the maps are opened
             _check_pixels(config, run.config, name)
-    check_targets(config | {"upstream": {}})
     nested = {name: {key: value for key, value in run.config.items() if key not in HARDWARE} for name, run in upstream.items()}
     return Run(config | {"upstream": nested}, Paths.of(config), overrides, upstream)
 
@@ -126,22 +129,24 @@ def _as_overrides(choices: Config, prefix: str = "") -> list[str]:
     return words
 
 
+# --- the command line -------------------------------------------------------------------------------------
+
+
 def check_overrides(arguments: Sequence[str]) -> list[Config]:
     """Composes the configs of a command line, with every value of a sweep once, before anything runs.
 
     Raises UserError with the nearest valid word for a misspelt key or choice.
     """
     check_hydra(CONF)
-    after = zip(["", *arguments], arguments, strict=False)
-    words = [word for before, word in after if not word.startswith(("-", "hydra")) and before not in HYDRA_OPTIONS]
-    for word in words:
-        if word.startswith("="):  # Hydra takes it for a group without a name
-            raise UserError(_misformed(word))
+    words = [word for word in get_args_parser().parse_known_args(arguments)[0].overrides if not word.startswith("hydra")]
     try:
         with _hydra() as loader:  # which lists the files that a glob matches
             values = [choices for choices in map(_choices, OverridesParser.create(loader).parse_overrides(words)) if choices]
     except OverrideParseException as error:
-        raise UserError(_misformed(str(error.override))) from None
+        raise UserError(
+            f"{str(error.override)!r} is not of the form key=value; a value with special characters is put in double quotes: "
+            f"""'key="a=b"'"""
+        ) from None
     except HydraException as error:
         raise UserError(str(error).splitlines()[0]) from None
     first = [choices[0] for choices in values]
@@ -149,17 +154,16 @@ def check_overrides(arguments: Sequence[str]) -> list[Config]:
     return [compose_run(overrides) for overrides in [first, *others]]
 
 
-def _misformed(word: str) -> str:
-    """What is wrong with an override that Hydra can't parse: it has no key, or its value must be quoted."""
-    key, equals, value = word.partition("=")
-    quoted, wrong = key + '="' + value.replace('"', '\\"') + '"', f"{word!r} is not of the form key=value"
-    if not key or not equals:
-        return wrong
-    try:
-        OverridesParser.create().parse_override(quoted)
-    except HydraException:
-        return wrong
-    return f"{word}: Hydra takes such a value in double quotes; for a shell: {shlex.quote(quoted)}"
+def _choices(override: Override) -> list[str]:
+    """The override itself, one override for each value of a sweep, or none for a continuous sweep."""
+    if not override.is_sweep_override():
+        return [str(override.input_line)]
+    if not override.is_discrete_sweep():
+        return []
+    choices = [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
+    if not choices:
+        raise UserError(f"{override.input_line}: nothing matches")
+    return choices
 
 
 def check_hydra(conf: Path) -> None:
@@ -204,25 +208,39 @@ def refuse_copies(words: Sequence[str], environment: Mapping[str, str]) -> None:
     )
 
 
-def _choices(override: Override) -> list[str]:
-    """The override itself, one override for each value of a sweep, or none for a continuous sweep."""
-    if not override.is_sweep_override():
-        return [str(override.input_line)]
-    if not override.is_discrete_sweep():
-        return []
-    choices = [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
-    if not choices:
-        raise UserError(f"{override.input_line}: nothing matches")
-    return choices
+# --- composition by Hydra ---------------------------------------------------------------------------------
 
 
 @cache
 def _compose(overrides: tuple[str, ...]) -> Config:
-    config = config_cache.load(CONF, overrides)
-    if config is None:
-        config = _composed(overrides)
-        config_cache.store(CONF, overrides, config)
+    """The resolved config; kept on disk, as Hydra takes a tenth of a second for each and a report names hundreds of runs."""
+    file = _cached(overrides)
+    with suppress(OSError, EOFError, ValueError, zlib.error):  # missing or damaged
+        return json.loads(gzip.decompress(file.read_bytes()))
+    config = _composed(overrides)
+    with suppress(OSError):
+        for folder in CACHE.glob("*"):
+            if folder != file.parent:  # configs of another state of conf/
+                shutil.rmtree(folder, ignore_errors=True)
+        draft = draft_of(file)
+        draft.write_bytes(gzip.compress(json.dumps(config).encode(), 1))
+        draft.replace(file)  # without a sync: a damaged file is composed again
     return config
+
+
+def _cached(overrides: tuple[str, ...]) -> Path:
+    """The file of a config, named by all that it comes from: conf/, this module, overrides, the environment."""
+    sources = _sources(CONF)
+    environment = {name: os.environ.get(name) for name in VARIABLE.findall(sources + " ".join(overrides))}
+    state, key = (hashlib.sha256(text.encode()).hexdigest() for text in (sources, json.dumps([overrides, environment])))
+    return CACHE / state / f"{key}.json.gz"
+
+
+@cache
+def _sources(conf: Path) -> str:
+    files = [Path(__file__), *sorted(conf.rglob("*.yaml"))]
+    texts = [f"{file.name} of {file.parent.name}\n{file.read_text(encoding='utf-8', errors='replace')}" for file in files]
+    return "\n".join([version("hydra-core"), version("omegaconf"), *texts])
 
 
 def _composed(overrides: tuple[str, ...]) -> Config:
@@ -254,7 +272,7 @@ def _refusal(error: BaseException | None) -> UserError | None:
 def _by_hydra(overrides: tuple[str, ...]) -> DictConfig:
     """The config that Hydra composes, interpolations not resolved. Do not modify it."""
     with _hydra():
-        return _settle(compose("config", overrides=list(overrides)))
+        return compose("config", overrides=list(overrides))
 
 
 @contextmanager
@@ -262,18 +280,6 @@ def _hydra() -> Iterator[ConfigLoader]:
     """Hydra on conf/; its loader of configs. Inside a run of Hydra's, this is the one of that run."""
     with nullcontext() if GlobalHydra.instance().is_initialized() else initialize_config_dir(str(CONF), version_base="1.3"):
         yield GlobalHydra.instance().config_loader()
-
-
-def _settle(config: Any) -> Any:
-    """The config with by_scale's choices made, which many runs share: parsing them takes milliseconds each."""
-    for key in config.keys() if isinstance(config, DictConfig) else range(len(config)):
-        child = config._get_node(key)
-        if isinstance(child, DictConfig | ListConfig):
-            if isinstance(child._value(), dict | list):  # neither null nor an interpolation
-                _settle(child)
-        elif BY_SCALE.fullmatch(str(child._value())):
-            config[key] = config[key]
-    return config
 
 
 def _with_values(overrides: tuple[str, ...]) -> DictConfig | None:
@@ -299,11 +305,10 @@ def _with_values(overrides: tuple[str, ...]) -> DictConfig | None:
 
 def _missing_choice(error: MissingConfigException) -> str:
     group, _, choice = str(error.missing_cfg_file).rpartition("/")
-    options = [option for option in error.options or [] if not option.startswith("_")]
     if not group:
         return str(error).splitlines()[0]
-    hint = nearest(choice, options)
-    return f"{group}={choice}: there is no conf/{group}/{choice}.yaml{hint} Available: {', '.join(options)}"
+    options = [option for option in error.options or [] if not option.startswith("_")]
+    return f"{group}={choice}: there is no conf/{group}/{choice}.yaml{nearest(choice, options)} Available: {', '.join(options)}"
 
 
 def _explain(error: Exception, overrides: Sequence[str]) -> str:
@@ -343,3 +348,40 @@ def _places(config: Config, prefix: str = "") -> Iterator[str]:
         yield prefix + key
         if isinstance(value, dict) and key != "upstream":
             yield from _places(value, f"{prefix}{key}.")
+
+
+# --- resolvers, with which conf/ computes settings from others --------------------------------------------
+
+
+def by_scale(values: Mapping[str, Any], *, _root_: DictConfig) -> Any:
+    """The entry of `values`, {scale: value}, for the run's scale, such as `${by_scale:{paper: 500, cpu: 12, quick: 8}}`.
+
+    In a defaults list it chooses the file of a group. Raises UserError where `values` has no entry for the scale.
+    """
+    scale = _root_["scale"]
+    name = scale if isinstance(scale, str) else scale["name"]  # a defaults list knows choices of groups only
+    if name not in values:
+        known = ", ".join(f"{key}: {value}" for key, value in values.items())
+        raise UserError(f"scale={name}: by_scale:{{{known}}} in conf/ has no value for it; add '{name}: VALUE' there")
+    return values[name]
+
+
+def longer(unit: str, passes: int, steps: int, per_class: int | None, classes: int, batch_size: int) -> int | None:
+    """The longer of `passes` over the training subset and `steps`: its length if that is in `unit`, otherwise None.
+
+    unit: `passes` or `steps`. per_class: images of each class; None for the whole data set, where `passes` are longer.
+    """
+    numbers = (classes, batch_size) if per_class is None else (per_class, classes, batch_size)
+    if any(type(number) is not int or number < 1 for number in numbers):
+        return passes if unit == "passes" else None  # build refuses the wrong setting
+    longest = per_class is None or passes * math.ceil(per_class * classes / batch_size) > steps
+    return {"passes": passes if longest else None, "steps": None if longest else steps}[unit]
+
+
+def absolute(folder: str) -> str:
+    """A folder of `paths`, relative ones from the repository, as in engine.run.Paths."""
+    return str(ROOT / Path(folder).expanduser())
+
+
+for resolver in (absolute, by_scale, longer):
+    OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)

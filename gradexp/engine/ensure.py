@@ -17,11 +17,9 @@ from gradexp.base.errors import UserError
 from gradexp.base.files import draft_of, intact, remove_drafts, remove_sealed, sha256, write_atomically
 from gradexp.engine import clocks
 from gradexp.engine.build import check_settings
-from gradexp.engine.origin import git_state, versions
+from gradexp.engine.origin import SOURCES, git_state, versions
 from gradexp.engine.record import differing_split, faults, finite, read_record, write_arrays, write_record
-from gradexp.engine.registry import check_targets
 from gradexp.engine.run import Config, Run
-from gradexp.engine.sources import SOURCES
 from gradexp.engine.task import Finished, Task, Upstream, task_of
 
 WAITING_EVERY = 180.0  # seconds between the lines of a process that waits for another one
@@ -44,7 +42,6 @@ def ensure(run: Run, *, product: bool = False) -> Config:
                   f"run; running it again (took {record['seconds']['wall'] / 60:.0f} min)", flush=True)  # fmt: skip
         else:
             _check_writable(run)
-        check_targets(run.config)
         check_settings(run.config)
         task = task_of(run.config)
         for name, below in run.upstream.items():
@@ -53,7 +50,8 @@ def ensure(run: Run, *, product: bool = False) -> Config:
         task.check(run)
         fresh = _do(run, task, {name: finish(below) for name, below in run.upstream.items()})
         if task.product:
-            _sign(run.folder / task.product, run.id)
+            signature = {"run": run.id, "sha256": sha256(run.folder / task.product)}
+            write_atomically(_signature(run.folder / task.product), json.dumps(signature).encode())
         if record:
             _compare(run, record, finite(fresh))
         else:
@@ -70,30 +68,22 @@ def finish(run: Run) -> Finished:
 def _usable_record(run: Run, product: bool) -> Config | None:
     """The record, if it exists, and with it the product where that is needed."""
     record = run.record()
-    usable = record and not (product and owner(run.folder / task_of(run.config).product, record) != run.id)
+    usable = record and (not product or is_product(run.folder / task_of(run.config).product, record))
     return record if usable else None
 
 
-def _sign(product: Path, name: str) -> None:
-    """Writes beside a product whose it is; with it, the files of another run are not taken for this one's."""
-    write_atomically(_signature(product), json.dumps({"run": name, "sha256": sha256(product)}).encode())
+def is_product(file: Path, record: Config) -> bool:
+    """Whether a file is what the run of a record left for other runs: it exists, is intact and not that of another run.
 
-
-def owner(product: Path, record: Config) -> str | None:
-    """The id of the run that left a file for other runs; None where the file is missing, damaged or replaced.
-
-    record: of the run that should have left it; it decides where a file has no signature, as before 2026-11-29.
+    A file beside it names its run. Before 2026-11-29 it had none, and the record decides.
     """
-    if not intact(product):
-        return None
-    digest, signature = sha256(product), _signature(product)
-    if not signature.exists():
-        return str(record["id"]) if record.get("product", {}).get("sha256", digest) == digest else None
-    try:
-        signed = json.loads(signature.read_bytes())
-        return str(signed["run"]) if signed["sha256"] == digest else None
-    except (ValueError, KeyError, TypeError):
-        return None
+    if not intact(file):
+        return False
+    digest, signature = sha256(file), _signature(file)
+    if signature.exists():
+        signed = signature.read_text(errors="replace")
+        return record["id"] in signed and digest in signed
+    return bool(record.get("product", {}).get("sha256", digest) == digest)
 
 
 def _signature(product: Path) -> Path:
@@ -128,7 +118,7 @@ def _do(run: Run, task: Task, upstream: Upstream) -> Config:
         **({"product": {"file": task.product, "sha256": sha256(run.folder / task.product)}} if task.product else {}),
         **result.facts,
     }
-    if wrong := faults(finite(record), complete=True):
+    if wrong := faults(finite(record)):
         raise ValueError(f"{run.name} {run.id} made an invalid record: {'; '.join(wrong)}")
     return record
 
@@ -152,10 +142,10 @@ def _check_writable(run: Run) -> None:
 
 
 def _remove_leftovers(run: Run) -> None:
-    """Removes what only an unfinished run needs, and drafts of processes that died. The caller holds the run's lock."""
+    """Removes what only an unfinished run needs. The caller holds the run's lock: drafts are those of processes that died."""
     remove_sealed(run.checkpoint)
     for path in (run.checkpoint, run.record_path):
-        remove_drafts(path)
+        remove_drafts(path, 0)
     shutil.rmtree(run.pieces, ignore_errors=True)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import errno
 import os
 import signal
@@ -28,74 +27,37 @@ INTERRUPTED = "interrupted; the same command goes on from what is finished"
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
-class Output:
-    """Standard output that may stop taking text, as when a disk is full or after `| head`: the work goes on without it."""
-
-    def __init__(self, stream: Any) -> None:
-        self.stream = stream
-        self.error: OSError | None = None
-
-    def write(self, text: str) -> int:
-        try:
-            self.stream.write(text)
-        except OSError as error:
-            self._give_up(error)
-        return len(text)
-
-    def flush(self) -> None:
-        try:
-            self.stream.flush()
-        except OSError as error:
-            self._give_up(error)
-
-    def _give_up(self, error: OSError) -> None:
-        self.error = error
-        os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())  # takes what is buffered, at the latest at the exit
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.stream, name)
-
-
 @contextmanager
 def exit_on_errors() -> Iterator[None]:
-    """Ends the process with a one-line message instead of a traceback after an error that the user can fix.
-
-    Also where standard output could not be written; the work is done then.
-    """
-    if isinstance(sys.stdout, Output):  # inside another one
-        with _one_line():
-            yield
-        return
-    output = sys.stdout = Output(sys.stdout)
-    try:
-        with _one_line():
-            yield
-            output.flush()
-            if isinstance(output.error, BrokenPipeError):  # as after `make table-2.1 | head`
-                sys.exit(1)
-            if output.error:
-                sys.exit(f"error: standard output can't be written ({output.error.strerror}); what was asked for is done")
-    finally:
-        sys.stdout = output.stream
-
-
-@contextmanager
-def _one_line() -> Iterator[None]:
+    """Ends the process with a one-line message instead of a traceback after an error that the user can fix."""
     try:
         yield
+        sys.stdout.flush()
     except UserError as error:
         if "HYDRA_FULL_ERROR" in os.environ:
             raise
         sys.exit(f"error: {error}")
+    except BrokenPipeError:  # as after `make table-2.1 | head`
+        _discard_output()
+        sys.exit(1)
     except OSError as error:
         if error.errno not in FIXES:
             raise
-        sys.exit(f"error: {error.filename2 or error.filename or 'a file'} can't be written: {FIXES[error.errno]}")
+        _discard_output()
+        sys.exit(f"error: {error.filename2 or error.filename or 'the output'} can't be written: {FIXES[error.errno]}")
     except Stopped as error:
         print(error, flush=True)
         if error.number == signal.SIGINT:
             raise KeyboardInterrupt(PRINTED) from None
         sys.exit(STOPPED)
+
+
+def _discard_output() -> None:
+    """Discards what standard output does not take; Python would try to write it again at the exit, with a traceback."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def die_of_interrupt() -> NoReturn:
@@ -108,36 +70,21 @@ def die_of_interrupt() -> NoReturn:
     raise SystemExit(128 + signal.SIGINT)  # on systems where a process can't signal itself
 
 
-_interrupted = False
-
-
-@atexit.register  # the first to be registered, so the last to be called
-def _end() -> None:
-    if _interrupted:
-        die_of_interrupt()
-
-
 def _print_exception(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    """Prints one line for Ctrl-C, and ends the process by SIGINT as shells and `make` expect (exit code 130).
-
-    Python itself does so too, unless something that runs at the exit resets its note of the interrupt.
-    """
-    if issubclass(kind, KeyboardInterrupt):
-        global _interrupted
-        _interrupted = True
-        if error.args != (PRINTED,):
-            print(INTERRUPTED, file=sys.stderr)
-    else:
+    """Prints one line for Ctrl-C, and ends the process by SIGINT as shells and `make` expect (exit code 130)."""
+    if not issubclass(kind, KeyboardInterrupt):
         sys.__excepthook__(kind, error, trace)
+        return
+    if error.args != (PRINTED,):
+        print(INTERRUPTED, file=sys.stderr)
+    die_of_interrupt()
 
 
 def _open_streams() -> None:
     """Makes standard output and error take any text: where they are closed, and where the terminal is not UTF-8."""
     for name, number in (("stdout", 1), ("stderr", 2)):
-        if getattr(sys, name) is None:
-            null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, number)  # or the next file that is opened gets this number, and what libraries print
-            setattr(sys, name, os.fdopen(number, "w"))
+        if getattr(sys, name) is None:  # the next file that is opened would get this number, and what libraries print
+            setattr(sys, name, os.fdopen(os.dup2(os.open(os.devnull, os.O_WRONLY), number), "w"))
         elif hasattr(getattr(sys, name), "reconfigure"):
             getattr(sys, name).reconfigure(errors="backslashreplace")
 

@@ -23,30 +23,21 @@ def identity(config: dict[str, Any]) -> dict[str, Any]:
 
     Null values and terms of weight 0 are left out, so that a setting can be added later with null for the former behaviour
     without changing ids. Of the scale only the name counts, as its settings are interpolated into the other groups.
-    1 and 1.0 are the same number.
+    1 and 1.0 are the same number. Classes have the names that they had when the first ids were made.
     """
-    decisive: dict[str, Any] = _canonical(_decisive(config))
-    return decisive
-
-
-def _decisive(config: dict[str, Any]) -> dict[str, Any]:
     kept = {key: value for key, value in config.items() if key not in HARDWARE}
-    upstream = {name: _decisive(run) for name, run in config["upstream"].items()}
-    return kept | {"scale": config["scale"]["name"], "upstream": upstream}
+    upstream = {name: identity(run) for name, run in config["upstream"].items()}
+    return _canonical(kept | {"scale": config["scale"]["name"], "upstream": upstream})
 
 
 def _canonical(value: Any) -> Any:
     if isinstance(value, dict):
-        named = {key: _former(item) if key == "_target_" else item for key, item in value.items() if item is not None}
-        kept = {key: _canonical(item) for key, item in named.items()}
+        kept = {key: _canonical(item) for key, item in value.items() if item is not None}
+        if "_target_" in kept:
+            kept["_target_"] = FORMER.get(kept["_target_"], kept["_target_"])
         return {key: item for key, item in kept.items() if not (isinstance(item, dict) and item.get("weight") == 0)}
     if isinstance(value, list):
         return [_canonical(item) for item in value]
     if isinstance(value, float) and value.is_integer():
         return int(value)
     return value
-
-
-def _former(target: str) -> str:
-    """The name by which a class was known when the first ids were made."""
-    return FORMER.get(target, target)

@@ -1,16 +1,14 @@
-"""Where the runs of a table are done: in processes of this machine, or in jobs of a cluster."""
+"""Many runs: those without a record, upstream runs first, each in a process of this machine or a job of a cluster."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
-import secrets
 import signal
 import subprocess
 import sys
 import time
-import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import connection
@@ -20,14 +18,14 @@ from typing import Any
 from joblib import cpu_count
 
 from gradexp.base.errors import Stopped, UserError
-from gradexp.base.files import host
 from gradexp.base.ranges import Count, Index, Positive
-from gradexp.engine.compose import plan
+from gradexp.engine.build import build
+from gradexp.engine.compose import compose_run, plan
 from gradexp.engine.ensure import ensure
-from gradexp.engine.exits import die_of_interrupt, exit_on_errors
-from gradexp.engine.loggers import COMMAND
+from gradexp.engine.exits import exit_on_errors
 from gradexp.engine.origin import git_state
 from gradexp.engine.record import print_summary
+from gradexp.engine.run import Run
 
 # A fresh interpreter takes ten seconds to import these; a process forked from a server that has imported them takes none.
 PRELOADED = ["gradexp.tasks.train", "gradexp.engine.fit", "gradexp.engine.compose"]
@@ -55,10 +53,6 @@ class Work:
                 print_summary(ensure(plan(self.overrides)))
         except KeyboardInterrupt as interrupt:  # multiprocessing would print a traceback
             sys.excepthook(KeyboardInterrupt, interrupt, None)
-            die_of_interrupt()
-        except Exception:
-            traceback.print_exc()
-            sys.exit(1)
 
     def checkpoint(self) -> Any:
         """What submitit queues again when a job is preempted: the same work, which resumes from its checkpoint."""
@@ -67,63 +61,151 @@ class Work:
         return DelayedSubmission(self)
 
 
+@dataclass(frozen=True)
+class Failure:
+    command: str
+    log: Path
+
+
+def run_all(
+    runs: Sequence[Run], *, workers: int, extra: Sequence[str] = (), launcher: Local | Slurm | None = None
+) -> list[Failure]:
+    """Does the runs, their upstream runs first and once. Returns those that failed, and those whose upstream run failed.
+
+    extra: hardware overrides for every run. The cores are shared out among the workers.
+    """
+    launcher, stages, begun = launcher or Local(), generations(runs), time.monotonic()
+    total, count, failed = sum(map(len, stages)), 0, dict[Run, Failure]()
+    for stage in stages:
+        ready = []
+        for run in stage:
+            cause = next((failed[below] for below in run.upstream.values() if below in failed), None)
+            if cause:
+                failed[run] = Failure(run.command, cause.log)
+            else:
+                ready.append(run)
+        works = [Work((*run.overrides, *extra), run.folder / "log.txt") for run in ready]
+        for index, code in launcher.do(works, workers) if works else ():
+            run, log = ready[index], works[index].log
+            count += 1
+            seconds = time.monotonic() - begun
+            print(f"[{count}/{total}] {seconds:.0f} s  {run.command}\n    {last_line(log, code)}", flush=True)
+            if code:
+                failed[run] = Failure(run.command, log)
+    return list(failed.values())
+
+
+def missing(runs: Iterable[Run]) -> list[Run]:
+    """Runs without a record, once each, in order."""
+    return [run for run in dict.fromkeys(runs) if not run.finished]
+
+
+def generations(runs: Sequence[Run]) -> list[list[Run]]:
+    """The runs and their missing upstream runs, once each, every run in a later generation than its upstream runs.
+
+    An upstream run with a record but without its weights is done again by the first run that needs it; others wait for it.
+    """
+    depth: dict[Run, int] = {}
+
+    def visit(run: Run) -> int:
+        if run not in depth:
+            depth[run] = 1 + max(map(visit, missing(run.upstream.values())), default=-1)
+        return depth[run]
+
+    levels = sorted({visit(run) for run in missing(runs)})
+    return [[run for run in depth if depth[run] == level] for level in range(levels[-1] + 1 if levels else 0)]
+
+
+def last_line(log: Path, code: int) -> str:
+    lines = log.read_text().splitlines() if log.exists() else []
+    if code < 0:  # its last line is about its progress
+        return f"killed by signal {-code}; its last output: {lines[-1] if lines else 'none'}"
+    return lines[-1] if lines else f"it ended with exit code {code} and printed nothing"
+
+
+def make_launcher(name: str, words: Sequence[str] = ()) -> Any:
+    """The launcher of conf/launcher/NAME.yaml. words: `launcher.KEY=VALUE`. Raises UserError for an unknown name or key."""
+    config = compose_run(["experiment=teacher", f"+launcher={name}", *words])
+    return build(config["launcher"], where="launcher")
+
+
+# --- on this machine --------------------------------------------------------------------------------------
+
+
 class Local:
-    """Up to `workers` processes at a time, each with its part of the cores, and a GPU of its own where there are GPUs."""
+    """Processes of this machine, each with its part of the cores, and a GPU of its own where there are GPUs."""
 
     def __init__(self) -> None:
-        self._running: dict[Any, tuple[int, Any, str | None]] = {}  # {sentinel: (index, process, GPU)}
+        self._running: dict[Any, tuple[Any, Any, str | None]] = {}  # {sentinel: (key, process, GPU)}
         self._stopped: int | None = None  # the signal
+        self._late = False  # whether the deadline stopped the processes
         git_state()  # notes which code the server of forked processes loads
-        os.environ.setdefault(COMMAND, f"{host()}-{os.getpid()}-{secrets.token_hex(4)}")
 
     def do(self, works: Sequence[Work], workers: int) -> Iterator[tuple[int, int]]:
-        """Does all works and yields (index, exit code) when one ends.
+        """Does all works, `workers` at a time; yields (index, exit code) when one ends. Raises Stopped as `each`."""
+        waiting = iter(enumerate(works))
+        return self.each(lambda: next(waiting, None), slots_of(min(workers, len(works))))
 
-        Raises Stopped after SIGTERM or SIGINT, once the running processes have written their checkpoints.
+    def each(
+        self,
+        choose: Callable[[], tuple[Any, Work] | None],
+        slots: int,
+        *,
+        deadline: float | None = None,
+        warning: float = 0.0,
+    ) -> Iterator[tuple[Any, int]]:
+        """Does `slots` works at a time; yields (key, exit code) when the work of a key ends.
+
+        choose: (key, work) or None, asked whenever a slot is free. deadline: time.monotonic at which running processes are
+        killed; `warning` seconds earlier they get SIGTERM, so that they write their checkpoints, and none is started any more.
+
+        Raises Stopped after SIGTERM or SIGINT to this process, once the running ones have written their checkpoints.
         """
         gpus = visible_gpus()
-        count = min(workers, len(works), len(gpus) or workers)
-        free: list[str | None] = [*gpus[:count]] or [None] * count
-        threads = max(1, cpu_count() // count)
-        waiting = list(enumerate(works))
+        free: list[str | None] = [*gpus[:slots]] or [None] * slots
+        threads = max(1, cpu_count() // slots)
         with self._forwarding_signals():
-            while self._running or (waiting and not self._stopped):
-                while waiting and free and not self._stopped:
-                    self._start(*waiting.pop(0), threads, free.pop())
-                for sentinel in connection.wait(list(self._running)):
-                    index, process, gpu = self._running[sentinel]
+            while True:
+                while free and not self._stopped and (chosen := choose()):
+                    self._start(*chosen, threads, free.pop())
+                if not self._running:
+                    break
+                for sentinel in self._wait(deadline, warning):
+                    key, process, gpu = self._running.pop(sentinel)
                     process.join()
-                    del self._running[sentinel]
                     free.append(gpu)
-                    yield index, process.exitcode
-        self._raise_if_stopped()
-
-    def _raise_if_stopped(self) -> None:
-        if self._stopped:
+                    yield key, process.exitcode
+        if self._stopped and not self._late:
             name = signal.Signals(self._stopped).name
             raise Stopped(f"stopped by {name}; the same command goes on from what is finished", self._stopped)
 
-    def _start(self, index: int, work: Work, threads: int, gpu: str | None) -> None:
+    def _start(self, key: Any, work: Work, threads: int, gpu: str | None) -> None:
         process = start_process(_on_gpu, work, threads, gpu)
-        self._running[process.sentinel] = index, process, gpu
+        self._running[process.sentinel] = key, process, gpu
         if self._stopped:  # the signal came while the process was started
             process.terminate()
 
+    def _wait(self, deadline: float | None, warning: float) -> list[Any]:
+        """The processes that have ended; none at the warning and at the deadline, when signals are sent."""
+        if deadline is None:
+            return connection.wait(list(self._running))
+        end = deadline if self._stopped else deadline - warning
+        ended = connection.wait(list(self._running), timeout=max(0.0, end - time.monotonic()))
+        if not ended:
+            self._late = self._late or not self._stopped
+            self._stop(signal.SIGTERM)
+        return ended
+
+    def _stop(self, number: int, _: Any = None) -> None:
+        """Ends the running processes: by SIGTERM, after which they write their checkpoints; the second time by SIGKILL."""
+        for _key, process, _gpu in list(self._running.values()):
+            (process.kill if self._stopped else process.terminate)()
+        self._stopped = self._stopped or number
+
     @contextmanager
     def _forwarding_signals(self) -> Iterator[None]:
-        """SIGTERM and SIGINT end the running processes by SIGTERM; Ctrl-C gives these SIGINT of their own. Again: SIGKILL."""
-
-        def stop(number: int, _: Any) -> None:
-            for _index, process, _gpu in list(self._running.values()):
-                if self._stopped:
-                    process.kill()
-                else:
-                    process.terminate()
-            self._stopped = self._stopped or number
-
-        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-        for number in before:
-            signal.signal(number, stop)
+        """Inside, SIGTERM and SIGINT end the running processes; Ctrl-C also gives these a SIGINT of their own."""
+        before = {number: signal.signal(number, self._stop) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             yield
         finally:
@@ -146,6 +228,11 @@ def _on_gpu(work: Work, threads: int, gpu: str | None) -> None:
     work(threads)
 
 
+def slots_of(workers: int) -> int:
+    """How many runs are done at a time: one on each GPU, where there are any."""
+    return min(workers, len(visible_gpus()) or workers)
+
+
 def visible_gpus() -> list[str]:
     """The GPUs that this process may use, found without importing torch."""
     if "CUDA_VISIBLE_DEVICES" in os.environ:
@@ -155,6 +242,9 @@ def visible_gpus() -> list[str]:
         return subprocess.run(words, capture_output=True, text=True, check=True).stdout.split()
     except (OSError, subprocess.CalledProcessError):
         return []
+
+
+# --- on a cluster -----------------------------------------------------------------------------------------
 
 
 class Slurm:

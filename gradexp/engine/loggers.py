@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-import secrets
 from typing import Any
 
 from gradexp.base.errors import UserError
 from gradexp.engine.build import build
 from gradexp.engine.run import Run
 
-COMMAND = "GRADEXP_COMMAND"  # environment variable: a name that all processes of a command share
 CONNECTING = 8.0  # seconds that W&B may take to answer; it would wait for 90
 
 
@@ -47,17 +45,15 @@ def wandb(*, run: Run, group: str, project: str) -> Any | None:
     os.environ.setdefault("WANDB_SILENT", "true")
     import wandb as library  # takes seconds
 
-    unreachable = run.paths.outputs / "wandb" / f".unreachable.{os.environ.setdefault(COMMAND, secrets.token_hex(8))}"
-    if mode == "online" and not unreachable.exists() and library.login(prompt=False, verify=False):
+    if mode == "online" and library.login(prompt=False, verify=False):
         logger = _wandb_logger(run, group, project, offline=False)
         try:
             logger.experiment  # noqa: B018 (connects)
             return logger
         except Exception as error:
             why = str(error).partition("\n")[0]
-            print(f"W&B can't be reached ({why}); the runs of this command are logged offline", flush=True)
-            unreachable.parent.mkdir(parents=True, exist_ok=True)
-            unreachable.touch()
+            print(f"W&B can't be reached ({why}); the runs of this process are logged offline", flush=True)
+            os.environ["WANDB_MODE"] = "offline"
     return _wandb_logger(run, group, project, offline=True)
 
 

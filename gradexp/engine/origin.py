@@ -1,4 +1,4 @@
-"""The origin of a record: the commit, and the versions of the libraries."""
+"""The origin of a record: the commit, digests of the sources, the versions of the libraries."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from gradexp.engine.run import ROOT
 # Environment variable: the commit, and the digest of changes, that this process and those forked from it have loaded.
 LOADED = "GRADEXP_COMMIT"
 VERSIONED = ("torch", "torchvision", "lightning", "hydra-core", "numpy", "gradexp")
+PACKAGES = ("data", "evaluate", "gradients", "layers", "models", "saliency", "sampling", "tasks", "terms", "training")
 
 
 def git_state() -> dict[str, Any]:
@@ -67,3 +68,19 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:  # gradexp, run from a checkout without installation
             numbers[package] = "not installed"
     return numbers
+
+
+def _digests() -> dict[str, str]:
+    """{package: digest of its source files}, for the packages that decide numbers."""
+    digests = {}
+    for package in PACKAGES:
+        digest = hashlib.sha256()
+        folder = ROOT / "gradexp" / package
+        for file in sorted(folder.rglob("*.py")) if folder.is_dir() else [folder.with_suffix(".py")]:
+            content = file.read_bytes()
+            digest.update(f"{file.relative_to(ROOT).as_posix()} {len(content)} ".encode() + content)
+        digests[package] = digest.hexdigest()[:12]
+    return digests
+
+
+SOURCES = _digests()  # when this module is imported, with the code itself: the files may change while a process runs

@@ -13,9 +13,9 @@ import torch
 
 from gradexp.base.files import intact, write_sealed
 from gradexp.engine import clocks
+from gradexp.engine.clocks import Progress
 from gradexp.engine.hardware import Hardware
 from gradexp.engine.origin import git_state
-from gradexp.engine.progress import Progress
 from gradexp.engine.run import Run
 
 Item = TypeVar("Item")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired
 
 import numpy as np
-from pydantic import AfterValidator, ConfigDict, with_config
+from pydantic import AfterValidator, ConfigDict, StringConstraints, with_config
 from typing_extensions import TypedDict
 
 from gradexp.base import typed
@@ -25,10 +25,10 @@ from gradexp.base.typed import FileName
 from gradexp.engine.identity import run_id
 
 RECORD_LIMIT = 64 * 1024  # bytes; longer curves go to a compressed file beside the record
-RUN_ID = re.compile("[0-9a-f]{12}")
 SEAL = '\n  "record_sha256": "'  # where a record's text has the digest of the rest
 
 Metric = float | None | list[float | None]  # null where a number is not finite
+RunId = Annotated[str, StringConstraints(pattern="^[0-9a-f]{12}$")]
 Moment = Annotated[str, AfterValidator(lambda text: datetime.fromisoformat(text) and text)]
 Config = dict[str, Any]
 lenient = with_config(ConfigDict(extra="allow", strict=True))  # tasks add facts of their own, and older records have others
@@ -53,7 +53,7 @@ class Git(TypedDict):
 class Used(TypedDict):
     """An upstream run: its id, (NAME_sha256) the digest of its file that was used, and the fingerprints of its images."""
 
-    id: str
+    id: RunId
     experiment: NotRequired[FileName]
     data: NotRequired[dict[str, Any]]  # records before 2026-11-29 lack it
 
@@ -70,7 +70,7 @@ class Product(TypedDict):
 class Record(TypedDict):
     """What a finished run leaves in results/runs/."""
 
-    id: str
+    id: RunId
     experiment: FileName
     scale: str
     seed: int
@@ -91,7 +91,7 @@ class Record(TypedDict):
     curves_file: NotRequired[FileName]
     curves_sha256: NotRequired[str]  # of the compressed file; this and the next two are missing before 2026-11-29
     record_sha256: NotRequired[str]  # of the record's text without this digest
-    sources: NotRequired[dict[str, str]]  # digests of the packages that compute (gradexp.engine.sources)
+    sources: NotRequired[dict[str, str]]  # digests of the packages that compute (gradexp.engine.origin)
     device: NotRequired[str]
     devices: NotRequired[int]
     precision: NotRequired[str]
@@ -111,23 +111,16 @@ class Record(TypedDict):
     weights_file: NotRequired[dict[str, str]]
 
 
-def faults(record: Any, *, complete: bool) -> list[str]:
-    """What is wrong with a record, a line each; empty for a valid one. complete: every required field must exist."""
-    if not isinstance(record, dict) or not isinstance(record.get("metrics"), dict):
-        return ["it has no metrics"]
-    wrong = typed.faults(Record, record, missing=complete)
-    if complete and not wrong:
-        ids = {"id": record["id"], **{f"upstream.{name}.id": below["id"] for name, below in record["upstream"].items()}}
-        wrong = [
-            f"{key}={name!r} should be twelve hexadecimal digits" for key, name in ids.items() if not RUN_ID.fullmatch(name)
-        ]
-    if not wrong and record.get("status") == "finished" and record.get("steps", 0) < record.get("planned_steps", 0):
-        wrong.append(f"its training ended after {record['steps']} of {record['planned_steps']} steps")
+def faults(record: Any) -> list[str]:
+    """What is wrong with a record in itself, a line each; empty for a valid one."""
+    wrong = typed.faults(Record, record)
+    if not wrong and record["status"] == "finished" and record.get("steps", 0) < record.get("planned_steps", 0):
+        wrong = [f"its training ended after {record['steps']} of {record['planned_steps']} steps"]
     return wrong
 
 
 def contradictions(record: Config, path: Path) -> list[str]:
-    """Where a complete record contradicts its file name, its config or its upstream runs, a line each."""
+    """Where a record contradicts its file name, its config or its upstream runs, a line each."""
     config = record["config"]
     try:
         computed = run_id(config)
@@ -184,7 +177,7 @@ def _parsed(path: Path, *_state: int) -> Config:
     try:
         text = path.read_text(encoding="utf-8")
         record = json.loads(text)
-        wrong = faults(record, complete=True) or contradictions(record, path)
+        wrong = faults(record) or contradictions(record, path)
         if not wrong and "record_sha256" in record and record["record_sha256"] != _digest(text):
             wrong = ["it was changed since it was written"]
         if not wrong and "curves_file" in record:

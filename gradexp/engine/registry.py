@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,30 +30,20 @@ class Kind:
     base: str | None = None
     returns: str | None = None
 
-    def check_name(self, target: str, where: str) -> None:
-        """Raises UserError where `target`, from its name alone, may not be built here."""
-        if target not in self.names and not (self.package and target.startswith(f"{self.package}.")):
-            raise self._refusal(target, where)
+    def admits(self, located: Any) -> bool:
+        """Whether an object of `package` may be built here."""
+        if not f"{located.__module__}.".startswith(f"{self.package}."):
+            return False
+        if inspect.isclass(located):
+            return self.base is not None and issubclass(located, _imported(self.base))
+        return self.returns is not None and located.__annotations__.get("return") == self.returns
 
-    def check_object(self, target: str, located: Any, where: str) -> None:
-        """Raises UserError where `located`, the object that `target` names, may not be built here."""
-        if target in self.names:
-            return
-        allowed = False
-        if inspect.isclass(located) and self.base:
-            allowed = issubclass(located, _imported(self.base))
-        elif inspect.isfunction(located) and self.returns:
-            allowed = located.__annotations__.get("return") == self.returns
-        if not allowed or not f"{located.__module__}.".startswith(f"{self.package}."):
-            raise self._refusal(target, where)
-
-    def _refusal(self, target: str, where: str) -> UserError:
-        allowed = [*self.names]
-        if self.base:
-            allowed.append(f"a subclass of {self.base} in {self.package}")
-        if self.returns:
-            allowed.append(f"a function in {self.package} that returns a {self.returns}")
-        return UserError(f"{where}._target_={target} is refused: {self.what} is {' or '.join(allowed)}")
+    @property
+    def allowed(self) -> str:
+        options = [*self.names]
+        options += [f"a subclass of {self.base} in {self.package}"] if self.base else []
+        options += [f"a function in {self.package} that returns a {self.returns}"] if self.returns else []
+        return f"{self.what} is {' or '.join(options)}"
 
 
 _ACTIVATIONS = ("ReLU", "LeakyReLU", "ELU", "GELU", "SiLU", "Softplus", "Sigmoid", "Tanh", "Identity")
@@ -113,44 +103,36 @@ def kind_of(where: str) -> str | None:
 
 
 def locate(target: str, where: str) -> Callable[..., Any]:
-    """The object that `target` names. Raises UserError for one that may not be built at the place `where`."""
-    target = MOVED.get(target, target)
-    kind = _kind(target, where)
-    located: Callable[..., Any] = _imported(target)
-    kind.check_object(target, located, where)
-    return located
+    """The object that `target` names. Raises UserError for one that may not be built at the place `where`.
 
-
-def check_targets(config: Mapping[str, Any]) -> None:
-    """Raises UserError for a `_target_` in a run's config, upstream runs included, whose name is not allowed in its place.
-
-    Imports nothing; `locate` checks the object as well.
+    A module is imported only where its name is allowed.
     """
-    for where, target in targets(config):
-        _kind(target, where)
-
-
-def targets(node: Any, where: str = "") -> Iterator[tuple[str, str]]:
-    """(place, name) of all that a config names, upstream runs included; former names are replaced by those of today."""
-    if isinstance(node, list | tuple):
-        for item in node:
-            yield from targets(item, f"{where}[]")
-    elif isinstance(node, Mapping):
-        if "_target_" in node:
-            yield where, MOVED.get(str(node["_target_"]), str(node["_target_"]))
-        if where.endswith("method") and "module" in node:
-            yield f"{where}.module", str(node["module"])
-        for key, value in node.items():
-            yield from targets(value, f"{where}.{key}".removeprefix("."))
-
-
-def _kind(target: str, where: str) -> Kind:
-    """The kind of the place. Raises UserError where `target`, from its name alone, may not be built there."""
+    target = MOVED.get(target, target)
     name = kind_of(where)
     if name is None:
         raise UserError(f"{where}._target_={target} is refused: nothing is built there")
-    KINDS[name].check_name(target, where)
-    return KINDS[name]
+    kind = KINDS[name]
+    if target in kind.names:
+        return _imported(target)
+    if kind.package and target.startswith(f"{kind.package}."):
+        located = _imported(target)
+        if (inspect.isclass(located) or inspect.isfunction(located)) and kind.admits(located):
+            return located
+    raise UserError(f"{where}._target_={target} is refused: {kind.allowed}")
+
+
+def targets(node: Any, where: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """(place, node) of all nodes with a `_target_` in a config, upstream runs included."""
+    if isinstance(node, list | tuple):
+        for item in node:
+            yield from targets(item, f"{where}[]")
+    elif isinstance(node, dict):
+        if "_target_" in node:
+            yield where, node
+        if where.endswith("method") and "module" in node:
+            yield f"{where}.module", {"_target_": node["module"]}
+        for key, value in node.items():
+            yield from targets(value, f"{where}.{key}".removeprefix("."))
 
 
 def _imported(target: str) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,17 +13,18 @@ from typing import Any
 
 from gradexp.base.errors import UserError
 from gradexp.engine.compose import compose_run
-from gradexp.engine.ensure import digests, ensure, owner
+from gradexp.engine.ensure import ensure, is_product
 from gradexp.engine.hardware import native_bf16
 from gradexp.engine.known import run_of
+from gradexp.engine.origin import SOURCES
 from gradexp.engine.record import differing_split, read_arrays, read_record
 from gradexp.engine.registry import locate, targets
 from gradexp.engine.run import Config, Paths, Run, run_id
-from gradexp.engine.sources import SOURCES
 from gradexp.engine.task import task_of
 
 # How much two machines, which round differently, may differ by: percentage points of accuracy; relative for other metrics.
 POINTS, RELATIVE = 2.0, 0.02
+LISTED = 5  # ids in a note
 # The run that verification does for itself; with its teacher it takes seconds.
 OWN = ["experiment=jacobian_distill", "method=ce_a_j", "scale=quick", "scale.width=0.04", "data.per_class=3", "optim.passes=2"]
 OWN += ["+upstream.teacher.optim.passes=1", "+upstream.teacher.scale.width=0.04"]
@@ -45,12 +46,10 @@ def verify(paths: Paths, *, sample: int, seed: int, extra: Config) -> Iterator[F
     files = sorted((paths.results / "runs").glob("*/*.json"))
     good: list[Path] = []
     for file in files:
-        wrong = list(examine(file))
+        wrong = list(examine(file, paths))
         yield from (Finding(file, what) for what in wrong)
         good += [] if wrong else [file]
     yield f"{len(good)} of {len(files)} records: complete, with correct digests and ids"
-    for file in good:
-        yield from (Finding(file, what) for what in examine_files(file, paths))
     yield from notes(good)
     quick = [file for file in good if read_record(file)["scale"] == "quick"]
     if len(quick) < len(good):
@@ -65,8 +64,8 @@ def verify(paths: Paths, *, sample: int, seed: int, extra: Config) -> Iterator[F
             yield f"{file.parent.name} {file.stem}: repeated, the same numbers"
 
 
-def examine(file: Path) -> Iterator[str]:
-    """What is wrong with one record beyond what every reader checks, without repeating it."""
+def examine(file: Path, paths: Paths) -> Iterator[str]:
+    """What is wrong with one record and the files on this disk, beyond what every reader checks, without repeating it."""
     try:
         record = read_record(file)
         if "arrays" in record:
@@ -74,11 +73,7 @@ def examine(file: Path) -> Iterator[str]:
     except UserError as error:
         yield str(error)
         return
-    try:
-        outdated = list(_outdated(record["config"]))
-    except (KeyError, TypeError, AttributeError) as error:
-        yield f"its config is not that of a run ({error}); delete it"
-        return
+    outdated = list(_outdated(record["config"]))
     yield from outdated
     for name, upstream in record["upstream"].items():
         nested = record["config"]["upstream"].get(name)
@@ -88,45 +83,47 @@ def examine(file: Path) -> Iterator[str]:
             other = read_record(file.parents[1] / upstream.get("experiment", "") / f"{upstream['id']}.json")
             if split := differing_split(record.get("data", {}), other.get("data", {})):
                 yield f"its upstream {name}, {upstream['id']}, used other {split} images; delete the wrong one and run it again"
-
-
-def examine_files(file: Path, paths: Paths) -> Iterator[str]:
-    """What is wrong with the file that a run left for other runs, where it is on this disk."""
-    record = read_record(file)
     folder = paths.outputs / "runs" / record["experiment"] / record["id"]
-    product = folder / task_of(record["config"]).product
-    if product != folder and product.exists() and owner(product, record) != record["id"]:
-        yield f"{product} is damaged or of another run; delete {folder}"
+    product = "" if outdated else task_of(record["config"]).product
+    if product and (folder / product).exists() and not is_product(folder / product, record):
+        yield f"{folder / product} is damaged or of another run; delete {folder}"
+
+
+def _outdated(config: Config) -> Iterator[str]:
+    """What of a config the code of today does not have, or does differently."""
+    for where, node in targets({key: value for key, value in config.items() if key != "upstream"}):
+        try:
+            locate(node["_target_"], where)
+        except UserError as error:
+            yield f"its config no longer resolves: {error}"
+    try:
+        today = compose_run([f"experiment={config['name']}", f"scale={config['scale']['name']}"])["task"]
+    except UserError as error:
+        yield f"its config no longer resolves: {error}"
+    else:
+        was, now = config["task"].get("version"), today.get("version")
+        if was != now:
+            yield f"the task's version of {config['name']} is {was}, today's {now}: tables no longer count it; run it again"
+    for upstream in config["upstream"].values():
+        yield from _outdated(upstream)
 
 
 def notes(files: Sequence[Path]) -> Iterator[str]:
-    """What a reader of these records should know, though nothing is wrong: other sources, files of upstream runs made again."""
-    records = {file.stem: read_record(file) for file in files}
-    dated = {name: record["sources"] for name, record in records.items() if "sources" in record}
-    if len(dated) < len(records):
-        yield f"{len(records) - len(dated)} records do not state by which sources they were computed: they are older"
+    """What a reader of these records should know, though nothing is wrong: by which sources they were computed."""
+    dated = {file.stem: record["sources"] for file in files if "sources" in (record := read_record(file))}
+    if len(dated) < len(files):
+        yield f"{len(files) - len(dated)} records do not state by which sources they were computed: they are older"
     changed: dict[str, list[str]] = {}
     for name, sources in dated.items():
         packages = [package for package, digest in SOURCES.items() if sources.get(package) != digest]
         if packages:
             changed.setdefault(", ".join(packages), []).append(name)
-    for changed_packages, names in changed.items():
-        yield f"{len(names)} records were computed by other sources of {changed_packages} than today's: {_listed(names)}"
-    again = [
-        name for name, record in records.items() if any(_made_again(below, records) for below in record["upstream"].values())
-    ]
-    if again:
-        yield f"{len(again)} records used a file of an upstream run that ran again after its record: {_listed(again)}"
+    for of, names in changed.items():
+        listed = ", ".join(names[:LISTED]) + (", ..." if len(names) > LISTED else "")
+        yield f"{len(names)} records were computed by other sources of {of} than today's: {listed}"
 
 
-def _made_again(below: Config, records: Mapping[str, Config]) -> bool:
-    """Whether the file that was used of an upstream run is not the one that the record of this run describes."""
-    recorded = records.get(below["id"], {}).get("product", {}).get("sha256")
-    return recorded is not None and recorded not in digests({"": below}).values()
-
-
-def _listed(names: Sequence[str], most: int = 5) -> str:
-    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+# --- repeats ----------------------------------------------------------------------------------------------
 
 
 def repeat_own(paths: Paths, setting: Config) -> Iterator[Finding | str]:
@@ -144,25 +141,6 @@ def repeat_own(paths: Paths, setting: Config) -> Iterator[Finding | str]:
         yield Finding(Path(first["experiment"]) / first["id"], f"two runs of {' '.join(OWN)} differ in {', '.join(differing)}")
     else:
         yield f"a tiny student and its teacher, done twice: the same numbers and weights ({' '.join(OWN)})"
-
-
-def _outdated(config: Config) -> Iterator[str]:
-    """What of a config the code of today does not have, or does differently."""
-    for where, target in targets({key: value for key, value in config.items() if key != "upstream"}):
-        try:
-            locate(target, where)
-        except UserError as error:
-            yield f"its config no longer resolves: {error}"
-    try:
-        today = compose_run([f"experiment={config['name']}", f"scale={config['scale']['name']}"])["task"]
-    except UserError as error:
-        yield f"its config no longer resolves: {error}"
-        return
-    was, now = config["task"].get("version"), today.get("version")
-    if was != now:
-        yield f"the task's version of {config['name']} is {was}, today's {now}: tables no longer count it; run it again"
-    for upstream in config["upstream"].values():
-        yield from _outdated(upstream)
 
 
 def repeat(file: Path, paths: Paths, extra: Config) -> Iterator[str]:

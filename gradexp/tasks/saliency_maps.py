@@ -13,8 +13,8 @@ from torch import nn
 from gradexp.base.files import reserve, sha256, write_atomically
 from gradexp.data.loader import Loader, mix
 from gradexp.data.removal import MANIFEST
+from gradexp.engine.clocks import Progress
 from gradexp.engine.evaluation import SHORT
-from gradexp.engine.progress import Progress
 from gradexp.engine.run import Config, Run
 from gradexp.engine.task import Result, Sizes, Upstream, images_of
 from gradexp.evaluate import masking

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from bench.timing import medians
 from gradexp.engine.compose import plan
-from gradexp.engine.many import run_all
+from gradexp.engine.launchers import run_all
 from gradexp.engine.run import ROOT
 
 # Cross-entropy of VGG-4 on 50 digits. A run that is alone takes every core otherwise, and two can only share them.
