@@ -29,7 +29,6 @@ from gradexp.report.writing import csv, folded, markdown, plain, write_beside
 STYLE = mpl.rc_params_from_file(Path(__file__).with_name("draw") / "gradexp.mplstyle", use_default_template=False)
 PALETTE = STYLE["axes.prop_cycle"].by_key()["color"]
 COLUMN_WIDTH = 3.4  # inches: one column of a two-column page
-PAGE_WIDTH = 7.0  # inches: both
 NOTE_WIDTH = 20  # characters of a line below a figure, for each inch of its width
 NOTE_HEIGHT = 0.11  # inches a line
 
