@@ -18,7 +18,7 @@ from gradexp.base.errors import UserError, nearest
 from gradexp.engine.record import value_of
 from gradexp.engine.run import Config
 from gradexp.report.figures import COLUMN_WIDTH, PALETTE, Row, Series
-from gradexp.report.thesis import Thesis, read_thesis
+from gradexp.report.specs import Thesis, read_thesis
 
 REFERENCE = "#555555"  # the colour of the thesis's own numbers
 
