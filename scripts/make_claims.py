@@ -13,8 +13,8 @@ def main() -> None:
         paths = Paths.of(shared(given.scale, given.set))
         judged = claims.read(CLAIMS, given.scale, planner(given.set))
         files = claims.write(judged, given.scale, paths.results, confidence=claims.load(CLAIMS)["confidence"])
-        for row in claims.shown(judged).itertuples():
-            print(f"{row.verdict:<40} {row.Index:<20} {row.claim}")
+        for row in judged.claims.itertuples():
+            print(f"{row.words:<40} {row.Index:<20} {row.claim}")
         print(claims.tally(judged.claims["verdict"]))
         print("written:", *(shown(path) for path in files))
 

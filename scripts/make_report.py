@@ -8,6 +8,7 @@ from joblib import cpu_count
 
 from gradexp import __version__
 from gradexp.base.errors import UserError
+from gradexp.base.files import write_atomically
 from gradexp.base.texts import read_json
 from gradexp.engine.exits import exit_on_errors
 from gradexp.engine.origin import git_state
@@ -20,7 +21,8 @@ def main() -> None:
     given = arguments(__doc__).parse_args()
     with exit_on_errors():
         paths = Paths.of(shared(given.scale, given.set))
-        path = html.write(page(given.scale, paths, planner(given.set)), given.scale, paths.results)
+        path = paths.results / "report" / f"{given.scale}.html"
+        write_atomically(path, page(given.scale, paths, planner(given.set)).encode())
         print(f"written: {shown(path)} ({path.stat().st_size / 1024:,.0f} KiB); open it in a browser")
 
 
@@ -41,7 +43,7 @@ def page(scale: str, paths: Paths, plan: Planner) -> str:
     bench, git = paths.results / "bench.json", git_state()
     return html.render(
         scale,
-        html.chapters(table_views, figure_views, claim_views, settings),
+        {"tables": table_views, "figures": figure_views, "claims": claim_views},
         panels,
         settings,
         made_by=f"gradexp {__version__}, commit {(git['commit'] or 'none')[:8]}{' (dirty)' if git['dirty'] else ''}",

@@ -14,7 +14,7 @@ from gradexp import FullGrad, GradCAM, SmoothGrad
 from gradexp.base.errors import UserError
 from gradexp.engine.exits import exit_on_errors
 from gradexp.engine.run import ROOT
-from gradexp.report.draw.gallery import draw_map, picture
+from gradexp.report.draw.pictures import draw_map, show
 from gradexp.saliency import InputGradient, Saliency
 
 SIZE, MEAN, STD = 224, 127 / 255, 128 / 255  # of the network's images
@@ -63,7 +63,7 @@ def main() -> None:
             for axes in line:
                 axes.set_axis_off()
             pixels = (255 * images[i]).round().to(torch.uint8).numpy()
-            picture(line[0], pixels)
+            show(line[0], pixels)
             line[0].set_title(f"{NAMES.get(int(classes[i]), f'class {int(classes[i])}')}, {float(chances[i]):.0%}", fontsize=9)
             for axes, (name, values) in zip(line[1:], maps.items(), strict=True):
                 draw_map(axes, values[i, 0].numpy(), pixels if name == "Grad-CAM" else None)

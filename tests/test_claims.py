@@ -18,7 +18,7 @@ from gradexp.engine.record import write_record
 from gradexp.engine.run import ROOT, run_id
 from gradexp.report import claims, specs
 from gradexp.report.claims import Judged
-from gradexp.report.grid import Grid
+from gradexp.report.comparisons import Grid, pairs
 from gradexp.report.inference import estimate
 
 pytestmark = pytest.mark.usefixtures("sample_records")
@@ -54,8 +54,8 @@ def judge(*found: Stated) -> Judged:
 
 
 def only(judged: Judged) -> Any:
-    """The row of the one claim, its verdict in words."""
-    (row,) = judged.claims.assign(words=claims.shown(judged)["verdict"]).itertuples()
+    """The row of the one claim."""
+    (row,) = judged.claims.itertuples()
     return row
 
 
@@ -149,7 +149,7 @@ def grid(spec: dict[str, Any], scale: str = "paper") -> Grid:
 def test_the_thesis_bears_out_its_own_words(spec: dict[str, Any]) -> None:
     """On its printed numbers every claim holds, but for the comparisons that the file excepts, and these do fail."""
     cells = grid(spec)
-    found = claims.pairs(spec, cells)
+    found = pairs(spec, cells)
     assert found
     assert all(spec["section"].startswith("§") for _ in found)
     for pair in found:
@@ -240,7 +240,7 @@ def test_from_records_to_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     judged = read(tmp_path, found)
     verdicts = ["holds", "contradicted", "holds", "contradicted", "direction only: for", "holds", "not run", "not run", "holds"]
     verdicts += ["withheld", "holds", "holds", "holds"]
-    assert claims.shown(judged)["verdict"].tolist() == verdicts
+    assert judged.claims["words"].tolist() == verdicts
     assert judged.claims.loc["a", "n"] == 8
     first = judged.comparisons.drop_duplicates("id").set_index("id")
     assert first.loc[["h", "i"], "in_scale"].tolist() == [False, True]

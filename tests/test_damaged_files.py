@@ -14,7 +14,7 @@ from gradexp.base.texts import read_json, read_yaml
 from gradexp.data.removal import Removal
 from gradexp.engine import compose
 from gradexp.engine.run import ROOT, Paths
-from gradexp.report import claims, specs, thesis
+from gradexp.report import claims, specs
 from gradexp.report.costs import History
 
 NOT_YAML = {
@@ -98,7 +98,7 @@ def test_every_committed_spec_is_read() -> None:
     for kind in ("table", "figure"):
         for number in specs.numbers(kind):
             assert specs.load(kind, number)["number"] == number
-    assert thesis.read_thesis()
+    assert specs.read_thesis()
 
 
 HEAD = "item,row,column,metric,value,std,bold,n_runs,source\n"
@@ -124,14 +124,14 @@ def test_the_thesis_in_another_encoding_or_doubled(change: Any, tmp_path: Path, 
 def broken(content: bytes, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "results").mkdir()
     (folder / "results" / "thesis.csv").write_bytes(content)
-    monkeypatch.setattr(thesis, "ROOT", folder)
-    thesis.read_thesis.cache_clear()
+    monkeypatch.setattr(specs, "ROOT", folder)
+    specs.read_thesis.cache_clear()
     try:
         with pytest.raises(UserError, match=r"thesis.csv can't be read .* restore it with git") as error:
-            thesis.read_thesis()
+            specs.read_thesis()
         one_line(error)
     finally:
-        thesis.read_thesis.cache_clear()
+        specs.read_thesis.cache_clear()
 
 
 NOT_JSON = [b"", b"{", b"[]", b"null", b"3", b"\xff\xfe\x00", b"[" * 100000]

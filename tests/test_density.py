@@ -25,10 +25,8 @@ from gradexp.evaluate.discriminative_perturbation import accuracies, count_corre
 from gradexp.evaluate.score_objective import objective, objective_parts
 from gradexp.evaluate.shift import Shifted, shift_effects, sine_effects
 from gradexp.report import figures, specs
-from gradexp.report.draw.curves import panels
-from gradexp.report.draw.fooling import fooling
-from gradexp.report.draw.images import red_over, samples, signed
-from gradexp.report.draw.shift import shift
+from gradexp.report.draw.lines import panels
+from gradexp.report.draw.pictures import fooling, red_over, samples, shift, signed
 from gradexp.training.classifier import Classifier
 
 pytestmark = pytest.mark.usefixtures("sample_records")

@@ -21,7 +21,7 @@ from gradexp.engine.record import write_record
 from gradexp.engine.run import ROOT
 from gradexp.models import published
 from gradexp.report import figures, specs
-from gradexp.report.draw import explanation, gallery, methods, randomisation, removal
+from gradexp.report.draw import explanation, lines, pictures
 from gradexp.saliency import __main__ as explain
 
 pytestmark = pytest.mark.usefixtures("sample_records")
@@ -49,7 +49,7 @@ def test_retrained_accuracies_are_means_over_seeds_beside_the_thesis(tmp_path: P
     for x, values in ((10, (50.0, 54.0)), (50, (30.0, 30.0))):
         records = [{"metrics": {"test/accuracy": value}} for value in values]
         series.append(one(tmp_path, {"label": "FullGrad", "x": x}, *records))
-    figure, rows = removal.retrained_accuracy(SPEC, series)
+    figure, rows = lines.retrained_accuracy(SPEC, series)
     assert [(row["series"], row["x"], row["mean"], row["n"], row["thesis"]) for row in rows] == [
         ("untouched", "0", "60", 1, ""),
         ("FullGrad", "10", "52", 2, 57.2),
@@ -69,7 +69,7 @@ def test_output_changes_are_in_order_of_the_fraction_with_standard_errors(tmp_pa
     }
     metrics |= {f"{name}/std": 0.1 for name in metrics if "change" in name}
     series = [one(tmp_path, {"label": "Random"}, {"metrics": metrics, "images": 400})]
-    figure, rows = removal.output_change(SPEC, series)
+    figure, rows = lines.output_change(SPEC, series)
     assert [(row["x"], row["mean"], row["std"], row["error"], row["n"]) for row in rows] == [
         ("2.5", "0.2", "0.1", "0.005", 400),
         ("10", "0.4", "0.1", "0.005", 400),
@@ -79,27 +79,27 @@ def test_output_changes_are_in_order_of_the_fraction_with_standard_errors(tmp_pa
     (band,) = figure.axes[0].collections
     assert band.get_paths()[0].vertices[:, 1].max() == pytest.approx(0.405)  # type: ignore[index,call-overload]
     assert figure.axes[0].get_ylim()[1] > 0.405  # nothing is cut off
-    _, rows = removal.output_change({**SPEC, "reading": "mean"}, series)
+    _, rows = lines.output_change({**SPEC, "reading": "mean"}, series)
     assert [(row["x"], row["mean"]) for row in rows] == [("10", "0.3"), ("area", "0.2")]
 
 
 def test_every_method_has_a_look_of_its_own() -> None:
     """Also in grey: no two methods of a figure have marker and dashes in common, and a variant has its method's colour."""
     for number in ("3.2a", "3.2a-mean", "3.2a-imputed", "3.2a-most", "3.2b", "3-randomisation"):
-        labels = [series["label"] for series in specs.load("figure", number)["series"] if series["label"] != removal.BASELINE]
-        looks = [methods.style(label) for label in labels]
+        labels = [series["label"] for series in specs.load("figure", number)["series"] if series["label"] != lines.BASELINE]
+        looks = [lines.style(label) for label in labels]
         assert len({look["marker"] for look in looks}) == len(labels)
-    for label in methods.METHODS:
-        assert methods.style(label)["color"] == methods.style(label.partition(",")[0])["color"]
-    assert methods.style("Random")["zorder"] < methods.style("SmoothGrad")["zorder"] < methods.style("FullGrad")["zorder"]
+    for label in lines.METHODS:
+        assert lines.style(label)["color"] == lines.style(label.partition(",")[0])["color"]
+    assert lines.style("Random")["zorder"] < lines.style("SmoothGrad")["zorder"] < lines.style("FullGrad")["zorder"]
     with pytest.raises(UserError, match="did you mean FullGrad"):
-        methods.style("Fullgrad")
+        lines.style("Fullgrad")
 
 
 def test_randomisation_is_drawn_over_the_number_of_random_layers(tmp_path: Path) -> None:
     metrics = {"randomised": [0, 1, 2], "correlation": [1.0, 0.5, 0.1], "correlation/std": [0.0, 0.2, 0.4]}
     record = {"metrics": metrics, "images": 100, "layers": ["untouched", "linear", "conv and norm"]}
-    figure, rows = randomisation.randomisation(SPEC, [one(tmp_path, {"label": "FullGrad"}, record)])
+    figure, rows = lines.randomisation(SPEC, [one(tmp_path, {"label": "FullGrad"}, record)])
     assert [(row["x"], row["layer"], row["mean"]) for row in rows] == [
         ("0", "untouched", "1"),
         ("1", "linear", "0.5"),
@@ -109,7 +109,7 @@ def test_randomisation_is_drawn_over_the_number_of_random_layers(tmp_path: Path)
     assert band[:, 1].min() == pytest.approx(0.1 - 0.04)  # type: ignore[index,call-overload]
 
 
-def pictures(seed: int = 0) -> dict[str, np.ndarray]:
+def arrays_of(seed: int = 0) -> dict[str, np.ndarray]:
     generator = np.random.default_rng(seed)
     maps = {name: generator.normal(size=(4, 8, 8)).astype(np.float16) for name in ("maps", "layer/input", "layer/a", "layer/b")}
     return {"images": generator.integers(0, 256, (4, 3, 8, 8), dtype=np.uint8), **maps}
@@ -122,23 +122,23 @@ def test_a_gallery_shows_the_images_that_its_spec_chooses(tmp_path: Path) -> Non
         "names": ["a", "b", "sea, seaside", "d"],
         "layers": ["input", "a", "b"],
     }
-    series = [one(tmp_path, {"label": name, "overlay": name == "b"}, {**record, "arrays": pictures()}) for name in ("a", "b")]
-    figure, rows = gallery.gallery(SPEC, series)
+    series = [one(tmp_path, {"label": name, "overlay": name == "b"}, {**record, "arrays": arrays_of()}) for name in ("a", "b")]
+    figure, rows = pictures.gallery(SPEC, series)
     assert [(row["image"], row["column"], row["label"]) for row in rows] == [(1, "a", 6), (1, "b", 6), (2, "a", 7), (2, "b", 7)]
     assert len(figure.axes) == 6
     assert [row["name"] for row in rows] == ["b", "b", "sea, seaside", "sea, seaside"]
-    assert [axes.texts[0].get_text() for axes in figure.axes if axes.texts] == ["b", "sea"]  # beside the images
-    other = one(tmp_path, {"label": "c"}, {**record, "arrays": pictures(1)})
+    assert [axes.get_ylabel() for axes in figure.axes if axes.get_ylabel()] == ["b", "sea"]  # beside the images
+    other = one(tmp_path, {"label": "c"}, {**record, "arrays": arrays_of(1)})
     with pytest.raises(UserError, match="different images"):
-        gallery.gallery(SPEC, [series[0], other])
-    figure, rows = gallery.layers({**SPEC, "columns": 5}, series[:1])
+        pictures.gallery(SPEC, [series[0], other])
+    figure, rows = pictures.layers({**SPEC, "columns": 5}, series[:1])
     assert [row["column"] for row in rows[:4]] == ["input", "a", "b", "sum"]
     assert len(figure.axes) == 4 * 5
 
 
 def test_an_overlay_is_the_image_in_grey_where_the_map_is_zero() -> None:
     image = np.full((3, 2, 2), 255, dtype=np.uint8)
-    blended = gallery.blended(np.array([[0.0, 1.0], [0.0, 0.0]]), image)
+    blended = pictures.blended(np.array([[0.0, 1.0], [0.0, 0.0]]), image)
     np.testing.assert_allclose(blended[0, 0], 0.95)
     assert blended[0, 1, 0] > blended[0, 1, 2]  # red where the map is large
 

@@ -17,8 +17,7 @@ from gradexp.base.errors import UserError
 from gradexp.engine.compose import plan
 from gradexp.engine.record import write_arrays, write_record
 from gradexp.report import figures, specs
-from gradexp.report.draw.curves import curves
-from gradexp.report.draw.illustration import illustration
+from gradexp.report.draw.lines import curves, illustration
 
 pytestmark = pytest.mark.usefixtures("sample_records")
 
@@ -176,7 +175,7 @@ def test_a_figure_without_its_runs_names_the_commands(tmp_path: Path) -> None:
 
 
 def test_drawing_needs_no_torch() -> None:
-    code = "import sys, gradexp.report.figures, gradexp.report.draw.curves; assert 'torch' not in sys.modules"
+    code = "import sys, gradexp.report.figures, gradexp.report.draw.lines; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -20,7 +20,7 @@ from test_tables import GOLDEN, SPEC
 
 from gradexp.engine.record import write_record
 from gradexp.engine.run import ROOT, Run, run_id
-from gradexp.report import claims, figures, html, provenance, specs, tables
+from gradexp.report import claims, figures, html, provenance, specs, tables, writing
 
 pytestmark = pytest.mark.usefixtures("sample_records")
 
@@ -119,13 +119,12 @@ def render(results: Path, scale: str = "cpu", spec: dict[str, Any] = SPEC, words
     drawn = {"number": "2.1", "title": f"Fits {words}"}, [figures.Series({"label": f"fit {words}"}, tuple(filled[:1]))]
     absent = {"number": "other", "title": "Not drawn"}, [figures.Series({"label": "gone"}, tuple(table.missing[:1]))]
     caption = provenance.Caption([f"Departs from `paper`. {words}"], [])
-    parts = html.chapters(
-        [html.table_view(table, panels, SETTINGS["close"])],
-        [html.figure_view(*one, scale, results, panels, caption) for one in (drawn, absent)],
-        html.claim_views(judged(filled[:2], f"A beats CE. {words}"), panels),
-        SETTINGS,
-    )
-    return html.render(scale, parts, panels, SETTINGS, made_by="gradexp, commit 01234567", bench=BENCH, costs=COSTS)
+    views = {
+        "tables": [html.table_view(table, panels, SETTINGS["close"])],
+        "figures": [html.figure_view(*one, scale, results, panels, caption) for one in (drawn, absent)],
+        "claims": html.claim_views(judged(filled[:2], f"A beats CE. {words}"), panels),
+    }
+    return html.render(scale, views, panels, SETTINGS, made_by="gradexp, commit 01234567", bench=BENCH, costs=COSTS)
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +170,7 @@ def test_links_stay_inside_and_nothing_is_loaded(page: str) -> None:
 
 
 def test_only_the_pages_own_script_may_run(page: str) -> None:
-    script = (html.PAGE / "page.js").read_text()
+    script = (writing.PAGES / "page.js").read_text()
     (policy,) = (found["content"] for found in Parsed(page).of("meta") if found.get("http-equiv"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     assert f"<script>{script}</script>" in page

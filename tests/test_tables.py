@@ -22,7 +22,7 @@ from gradexp.engine.record import write_record
 from gradexp.engine.run import ROOT, run_id
 from gradexp.report import formats, provenance, records, tables
 from gradexp.report import specs as report_specs
-from gradexp.report.thesis import Thesis, read_thesis
+from gradexp.report.specs import Thesis, read_thesis
 
 pytestmark = pytest.mark.usefixtures("sample_records")
 

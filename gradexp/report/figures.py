@@ -22,14 +22,12 @@ from gradexp.base.errors import UserError
 from gradexp.engine.record import metric_of, read_arrays
 from gradexp.engine.run import Config, Run
 from gradexp.report import provenance, specs
-from gradexp.report.formats import links, with_details
 from gradexp.report.specs import Planner, command, seeds_of
-from gradexp.report.writing import csv, folded, markdown, plain, write_beside
+from gradexp.report.writing import csv, rendered, stem_of, write_beside
 
 STYLE = mpl.rc_params_from_file(Path(__file__).with_name("draw") / "gradexp.mplstyle", use_default_template=False)
 PALETTE = STYLE["axes.prop_cycle"].by_key()["color"]
 COLUMN_WIDTH = 3.4  # inches: one column of a two-column page
-PAGE_WIDTH = 7.0  # inches: both
 NOTE_WIDTH = 20  # characters of a line below a figure, for each inch of its width
 NOTE_HEIGHT = 0.11  # inches a line
 
@@ -133,9 +131,10 @@ def make(
         figure.set_size_inches(figure.get_figwidth(), figure.get_figheight() + NOTE_HEIGHT * len(lines))
         figure.supxlabel("\n".join(lines), fontsize=6.5, color="#555555", x=0.01, ha="left", ma="left")
         pictures = {kind: _saved(figure, kind) for kind in ("png", "pdf", *spec.get("also", []))}
-    stem = results / "figures" / scale / f"figure_{spec['number'].replace('.', '_')}"
     page = to_markdown(spec, scale, series, text or provenance.Caption([], []))
-    return write_beside(stem, {**pictures, "csv": csv(pd.DataFrame(rows)), "md": page})
+    return write_beside(
+        stem_of("figure", spec["number"], scale, results), {**pictures, "csv": csv(pd.DataFrame(rows)), "md": page}
+    )
 
 
 def _below(spec: Config, scale: str, width: float) -> list[str]:
@@ -146,13 +145,8 @@ def _below(spec: Config, scale: str, width: float) -> list[str]:
 
 
 def to_markdown(spec: Config, scale: str, series: Sequence[Series], text: provenance.Caption) -> str:
-    number, title = spec["number"], spec.get("title", "")
-    picture = f"![Figure {number} at scale={scale}](figure_{number.replace('.', '_')}.png)"
-    sentences = [f"- {plain(sentence)}" for sentence in text.sentences]
-    records = [(plain(label), links(runs)) for label, runs in runs_of(series).items()]
-    details = with_details(markdown(pd.DataFrame(records, columns=["series", "records"])), text.details)
-    head = f"**Figure {number}, scale={scale}.** {plain(title)}"
-    return "\n".join([head, "", picture, "", *sentences, "", *folded("Records", details), ""])
+    names = {"number": spec["number"], "title": spec.get("title", ""), "scale": scale}
+    return rendered("figure.md", **names, text=text, runs=runs_of(series))
 
 
 def _saved(figure: Figure, kind: str) -> bytes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,8 @@ import pandas as pd
 import rich.console
 from rich.markup import escape
 
-from gradexp.engine.run import Run
 from gradexp.report.tables import CELL, Table
-from gradexp.report.writing import csv, folded, grid, markdown, one_line, plain, printed, write_beside
+from gradexp.report.writing import csv, grid, one_line, plain, printed, rendered, stem_of, write_beside
 
 COLUMNS = ["row", "column", "metric", "ours", "std", "n", "thesis", "difference", "run_ids"]
 
@@ -53,26 +52,8 @@ def to_markdown(table: Table) -> str:
         thesis = f"**{cell.thesis}**" if cell.bold else cell.thesis
         return f"{ours}<br>thesis {thesis}" + (f" ({cell.gap})" if cell.gap else "")
 
-    lines = [f"**{_name(table)}** {plain(table.title)}", "", *markdown(wide(table, show, plain)), ""]
-    lines += [f"- {plain(sentence)}" for sentence in table.caption]
-    done = table.texts[table.texts["n"] > 0].reset_index()
-    if len(done):
-        labels = {name: done[name].map(plain) for name in CELL}
-        records = markdown(done.assign(**labels, records=done["runs"].map(links))[[*CELL, "records"]])
-        lines += ["", *folded("Records", with_details(records, table.details))]
-    if table.missing:
-        lines += ["", "Missing runs:", "", "```", *(run.command for run in table.missing), "```"]
-    return "\n".join(lines) + "\n"
-
-
-def with_details(records: Sequence[str], details: Sequence[str]) -> list[str]:
-    """The lines of a table of records, below the lists that a caption only counts."""
-    return [*(f"- {plain(sentence)}" for sentence in details), *([""] if details else []), *records]
-
-
-def links(runs: Sequence[Run]) -> str:
-    """The finished runs as links from a page in results/*/<scale>/ to their records."""
-    return " ".join(f"[{run.id}](../../runs/{run.name}/{run.id}.json)" for run in runs if run.finished)
+    cells = table.texts[table.texts["n"] > 0].reset_index().to_dict("records")
+    return rendered("table.md", table=table, frame=wide(table, show, plain), cells=cells)
 
 
 LATEX = str.maketrans(
@@ -83,19 +64,9 @@ LATEX = str.maketrans(
     | {character: "\\" + character for character in "&%$#_{}"}
     | {"\\": r"\textbackslash ", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}"}
 )
-GREEK = {"alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu", "nu", "xi"}
-GREEK |= {"pi", "rho", "sigma", "tau", "upsilon", "phi", "chi", "psi", "omega"}
-GREEK |= {"Gamma", "Delta", "Theta", "Lambda", "Xi", "Pi", "Sigma", "Upsilon", "Phi", "Psi", "Omega"}
-ACCENTS = {
-    "\u0300": "`",
-    "\u0301": "'",
-    "\u0302": "^",
-    "\u0303": "~",
-    "\u0308": '"',
-    "\u030a": "r ",
-    "\u030c": "v ",
-    "\u0327": "c ",
-}
+GREEK = "αβγδεζηθικλμνξπρστυφχψωΓΔΘΛΞΠΣΥΦΨΩ"  # those that LaTeX has by name
+ACCENTS = {"\u0300": "`", "\u0301": "'", "\u0302": "^", "\u0303": "~", "\u0308": '"'}
+ACCENTS |= {"\u030a": "r ", "\u030c": "v ", "\u0327": "c "}
 
 
 def to_latex(table: Table) -> str:
@@ -126,11 +97,9 @@ def latex(text: str) -> str:
 def _latex(character: str) -> str:
     if character.isascii():
         return character
-    name = unicodedata.name(character, "").replace("LAMDA", "LAMBDA")
-    letter = name.rpartition(" ")[2]
-    letter = letter.lower() if "SMALL" in name else letter.capitalize()
-    if name.startswith("GREEK") and name.count(" ") == 3 and letter in GREEK:
-        return rf"$\{letter}$"
+    if character in GREEK:
+        name = unicodedata.name(character).replace("LAMDA", "LAMBDA").rpartition(" ")[2]
+        return rf"$\{name.lower() if character.islower() else name.capitalize()}$"
     base, accent = (*unicodedata.normalize("NFD", character), "")[:2]
     if base.isascii() and accent in ACCENTS:
         return rf"\{ACCENTS[accent]}{{{base}}}"
@@ -147,7 +116,7 @@ def to_text(table: Table) -> str:
     lines = [f"{best}in parentheses: the thesis's number", *map(one_line, table.caption)]
     if table.missing:
         lines += ["", "Missing runs:", *(f"  {run.command}" for run in table.missing)]
-    return f"{_name(table)} {one_line(table.title)}\n{printed(wide(table, show))}" + "\n".join(lines) + "\n"
+    return f"{table.head} {one_line(table.title)}\n{printed(wide(table, show))}" + "\n".join(lines) + "\n"
 
 
 def to_svg(table: Table) -> str:
@@ -158,7 +127,7 @@ def to_svg(table: Table) -> str:
         return f"{ours} [dim]{cell.thesis}[/dim]" if cell.thesis else str(ours)
 
     picture = grid(wide(table, show, _no_markup))
-    picture.title = _no_markup(f"{_name(table)} {table.title}")
+    picture.title = _no_markup(f"{table.head} {table.title}")
     console = rich.console.Console(record=True, width=100, emoji=False, file=io.StringIO())
     console.print(picture)
     best = f"bold: best of its {table.best_per}; " if table.best_per else ""
@@ -172,12 +141,7 @@ def _no_markup(text: str) -> str:
     return escape(one_line(text))
 
 
-def _name(table: Table) -> str:
-    return f"Table {table.number}, scale={table.scale}."
-
-
 def write(table: Table, results: Path) -> list[Path]:
     """Write the files of a table to results/tables/<scale>/."""
-    stem = results / "tables" / table.scale / f"table_{table.number.replace('.', '_')}"
     contents = {"md": to_markdown(table), "csv": to_csv(table), "tex": to_latex(table), "svg": to_svg(table)}
-    return write_beside(stem, contents)
+    return write_beside(stem_of("table", table.number, table.scale, results), contents)

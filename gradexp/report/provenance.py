@@ -80,18 +80,21 @@ def origin(runs: Iterable[Run]) -> Caption:
 
 def read(runs: Iterable[Run]) -> tuple[list[Config], list[Config]]:
     """The records of the finished runs, and of the finished runs upstream of them."""
-    users = dict.fromkeys(run for run in runs if run.finished)
-    below: dict[Run, None] = {}
-
-    def visit(run: Run) -> None:
-        for upstream in run.upstream.values():
-            if upstream.finished and upstream not in users and upstream not in below:
-                below[upstream] = None
-                visit(upstream)
-
-    for run in users:
-        visit(run)
+    users = [run for run in dict.fromkeys(runs) if run.finished]
+    below = [run for run in with_upstream(users) if run not in users]
     return [run.record() or {} for run in users], [run.record() or {} for run in below]
+
+
+def with_upstream(runs: Iterable[Run]) -> dict[Run, None]:
+    """The finished ones among these runs, each followed by the finished runs upstream of it; each run once."""
+    found: dict[Run, None] = {}
+    waiting = list(runs)
+    while waiting:
+        run = waiting.pop(0)
+        if run.finished and run not in found:
+            found[run] = None
+            waiting = [*run.upstream.values(), *waiting]
+    return found
 
 
 def origin_of(records: Sequence[Config], below: Sequence[Config] = ()) -> Caption:

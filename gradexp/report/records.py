@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
@@ -15,8 +15,7 @@ from gradexp.engine.compose import plan
 from gradexp.engine.record import metric_of, read_record
 from gradexp.engine.run import ROOT, Config, Run
 from gradexp.report import specs
-from gradexp.report.specs import Cell, Planner
-from gradexp.report.thesis import Thesis, thesis_of
+from gradexp.report.specs import Cell, Planner, Thesis, label_of, thesis_of
 
 HEAD = ("experiment", "scale", "seed", "status", "started", "device", "precision", "parameters", "command")
 COLUMNS = ["row", "column", "panel", "part", "metric", "seed", "run", "finished", "value", "spread"]
@@ -46,18 +45,21 @@ def records(
     Raises UserError for an unknown table, figure or scale, and for a record that can't be read.
     """
     folder = Path(results).expanduser().resolve()
-    kind = "table" if table else "figure"
     if number := table or figure:
         extra = () if folder == ROOT / "results" else (f"paths.results={folder}",)
-        shown = cells(specs.load(kind, number), scale or "cpu", partial(plan, extra=extra))
+        shown = cells(specs.load("table" if table else "figure", number), scale or "cpu", partial(plan, extra=extra))
         shown = shown[shown["run"].notna()].astype({"seed": int}).reset_index(drop=True)
-        known = {run.id: _row(record, curves) for run in shown["run"] if (record := run.record())}
-        rows = [{name: value for name, value in known.get(run.id, {}).items() if name != "seed"} for run in shown["run"]]
-        head = shown.assign(id=[run.id for run in shown["run"]], command=[run.command for run in shown["run"]])
-        hidden = ["run", "part", "spread", "thesis_std", "thesis_bold"]
-        return head.drop(columns=hidden).join(pd.DataFrame(rows).drop(columns="command", errors="ignore"))
+        shown = shown.assign(id=[run.id for run in shown["run"]], command=[run.command for run in shown["run"]])
+        finished = shown.drop_duplicates("id")["run"]
+        facts = _frame([record for run in finished if (record := run.record())], curves).drop(columns=["seed", "command"])
+        return shown.drop(columns=["run", "part", "spread", "thesis_std", "thesis_bold"]).join(facts, on="id")
     every = [read_record(file) for file in sorted(folder.glob("runs/*/*.json"))]
-    rows = [{"id": record["id"], **_row(record, curves)} for record in every if scale in (None, record["scale"])]
+    return _frame([record for record in every if scale in (None, record["scale"])], curves)
+
+
+def _frame(found: Sequence[Config], curves: bool) -> pd.DataFrame:
+    """One row a record, indexed by id."""
+    rows = [{"id": record["id"], **_row(record, curves)} for record in found]
     return pd.DataFrame(rows, columns=None if rows else ["id", *HEAD]).set_index("id")
 
 
@@ -126,11 +128,6 @@ def _metrics(spec: Config, cell: Cell) -> Iterator[tuple[str | None, str | None,
     metric, spread, quantity = (specs.setting(key, cell.row, cell.column, spec) for key in keys)
     for name, printed in zip_longest(*(value if isinstance(value, list) else [value] for value in (metric, quantity))):
         yield name, spread, Thesis() if "series" in spec else thesis_of(spec, cell.row, cell.column, printed)
-
-
-def label_of(column: Config) -> str:
-    """The label of a table's column, or the x of a figure's point."""
-    return str(column["label"]) if "label" in column else f"{column['x']:g}" if "x" in column else ""
 
 
 def number(record: Config | None, metric: str | None) -> float:

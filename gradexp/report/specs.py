@@ -1,10 +1,14 @@
-"""Tables and figures as data: conf/table/*.yaml and conf/figure/*.yaml."""
+"""Tables and figures as data (conf/table/*.yaml, conf/figure/*.yaml), and the thesis's own numbers (results/thesis.csv)."""
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from typing import Any, Literal, NamedTuple, NotRequired
 
+import pandas as pd
 from typing_extensions import TypedDict
 
 from gradexp.base.errors import UserError, nearest
@@ -15,9 +19,16 @@ from gradexp.engine.run import ROOT, Config, Run
 Planner = Callable[[Sequence[str]], Run]
 Best = Literal["max", "min"] | None
 Names = str | list[str]
+THESIS_COLUMNS = ["item", "row", "column", "metric", "value", "std", "bold"]
 
 
-@strict
+class Entry(TypedDict):
+    """A row, column, series or point."""
+
+    overrides: NotRequired[list[str]]
+    scales: NotRequired[list[str]]  # that have it, if not all
+
+
 class Shown(TypedDict):
     """Settings of cells, in a row, a column or the table; the first of these that has a key takes precedence."""
 
@@ -27,21 +38,28 @@ class Shown(TypedDict):
     thesis_metric: NotRequired[Names]  # its name in results/thesis.csv, if the cell has several there
 
 
+class Item(TypedDict):
+    """A table or figure."""
+
+    number: str
+    title: str
+    seeds: dict[str, list[int]]  # by scale
+    note: NotRequired[str]
+    notes: NotRequired[dict[str, str]]  # by scale
+    needs: NotRequired[dict[str, str]]  # what its missing runs need, by scale
+
+
 @strict
-class RowSpec(Shown):
+class RowSpec(Entry, Shown):
     label: str
     thesis: NotRequired[str | None]  # the label in results/thesis.csv, if it differs
-    overrides: NotRequired[list[str]]
     apart: NotRequired[bool]  # not compared with the others, such as an oracle
-    scales: NotRequired[list[str]]  # that have this row, if not all
 
 
 @strict
-class ColumnSpec(Shown):
+class ColumnSpec(Entry, Shown):
     label: str
     thesis: NotRequired[str | None]
-    overrides: NotRequired[list[str]]
-    scales: NotRequired[list[str]]
     seeds: NotRequired[dict[str, list[int]]]
     best: NotRequired[Best]
 
@@ -58,10 +76,7 @@ class UpstreamSpec(TypedDict):
 
 
 @strict
-class TableSpec(Shown):
-    number: str
-    title: str
-    seeds: dict[str, list[int]]  # by scale
+class TableSpec(Item, Shown):
     comparable: list[str]  # scales whose numbers can be compared with the thesis's
     corner: str
     best: Best
@@ -70,30 +85,23 @@ class TableSpec(Shown):
     columns: list[ColumnSpec]
     thesis: NotRequired[str]  # the item in results/thesis.csv, if it is not the number
     where: NotRequired[dict[str, str]]
-    note: NotRequired[str]
-    notes: NotRequired[dict[str, str]]
     described: NotRequired[list[str]]  # starts of settings whose departures the notes describe
-    needs: NotRequired[dict[str, str]]
     only: NotRequired[dict[str, list[list[str]]]]  # the cells, [row, column], that a scale runs, if not all
     upstream: NotRequired[list[UpstreamSpec]]
 
 
 @strict
-class PointSpec(TypedDict):
+class PointSpec(Entry):
     x: float
-    overrides: NotRequired[list[str]]
-    scales: NotRequired[list[str]]
 
 
 @strict
-class SeriesSpec(TypedDict):
+class SeriesSpec(Entry):
     label: str
     experiment: NotRequired[str]
-    overrides: NotRequired[list[str]]
     points: NotRequired[list[PointSpec]]
     panel: NotRequired[str]
     overlay: NotRequired[bool]
-    scales: NotRequired[list[str]]
 
 
 @strict
@@ -110,20 +118,14 @@ class LineSpec(TypedDict):
 
 
 @strict
-class FigureSpec(TypedDict):
+class FigureSpec(Item):
     """The drawing function in gradexp/report/draw/ documents the keys after `also`."""
 
-    number: str
-    title: str
     draw: str
     experiment: NotRequired[str]
-    seeds: dict[str, list[int]]
     series: list[SeriesSpec]
     points: NotRequired[list[PointSpec]]
     overrides_at: NotRequired[dict[str, list[str]]]  # by scale
-    note: NotRequired[str]
-    notes: NotRequired[dict[str, str]]
-    needs: NotRequired[dict[str, str]]
     comparable: NotRequired[list[str]]
     thesis: NotRequired[str | dict[str, float]]
     also: NotRequired[list[str]]  # further formats
@@ -195,12 +197,12 @@ def load(kind: str, number: str) -> Config:
 
 def _check_labels(spec: Config, where: str) -> None:
     """Raises UserError for two rows, columns or series of one label, whose cells would be taken for one another's."""
-    for entries in ("rows", "columns", "series"):
-        listed = spec.get(entries, []) if isinstance(spec.get(entries, []), list) else []
+    for entries in ("series",) if "series" in spec else ("rows", "columns"):
         for scale in spec["seeds"]:
-            shown = [entry for entry in listed if scale in entry.get("scales", [scale])]
-            names = [(entry.get("label"), entry.get("panel")) for entry in shown if "label" in entry]
-            if twice := [label for i, (label, panel) in enumerate(names) if (label, panel) in names[:i]]:
+            shown = Counter(
+                (entry["label"], entry.get("panel")) for entry in spec[entries] if scale in entry.get("scales", [scale])
+            )
+            if twice := [label for (label, _), count in shown.items() if count > 1]:
                 raise UserError(f"{where}: two {entries} have the label {twice[0]!r}; give each its own")
 
 
@@ -246,16 +248,27 @@ class Cell(NamedTuple):
     commands: dict[int, list[str]]
 
 
-def cells(spec: Config, scale: str) -> Iterator[Cell]:
-    """All cells of a table or figure, row by row.
+def rows(spec: Config) -> list[Config]:
+    """The rows of a table, or the series of a figure."""
+    return list(spec["series"] if "series" in spec else spec["rows"])
 
-    At a scale listed in a table's `only`, the other cells have no commands. A series without points has one cell, whose
-    column is empty.
-    """
+
+def columns(spec: Config, row: Config) -> list[Config]:
+    """The columns of a table, or the points of a figure's series; one that is empty for a series without points."""
+    listed: Any = row.get("points", spec.get("points", [{}])) if "series" in spec else spec["columns"]
+    return list(listed)
+
+
+def label_of(column: Config) -> str:
+    """The label of a table's column, or the x of a figure's point."""
+    return str(column["label"]) if "label" in column else f"{column['x']:g}" if "x" in column else ""
+
+
+def cells(spec: Config, scale: str) -> Iterator[Cell]:
+    """All cells of a table or figure, row by row; at a scale listed in a table's `only`, the other cells have no commands."""
     common, only = seeds_of(spec, scale), spec.get("only", {}).get(scale)
-    for row in spec["series"] if "series" in spec else spec["rows"]:
-        columns: list[Config] = row.get("points", spec.get("points", [{}])) if "series" in spec else spec["columns"]
-        for column in columns:
+    for row in rows(spec):
+        for column in columns(spec, row):
             if not all(scale in entry.get("scales", [scale]) for entry in (row, column)):
                 continue
             wanted = only is None or [row["label"], column["label"]] in only
@@ -268,3 +281,52 @@ def command(spec: Config, row: Config, column: Config, scale: str, seed: int) ->
     first = [f"experiment={setting('experiment', row, column, spec)}", f"scale={scale}"]
     own = [*spec.get("overrides_at", {}).get(scale, []), *row.get("overrides", []), *column.get("overrides", [])]
     return [*first, *own, f"seed={seed}"]
+
+
+# --- the thesis's numbers ---------------------------------------------------------------------------------
+
+
+class Thesis(NamedTuple):
+    """A number that the thesis prints, and its standard deviation; NaN if it prints none."""
+
+    value: float = math.nan
+    bold: bool = False
+    std: float = math.nan
+
+    def __str__(self) -> str:
+        """`48.1 ± 0.3`; empty without a number."""
+        parts = [f"{number:g}" for number in (self.value, self.std) if not math.isnan(number)]
+        return " ± ".join(parts)
+
+
+@cache
+def read_thesis() -> dict[tuple[str, ...], Thesis]:
+    """The numbers by (item, row, column), and by (item, row, column, quantity) for cells with several.
+
+    Raises UserError where the file is damaged, empty, or has two numbers for one cell.
+    """
+    file = ROOT / "results" / "thesis.csv"
+    numbers: dict[tuple[str, ...], Thesis] = {}
+    try:
+        lines: Any = pd.read_csv(file, dtype=str, keep_default_na=False)[THESIS_COLUMNS].itertuples()
+        for line in lines:
+            key, bold = (line.item, line.row, line.column), line.bold == "1"
+            if (*key, line.metric) in numbers:
+                raise ValueError(f"{', '.join(key)} has two numbers")
+            numbers[key] = numbers[*key, line.metric] = Thesis(float(line.value), bold, float(line.std or math.nan))
+        if not numbers:
+            raise ValueError("it has no numbers")
+    except (OSError, ValueError, KeyError) as error:  # pandas's own errors are ValueErrors
+        raise UserError(f"{file} can't be read ({' '.join(str(error).split())}); restore it with git") from None
+    return numbers
+
+
+def item_of(spec: Config) -> str:
+    """The name of a table in results/thesis.csv."""
+    return str(spec.get("thesis", spec["number"]))
+
+
+def thesis_of(spec: Config, row: Config, column: Config, quantity: str | None) -> Thesis:
+    """The number that the thesis prints in a table's cell; quantity: which one, if the cell has several."""
+    names = [str(entry.get("thesis", entry["label"])) for entry in (row, column)]
+    return read_thesis().get((item_of(spec), *names, *([quantity] if quantity else [])), Thesis())

@@ -13,8 +13,7 @@ import pandas as pd
 from gradexp.engine.record import value_of
 from gradexp.engine.run import Config, Run
 from gradexp.report import provenance, records, specs
-from gradexp.report.specs import Planner, command, seeds_of
-from gradexp.report.thesis import Thesis, item_of, read_thesis
+from gradexp.report.specs import Planner, Thesis, command, item_of, read_thesis, seeds_of
 
 CELL = ["row", "column"]
 EMPTY = "–"  # shown in a cell without a finished run
@@ -41,6 +40,10 @@ class Table:
     departures: tuple[tuple[str, str, str], ...] = ()
     departure: str = ""
     details: tuple[str, ...] = ()
+
+    @property
+    def head(self) -> str:
+        return f"Table {self.number}, scale={self.scale}."
 
     @property
     def rows(self) -> list[str]:

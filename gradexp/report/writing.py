@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import pandas as pd
 import rich.box
 import rich.console
 import rich.table
+from markupsafe import Markup, escape
 
 from gradexp.base.files import write_atomically
 
+PAGES = Path(__file__).with_name("page")
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*(e[+-]?\d+)?|nan|inf)")
 SIGNED_WORDS = re.compile(r"[+-] [\w ,.-]*")  # such as `+ Score-Matching`, which calls nothing
@@ -49,11 +52,24 @@ def _no_formula(cell: Any) -> Any:
     return f"'{text}" if formula else text
 
 
-def markdown(frame: pd.DataFrame) -> list[str]:
-    """The lines of a table. Cells are not padded to one width, so that a changed cell changes one line of a committed file."""
-    lines: list[list[Any]] = [list(frame.columns), *frame.to_numpy().tolist()]
-    head, *rows = (f"| {' | '.join(_cell(str(cell)) for cell in line)} |" for line in lines)
-    return [head, "|---" * frame.shape[1] + "|", *rows]
+def rendered(name: str, **content: Any) -> str:
+    """A template of page/, filled. Only page.html escapes HTML by itself; a name that is missing is an error."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(PAGES),
+        autoescape=jinja2.select_autoescape(["html"]),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "ensure_ascii": False, "allow_nan": False}
+    environment.filters |= {"plain": plain, "line": line, "markdown": markdown, "prose": prose, "quantity": quantity}
+    return environment.get_template(name).render(**content)
+
+
+def line(cells: Iterable[Any]) -> str:
+    """A line of a Markdown table."""
+    return f"| {' | '.join(_cell(str(cell)) for cell in cells)} |"
 
 
 def _cell(text: str) -> str:
@@ -61,9 +77,27 @@ def _cell(text: str) -> str:
     return re.sub(r"(\\*)\|", r"\1\1\\|", one_line(text))
 
 
-def folded(summary: str, lines: Sequence[str]) -> list[str]:
-    """Lines that a click on `summary` opens."""
-    return [f"<details><summary>{summary}</summary>", "", *lines, "", "</details>"]
+def markdown(frame: pd.DataFrame) -> list[str]:
+    """The lines of a table. Cells are not padded to one width, so that a changed cell changes one line of a committed file."""
+    return [line(frame.columns), "|---" * frame.shape[1] + "|", *map(line, frame.to_numpy().tolist())]
+
+
+@jinja2.pass_context
+def prose(context: jinja2.runtime.Context, text: str) -> Markup:
+    """A line of Markdown as HTML, with `code`, strong and emphasised words; runs among the page's `records` become links."""
+    marked = re.sub(r"`([^`]*)`", r"<code>\1</code>", str(escape(text.removeprefix("- "))))
+    marked = re.sub(r"\*\*([^*]+)\*\*", r"<strong>\1</strong>", marked)
+    marked = re.sub(r"\*([^*]+)\*", r"<em>\1</em>", marked)
+    known = {record["id"] for record in context["records"]}
+    link = r'run <a href="#run-\1">\1</a>'
+    return Markup(re.sub("run ([0-9a-f]{12})", lambda run: run.expand(link) if run[1] in known else run[0], marked))
+
+
+def quantity(value: Any) -> str:
+    """A measured number with three digits; other values unchanged."""
+    if not isinstance(value, float):
+        return "–" if value is None else str(value)
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def printed(frame: pd.DataFrame) -> str:
@@ -82,6 +116,11 @@ def grid(frame: pd.DataFrame) -> rich.table.Table:
     for line in frame.itertuples(index=False):
         table.add_row(*line)
     return table
+
+
+def stem_of(kind: str, number: str, scale: str, results: Path) -> Path:
+    """The path of a table's or figure's files without their suffix, such as results/tables/cpu/table_2_1."""
+    return results / f"{kind}s" / scale / f"{kind}_{number.replace('.', '_')}"
 
 
 def write_beside(stem: Path, contents: Mapping[str, str | bytes]) -> list[Path]:

@@ -1,1 +1,1 @@
-"""Drawing functions, a file for each kind of figure: (spec, series) -> (figure, plotted values)."""
+"""Drawing functions, in a file each for curves and pictures: (spec, series) -> (figure, plotted values)."""

@@ -5,16 +5,15 @@ from __future__ import annotations
 import io
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-from gradexp.report.draw.gallery import CLIP, MAP, SIGNED, blended
+from gradexp.report.draw.pictures import SIGNED, blended, coloured, normalised
 from gradexp.report.figures import STYLE
 
 DPI = 100  # panels are measured in pixels
@@ -33,75 +32,50 @@ def explanation(
     text in the lower left panel. kind: of file.
     """
     photo, factor = fitted(photo)
-    box = (box[0] * factor, box[1] * factor, box[2] * factor, box[3] * factor)
+    width, height = photo.size
+    left, top, right, bottom = box = (box[0] * factor, box[1] * factor, box[2] * factor, box[3] * factor)
+    line = max(14, min(photo.size) // 20)  # height of a line of text in pixels
+    points = 0.75 * line * 72 / DPI
     with mpl.rc_context(STYLE):
-        page = Page.of(photo.size, 1 + len(maps), title)
-        pixels = np.asarray(photo)
-        page.panel(0, 0).imshow(pixels, extent=page.extent, interpolation="none")
-        page.write(page.panel(1, 0), predictions)
-        for column, (name, values) in enumerate(maps.items(), 1):
-            over, alone = page.panel(0, column, name), page.panel(1, column)
-            over.imshow(laid_over(values, pixels, box), extent=page.extent, interpolation="none")
-            alone.imshow(coloured(values), extent=(box[0], box[2], box[3], box[1]), interpolation="nearest")
-            for axes in (over, alone):
-                page.frame(axes, box)
+        figure, panels = page(photo.size, line, 1 + len(maps), title, points)
+        pixels, whole = np.asarray(photo), (0, width, height, 0)
+        panels[0, 0].imshow(pixels, extent=whole, interpolation="none")
+        words = [part for text in predictions for part in wrapped(text, width, line)]
+        panels[1, 0].text(0, 0, "\n".join(words), fontsize=points, va="top", linespacing=1.5)
+        for (over, alone), (name, values) in zip(panels.T[1:], maps.items(), strict=True):
+            over.text(0, -0.4 * line, name, fontsize=points, va="bottom")
+            over.imshow(laid_over(values, pixels, box), extent=whole, interpolation="none")
+            alone.imshow(coloured(values), extent=(left, right, bottom, top), interpolation="nearest")
+            if box != (0, 0, width, height):
+                for axes in (over, alone):
+                    frame = Rectangle((left, top), right - left, bottom - top, fill=False, ec="black", lw=points / 10)
+                    axes.add_patch(frame)
         content = io.BytesIO()
-        page.figure.savefig(content, format=kind, dpi=DPI)
+        figure.savefig(content, format=kind, dpi=DPI)
     return content.getvalue()
 
 
-@dataclass(frozen=True)
-class Page:
-    """A figure of two rows of panels of (width, height) pixels each. line: the height of a line of text in pixels."""
-
-    figure: Figure
-    width: int
-    height: int
-    line: int
-
-    @classmethod
-    def of(cls, panel: tuple[int, int], columns: int, title: str) -> Page:
-        width, height = panel
-        line = max(14, min(panel) // 20)
-        total = columns * (width + line) + line
-        lines = wrapped(title, total - 2 * line, line)
-        size = (total, 2 * (height + 2 * line) + line * (len(lines) + 2))
-        figure = Figure(figsize=(size[0] / DPI, size[1] / DPI), dpi=DPI)
-        figure.set_layout_engine("none")
-        page = cls(figure, width, height, line)
-        figure.text(line / size[0], 1 - 0.5 * line / size[1], "\n".join(lines), fontsize=page.points, va="top")
-        return page
-
-    @property
-    def points(self) -> float:
-        return 0.75 * self.line * 72 / DPI
-
-    @property
-    def extent(self) -> Box:
-        """Of an image that fills a panel, as matplotlib has it: left, right, bottom, top."""
-        return 0, self.width, self.height, 0
-
-    def panel(self, row: int, column: int, caption: str = "") -> Axes:
-        """Axes in pixels of the picture, y downwards."""
-        size = self.figure.get_size_inches() * DPI
-        left, bottom = self.line + column * (self.width + self.line), self.line + (1 - row) * (self.height + 2 * self.line)
-        axes: Axes = self.figure.add_axes(
-            (left / size[0], bottom / size[1], self.width / size[0], self.height / size[1]), autoscale_on=False
-        )
-        axes.set(xlim=(0, self.width), ylim=(self.height, 0))
+def page(panel: tuple[int, int], line: int, columns: int, title: str, points: float) -> tuple[Figure, Any]:
+    """A figure with a title, and its two rows of axes in pixels of the picture, y downwards; `line` pixels between columns."""
+    width, height = panel
+    total = columns * (width + line) + line
+    heading = wrapped(title, total - 2 * line, line)
+    size = total, 2 * (height + 2 * line) + line * (len(heading) + 2)
+    figure = Figure(figsize=(size[0] / DPI, size[1] / DPI), dpi=DPI)
+    figure.set_layout_engine("none")
+    figure.text(line / size[0], 1 - 0.5 * line / size[1], "\n".join(heading), fontsize=points, va="top")
+    edges = {"left": line / size[0], "right": 1 - line / size[0]}
+    edges |= {"bottom": line / size[1], "top": (2 * height + 3 * line) / size[1]}
+    panels = figure.subplots(
+        2,
+        columns,
+        squeeze=False,
+        gridspec_kw={**edges, "wspace": line / width, "hspace": 2 * line / height},
+        subplot_kw={"autoscale_on": False, "xlim": (0, width), "ylim": (height, 0)},
+    )
+    for axes in panels.flat:
         axes.set_axis_off()
-        axes.text(0, -0.4 * self.line, caption, fontsize=self.points, va="bottom")
-        return axes
-
-    def write(self, axes: Axes, texts: Sequence[str]) -> None:
-        lines = [line for text in texts for line in wrapped(text, self.width, self.line)]
-        axes.text(0, 0, "\n".join(lines), fontsize=self.points, va="top", linespacing=1.5)
-
-    def frame(self, axes: Axes, box: Box) -> None:
-        """Frame a part of the picture, unless it is all of it."""
-        if box != (0, 0, self.width, self.height):
-            left, top, right, bottom = box
-            axes.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, ec="black", lw=self.points / 10))
+    return figure, panels
 
 
 def laid_over(values: np.ndarray, pixels: np.ndarray, box: Box) -> np.ndarray:
@@ -111,27 +85,9 @@ def laid_over(values: np.ndarray, pixels: np.ndarray, box: Box) -> np.ndarray:
     large = np.asarray(scaled).clip(-1, 1)  # bicubic values overshoot
     drawn: np.ndarray = 0.6 + 0.4 * pixels.astype(np.float32) / 255
     image = pixels[top:bottom, left:right].transpose(2, 0, 1)
-    if (values < 0).any():
-        drawn[top:bottom, left:right] = blended(np.abs(large), image, mpl.colormaps[SIGNED](0.5 + 0.5 * large)[..., :3])
-    else:
-        drawn[top:bottom, left:right] = blended(large.clip(0), image)
+    colours = mpl.colormaps[SIGNED](0.5 + 0.5 * large)[..., :3] if (values < 0).any() else None
+    drawn[top:bottom, left:right] = blended(large.clip(0) if colours is None else np.abs(large), image, colours)
     return drawn
-
-
-def coloured(values: np.ndarray) -> np.ndarray:
-    """A map (h, w) in colours, (h, w, 4)."""
-    scaled = normalised(values)
-    colours: np.ndarray = mpl.colormaps[SIGNED](0.5 + 0.5 * scaled) if (values < 0).any() else mpl.colormaps[MAP](scaled)
-    return colours
-
-
-def normalised(values: np.ndarray) -> np.ndarray:
-    """A map scaled to [0, 1], or to [-1, 1] if it has negative values; the largest values are clipped."""
-    values = values.astype(float)
-    low = 0.0 if (values < 0).any() else values.min()
-    high = np.percentile(np.abs(values), CLIP)
-    scaled: np.ndarray = np.clip((values - low) / (high - low if high > low else 1), -1, 1)
-    return scaled
 
 
 def fitted(photo: Image.Image) -> tuple[Image.Image, float]:
