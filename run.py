@@ -43,7 +43,7 @@ if __name__ == "__main__":
     with exit_on_errors():
         words = sys.argv[1:]
         if {"-h", "--help"} & set(words):
-            print(help.text(words, CONF))
+            print(help.text(words))
         elif words == ["--version"]:
             print(f"gradexp {__version__}, commit {git_state()['commit'] or 'unknown'}")
         elif words[:1] in (["--show"], ["--id"]):

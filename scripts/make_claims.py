@@ -3,6 +3,7 @@
 from common import CLAIMS, arguments, planner, shared, shown
 
 from gradexp.engine.exits import exit_on_errors
+from gradexp.engine.plugins import conf_folders
 from gradexp.engine.run import Paths
 from gradexp.report import claims
 
@@ -11,12 +12,14 @@ def main() -> None:
     given = arguments(__doc__).parse_args()
     with exit_on_errors():
         paths = Paths.of(shared(given.scale, given.set))
-        judged = claims.read(CLAIMS, given.scale, planner(given.set))
-        files = claims.write(judged, given.scale, paths.results, confidence=claims.load(CLAIMS)["confidence"])
-        for row in judged.claims.itertuples():
-            print(f"{row.words:<40} {row.Index:<20} {row.claim}")
-        print(claims.tally(judged.claims["verdict"]))
-        print("written:", *(shown(path) for path in files))
+        own = [file for folder in conf_folders() if (file := folder / "claims.yaml").exists()]
+        for file, results in [(CLAIMS, paths.results), *((file, paths.results / "own") for file in own)]:
+            judged = claims.read(file, given.scale, planner(given.set))
+            files = claims.write(judged, given.scale, results, confidence=claims.load(file)["confidence"])
+            for row in judged.claims.itertuples():
+                print(f"{row.words:<40} {row.Index:<20} {row.claim}")
+            print(claims.tally(judged.claims["verdict"]))
+            print("written:", *(shown(path) for path in files))
 
 
 if __name__ == "__main__":

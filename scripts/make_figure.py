@@ -14,7 +14,8 @@ def make(spec: dict[str, Any], job: Job) -> None:
     failures = job.fill(f"figure {spec['number']}", wanted)
     series = figures.gather(spec, job.scale, job.plan)
     caption = figures.caption(spec, job.scale, series, job.plan)
-    drawn = (spec, job.scale, series, locate(spec["draw"], "draw"), job.paths.results, caption)
+    folder = specs.folder_of("figure", spec["number"], job.paths.results)
+    drawn = (spec, job.scale, series, locate(spec["draw"], "draw"), folder, caption)
     report([] if failures else figures.make(*drawn), failures)
 
 

@@ -12,7 +12,7 @@ def make(spec: dict[str, Any], job: Job) -> None:
     wanted = [overrides for cell in specs.cells(spec, job.scale) for overrides in cell.commands.values()]
     failures = job.fill(f"table {spec['number']}", wanted)
     table = tables.build(spec, job.scale, job.plan)
-    files = formats.write(table, job.paths.results)
+    files = formats.write(table, specs.folder_of("table", spec["number"], job.paths.results))
     print(formats.to_text(table))
     report(files, failures)
 

@@ -306,7 +306,7 @@ def test_hydras_own_options_are_no_misspelt_overrides() -> None:
 
 def test_help_lists_every_experiment_with_what_it_claims(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "120")
-    shown = help.text([], CONF)
+    shown = help.text([])
     assert max(map(len, shown.splitlines())) <= 120
     for file in (CONF / "experiment").glob("[!_]*.yaml"):
         assert re.search(rf"^  {file.stem}\s+[A-Z§]", shown, re.MULTILINE), file.stem
@@ -317,10 +317,10 @@ def test_help_lists_every_experiment_with_what_it_claims(monkeypatch: pytest.Mon
 
 
 def test_help_on_an_experiment_is_the_head_of_its_file() -> None:
-    shown = help.text(["experiment=jacobian_distill"], CONF)
+    shown = help.text(["experiment=jacobian_distill"])
     assert "make table-2.1" in shown and "Cost at scale=cpu" in shown and "defaults:" not in shown
     with pytest.raises(UserError, match="did you mean jacobian_distill"):
-        help.text(["experiment=jacobian_distil"], CONF)
+        help.text(["experiment=jacobian_distil"])
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
 """What the pages say is what happens."""
 
+import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +10,6 @@ from pathlib import Path
 import pytest
 
 from gradexp.engine.run import ROOT
-
-TINY = ["scale.width=0.04", "optim.passes=1", "trainer.threads=1", "logger=none"]
-TEACHER = ["+upstream.teacher.optim.passes=1", "+upstream.teacher.scale.width=0.03"]
 
 
 def blocks(page: str, language: str) -> list[tuple[str, str]]:
@@ -27,39 +24,95 @@ def commands(page: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the repository with the files of docs/extend.md written into it."""
-    copy = tmp_path_factory.mktemp("extended") / "repository"
-    ignored = shutil.ignore_patterns(".git", ".venv", "outputs", "runs", "data", ".*_cache")
-    copy.mkdir()
-    for name in ("conf", "scripts", "results", "run.py"):
-        source = ROOT / name
-        shutil.copytree(source, copy / name, ignore=ignored) if source.is_dir() else shutil.copy(source, copy / name)
-    shutil.copytree(ROOT / "conf" / "data", copy / "conf" / "data")
-    shutil.copytree(ROOT / "gradexp", copy / "gradexp")
+    """A folder with the package of docs/extend.md."""
+    folder = tmp_path_factory.mktemp("extended")
     for language in ("python", "yaml"):
         for name, content in blocks("docs/extend.md", language):
             assert name, f"a {language} block of docs/extend.md names no file"
-            assert not (copy / name).exists(), f"{name} exists already"
-            (copy / name).write_text(content, encoding="utf-8")
-    return copy
+            file = folder / name
+            assert not file.exists(), f"{name} is there twice"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(content, encoding="utf-8")
+    return folder
 
 
-@pytest.mark.parametrize("command", commands("docs/extend.md"))
-def test_extend(extended: Path, command: str) -> None:
+def typed_with_plugin(extended: Path, command: str) -> subprocess.CompletedProcess[str]:
+    """Runs a command with the package, in folders of its own."""
     words = shlex.split(command)
-    tiny = [] if "make_table" in command else [*TINY, *TEACHER]
-    done = subprocess.run(
-        [sys.executable, *words[1:], *tiny],
-        cwd=extended,
-        env={"PYTHONPATH": str(extended), "PATH": "/usr/bin:/bin"},
-        capture_output=True,
-        text=True,
-    )
+    places = [f"paths.results={extended / 'results'}", f"paths.outputs={extended / 'outputs'}"]
+    tiny = ["scale.width=0.04", "trainer.threads=1", "logger=none"]
+    if "run.py" in words:
+        below = "teacher" if "jacobian_distill" in command else "model"
+        if "jacobian_distill" in command:
+            tiny += ["optim.passes=1"]
+        tiny += [f"+upstream.{below}.optim.passes=1", f"+upstream.{below}.scale.width=0.03"]
+        words += [*tiny, *places]
+    else:
+        words += ["--set", *places, *tiny[1:]]
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{extended}", "GRADEXP_PLUGINS": "mine"}
+    return subprocess.run([sys.executable, *words[1:]], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+EXTEND = commands("docs/extend.md")
+
+
+@pytest.mark.parametrize("command", [command for command in EXTEND if "run.py" in command])
+def test_extend(extended: Path, command: str) -> None:
+    done = typed_with_plugin(extended, command)
     assert done.returncode == 0, done.stdout + done.stderr
-    expected = (
-        "python run.py experiment=jacobian_distill scale=quick method=ce_cosine" if "make_table" in command else "finished"
+    assert "finished: " in done.stdout
+
+
+def test_own_tables_figures_and_claims_have_a_folder_of_their_own(extended: Path) -> None:
+    assert [command.split()[1] for command in EXTEND if "make_" in command] == [
+        f"scripts/make_{what}.py" for what in ("table", "figure", "claims")
+    ]
+    own = extended / "results" / "own"
+    table, figure, claims = (command for command in EXTEND if "make_" in command)
+    for command in (f"{table} --render-only", claims):
+        done = typed_with_plugin(extended, command)
+        assert done.returncode == 0, done.stdout + done.stderr
+    rendered = {str(file.relative_to(own)) for file in own.rglob("*") if file.is_file()}
+    assert {"tables/quick/table_calibration.md", "claims/quick.md"} <= rendered
+    done = typed_with_plugin(extended, f"{figure} --render-only")
+    assert "method=ce_a_j" in done.stdout + done.stderr  # the runs that it needs
+    assert "calibrated" in (own / "claims" / "quick.md").read_text(encoding="utf-8")
+    thesis = (extended / "results" / "claims" / "quick.md").read_text(encoding="utf-8")
+    assert "calibrated" not in thesis
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("method.terms.cosine.power=-1", "method.terms.cosine.power=-1: it should be greater than 0"),
+        ("method.terms.cosine.powr=1", "did you mean power?"),
+    ],
+)
+def test_settings_of_ones_own_are_checked_by_their_annotations(extended: Path, command: str, message: str) -> None:
+    done = typed_with_plugin(extended, f"python run.py experiment=jacobian_distill method=ce_cosine scale=quick {command}")
+    assert done.returncode == 1
+    assert message in done.stderr
+
+
+def test_help_shows_an_experiment_of_ones_own(extended: Path) -> None:
+    done = typed_with_plugin(extended, "python run.py experiment=calibration --help")
+    assert "is better calibrated" in done.stdout
+
+
+def test_what_no_plugin_names_is_refused(extended: Path) -> None:
+    """GRADEXP_PLUGINS is what allows a config to run the code of a package, not that Python finds it."""
+    words = (
+        "experiment=jacobian_distill method=ce scale=quick +method.terms.x={_target_: mine.cosine.Cosine, weight: 1, power: 1}"
     )
-    assert expected in done.stdout
+    command = [sys.executable, "run.py", *words.split(maxsplit=3)[:3], words.split(maxsplit=3)[3]]
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{extended}"}
+    environment.pop("GRADEXP_PLUGINS", None)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert "mine.cosine.Cosine is refused" in done.stderr
+    assert "GRADEXP_PLUGINS" in done.stderr
+    environment["GRADEXP_PLUGINS"] = "yours"
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert "GRADEXP_PLUGINS=yours: there is no package yours" in done.stderr
 
 
 def test_readme_names_only_make_targets_that_exist() -> None:

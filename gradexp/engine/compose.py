@@ -34,10 +34,12 @@ from gradexp.base.errors import UserError, nearest
 from gradexp.base.files import draft_of
 from gradexp.base.texts import read_text
 from gradexp.base.typed import check
+from gradexp.engine import plugins
 from gradexp.engine.run import HARDWARE, ROOT, Config, Paths, Run, RunConfig, hardware
 
 CONF = ROOT / "conf"
 CACHE = ROOT / "outputs" / "cache" / "configs"
+STATES = 4  # of conf/ whose configs are kept
 PIXELS = ("normalise", "mean", "std", "size", "channels")  # of data: what a network must share with its upstream runs
 ELSEWHERE = {  # names that other frameworks have: ours
     **dict.fromkeys(("max_epochs", "epochs", "num_epochs"), "optim.passes"),
@@ -137,7 +139,8 @@ def check_overrides(arguments: Sequence[str]) -> list[Config]:
 
     Raises UserError with the nearest valid word for a misspelt key or choice.
     """
-    check_hydra(CONF)
+    for folder in _folders():
+        check_hydra(folder)
     words = [word for word in get_args_parser().parse_known_args(arguments)[0].overrides if not word.startswith("hydra")]
     try:
         with _hydra() as loader:  # which lists the files that a glob matches
@@ -219,9 +222,8 @@ def _compose(overrides: tuple[str, ...]) -> Config:
         return json.loads(gzip.decompress(file.read_bytes()))
     config = _composed(overrides)
     with suppress(OSError):
-        for folder in CACHE.glob("*"):
-            if folder != file.parent:  # configs of another state of conf/
-                shutil.rmtree(folder, ignore_errors=True)
+        for folder in sorted(CACHE.glob("*"), key=lambda folder: folder.stat().st_mtime)[:-STATES]:
+            shutil.rmtree(folder, ignore_errors=True)
         draft = draft_of(file)
         draft.write_bytes(gzip.compress(json.dumps(config).encode(), 1))
         draft.replace(file)  # without a sync: a damaged file is composed again
@@ -230,15 +232,15 @@ def _compose(overrides: tuple[str, ...]) -> Config:
 
 def _cached(overrides: tuple[str, ...]) -> Path:
     """The file of a config, named by all that it comes from: conf/, this module, overrides, the environment."""
-    sources = _sources(CONF)
+    sources = _sources(_folders())
     environment = {name: os.environ.get(name) for name in VARIABLE.findall(sources + " ".join(overrides))}
     state, key = (hashlib.sha256(text.encode()).hexdigest() for text in (sources, json.dumps([overrides, environment])))
     return CACHE / state / f"{key}.json.gz"
 
 
 @cache
-def _sources(conf: Path) -> str:
-    files = [Path(__file__), *sorted(conf.rglob("*.yaml"))]
+def _sources(folders: tuple[Path, ...]) -> str:
+    files = [Path(__file__), *(file for folder in folders for file in sorted(folder.rglob("*.yaml")))]
     texts = [f"{file.name} of {file.parent.name}\n{file.read_text(encoding='utf-8', errors='replace')}" for file in files]
     return "\n".join([version("hydra-core"), version("omegaconf"), *texts])
 
@@ -288,7 +290,7 @@ def _with_values(overrides: tuple[str, ...]) -> DictConfig | None:
     None where only Hydra can do it. It saves the tenth of a second that Hydra takes for a config.
     """
     parsed = OverridesParser.create().parse_overrides(list(overrides))
-    values = [word for word in parsed if "." in word.key_or_group or not (CONF / word.key_or_group).is_dir()]
+    values = [word for word in parsed if "." in word.key_or_group or not _is_group(word.key_or_group)]
     if any(word.package or word.is_delete() or word.is_sweep_override() for word in values):
         return None
     config = deepcopy(_by_hydra(tuple(str(word.input_line) for word in parsed if word not in values)))
@@ -301,6 +303,15 @@ def _with_values(overrides: tuple[str, ...]) -> DictConfig | None:
     except OmegaConfBaseException:
         return None  # Hydra raises the error
     return config
+
+
+def _folders() -> tuple[Path, ...]:
+    """conf/, and those of the packages of the user's own."""
+    return CONF, *plugins.conf_folders()
+
+
+def _is_group(key: str) -> bool:
+    return any((folder / key).is_dir() for folder in _folders())
 
 
 def _missing_choice(error: MissingConfigException) -> str:
@@ -321,12 +332,12 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
         config = _compose(tuple(word for word in overrides if word != override))
         known = OmegaConf.select(OmegaConf.create(config), parent) if parent else config
         names = list(known) if isinstance(known, Mapping) else []
-        groups = [] if parent else [folder.name for folder in CONF.iterdir() if folder.is_dir()]
+        groups = [] if parent else [folder.name for conf in _folders() for folder in conf.iterdir() if folder.is_dir()]
         if name in names or key in groups:
             return f"{override}: {text}"
         return f"{override}: there is no key {key}{_hint(key, config) or nearest(name, [*names, *groups])}"
     if "You must specify 'experiment'" in text:
-        experiments = sorted(file.stem for file in (CONF / "experiment").glob("[!_]*.yaml"))
+        experiments = sorted(file.stem for folder in _folders() for file in (folder / "experiment").glob("[!_]*.yaml"))
         return f"name an experiment: python run.py experiment=NAME, one of {', '.join(experiments)}"
     return text
 

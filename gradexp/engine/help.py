@@ -9,6 +9,8 @@ from pathlib import Path
 
 from gradexp.base.errors import UserError, nearest
 from gradexp.base.texts import read_text
+from gradexp.engine.plugins import conf_folders
+from gradexp.engine.run import ROOT
 
 EXAMPLES = {
     "experiment=jacobian_distill scale=quick": "one run in seconds, offline",
@@ -24,9 +26,10 @@ END = (
 )
 
 
-def text(words: Sequence[str], conf: Path) -> str:
-    """The help for a command line. conf: the folder of configs. Raises UserError for an unknown experiment."""
-    headers = {file.stem: _header(file) for file in sorted((conf / "experiment").glob("[!_]*.yaml"))}
+def text(words: Sequence[str]) -> str:
+    """The help for a command line. Raises UserError for an unknown experiment."""
+    folders = [ROOT / "conf", *conf_folders()]
+    headers = {file.stem: _header(file) for conf in folders for file in sorted((conf / "experiment").glob("[!_]*.yaml"))}
     chosen = next((word.partition("=")[2] for word in words if word.startswith("experiment=")), None)
     if chosen is not None:
         if chosen not in headers:
@@ -34,7 +37,7 @@ def text(words: Sequence[str], conf: Path) -> str:
         return "\n".join([f"experiment={chosen}", "", *headers[chosen]])
     parts = {
         "Experiments": {name: _claim(lines) for name, lines in headers.items()},
-        "Scales": {name: " ".join(_header(conf / "scale" / f"{name}.yaml")) for name in ("paper", "cpu", "quick")},
+        "Scales": {name: " ".join(_header(ROOT / "conf" / "scale" / f"{name}.yaml")) for name in ("paper", "cpu", "quick")},
         "Examples, after python run.py": EXAMPLES,
     }
     lines = ["python run.py experiment=NAME [key=value ...]: one run, whose result is results/runs/NAME/ID.json"]

@@ -7,10 +7,13 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from gradexp.base.errors import UserError
+from gradexp.engine import plugins
 from gradexp.engine.run import ROOT
 
 # Environment variable: the commit, and the digest of changes, that this process and those forked from it have loaded.
@@ -71,14 +74,16 @@ def versions() -> dict[str, str]:
 
 
 def _digests() -> dict[str, str]:
-    """{package: digest of its source files}, for the packages that decide numbers."""
+    """{package: digest of its source files}, for the packages that decide numbers, those of the user's own among them."""
+    folders = {package: ROOT / "gradexp" / package for package in PACKAGES}
+    with suppress(UserError):  # for a package that does not exist, which is raised when a run is composed
+        folders |= plugins.packages()
     digests = {}
-    for package in PACKAGES:
+    for package, folder in folders.items():
         digest = hashlib.sha256()
-        folder = ROOT / "gradexp" / package
         for file in sorted(folder.rglob("*.py")) if folder.is_dir() else [folder.with_suffix(".py")]:
-            content = file.read_bytes()
-            digest.update(f"{file.relative_to(ROOT).as_posix()} {len(content)} ".encode() + content)
+            content, name = file.read_bytes(), file.relative_to(folder.parents[1])
+            digest.update(f"{name.as_posix()} {len(content)} ".encode() + content)
         digests[package] = digest.hexdigest()[:12]
     return digests
 

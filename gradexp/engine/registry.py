@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gradexp.base.errors import UserError, nearest
+from gradexp.engine import plugins
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,8 @@ class Kind:
     """What may be built in one kind of place.
 
     what: in messages. names: classes and functions, in full. package and base: also the subclasses of `base` that are
-    defined in `package`. returns: also the functions defined there whose return annotation is this text.
+    defined in `package` or in a package that GRADEXP_PLUGINS names. returns: also the functions defined there whose return
+    annotation is this text.
     """
 
     what: str
@@ -30,9 +32,13 @@ class Kind:
     base: str | None = None
     returns: str | None = None
 
+    def covers(self, name: str) -> bool:
+        """Whether `name` lies in one of the packages."""
+        return self.package is not None and name.startswith(tuple(f"{each}." for each in (self.package, *plugins.packages())))
+
     def admits(self, located: Any) -> bool:
-        """Whether an object of `package` may be built here."""
-        if not f"{located.__module__}.".startswith(f"{self.package}."):
+        """Whether an object of these packages may be built here."""
+        if not self.covers(f"{located.__module__}."):
             return False
         if inspect.isclass(located):
             return self.base is not None and issubclass(located, _imported(self.base))
@@ -43,7 +49,8 @@ class Kind:
         options = [*self.names]
         options += [f"a subclass of {self.base} in {self.package}"] if self.base else []
         options += [f"a function in {self.package} that returns a {self.returns}"] if self.returns else []
-        return f"{self.what} is {' or '.join(options)}"
+        own = f"; a package of your own is named in {plugins.VARIABLE}" if self.package else ""
+        return f"{self.what} is {' or '.join(options)}{own}"
 
 
 _ACTIVATIONS = ("ReLU", "LeakyReLU", "ELU", "GELU", "SiLU", "Softplus", "Sigmoid", "Tanh", "Identity")
@@ -114,7 +121,7 @@ def locate(target: str, where: str) -> Callable[..., Any]:
     kind = KINDS[name]
     if target in kind.names:
         return _imported(target)
-    if kind.package and target.startswith(f"{kind.package}."):
+    if kind.covers(target):
         located = _imported(target)
         if (inspect.isclass(located) or inspect.isfunction(located)) and kind.admits(located):
             return located

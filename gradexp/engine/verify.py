@@ -115,7 +115,7 @@ def notes(files: Sequence[Path]) -> Iterator[str]:
         yield f"{len(files) - len(dated)} records do not state by which sources they were computed: they are older"
     changed: dict[str, list[str]] = {}
     for name, sources in dated.items():
-        packages = [package for package, digest in SOURCES.items() if sources.get(package) != digest]
+        packages = [package for package, digest in SOURCES.items() if sources.get(package, digest) != digest]
         if packages:
             changed.setdefault(", ".join(packages), []).append(name)
     for of, names in changed.items():

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, NotRequired
 
 import pandas as pd
@@ -14,6 +15,7 @@ from typing_extensions import TypedDict
 from gradexp.base.errors import UserError, nearest
 from gradexp.base.texts import read_yaml
 from gradexp.base.typed import check, strict
+from gradexp.engine.plugins import conf_folders
 from gradexp.engine.run import ROOT, Config, Run
 
 Planner = Callable[[Sequence[str]], Run]
@@ -172,24 +174,37 @@ def settings() -> Config:
 
 
 def numbers(kind: str) -> list[str]:
-    """The numbers of all tables or figures; kind: `table` or `figure`."""
+    """The numbers of the thesis's tables or figures; kind: `table` or `figure`."""
     return sorted(file.stem for file in (ROOT / "conf" / kind).glob("*.yaml"))
+
+
+def own(kind: str) -> dict[str, Path]:
+    """{name: file} of the tables or figures in packages that GRADEXP_PLUGINS names, which are rendered to results/own."""
+    files = {file.stem: file for folder in conf_folders() for file in sorted((folder / kind).glob("*.yaml"))}
+    if both := files.keys() & set(numbers(kind)):
+        raise UserError(f"{files[both.pop()]} has the name of a {kind} of the thesis; give it another")
+    return files
+
+
+def folder_of(kind: str, number: str, results: Path) -> Path:
+    """Where a table or figure is rendered to: `results`, or its subfolder `own`."""
+    return results / "own" if number in own(kind) else results
 
 
 def parts(kind: str, number: str) -> list[str]:
     """[number] if it exists, otherwise its parts, such as `3.2a` and `3.2b` for `3.2`; [number] if there are none."""
-    known = numbers(kind)
+    known = [*numbers(kind), *own(kind)]
     return [number] if number in known else [name for name in known if name[:-1] == number] or [number]
 
 
 def load(kind: str, number: str) -> Config:
     """The spec of a table or figure. Raises UserError if it does not exist or is not a valid TableSpec or FigureSpec."""
-    known = numbers(kind)
-    if number not in known:
-        raise UserError(f"no {kind} {number}{nearest(number, known)} conf/{kind}/ has {', '.join(known) or 'none'}")
-    content = read_yaml(ROOT / "conf" / kind / f"{number}.yaml")
+    files = {name: ROOT / "conf" / kind / f"{name}.yaml" for name in numbers(kind)} | own(kind)
+    if number not in files:
+        raise UserError(f"no {kind} {number}{nearest(number, files)} conf/{kind}/ has {', '.join(files) or 'none'}")
+    content = read_yaml(files[number])
     if content is not None and not isinstance(content, dict):
-        raise UserError(f"conf/{kind}/{number}.yaml is not a mapping of keys to values")
+        raise UserError(f"{files[number]} is not a mapping of keys to values")
     spec: Config = check(KINDS[kind], {"number": number, **(content or {})}, f"{kind} {number}")
     _check_labels(spec, f"{kind} {number}")
     return spec
