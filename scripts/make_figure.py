@@ -4,7 +4,7 @@ from typing import Any
 
 from common import Job, make_all, report
 
-from gradexp.engine.registry import locate
+from gradexp.engine.build import locate
 from gradexp.report import figures, specs
 
 

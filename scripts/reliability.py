@@ -515,7 +515,7 @@ the command line, including Hydra's own options and plugins and the folders of `
 Not trusted, as they come from other people: records, configs and experiments, pictures, weights.
 
 - A record is data. The classes that its config names are built only if they are listed for their place
-  (`gradexp/engine/registry.py`); `make verify` checks that its id is that of its config.
+  (`gradexp/engine/build.py`); `make verify` checks that its id is that of its config.
 - Configs can choose among the listed classes and set their declared parameters. They cannot name other code, configure Hydra or
   choose a folder outside `paths`.
 - Weights, checkpoints and pieces are loaded without executing what they hold (`weights_only=True`), and their checksums are

@@ -17,10 +17,10 @@ import pytest
 
 from gradexp.base.errors import UserError
 from gradexp.engine import help
+from gradexp.engine.build import locate
 from gradexp.engine.compose import CONF, check_overrides, plan
 from gradexp.engine.known import answer
 from gradexp.engine.launchers import run_all
-from gradexp.engine.registry import locate
 from gradexp.engine.run import ROOT
 
 sys.path.insert(0, str(ROOT / "scripts"))

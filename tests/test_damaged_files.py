@@ -218,7 +218,7 @@ def test_a_checkpoint_of_another_run_is_set_aside(fault: str, tmp_path: Path, ca
 
 @pytest.mark.parametrize("fault", ["other run", "other piece", "no archive", "other content", "seal gone"])
 def test_a_piece_of_another_run_is_made_again(fault: str, tmp_path: Path) -> None:
-    from gradexp.engine.pieces import Pieces
+    from gradexp.engine.evaluation import Pieces
 
     class Hardware:
         def facts(self, *, mixed: bool) -> dict[str, str]:
@@ -252,14 +252,3 @@ def test_a_piece_of_another_run_is_made_again(fault: str, tmp_path: Path) -> Non
     calls.clear()
     assert pieces("a" * 12, tmp_path / "a").each("n", [1, 2], make, count=2) == [10, 20]
     assert calls == [0]
-
-
-def test_a_lock_that_is_a_folder_is_one_line(tmp_path: Path) -> None:
-    from gradexp.engine.ensure import _locked
-    from gradexp.engine.run import Run
-
-    run = Run({"name": "x", "scale": {"name": "quick"}, "upstream": {}}, Paths(tmp_path, tmp_path, tmp_path))
-    (tmp_path / "locks" / f"{run.id}.lock").mkdir(parents=True)
-    with pytest.raises(UserError, match="delete it") as error, _locked(run):
-        pass
-    one_line(error)

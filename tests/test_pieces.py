@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from gradexp.engine import pieces
+from gradexp.engine import evaluation
 from gradexp.engine.clocks import Progress
 from gradexp.engine.compose import compose_run
 from gradexp.engine.ensure import ensure
-from gradexp.engine.pieces import Pieces
+from gradexp.engine.evaluation import Pieces
 from gradexp.engine.run import Paths, Run
 
 TINY = ["scale=quick", "trainer.threads=1", "logger=none", "+upstream.model.optim.passes=1", "+upstream.model.scale.width=0.03"]
@@ -69,12 +69,12 @@ def test_progress_counts_pieces_behind_a_damaged_one(tmp_path: Path, monkeypatch
 
 def test_a_record_has_the_seconds_and_the_code_of_earlier_attempts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        pieces, "clocks", SimpleNamespace(CLOCKS=("wall", "cpu"), read=dict, since=lambda _: {"wall": 2, "cpu": 1})
+        evaluation, "clocks", SimpleNamespace(CLOCKS=("wall", "cpu"), read=dict, since=lambda _: {"wall": 2, "cpu": 1})
     )
-    monkeypatch.setattr(pieces, "git_state", lambda: {"commit": "old", "dirty": False})
+    monkeypatch.setattr(evaluation, "git_state", lambda: {"commit": "old", "dirty": False})
     squared(begun(tmp_path), [3, 4, 5], until=5)
     for commit in ("old", "new"):
-        monkeypatch.setattr(pieces, "git_state", lambda commit=commit: {"commit": commit, "dirty": False})
+        monkeypatch.setattr(evaluation, "git_state", lambda commit=commit: {"commit": commit, "dirty": False})
         work = begun(tmp_path)
         squared(work, [3, 4, 5], until=5)
         assert work.facts()["earlier_seconds"] == {"wall": 4, "cpu": 2}

@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 
 from gradexp.base.errors import UserError
-from gradexp.engine.build import check_settings
+from gradexp.engine.build import KINDS, check_settings, kind_of, locate, targets
 from gradexp.engine.compose import CONF, check_hydra, compose_run
 from gradexp.engine.ensure import ensure
-from gradexp.engine.registry import KINDS, kind_of, locate, targets
 from gradexp.engine.run import ROOT, Paths, Run, run_id
 from gradexp.engine.verify import Finding, verify
 from gradexp.report import specs

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from gradexp.base.errors import UserError
 from gradexp.base.files import sha256, write_atomically
-from gradexp.engine import clocks, ensure, origin, record, registry, run
+from gradexp.engine import build, clocks, ensure, origin, record, run
 from gradexp.engine import compose as compose_module
 from gradexp.engine.build import check_settings
 from gradexp.engine.compose import compose_run, plan
@@ -180,7 +180,7 @@ def student_of_rebuilt(teacher: Run, tmp_path: Path, seed: int = 0) -> Config:
 @pytest.fixture
 def _toy_task(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Toy, "does", staticmethod(work))
-    monkeypatch.setitem(registry.KINDS, "task", registry.Kind("a task", ("test_runs.Toy",)))
+    monkeypatch.setitem(build.KINDS, "task", build.Kind("a task", ("test_runs.Toy",)))
 
 
 def times_done(run: Run) -> int:

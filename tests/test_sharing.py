@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from gradexp.base import files
-from gradexp.engine import ensure, registry
+from gradexp.engine import build, ensure
 from gradexp.engine.run import Paths, Run
 from gradexp.engine.task import Result, Task, Upstream
 
@@ -26,7 +26,7 @@ class Slow(Task):
 
 @pytest.fixture(autouse=True)
 def _slow_task(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(registry.KINDS, "task", registry.Kind("a task", ("test_sharing.Slow",)))
+    monkeypatch.setitem(build.KINDS, "task", build.Kind("a task", ("test_sharing.Slow",)))
 
 
 def slow(tmp_path: Path, outputs: str = "outputs") -> Run:

@@ -4,36 +4,26 @@ from __future__ import annotations
 
 import re
 from functools import cache
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, ConfigDict, TypeAdapter, ValidationError, with_config
 
 from gradexp.base.errors import UserError, nearest
 
-T = TypeVar("T")
 strict = with_config(ConfigDict(extra="forbid", strict=True))  # a TypedDict without further keys
-FILE_NAME = re.compile(r"\w[\w .,+=@()-]*")
 
 
-def file_name(text: str) -> str:
-    """`text`, if it names a file or folder inside another one. Raises UserError for a path, such as `../x`."""
-    try:
-        return _is_file_name(text)
-    except ValueError as error:
-        raise UserError(f"{text!r} {error}") from None
-
-
-def _is_file_name(text: str) -> str:
-    if not FILE_NAME.fullmatch(text):
+def _file_name(text: str) -> str:
+    if not re.fullmatch(r"\w[\w .,+=@()-]*", text):
         raise ValueError("should be a name, which begins with a letter or digit and contains no / or \\")
     return text
 
 
-FileName = Annotated[str, AfterValidator(_is_file_name)]
+FileName = Annotated[str, AfterValidator(_file_name)]  # of a file or folder inside another one, not a path
 
 
-def check(kind: type[T], value: Any, where: str) -> T:
-    """`value`, if it fits the TypedDict `kind`. Raises UserError about the first fault otherwise."""
+def check(kind: Any, value: Any, where: str) -> Any:
+    """`value`, if it is of the type `kind`, mostly a TypedDict. Raises UserError about the first fault otherwise."""
     for fault in faults(kind, value):
         raise UserError(f"{where}: {fault}")
     return value
@@ -71,7 +61,8 @@ def _sentence(kind: Any, error: Any) -> str:
         return f"there is no key {last}{where}{nearest(str(last), _keys(_adapter(kind).json_schema()))}"
     if error["type"] == "missing":
         return f"{_dotted(error['loc'])} is missing"
-    return f"{_dotted(error['loc'])}={error['input']!r} {_message(error)}"
+    where = f"{_dotted(error['loc'])}=" if error["loc"] else ""
+    return f"{where}{error['input']!r} {_message(error)}"
 
 
 def _message(error: Any) -> str:

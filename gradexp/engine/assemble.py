@@ -29,8 +29,7 @@ def make_hardware(config: Config) -> Hardware:
 
 def declare_data(config: Config, paths: Paths) -> ImageData:
     """The config's data set. No file is opened: shapes and, for photographs, normalisation are known without."""
-    data: ImageData = build(config["data"], where="data", root=paths.data, cache=paths.cache, seed=config["seed"])
-    return data
+    return build(config["data"], where="data", root=paths.data, cache=paths.cache, seed=config["seed"])
 
 
 def make_data(run: Run) -> ImageData:
@@ -49,14 +48,12 @@ def make_terms(config: Config) -> dict[str, Term]:
 def make_saliency(config: Config, data: ImageData, hardware: Hardware) -> Saliency:
     """The config's saliency method, for images in the normalisation of `data`."""
     black, std = data.black.to(hardware.device), data.statistics[1].view(-1, 1, 1).to(hardware.device)
-    method: Saliency = build(config["saliency"], where="saliency", black=black, std=std)
-    return method
+    return build(config["saliency"], where="saliency", black=black, std=std)
 
 
 def make_model(run: Run, where: str = "model") -> nn.Module:
     """The network of a run with random parameters. where: its place in the config, for messages."""
-    model: nn.Module = build(run.config["model"], where=where)
-    return model
+    return build(run.config["model"], where=where)
 
 
 def load_model(finished: Finished, hardware: Hardware) -> nn.Module:
@@ -64,14 +61,13 @@ def load_model(finished: Finished, hardware: Hardware) -> nn.Module:
     model = make_model(finished.run)
     model.load_state_dict(load_weights(finished))
     model = hardware.place(model).eval().requires_grad_(False)
-    return accelerate(model, {}, hardware) if fast_backend(finished.run.config) else model
+    return accelerate(model, {}, hardware) if finished.run.config["gradients"]["backend"] == "fast" else model
 
 
 def load_weights(finished: Finished) -> dict[str, Tensor]:
     """The parameters that a finished run left, on the CPU. Raises UserError where the file can't be read."""
     try:
-        weights: dict[str, Tensor] = torch.load(finished.product, weights_only=True, map_location="cpu")
-        return weights
+        return torch.load(finished.product, weights_only=True, map_location="cpu")
     except Exception as error:  # torch raises whatever its readers of archives do
         why = str(error).splitlines()[:1]
         raise UserError(f"{finished.product} can't be read {why}; delete its folder, and the run is done again") from None
@@ -82,11 +78,6 @@ def save_weights(run: Run, model: nn.Module) -> None:
     content = io.BytesIO()  # torch would write the file's name into the file, and so into its digest
     torch.save({name: value.cpu().contiguous() for name, value in model.state_dict().items()}, content)
     write_sealed(run.weights, content.getvalue())
-
-
-def fast_backend(config: Config) -> bool:
-    """Whether `gradients.backend` is `fast`, not `autograd`, the reference with PyTorch's own layers."""
-    return bool(config["gradients"]["backend"] == "fast")
 
 
 def accelerate(model: nn.Module, terms: dict[str, Term], hardware: Hardware) -> nn.Module:

@@ -11,8 +11,8 @@ from typing import Any
 
 import lightning
 import torch
-from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
+from rich.progress import TextColumn
 
 from gradexp.base.errors import Stopped
 from gradexp.base.files import draft_of, intact, remove_drafts, write_sealed
@@ -145,9 +145,8 @@ class ProgressLine(lightning.Callback):
         self._begun = self._shown = time.monotonic()
         self._lines = clocks.Progress(self.title, self.total, "steps", done=trainer.global_step)
         if trainer.is_global_zero and sys.stdout.isatty():
-            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
-            times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-            self._bar = Bar(*columns, *times, TextColumn("{task.fields[note]}"), refresh_per_second=2)
+            columns = (*Bar.get_default_columns(), TextColumn("{task.fields[note]}"))
+            self._bar = Bar(*columns, refresh_per_second=2)
             self._task = self._bar.add_task(self.title, total=self.total, completed=trainer.global_step, note="")
             self._bar.start()
 

@@ -34,30 +34,41 @@ def ensure(run: Run, *, product: bool = False) -> Config:
     if (record := _usable_record(run, product)) and not (run.checkpoint.exists() or run.pieces.exists()):
         return record
     with _locked(run):
-        if record := _usable_record(run, product):
-            _remove_leftovers(run)
-            return record
-        if record := run.record():
-            print(f"{run.name} {run.id}: the record exists but its files were deleted, damaged or replaced by those of another "
-                  f"run; running it again (took {record['seconds']['wall'] / 60:.0f} min)", flush=True)  # fmt: skip
-        else:
-            _check_writable(run)
-        check_settings(run.config)
-        task = task_of(run.config)
-        for name, below in run.upstream.items():
-            if not task_of(below.config).product:
-                raise UserError(f"upstream.{name}: runs of experiment {below.name} leave no file for other runs")
-        task.check(run)
-        fresh = _do(run, task, {name: finish(below) for name, below in run.upstream.items()})
-        if task.product:
-            signature = {"run": run.id, "sha256": sha256(run.folder / task.product)}
-            write_atomically(_signature(run.folder / task.product), json.dumps(signature).encode())
-        if record:
-            _compare(run, record, finite(fresh))
-        else:
-            write_record(run.record_path, fresh)
-        _remove_leftovers(run)
+        if not _usable_record(run, product):
+            _do(run)
+        # What only an unfinished run needs; drafts are those of killed attempts, as this process holds the lock.
+        remove_sealed(run.checkpoint)
+        for path in (run.checkpoint, run.record_path):
+            remove_drafts(path, 0)
+        shutil.rmtree(run.pieces, ignore_errors=True)
         return read_record(run.record_path)
+
+
+def _do(run: Run) -> None:
+    """Does a run, its upstream runs first, and writes its record, or compares with the one that it has."""
+    record = run.record()
+    if record:
+        minutes = record["seconds"]["wall"] / 60
+        print(f"{run.name} {run.id}: the record exists but its files were deleted, damaged or replaced by those of another "
+              f"run; running it again (took {minutes:.0f} min)", flush=True)  # fmt: skip
+    else:  # raises OSError where no record can be written: before the work, not after it
+        draft = draft_of(run.record_path)
+        draft.touch()
+        draft.unlink()
+    check_settings(run.config)
+    task = task_of(run.config)
+    for name, below in run.upstream.items():
+        if not task_of(below.config).product:
+            raise UserError(f"upstream.{name}: runs of experiment {below.name} leave no file for other runs")
+    task.check(run)
+    fresh = _made(run, task, {name: finish(below) for name, below in run.upstream.items()})
+    if task.product:
+        signature = {"run": run.id, "sha256": sha256(run.folder / task.product)}
+        write_atomically(_signature(run.folder / task.product), json.dumps(signature).encode())
+    if record:
+        _compare(run, record, finite(fresh))
+    else:
+        write_record(run.record_path, fresh)
 
 
 def finish(run: Run) -> Finished:
@@ -90,11 +101,16 @@ def _signature(product: Path) -> Path:
     return product.with_name(f"{product.name}.run.json")
 
 
-def _do(run: Run, task: Task, upstream: Upstream) -> Config:
+def _made(run: Run, task: Task, upstream: Upstream) -> Config:
     """Does the work. Returns the new record; raises ValueError where it is not a valid one."""
     started, begun, git = datetime.now(UTC), clocks.read(), git_state()
     result = task(run, upstream)
     spent = clocks.since(begun)
+    used = {
+        name: {"id": below.run.id, "experiment": below.run.name, f"{below.product.stem}_sha256": below.digest}
+        | ({"data": below.record["data"]} if "data" in below.record else {})  # fingerprints of its images
+        for name, below in upstream.items()
+    }
     earlier = result.facts.pop("earlier_seconds", dict.fromkeys(clocks.CLOCKS, 0.0))
     if result.arrays and not (run.finished and run.record_path.with_suffix(".npz").exists()):  # a record stays as it is
         result.facts["arrays"] = write_arrays(run.record_path.with_suffix(".npz"), result.arrays)
@@ -107,7 +123,7 @@ def _do(run: Run, task: Task, upstream: Upstream) -> Config:
         "status": result.status,
         "metrics": result.metrics,
         "config": {key: value for key, value in run.config.items() if key != "paths"},
-        "upstream": {name: _used(below) for name, below in upstream.items()},
+        "upstream": used,
         "seconds": {clock: round(spent[clock] + earlier[clock], 2) for clock in clocks.CLOCKS},
         "peak_memory_mib": clocks.peak_memory_mib(),
         "versions": versions(),
@@ -123,41 +139,20 @@ def _do(run: Run, task: Task, upstream: Upstream) -> Config:
     return record
 
 
-def _used(below: Finished) -> Config:
-    """The entry of an upstream run in a record: its id, the digest of the file that was used, fingerprints of its images."""
-    data = {"data": below.record["data"]} if "data" in below.record else {}
-    return {"id": below.run.id, "experiment": below.run.name, f"{below.product.stem}_sha256": below.digest, **data}
-
-
 def digests(upstream: Config) -> dict[str, str]:
     """{name: digest of the file that was used} of a record's `upstream`."""
     return {name: value for name, below in upstream.items() for key, value in below.items() if key.endswith("_sha256")}
 
 
-def _check_writable(run: Run) -> None:
-    """Raises OSError where no record can be written: before the work, not after it."""
-    draft = draft_of(run.record_path)
-    draft.touch()
-    draft.unlink()
-
-
-def _remove_leftovers(run: Run) -> None:
-    """Removes what only an unfinished run needs. The caller holds the run's lock: drafts are those of processes that died."""
-    remove_sealed(run.checkpoint)
-    for path in (run.checkpoint, run.record_path):
-        remove_drafts(path, 0)
-    shutil.rmtree(run.pieces, ignore_errors=True)
-
-
 def _compare(run: Run, record: Config, fresh: Config) -> None:
     """Prints how a run that was done again differs from its record, as it may on another machine."""
-    differing = {name: value for name, value in fresh["metrics"].items() if record["metrics"].get(name) != value}
-    numbers = {name: value for name, value in differing.items() if not isinstance(value, list)}
-    listed = ", ".join(f"{name} {record['metrics'].get(name)} -> {value}" for name, value in numbers.items())
+    old, new = record["metrics"], fresh["metrics"]
+    differing = [name for name, value in new.items() if old.get(name) != value]
+    numbers = [f"{name} {old.get(name)} -> {new[name]}" for name in differing if not isinstance(new[name], list)]
     # Two different trainings may end at the same accuracy by chance; their curves or digests differ.
     files = any(fresh.get(what) != record.get(what) for what in ("sha256", "upstream", "product") if what in record)
     note = ", by other curves" if differing else ", from other files" if files else ""
-    print(f"rebuilt {run.name} {run.id}: {listed or f'same numbers as its record{note}'}", flush=True)
+    print(f"rebuilt {run.name} {run.id}: {', '.join(numbers) or f'same numbers as its record{note}'}", flush=True)
 
 
 @contextmanager
@@ -181,8 +176,6 @@ def _holding(path: Path, run: Run) -> Iterator[None]:
     while not lock.is_locked:
         try:
             lock.acquire(timeout=patience)
-        except IsADirectoryError:
-            raise UserError(f"{path} is a folder, and should be the lock of run {run.id}; delete it") from None
         except filelock.Timeout:
             holder = path.read_text(errors="replace").strip() or "another process"
             print(f"{run.name} {run.id}: waiting for {holder}, which is doing this run", flush=True)
@@ -192,9 +185,6 @@ def _holding(path: Path, run: Run) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-# --- the same images --------------------------------------------------------------------------------------
 
 
 def check_images(run: Run, data: Config) -> None:

@@ -1,27 +1,36 @@
-"""The base of tasks that evaluate trained models."""
+"""The base of tasks that evaluate trained models, and their long work in pieces: a killed run resumes after its last piece."""
 
 from __future__ import annotations
 
-import itertools
-import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import hashlib
+import io
+import json
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property, partial
-from typing import Annotated, Any, ClassVar
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import torch
 from annotated_types import Ge
 from torch import Tensor, nn
 
 from gradexp.base.errors import UserError
+from gradexp.base.files import intact, write_sealed
 from gradexp.data.loader import Batch, Loader, mix
+from gradexp.engine import clocks
 from gradexp.engine.assemble import load_model, make_data, make_hardware
-from gradexp.engine.pieces import Pieces
+from gradexp.engine.clocks import Progress
+from gradexp.engine.hardware import Hardware
+from gradexp.engine.origin import git_state
 from gradexp.engine.run import Config, Run
 from gradexp.engine.task import Result, Sizes, Task, Upstream, at_most, digests_of, images_of
 from gradexp.evaluate.accuracy import EVALUATION_BATCH
 from gradexp.evaluate.statistics import reestimate
 
 Statistics = Annotated[int, Ge(2)] | None  # training images for new statistics of batch normalisation
+Item = TypeVar("Item")
+Piece = TypeVar("Piece")  # tensors on the CPU, numbers, and containers of these
 SHORT = 8  # images for each n of Task.shortened
 
 
@@ -49,9 +58,12 @@ class Evaluation:
 
     def _clean_images(self, count: int) -> Iterator[Tensor]:
         loader = self.data.train_loader(batch_size=EVALUATION_BATCH, device=self.hardware.device, augment=False)
-        order = torch.randperm(loader.count, generator=torch.Generator().manual_seed(mix(self.run.config["seed"], 1)))
-        for rows in torch.split(order[:count], EVALUATION_BATCH):
+        for rows in self._drawn(loader, count, EVALUATION_BATCH, stream=1):
             yield loader.batch(rows, torch.zeros_like(rows)).images
+
+    def _drawn(self, loader: Loader, count: int | None, size: int, *, stream: int) -> Sequence[Tensor]:
+        order = torch.randperm(loader.count, generator=torch.Generator().manual_seed(mix(self.run.config["seed"], stream)))
+        return torch.split(order[: count or loader.count], size)
 
     @cached_property
     def pieces(self) -> Pieces:
@@ -64,9 +76,7 @@ class Evaluation:
 
     def rows(self, count: int | None, size: int) -> Sequence[Tensor]:
         """The row numbers of these images, a tensor for each batch."""
-        total = self._images.count
-        order = torch.randperm(total, generator=torch.Generator().manual_seed(mix(self.run.config["seed"], 0)))
-        return torch.split(order[: count or total], size)
+        return self._drawn(self._images, count, size, stream=0)
 
     def batch(self, rows: Tensor) -> Batch:
         return self._images.batch(rows, torch.zeros_like(rows))
@@ -80,15 +90,8 @@ class Evaluation:
 
         Returns the batches and their number.
         """
-        loader = self.data.test_loader(batch_size=batch_size, device=self.hardware.device)
-        wanted = loader.count if limit is None else min(limit, loader.count)
-        count = math.ceil(wanted / batch_size)
-
-        def cut(number: int, batch: Batch) -> Batch:
-            left = wanted - number * batch_size
-            return Batch(batch.images[:left], batch.labels[:left], batch.row[:left], batch.view[:left])
-
-        return itertools.starmap(cut, enumerate(itertools.islice(loader, count))), count
+        rows = torch.split(torch.arange(min(limit or self._images.count, self._images.count)), batch_size)
+        return map(self.batch, rows), len(rows)
 
     def result(self, metrics: dict[str, Any], arrays: Mapping[str, Any] | None = None, *, keep: Collection[str] = ()) -> Result:
         """Metrics rounded to six significant digits; NaN where the training of a model diverged.
@@ -104,6 +107,67 @@ class Evaluation:
         """The fields of a record about data, machine and earlier attempts."""
         earlier = self.pieces.facts() if "pieces" in vars(self) else {}  # a cached property: only if it was used
         return {"data": self.data.fingerprint(), **self.hardware.facts(mixed=False), **earlier}
+
+
+class Pieces:
+    """Finished pieces, which are stored in `run.pieces` until the run has its record.
+
+    Random numbers of a piece must depend on its number only, so that a resumed run gives the same numbers as an undisturbed
+    one. Damaged pieces, those of other runs, and those made from other files of upstream runs, are made again.
+
+    used: SHA-256 of the files of upstream runs, by name.
+    """
+
+    def __init__(self, run: Run, hardware: Hardware, used: Mapping[str, str]) -> None:
+        self.run, self.title = run, f"{run.name} {run.id}"
+        self.folder = run.pieces / hashlib.sha256(json.dumps(dict(used), sort_keys=True).encode()).hexdigest()[:12]
+        facts = hardware.facts(mixed=False)
+        self.origin = {"git": git_state(), "device": facts["device"], "precision": facts["precision"], "upstream": dict(used)}
+        self.earlier = dict.fromkeys(clocks.CLOCKS, 0.0)
+        self.attempts: list[dict[str, Any]] = []  # earlier ones whose origin was another
+
+    def facts(self) -> dict[str, Any]:
+        """The fields of a record about pieces of earlier attempts: their seconds and their origins."""
+        return {"earlier_seconds": self.earlier, **({"attempts": self.attempts} if self.attempts else {})}
+
+    def each(self, name: str, items: Iterable[Item], make: Callable[[int, Item], Piece], *, count: int) -> list[Piece]:
+        """make(number, item) for each of the `count` items; stored results of earlier attempts are loaded instead."""
+        files = [self.folder / f"{name}_{number}.pt" for number in range(count)]
+        stored = [self._load(file, f"{name} {number}") for number, file in enumerate(files)]
+        progress = Progress(f"{self.title}: {name}", count, "pieces", done=sum(content is not None for content in stored))
+        pieces = []
+        for number, (file, item) in enumerate(zip(files, items, strict=True)):
+            if (content := stored[number]) is not None:
+                pieces.append(self._count(content))
+                continue
+            begun = clocks.read()
+            piece = make(number, item)
+            archive = io.BytesIO()
+            facts = {"run": self.run.id, "name": f"{name} {number}", "seconds": clocks.since(begun), "origin": self.origin}
+            torch.save({"piece": piece, **facts}, archive)
+            write_sealed(file, archive.getvalue())
+            pieces.append(piece)
+            progress.update(number + 1 + sum(content is not None for content in stored[number + 1 :]))
+        return pieces
+
+    def _load(self, file: Path, name: str) -> dict[str, Any] | None:
+        """A stored piece with its facts; None where it does not exist, is damaged, or is another piece or another run's."""
+        if not intact(file):
+            return None
+        with suppress(Exception):  # torch raises whatever its readers of archives do
+            content: dict[str, Any] = torch.load(file, weights_only=True, map_location="cpu")
+            if (content["run"], content["name"]) == (self.run.id, name):
+                return content
+        print(f"{self.title}: {file} is damaged or of another run, so it is made again", flush=True)
+        return None
+
+    def _count(self, content: dict[str, Any]) -> Any:
+        """A stored piece, whose seconds and origin are added to those of earlier attempts."""
+        for clock in clocks.CLOCKS:
+            self.earlier[clock] += content["seconds"][clock]
+        if content["origin"] not in (self.origin, *self.attempts):
+            self.attempts.append(content["origin"])
+        return content["piece"]
 
 
 class EvaluationTask(Task):
@@ -124,14 +188,11 @@ class PerImageTask(EvaluationTask):
     """One whose work grows with the test images that `evaluate.images` or `task.images` asks for."""
 
     def work(self, config: Config, sizes: Sizes) -> float | None:
-        return at_most(config[_part(config)]["images"], images_of(config, sizes)[1])
+        return at_most(config["evaluate" if "evaluate" in config else "task"]["images"], images_of(config, sizes)[1])
 
     def shortened(self, config: Config, n: int) -> Config | None:
-        return config | {_part(config): config[_part(config)] | {"images": SHORT * n}}
-
-
-def _part(config: Config) -> str:
-    return "evaluate" if "evaluate" in config else "task"
+        part = "evaluate" if "evaluate" in config else "task"
+        return config | {part: config[part] | {"images": SHORT * n}}
 
 
 def _nan(value: Any) -> Any:

@@ -80,15 +80,10 @@ def _print_exception(kind: type[BaseException], error: BaseException, trace: Any
     die_of_interrupt()
 
 
-def _open_streams() -> None:
-    """Makes standard output and error take any text: where they are closed, and where the terminal is not UTF-8."""
-    for name, number in (("stdout", 1), ("stderr", 2)):
-        if getattr(sys, name) is None:  # the next file that is opened would get this number, and what libraries print
-            setattr(sys, name, os.fdopen(os.dup2(os.open(os.devnull, os.O_WRONLY), number), "w"))
-        elif hasattr(getattr(sys, name), "reconfigure"):
-            getattr(sys, name).reconfigure(errors="backslashreplace")
-
-
-_open_streams()
+for name, number in (("stdout", 1), ("stderr", 2)):
+    if getattr(sys, name) is None:  # closed: the next file that is opened would get its number, and what libraries print
+        setattr(sys, name, os.fdopen(os.dup2(os.open(os.devnull, os.O_WRONLY), number), "w"))
+    elif hasattr(getattr(sys, name), "reconfigure"):  # takes any text, also where the terminal is not UTF-8
+        getattr(sys, name).reconfigure(errors="backslashreplace")
 if sys.excepthook is sys.__excepthook__:
     sys.excepthook = _print_exception

@@ -1,24 +1,43 @@
-"""The steps of one training, in this process or shared among several."""
+"""The steps of one training, in this process or shared among several, on one machine or more: trainer=ddp.
+
+The run (its lock, upstream runs and record) stays in the process that the user started; only the training steps are shared.
+The result comes back as the checkpoint that the first of the processes writes last.
+
+    python -m gradexp.engine.fit PART CONFIG DEVICES NODES HOST:PORT
+
+starts the processes of one machine of several; srun runs it on each.
+"""
 
 from __future__ import annotations
 
+import json
 import logging
+import os
+import signal
+import subprocess
+import sys
+import tempfile
 import warnings
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pkgutil import resolve_name
 from typing import Any
 
 import lightning
 import torch
 
+from gradexp.base.errors import UserError
 from gradexp.data.dataset import ImageData
 from gradexp.data.loader import Loader, TrainingStream
-from gradexp.engine.callbacks import Checkpointer, ProgressLine
+from gradexp.engine.callbacks import SIGNALS, Checkpointer, ProgressLine, call_handler
 from gradexp.engine.hardware import Hardware
-from gradexp.engine.processes import Part, train_together
 from gradexp.engine.run import Run
 from gradexp.training.classifier import Classifier
 from gradexp.training.dropout import dropout_after
+
+EXITED = 128  # exit codes of processes that were stopped are this plus the number of the signal, as a shell reports them
+
+Part = Callable[[str], None]  # what each process does, called with the run's config as JSON
 
 
 @dataclass(frozen=True)
@@ -49,19 +68,15 @@ class Training:
         """Starts processes that do the steps by calling `part`, and loads the result. Returns the number of steps done."""
         run, hardware, checkpointer = self.run, self.hardware, self.checkpointer
         if checkpointer.usable():
-            checkpointer.load_state_dict(load_checkpoint(checkpointer.path)["callbacks"]["Checkpointer"])
+            kept = torch.load(checkpointer.path, weights_only=True, map_location="cpu")
+            checkpointer.load_state_dict(kept["callbacks"]["Checkpointer"])
         train_together(run, part, devices=hardware.devices, nodes=hardware.num_nodes)
-        state = load_checkpoint(checkpointer.path)
+        state = torch.load(checkpointer.path, weights_only=True, map_location="cpu")
         self.module.load_state_dict(state["state_dict"])
         self.module.on_load_checkpoint(state)
         self.progress.load_outcome(state["callbacks"]["ProgressLine"])
         checkpointer.earlier["cpu"] = state["callbacks"]["Checkpointer"]["cpu"]  # of all processes
         return int(state["global_step"])
-
-
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
-    return state
 
 
 def fit(
@@ -94,3 +109,95 @@ def fit(
                 raise KeyboardInterrupt from None
             raise
     hardware.place(module.student)  # Lightning leaves it on the CPU
+
+
+def train_together(run: Run, part: Part, *, devices: int, nodes: int) -> None:
+    """Trains with `devices` processes on each of `nodes` machines.
+
+    Raises Stopped after a signal, UserError where a process failed.
+    """
+    before: dict[int, Any] = {number: signal.getsignal(number) for number in SIGNALS}
+    text = json.dumps(run.config | {"paths": {name: str(folder) for name, folder in asdict(run.paths).items()}})
+    while True:
+        try:
+            number = launch(part, text, devices) if nodes == 1 else _launch_everywhere(part, text, devices, nodes)
+        finally:
+            for changed, handler in before.items():
+                signal.signal(changed, handler)
+        if number is None:
+            return
+        call_handler(number, before[number], run.checkpoint)
+
+
+def launch(part: Part, text: str, devices: int, nodes: int = 1, endpoint: str = "localhost:0") -> int | None:
+    """Starts this machine's processes and waits for them. A signal is passed on to all of them.
+
+    Returns None where they finished, or the signal that stopped them. Raises UserError where one failed.
+    """
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP warns when every parameter is used
+    logging.disable(logging.ERROR)  # torch's launcher warns of processes that end; these print their own errors
+    handled = [signal.Signals(number).name for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    with tempfile.TemporaryDirectory(prefix="gradexp-") as logs:
+        config = LaunchConfig(
+            min_nodes=nodes,
+            max_nodes=nodes,
+            nproc_per_node=devices,
+            run_id="gradexp",
+            rdzv_backend="c10d",
+            rdzv_endpoint=endpoint,
+            max_restarts=0,
+            start_method="spawn",  # a server that forks them would end at a signal to the group, and their exit codes with it
+            signals_to_handle=",".join(handled),  # after one, processes have 30 s to write their checkpoint
+            logs_specs=DefaultLogsSpecs(log_dir=logs),
+        )
+        try:
+            elastic_launch(config, part)(text)
+        except SignalException as error:
+            return int(error.sigval)
+        except ChildFailedError as error:
+            rank, failure = min(error.failures.items())
+            code = failure.exitcode
+            number = code - EXITED if code > EXITED else -code
+            if number in SIGNALS:
+                return int(number)
+            raise UserError(
+                f"process {rank} of the training was killed by {signal.Signals(-code).name}; the same command resumes from the "
+                f"last checkpoint"
+                if code < 0
+                else f"process {rank} of the training ended with exit code {code}; its message is above"
+            ) from None
+        finally:
+            logging.disable(logging.NOTSET)
+    return None
+
+
+def _launch_everywhere(part: Part, text: str, devices: int, nodes: int) -> int | None:
+    """Calls `launch` on every machine of the SLURM job."""
+    hosts = ["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]]
+    host = subprocess.run(hosts, capture_output=True, text=True, check=True).stdout.split()[0]
+    port = 20000 + int(os.environ["SLURM_JOB_ID"]) % 20000  # jobs that share a machine rarely get the same port
+    step = ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", "--kill-on-bad-exit=1"]
+    words = [f"{part.__module__}:{part.__name__}", text, str(devices), str(nodes), f"{host}:{port}"]
+    process = subprocess.Popen([*step, sys.executable, "-m", "gradexp.engine.fit", *words])
+    caught: list[int] = []
+
+    def forward(number: int, _: Any) -> None:
+        caught.append(number)
+        process.send_signal(signal.SIGTERM if number == signal.SIGINT else number)
+
+    for number in SIGNALS:
+        signal.signal(number, forward)
+    code = process.wait()
+    if code and not caught:
+        raise UserError(f"srun ended with exit code {code}; the message of the process that failed is above")
+    return caught[0] if caught else None
+
+
+if __name__ == "__main__":
+    name, given, devices, nodes, endpoint = sys.argv[1:]
+    sys.exit(0 if launch(resolve_name(name), given, int(devices), int(nodes), endpoint) is None else 1)

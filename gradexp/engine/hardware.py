@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from contextlib import suppress
 from typing import Any, Literal
 
 import torch
@@ -24,12 +25,6 @@ def native_bf16(kind: str) -> bool:
     return any(torch.cpu.get_capabilities().get(name, False) for name in ("avx512_bf16", "amx_bf16"))
 
 
-def _processor() -> str:
-    """The processor's name and instructions: `AMD EPYC` alone may be processors of very different speed."""
-    name, instructions = torch.cpu.get_capabilities().get("cpu_name", "cpu"), torch.backends.cpu.get_cpu_capability()
-    return f"{name} ({instructions}{', bf16' if native_bf16('cpu') else ''})"
-
-
 def _keep_memory() -> None:
     """Makes glibc, if there is one, keep freed memory for the next step, which allocates the same tensors again.
 
@@ -37,44 +32,16 @@ def _keep_memory() -> None:
     VGG-4 in fp32 takes a tenth longer.
     """
     trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
-    try:
+    with suppress(AttributeError, OSError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        return
-    mallopt(mmap_max, 0)
-    mallopt(trim_threshold, 2**31 - 1)
-
-
-def _use_deterministic_algorithms() -> None:
-    """Makes repeats bit-identical on the same machine; an operation that cannot guarantee it raises an error.
-
-    CUBLAS_WORKSPACE_CONFIG, which CUDA reads when it starts, is set by gradexp.engine.exits.
-    """
-    torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = False
-
-
-def _forbid_tf32() -> None:
-    """Makes float32 full precision: a GPU's convolutions use TF32 by default, with 10 of its 23 bits of mantissa.
-
-    A trace estimate multiplies the difference of two logits by 2/σ² (Eq. 5.9), of which TF32 would leave rounding errors.
-    """
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-
-
-def _enable_vector_math() -> None:
-    """Makes softplus and log1p on the CPU nine times faster.
-
-    In torch 2.14 on x86 with AVX-512 they take a slow path until pow has once been applied to a vector of numbers
-    (measured: 6.2 ns an element before, 0.65 after, for softplus on two cores).
-    """
-    torch.full((256,), 2.0).pow(1.5)
+        mallopt(mmap_max, 0)
+        mallopt(trim_threshold, 2**31 - 1)
 
 
 class Hardware:
     """Device, precision and memory layout of a run.
 
-    devices: the number of processes that train together on each of `num_nodes` machines (engine/processes.py); `auto` for
+    devices: the number of processes that train together on each of `num_nodes` machines (engine/fit.py); `auto` for
     all GPUs. precision: `32`, `bf16`, or `auto` (bf16 where the device computes it natively). checkpoint_every: seconds.
     strict: deterministic algorithms. threads: CPU threads of a process, None for torch's choice. store_gib: the size up to
     which a teacher's targets are computed once for all views and stored in memory-mapped files.
@@ -114,18 +81,27 @@ class Hardware:
         self.device = torch.device("cuda", local) if self.kind == "gpu" else torch.device("cpu")
 
     def apply(self) -> None:
-        """Applies the settings to this process."""
+        """Applies the settings to this process. Raises UserError for several machines outside a SLURM job."""
+        if self.num_nodes > 1 and "SLURM_JOB_NODELIST" not in os.environ:
+            raise UserError(
+                f"trainer.num_nodes={self.num_nodes} needs a SLURM job of {self.num_nodes} machines; see docs/cluster.md"
+            )
         if self.threads or self.is_part:
             torch.set_num_threads(self.threads_of_each())
         if not self.is_part:
             from lightning.pytorch.utilities import rank_zero_only
 
             vars(rank_zero_only)["rank"] = 0  # Lightning believes RANK and SLURM's variables, and another rank writes no logs
-        if self.strict:
-            _use_deterministic_algorithms()
-        _forbid_tf32()
+        if self.strict:  # CUBLAS_WORKSPACE_CONFIG, which CUDA reads when it starts, is set by gradexp.engine.exits
+            torch.use_deterministic_algorithms(True)
+            torch.backends.cudnn.benchmark = False
+        # A trace estimate multiplies the difference of two logits by 2/σ² (Eq. 5.9), of which TF32, the default of a GPU's
+        # convolutions with 10 of 23 bits of mantissa, would leave rounding errors.
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        # In torch 2.14 on x86 with AVX-512, softplus and log1p take a slow path (6.2 ns an element, not 0.65) until pow
+        # has once been applied to a vector of numbers.
+        torch.full((256,), 2.0).pow(1.5)
         _keep_memory()
-        _enable_vector_math()
 
     def threads_of_each(self) -> int:
         """CPU threads of each of the processes that train together."""
@@ -157,7 +133,11 @@ class Hardware:
 
     def facts(self, *, mixed: bool = True) -> dict[str, Any]:
         """The fields of a record about the machine, without its name. mixed: whether it computed under `autocast`."""
-        name = torch.cuda.get_device_name() if self.kind == "gpu" else _processor()
+        if self.kind == "gpu":
+            name = torch.cuda.get_device_name()
+        else:  # with its instructions: `AMD EPYC` alone may be processors of very different speed
+            name, instructions = torch.cpu.get_capabilities().get("cpu_name", "cpu"), torch.backends.cpu.get_cpu_capability()
+            name += f" ({instructions}{', bf16' if native_bf16('cpu') else ''})"
         facts = {"device": name, "precision": self.precision if mixed else "32", "threads": torch.get_num_threads()}
         if self.kind == "gpu":
             facts["peak_gpu_memory_mib"] = torch.cuda.max_memory_allocated() // 2**20

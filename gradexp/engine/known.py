@@ -17,6 +17,24 @@ from gradexp.engine.run import HARDWARE, ROOT, Config, Paths, Run, hardware
 SHORTEST = 4  # characters of an id that are enough if only one record begins with them
 
 
+def answer(arguments: Sequence[str]) -> Run | None:
+    """Prints the record for `--show ID`; returns the run for `--id ID`. Raises UserError where the id is missing or unknown."""
+    option, *rest = arguments
+    if not rest:
+        raise UserError(f"type python run.py {option} ID")
+    name, *words = rest
+    file = find_record(name, ROOT / "results")
+    record = read_record(file)
+    if option == "--show":
+        print(show(record, file))
+        return None
+    for word in words:
+        if word.lstrip("+~").partition("=")[0].partition(".")[0] not in HARDWARE:
+            raise UserError(f"{word}: with --id only {', '.join(HARDWARE)} can be set, which do not change the run")
+    setting = compose_run(["experiment=teacher", f"scale={record['scale']}", *words])
+    return run_of(record, setting, Paths.of(setting))
+
+
 def find_record(name: str, results: Path) -> Path:
     """The record whose id is or begins with `name`. Raises UserError where there is none, or more than one."""
     files = sorted(results.glob(f"runs/*/{name}*.json")) if len(name) >= SHORTEST and name.isalnum() else []
@@ -37,38 +55,18 @@ def run_of(record: Config, setting: Config, paths: Paths) -> Run:
 
 def show(record: Config, file: Path) -> str:
     """A record as text, without the values of its curves."""
-    numbers = numbers_of(record)
-    curves = [name for name in record["metrics"] if name not in numbers]
-    git, seconds = record["git"], record["seconds"]
+    numbers, git = numbers_of(record), record["git"]
     facts = {
         "experiment": f"{record['experiment']}, scale={record['scale']}, seed={record['seed']}",
         "command": record.get("command", "not stored (the record is older than the field); --id ID answers from it"),
         "status": f"{record['status']}, {record['ended']}",
-        "time": f"{seconds['wall']:.0f} s",
+        "time": f"{record['seconds']['wall']:.0f} s",
         "device": f"{record.get('device', 'unknown')}, precision {record.get('precision', 'unknown')}",
         "code": f"commit {git['commit'] or 'none'}{' (dirty)' if git['dirty'] else ''}",
         **{f"upstream {name}": f"{below.get('experiment', '')} {below['id']}" for name, below in record["upstream"].items()},
         **{name: "diverged" if value is None else f"{value:.6g}" for name, value in sorted(numbers.items())},
-        **({"curves": ", ".join(curves)} if curves else {}),
+        "curves": ", ".join(name for name in record["metrics"] if name not in numbers) or "none",
         "record": str(file),
     }
     width = max(map(len, facts))
     return "\n".join([f"run {record['id']}", *(f"  {name:<{width}}  {value}" for name, value in facts.items())])
-
-
-def answer(arguments: Sequence[str]) -> Run | None:
-    """Prints the record for `--show ID`; returns the run for `--id ID`. Raises UserError where the id is missing or unknown."""
-    option, *rest = arguments
-    if not rest:
-        raise UserError(f"type python run.py {option} ID")
-    name, *words = rest
-    file = find_record(name, ROOT / "results")
-    record = read_record(file)
-    if option == "--show":
-        print(show(record, file))
-        return None
-    for word in words:
-        if word.lstrip("+~").partition("=")[0].partition(".")[0] not in HARDWARE:
-            raise UserError(f"{word}: with --id only {', '.join(HARDWARE)} can be set, which do not change the run")
-    setting = compose_run(["experiment=teacher", f"scale={record['scale']}", *words])
-    return run_of(record, setting, Paths.of(setting))

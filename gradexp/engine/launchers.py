@@ -147,12 +147,7 @@ class Local:
         return self.each(lambda: next(waiting, None), slots_of(min(workers, len(works))))
 
     def each(
-        self,
-        choose: Callable[[], tuple[Any, Work] | None],
-        slots: int,
-        *,
-        deadline: float | None = None,
-        warning: float = 0.0,
+        self, choose: Callable[[], tuple[Any, Work] | None], slots: int, *, deadline: float | None = None, warning: float = 0.0
     ) -> Iterator[tuple[Any, int]]:
         """Does `slots` works at a time; yields (key, exit code) when the work of a key ends.
 
@@ -247,28 +242,20 @@ def visible_gpus() -> list[str]:
 # --- on a cluster -----------------------------------------------------------------------------------------
 
 
+@dataclass(kw_only=True)
 class Slurm:
     """Jobs of a SLURM array, for which the command waits. cluster: `slurm`, or `local` for submitit's local processes."""
 
-    def __init__(
-        self,
-        *,
-        cluster: str,
-        partition: str | None,
-        account: str | None,
-        gpus: Index,
-        cpus: Count,
-        memory_gb: Positive,
-        hours: Positive,
-        requeues: Index,
-        warning: Index,
-        array: Count,
-    ) -> None:
-        self.cluster, self.requeues, self.poll = cluster, requeues, 5.0 if cluster == "slurm" else 0.2
-        self.common = {"timeout_min": round(60 * hours), "gpus_per_node": gpus, "cpus_per_task": cpus, "mem_gb": memory_gb}
-        given = {"slurm_partition": partition, "slurm_account": account, "slurm_array_parallelism": array}
-        given["slurm_signal_delay_s"] = warning
-        self.slurm = {key: value for key, value in given.items() if value is not None} if cluster == "slurm" else {}
+    cluster: str
+    partition: str | None
+    account: str | None
+    gpus: Index
+    cpus: Count
+    memory_gb: Positive
+    hours: Positive
+    requeues: Index
+    warning: Index
+    array: Count
 
     def do(self, works: Sequence[Work], workers: int) -> Iterator[tuple[int, int]]:
         """Submits all works at once and yields (index, exit code) when a job ends."""
@@ -281,14 +268,18 @@ class Slurm:
         except RuntimeError as error:
             advice = "start it on a machine where sbatch works, or use LAUNCHER=local"
             raise UserError(f"launcher=slurm: {error}; {advice}") from None
-        executor.update_parameters(**self.common, **self.slurm, name="gradexp")
+        resources = {"gpus_per_node": self.gpus, "cpus_per_task": self.cpus, "mem_gb": self.memory_gb}
+        executor.update_parameters(name="gradexp", timeout_min=round(60 * self.hours), **resources)
+        if self.cluster == "slurm":
+            given = {"slurm_partition": self.partition, "slurm_account": self.account}
+            named = {key: value for key, value in given.items() if value is not None}
+            executor.update_parameters(slurm_array_parallelism=self.array, slurm_signal_delay_s=self.warning, **named)
         with executor.batch():
-            jobs = [executor.submit(work) for work in works]
-        waiting = dict(enumerate(jobs))
+            waiting = dict(enumerate([executor.submit(work) for work in works]))
         while waiting:
             for index in [index for index, job in waiting.items() if job.done()]:
                 yield index, _code(waiting.pop(index))
-            time.sleep(self.poll)
+            time.sleep(5.0 if self.cluster == "slurm" else 0.2)
 
 
 def _code(job: Any) -> int:

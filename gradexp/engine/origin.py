@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import os
 import platform
 import subprocess
 from contextlib import suppress
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import gradexp
 from gradexp.base.errors import UserError
 from gradexp.engine import plugins
 from gradexp.engine.run import ROOT
 
 # Environment variable: the commit, and the digest of changes, that this process and those forked from it have loaded.
 LOADED = "GRADEXP_COMMIT"
-VERSIONED = ("torch", "torchvision", "lightning", "hydra-core", "numpy", "gradexp")
+VERSIONED = ("torch", "torchvision", "lightning", "hydra-core", "numpy")
 PACKAGES = ("data", "evaluate", "gradients", "layers", "models", "saliency", "sampling", "tasks", "terms", "training")
 
 
@@ -64,13 +65,8 @@ def _note(why: str) -> None:
 
 def versions() -> dict[str, str]:
     """The versions of Python, the platform and the packages that decide numbers."""
-    numbers = {"python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}"}
-    for package in VERSIONED:
-        try:
-            numbers[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:  # gradexp, run from a checkout without installation
-            numbers[package] = "not installed"
-    return numbers
+    here = {"python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}"}
+    return here | {package: version(package) for package in VERSIONED} | {"gradexp": gradexp.__version__}
 
 
 def _digests() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Records: what finished runs leave in results/, checked when they are written and when they are read."""
+"""Records: what finished runs leave in results/, checked when they are written and when they are read; ids of runs."""
 
 from __future__ import annotations
 
@@ -22,8 +22,10 @@ from gradexp.base import typed
 from gradexp.base.errors import UserError, nearest
 from gradexp.base.files import sha256, write_atomically
 from gradexp.base.typed import FileName
-from gradexp.engine.identity import run_id
+from gradexp.engine.build import FORMER
 
+# Where and how a run is executed, which is not part of its identity.
+HARDWARE = ("paths", "trainer", "logger", "launcher", "gradients", "objective")
 RECORD_LIMIT = 64 * 1024  # bytes; longer curves go to a compressed file beside the record
 SEAL = '\n  "record_sha256": "'  # where a record's text has the digest of the rest
 
@@ -34,10 +36,39 @@ Config = dict[str, Any]
 lenient = with_config(ConfigDict(extra="allow", strict=True))  # tasks add facts of their own, and older records have others
 
 
-@lenient
-class Seconds(TypedDict):
-    """Of the run without its upstream runs."""
+def run_id(config: Config) -> str:
+    """Twelve hexadecimal digits that name a run."""
+    text = json.dumps(identity(config), sort_keys=True, ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
+
+def identity(config: Config) -> Config:
+    """The part of a config that decides the numbers of its run.
+
+    Null values and terms of weight 0 are left out, so that a setting can be added later with null for the former behaviour
+    without changing ids. Of the scale only the name counts, as its settings are interpolated into the other groups.
+    1 and 1.0 are the same number. Classes have the names that they had when the first ids were made.
+    """
+    kept = {key: value for key, value in config.items() if key not in HARDWARE}
+    upstream = {name: identity(run) for name, run in config["upstream"].items()}
+    return _canonical(kept | {"scale": config["scale"]["name"], "upstream": upstream})
+
+
+def _canonical(value: Any) -> Any:
+    if isinstance(value, dict):
+        kept = {key: _canonical(item) for key, item in value.items() if item is not None}
+        if "_target_" in kept:
+            kept["_target_"] = FORMER.get(kept["_target_"], kept["_target_"])
+        return {key: item for key, item in kept.items() if not (isinstance(item, dict) and item.get("weight") == 0)}
+    if isinstance(value, list):
+        return [_canonical(item) for item in value]
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value
+
+
+@lenient
+class Seconds(TypedDict):  # of the run without its upstream runs
     wall: float
     cpu: float
 
@@ -59,9 +90,7 @@ class Used(TypedDict):
 
 
 @lenient
-class Product(TypedDict):
-    """The file that a run left for other runs."""
-
+class Product(TypedDict):  # the file that a run left for other runs
     file: FileName
     sha256: str
 
@@ -155,9 +184,6 @@ def differing_split(first: Config, second: Config) -> str | None:
     return None
 
 
-# --- reading ----------------------------------------------------------------------------------------------
-
-
 def read_record(path: Path) -> Config:
     """A record with its curves, which may be in a compressed file beside it. Do not modify it: it is kept for the next reader.
 
@@ -166,26 +192,23 @@ def read_record(path: Path) -> Config:
     """
     try:
         state = path.stat()
-    except OSError as error:
-        raise _unreadable(path, str(error)) from None
-    return _parsed(path, state.st_ino, state.st_mtime_ns, state.st_size)
+        return _parsed(path, state.st_ino, state.st_mtime_ns, state.st_size)
+    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, RecursionError, zlib.error) as error:
+        why = " ".join(str(error).split())
+        raise UserError(f"record {path} can't be read ({why}); delete it and run again, or restore it with git") from None
 
 
 @cache
 def _parsed(path: Path, *_state: int) -> Config:
     """A table, its caption and the page read the same records; each state of a file is parsed once in a process."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        record = json.loads(text)
-        wrong = faults(record) or contradictions(record, path)
-        if not wrong and "record_sha256" in record and record["record_sha256"] != _digest(text):
-            wrong = ["it was changed since it was written"]
-        if not wrong and "curves_file" in record:
-            record["metrics"] |= _curves(path, record)
-    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, RecursionError, zlib.error) as error:
-        raise _unreadable(path, str(error)) from None
-    if wrong:
-        raise _unreadable(path, wrong[0])
+    text = path.read_text(encoding="utf-8")
+    record = json.loads(text)
+    if wrong := faults(record) or contradictions(record, path):
+        raise ValueError(wrong[0])
+    if "record_sha256" in record and record["record_sha256"] != _digest(text):
+        raise ValueError("it was changed since it was written")
+    if "curves_file" in record:
+        record["metrics"] |= _curves(path, record)
     return record
 
 
@@ -197,8 +220,7 @@ def _curves(path: Path, record: Config) -> Config:
     content = file.read_bytes()
     if record.get("curves_sha256") not in (None, hashlib.sha256(content).hexdigest()):
         raise ValueError(f"{file.name} is not the file that was written with it")
-    curves: Config = json.loads(gzip.decompress(content))
-    return curves
+    return json.loads(gzip.decompress(content))
 
 
 def curves_path(path: Path) -> Path:
@@ -210,10 +232,6 @@ def _digest(text: str) -> str:
     """SHA-256 of a record's text without its own digest."""
     before, seal, after = text.partition(SEAL)
     return hashlib.sha256((before + seal + after.partition('"')[2]).encode()).hexdigest()
-
-
-def _unreadable(path: Path, why: str) -> UserError:
-    return UserError(f"record {path} can't be read ({' '.join(why.split())}); delete it and run again, or restore it with git")
 
 
 def metric_of(record: Config, name: str) -> float | list[float | None]:
@@ -231,9 +249,6 @@ def value_of(record: Config, name: str) -> float:
     if isinstance(value, list):
         raise UserError(f"record {record['id']}: {name} is a curve, not a number")
     return float(value)
-
-
-# --- writing ----------------------------------------------------------------------------------------------
 
 
 def write_record(path: Path, record: Config) -> None:
@@ -277,15 +292,8 @@ def as_json(value: Any) -> bytes:
 
 
 def finite(value: Any) -> Any:
-    """The value with null for numbers that are not finite, which JSON cannot express."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-# --- at the end of a run ----------------------------------------------------------------------------------
+    """The value as JSON can express it: null for numbers that are not finite."""
+    return json.loads(json.dumps(value), parse_constant=lambda _: None)
 
 
 def objective(record: Config, direction: str) -> float | None:
@@ -294,21 +302,24 @@ def objective(record: Config, direction: str) -> float | None:
     direction: `maximize` or `minimize`, the sweeper's; anything else without a sweeper, where a missing metric is None.
     Raises UserError for a metric that a sweeper needs and the run lacks.
     """
-    name, metrics = record["config"].get("objective", "test/accuracy"), numbers_of(record)
-    value: float | None = metrics.get(name)
+    name, numbers = record["config"].get("objective", "test/accuracy"), numbers_of(record)
+    value = numbers.get(name)
     if direction not in ("maximize", "minimize"):
         return value
-    if name not in metrics:
-        raise UserError(f"objective={name}: this run measures {', '.join(sorted(metrics))}; set objective to one of them")
+    if name not in numbers:
+        raise UserError(f"objective={name}: this run measures {', '.join(sorted(numbers))}; set objective to one of them")
     worst = -math.inf if direction == "maximize" else math.inf
-    return value if value is not None and math.isfinite(value) else worst
+    return worst if value is None else value
 
 
 def print_summary(record: Config) -> None:
     """Prints the last line of a run."""
     numbers = numbers_of(record)
     numbers = {name: value for name, value in numbers.items() if name.startswith("test/")} or numbers
-    words = [f"{name}={_short(value)}" for name, value in sorted(numbers.items())]
+    words = []
+    for name, value in sorted(numbers.items()):
+        shown = "nan" if value is None else f"{value:.2f}" if abs(value) >= 1 else f"{value:.3g}"
+        words.append(f"{name}={shown}")
     shown = " ".join(words[:8] + (["..."] if len(words) > 8 else []))
     print(f"run {record['id']} {record['status']}: {shown}", flush=True)
 
@@ -316,7 +327,3 @@ def print_summary(record: Config) -> None:
 def numbers_of(record: Config) -> dict[str, float | None]:
     """The metrics without the curves."""
     return {name: value for name, value in record["metrics"].items() if not isinstance(value, list)}
-
-
-def _short(value: float | None) -> str:
-    return "nan" if value is None else f"{value:.2f}" if abs(value) >= 1 else f"{value:.3g}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NotRequired
@@ -15,13 +15,13 @@ from typing_extensions import TypedDict
 
 from gradexp.base.errors import UserError
 from gradexp.base.ranges import Count, Seed
-from gradexp.base.typed import FileName, file_name, strict
-from gradexp.engine.identity import HARDWARE as HARDWARE
-from gradexp.engine.identity import identity as identity
-from gradexp.engine.identity import run_id as run_id
+from gradexp.base.typed import FileName, check, strict
+from gradexp.engine.record import HARDWARE as HARDWARE
+from gradexp.engine.record import Config as Config
+from gradexp.engine.record import identity as identity
 from gradexp.engine.record import read_record
+from gradexp.engine.record import run_id as run_id
 
-Config = dict[str, Any]
 Node = dict[str, Any]  # a `_target_` and its settings, which are checked against its declared types
 DEFAULT_DATA = "data"  # as in conf/config.yaml; the only data root that need not exist
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,11 +48,6 @@ class EvaluateConfig(TypedDict):
 
 
 @strict
-class GradientsConfig(TypedDict):
-    backend: Literal["fast", "autograd"]
-
-
-@strict
 class RunConfig(TypedDict):
     """The config of a run: conf/config.yaml, and the groups that an experiment adds to it."""
 
@@ -61,7 +56,7 @@ class RunConfig(TypedDict):
     objective: str | None
     upstream: dict[str, Any]
     paths: dict[str, str]
-    gradients: GradientsConfig
+    gradients: dict[Literal["backend"], Literal["fast", "autograd"]]
     scale: dict[str, Any]
     task: Node
     trainer: Node
@@ -73,9 +68,6 @@ class RunConfig(TypedDict):
     saliency: NotRequired[Node]
     evaluate: NotRequired[EvaluateConfig]
     launcher: NotRequired[Node]
-
-
-# --- paths ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -99,22 +91,15 @@ class Paths:
         return cls(**folders)
 
     def record(self, config: Config) -> Path:
-        return self.results / "runs" / file_name(config["name"]) / f"{run_id(config)}.json"
+        return self.results / "runs" / check(FileName, config["name"], "name") / f"{run_id(config)}.json"
 
     def folder(self, config: Config) -> Path:
         """The folder of a run's checkpoint, weights and logs, which can all be deleted and made again."""
-        return self.outputs / "runs" / file_name(config["name"]) / run_id(config)
-
-    def as_config(self) -> dict[str, str]:
-        """The folders as `paths` of a config."""
-        return {name: str(folder) for name, folder in asdict(self).items()}
+        return self.outputs / "runs" / check(FileName, config["name"], "name") / run_id(config)
 
     @property
     def cache(self) -> Path:
         return self.outputs / "cache"
-
-
-# --- runs -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,15 +115,15 @@ class Run:
     overrides: tuple[str, ...] = ()
     below: Mapping[str, Run] | None = None
 
+    @cached_property
+    def id(self) -> str:
+        return run_id(self.config)
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Run) and (self.id, self.paths) == (other.id, other.paths)
 
     def __hash__(self) -> int:
         return hash(self.id)
-
-    @cached_property
-    def id(self) -> str:
-        return run_id(self.config)
 
     @property
     def name(self) -> str:
@@ -179,7 +164,6 @@ class Run:
 
     @property
     def weights(self) -> Path:
-        """The trained parameters that the train task leaves."""
         return self.folder / "weights.pt"
 
     @property
@@ -189,7 +173,7 @@ class Run:
 
     @property
     def pieces(self) -> Path:
-        """The folder of the finished pieces of an unfinished run that trains nothing (gradexp.engine.pieces)."""
+        """The folder of the finished pieces of an unfinished evaluation."""
         return self.folder / "pieces"
 
 

@@ -90,8 +90,7 @@ class Task(ABC):
 
 def task_of(config: Config) -> Task:
     """The task that a config names."""
-    task: Task = build(config["task"], where="task")
-    return task
+    return build(config["task"], where="task")
 
 
 def images_of(config: Config, sizes: Sizes) -> tuple[int | None, int | None]:

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from gradexp.base.errors import UserError
+from gradexp.engine.build import locate, targets
 from gradexp.engine.compose import compose_run
 from gradexp.engine.ensure import ensure, is_product
 from gradexp.engine.hardware import native_bf16
 from gradexp.engine.known import run_of
 from gradexp.engine.origin import SOURCES
 from gradexp.engine.record import differing_split, read_arrays, read_record
-from gradexp.engine.registry import locate, targets
 from gradexp.engine.run import Config, Paths, Run, run_id
 from gradexp.engine.task import task_of
 
@@ -123,9 +123,6 @@ def notes(files: Sequence[Path]) -> Iterator[str]:
         yield f"{len(names)} records were computed by other sources of {of} than today's: {listed}"
 
 
-# --- repeats ----------------------------------------------------------------------------------------------
-
-
 def repeat_own(paths: Paths, setting: Config) -> Iterator[Finding | str]:
     """Does a tiny student and its teacher twice from nothing, and compares numbers and weights to the bit."""
     records = []
@@ -134,7 +131,7 @@ def repeat_own(paths: Paths, setting: Config) -> Iterator[Finding | str]:
             elsewhere = Paths(paths.data, Path(folder) / "results", Path(folder) / "outputs")
             run = compose_run(OWN) | setting
             trainer = setting["trainer"] | {"threads": 1, "strict": True}
-            records.append(ensure(Run(run | {"trainer": trainer, "paths": elsewhere.as_config()}, elsewhere)))
+            records.append(ensure(Run(run | {"trainer": trainer}, elsewhere)))
     first, second = records
     differing = [name for name in ("metrics", "upstream", "product", "data") if first[name] != second[name]]
     if differing:
@@ -173,7 +170,7 @@ def _repeat(record: Config, results: Path, setting: Config, elsewhere: Paths) ->
         if file.exists():
             _repeat(read_record(file), results, setting, elsewhere)
     trainer = setting["trainer"] | {name: record[name] for name in ("threads", "precision") if name in record}
-    return ensure(run_of(record, setting | {"trainer": trainer, "paths": elsewhere.as_config()}, elsewhere))
+    return ensure(run_of(record, setting | {"trainer": trainer}, elsewhere))
 
 
 def alike(name: str, old: Any, new: Any) -> bool:

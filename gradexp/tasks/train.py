@@ -45,10 +45,7 @@ class Train(Task):
 
     def check(self, run: Run) -> None:
         """Builds data, terms, student and teacher with untrained weights, so that settings that do not fit raise now."""
-        from gradexp.engine.processes import check_machines
-
         hardware, data, terms = make_hardware(run.config), make_data(run), make_terms(run.config)
-        check_machines(hardware.num_nodes)
         _check_teacher(run, terms)
         data.removal = None  # its maps may not be computed yet
         loader = data.train_loader(batch_size=make_optim(run).batch_size, device=hardware.device)
@@ -123,7 +120,7 @@ def make_student(run: Run, upstream: Upstream, terms: dict[str, Term], hardware:
     student = make_model(run)
     if "start" in upstream:
         assemble.start_from(student, assemble.load_weights(upstream["start"]))
-    if assemble.fast_backend(run.config):
+    if run.config["gradients"]["backend"] == "fast":
         student = assemble.accelerate(student, terms, hardware)
     return hardware.place(student)
 
@@ -212,7 +209,7 @@ def train_part(text: str) -> None:
         training.fit(logger)
     except Stopped as error:
         close(logger, {})
-        from gradexp.engine.processes import EXITED
+        from gradexp.engine.fit import EXITED
 
         os._exit(EXITED + error.number)  # at once: SLURM kills soon. The waiting process prints the message
     except KeyboardInterrupt:
