@@ -37,11 +37,11 @@ def main() -> None:
         history = known(paths, hardware)
         rows = costs.build(given.scale, planner(given.set), history)
         if given.probe:
-            measure([run.config | {"trainer": config["trainer"]} for run in rows[-1].unknown], paths, history)
+            measure([run.config | {"trainer": config["trainer"]} for run in rows.iloc[-1]["unknown"]], paths, history)
             history = known(paths, hardware)
             rows = costs.build(given.scale, planner(given.set), history)
-        if rows[-1].unknown:
-            count([run.config for run in rows[-1].unknown], history, hardware)
+        if rows.iloc[-1]["unknown"]:
+            count([run.config for run in rows.iloc[-1]["unknown"]], history, hardware)
             rows = costs.build(given.scale, planner(given.set), history)
     free = shutil.disk_usage(next(folder for folder in (paths.outputs, *paths.outputs.parents) if folder.exists())).free
     print(costs.to_text(rows, given.scale, slots(hardware), hardware.facts()["device"], free / 2**30))

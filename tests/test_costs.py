@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import probe
 import pytest
 
@@ -15,7 +16,7 @@ from gradexp.engine.record import write_record
 from gradexp.engine.run import Config, Paths, Run, run_id
 from gradexp.engine.task import task_of
 from gradexp.report import costs
-from gradexp.report.costs import History, Row, Sample
+from gradexp.report.costs import History, Sample
 
 pytestmark = pytest.mark.usefixtures("sample_records")
 
@@ -140,10 +141,10 @@ def test_rows_count_runs_once_and_say_what_is_not_known(tmp_path: Path, monkeypa
     teacher = runs[1].upstream["teacher"]
     record(paths, teacher.config, 40.0, data=WHOLE)
 
-    def build() -> list[Row]:
+    def build() -> pd.DataFrame:
         return costs.build("quick", planner, History.of(paths))
 
-    x, y, everything = build()
+    x, y, everything = build().itertuples()
     assert [(row.present, row.missing, row.shared, row.rebuilt) for row in (x, y, everything)] == [
         (2, 1, 2, 1),
         (1, 2, 2, 1),
@@ -155,7 +156,7 @@ def test_rows_count_runs_once_and_say_what_is_not_known(tmp_path: Path, monkeypa
     weights = paths.folder(teacher.config) / "weights.pt"
     weights.parent.mkdir(parents=True)
     weights.touch()
-    assert build()[0].seconds == 20.0
+    assert build()["seconds"][0] == 20.0
     text = costs.to_text(build(), "quick", 2, "processor", 10)
     assert "1 record; 1 unknown" in text
     assert "≥ 0.00" in text

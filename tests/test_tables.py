@@ -158,11 +158,9 @@ def test_no_scale_borrows_from_another(tmp_path: Path) -> None:
 
 
 def test_a_caption_lists_departures_from_the_paper() -> None:
-    changes = provenance.departures(
-        {"scale": {"name": "cpu"}, "upstream": {}, "optim": {"passes": 60}, "seed": 0},
-        {"scale": {"name": "paper"}, "upstream": {}, "optim": {"passes": 500}, "seed": 0},
-    )
-    assert changes == {"optim.passes": (60, 500)}
+    here = {"scale": {"name": "cpu"}, "upstream": {}, "optim": {"passes": 60}, "seed": 0}
+    paper = {"scale": {"name": "paper"}, "upstream": {}, "optim": {"passes": 500}, "seed": 0}
+    assert provenance.departed([(here, paper)]) == {"optim.passes": ("60", "500")}
     assert "`optim.passes` 60 (paper: 500)" in " ".join(table(scale="quick").caption)
 
 

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -25,7 +26,7 @@ from gradexp.engine.task import Sizes, task_of
 from gradexp.report import specs
 from gradexp.report.provenance import own_seconds
 from gradexp.report.specs import Planner
-from gradexp.report.writing import printed
+from gradexp.report.writing import printed, rendered
 
 NEAREST = 5  # an estimate is the median over so many similar runs
 LADDER = (1, 4, 16)  # the sizes to which runs that train nothing are cut for a probe
@@ -46,26 +47,24 @@ def signature(config: Config) -> str:
     """
     config = identity(config)  # without null settings, which older records lack
     data, terms = config.get("data", {}), config.get("method", {}).get("terms", {})
-    evaluate = {key: value for key, value in config.get("evaluate", {}).items() if key != "images"}
     content = {
         "task": config["task"]["_target_"],
         "model": _network(config),
         "upstream": {name: _network(run) for name, run in config["upstream"].items() if _network(run)},
-        "terms": {name: _without_constants(term) for name, term in terms.items()},
+        "terms": {
+            name: {key: value for key, value in term.items() if key != "weight" and not isinstance(value, float)}
+            for name, term in terms.items()
+        },
         "images": [data.get("channels"), data.get("size"), data.get("crop"), data.get("flip")],
         "batch": config.get("optim", {}).get("batch_size"),
         "saliency": config.get("saliency"),
-        "evaluate": evaluate,
+        "evaluate": {key: value for key, value in config.get("evaluate", {}).items() if key != "images"},
     }
     return json.dumps(content, sort_keys=True)
 
 
 def _network(config: Config) -> Config:
     return {key: value for key, value in config.get("model", {}).items() if key not in ("name", "dropout")}
-
-
-def _without_constants(term: Config) -> Config:
-    return {key: value for key, value in term.items() if key != "weight" and not isinstance(value, float)}
 
 
 # --- what similar runs cost --------------------------------------------------------------------------------
@@ -208,30 +207,6 @@ def probed_looking(config: Config, records: Sequence[Config], history: History) 
 # --- tables and figures -----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Row:
-    """A table or figure, or all of them. Counts are of runs, upstream runs included, each counted once.
-
-    shared: runs that other tables or figures need, too; rebuilt: runs with a record whose product is missing on this disk and
-    needed by a missing run; bases: number of runs by the basis of their cost.
-    """
-
-    name: str
-    present: int
-    missing: int
-    shared: int
-    rebuilt: int
-    seconds: float
-    memory_mib: float
-    disk_mib: float
-    bases: Mapping[str, int]
-    unknown: tuple[Run, ...]  # runs of unknown cost, which the sums leave out
-
-    def hours(self, slots: int) -> float:
-        """Hours if `slots` processors are busy all the time."""
-        return self.seconds / 3600 / slots
-
-
 def items(scale: str) -> dict[str, list[list[str]]]:
     """{table or figure: overrides of each of its runs} of all that the scale has."""
     specs_of = {f"{kind} {number}": spec for kind in specs.KINDS for number, spec in specs.at_scale(kind, scale).items()}
@@ -241,8 +216,14 @@ def items(scale: str) -> dict[str, list[list[str]]]:
     }
 
 
-def build(scale: str, plan: Planner, history: History) -> list[Row]:
-    """A row for each table and figure of the scale, and a last one, `all`."""
+def build(scale: str, plan: Planner, history: History) -> pd.DataFrame:
+    """A row for each table and figure of the scale, and a last one, `all`; each run counts once, upstream runs too.
+
+    Columns: name; present, missing, shared (runs that other tables or figures need, too), rebuilt (runs with a record whose
+    product is missing on this disk and needed by a missing run); of all that is to be done seconds of one processor,
+    memory_mib of the largest run, disk_mib, bases (how many costs have which basis) and unknown (runs of unknown cost, which
+    the sums leave out).
+    """
     needs = {name: needed(map(plan, overrides)) for name, overrides in items(scale).items()}
     if not needs:
         raise UserError(f"scale={scale}: no table or figure has it; expected paper, cpu or quick")
@@ -253,7 +234,24 @@ def build(scale: str, plan: Planner, history: History) -> list[Row]:
             if run not in needs["all"] or need.to_do:
                 needs["all"][run] = need
     costs = {run: history.cost(need.run.config) for run, need in needs["all"].items() if need.to_do}
-    return [_row(name, runs, times, costs) for name, runs in needs.items()]
+    rows = []
+    for name, runs in needs.items():
+        known = [cost for run, need in runs.items() if need.to_do and (cost := costs[run])]
+        rows.append(
+            {
+                "name": name,
+                "present": sum(need.present for need in runs.values()),
+                "missing": sum(not need.present for need in runs.values()),
+                "shared": sum(times[run] > 1 for run in runs),
+                "rebuilt": sum(need.present and need.to_do for need in runs.values()),
+                "seconds": sum(cost.seconds for cost in known),
+                "memory_mib": max((cost.memory_mib for cost in known), default=0.0),
+                "disk_mib": sum(cost.disk_mib for cost in known),
+                "bases": Counter(cost.basis for cost in known),
+                "unknown": [need.run for run, need in runs.items() if need.to_do and not costs[run]],
+            }
+        )
+    return pd.DataFrame(rows)
 
 
 @dataclass(frozen=True)
@@ -280,62 +278,33 @@ def needed(runs: Iterable[Run]) -> dict[str, Need]:
     return needs
 
 
-def _row(name: str, needs: Mapping[str, Need], times: Mapping[str, int], costs: Mapping[str, Cost | None]) -> Row:
-    """times: how many tables and figures need a run; costs: of the runs to do, by id."""
-    known = [cost for run, need in needs.items() if need.to_do and (cost := costs[run])]
-    return Row(
-        name=name,
-        present=sum(need.present for need in needs.values()),
-        missing=sum(not need.present for need in needs.values()),
-        shared=sum(times[run] > 1 for run in needs),
-        rebuilt=sum(need.present and need.to_do for need in needs.values()),
-        seconds=sum(cost.seconds for cost in known),
-        memory_mib=max((cost.memory_mib for cost in known), default=0.0),
-        disk_mib=sum(cost.disk_mib for cost in known),
-        bases=Counter(cost.basis for cost in known),
-        unknown=tuple(need.run for run, need in needs.items() if need.to_do and not costs[run]),
-    )
-
-
 # --- text -------------------------------------------------------------------------------------------------
 
 
-def to_text(rows: Sequence[Row], scale: str, slots: int, device: str, free_gib: float) -> str:
+def to_text(rows: pd.DataFrame, scale: str, slots: int, device: str, free_gib: float) -> str:
     """The plan for the terminal."""
-    total = rows[-1]
-    lines = [f"Runs and costs of scale={scale}", printed(to_frame(rows, slots)).rstrip()]
-    lines += [
-        f"Hours: on this machine ({slots} x {device}), {slots} runs at a time; a table's own, as if it shared no runs.",
-        f"Memory: of the largest run. Disk: what runs leave; {free_gib:.0f} GiB are free. A teacher's targets, up to",
-        "trainer.store_gib for each of its data subsets, come on top, and can be deleted.",
-    ]
-    if total.rebuilt:
-        lines.append(f"Runs with a record that must be repeated, because their weights or maps were deleted: {total.rebuilt}.")
-    if "count" in total.bases:
-        lines.append("~: computed from operation counts, not measured, and often wrong by a factor of two.")
-    if total.unknown:
-        lines.append(f"The cost of {len(total.unknown)} runs is unknown and not counted: make plan SCALE={scale} ARGS=--probe")
-    return "\n".join(lines) + "\n"
+    table = printed(to_frame(rows, slots)).rstrip()
+    return rendered("plan.txt", table=table, total=rows.iloc[-1], scale=scale, slots=slots, device=device, free_gib=free_gib)
 
 
-def to_frame(rows: Sequence[Row], slots: int) -> pd.DataFrame:
-    """The rows as text."""
-    return pd.DataFrame([_texts(row, slots) for row in rows])
+def to_frame(rows: pd.DataFrame, slots: int) -> pd.DataFrame:
+    """The rows as text; hours if `slots` processors are busy all the time."""
+    return pd.DataFrame([_texts(row, slots) for row in rows.itertuples()])
 
 
-def _texts(row: Row, slots: int) -> dict[str, str]:
+def _texts(row: Any, slots: int) -> dict[str, str]:
     least = "≥ " if row.unknown else ""  # sums leave out runs of unknown cost
     least += "~" if "count" in row.bases else ""
     names = {"record elsewhere": "records elsewhere", "record": "records", "probe": "probes", "count": "counts"}
-    known = [f"{count} {basis if count == 1 else names[basis]}" for basis, count in sorted(row.bases.items())]
-    unknown = [f"{len(row.unknown)} unknown"] if row.unknown else []
+    known = ", ".join(f"{count} {basis if count == 1 else names[basis]}" for basis, count in sorted(row.bases.items()))
+    unknown = f"{len(row.unknown)} unknown" if row.unknown else ""
     return {
         "": row.name,
         "present": str(row.present or ""),
         "missing": str(row.missing or ""),
         "shared": str(row.shared or ""),
-        "hours": f"{least}{row.hours(slots):.2f}" if row.bases else "",
+        "hours": f"{least}{row.seconds / 3600 / slots:.2f}" if row.bases else "",
         "memory": f"{least}{row.memory_mib / 1024:.1f} GiB" if row.bases else "",
         "disk": f"{least}{row.disk_mib:.0f} MiB" if row.bases else "",
-        "known from": "; ".join([*([", ".join(known)] if known else []), *unknown]),
+        "known from": "; ".join(filter(None, [known, unknown])),
     }

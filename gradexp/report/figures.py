@@ -96,7 +96,7 @@ def caption(spec: Config, scale: str, series: Sequence[Series], plan: Planner) -
     first = seeds_of(spec, scale)[0]
     here = [one.runs[0].config for one in series]
     paper = [plan(command(spec, row, point, "paper", first)).config for row, point, _ in specs.cells(spec, scale)]
-    origin = provenance.origin(run for one in series for run in one.runs)
+    origin = provenance.origin_of(*provenance.read(run for one in series for run in one.runs))
     sentences = [
         *specs.notes(spec, scale),
         *([f"Its runs need {spec['needs'][scale]}."] if missing(series) and scale in spec.get("needs", {}) else []),

@@ -112,11 +112,7 @@ def to_text(table: Table) -> str:
     def show(cell: Any) -> str:
         return cell.ours + ("*" if cell.best else "") + (f"\n({cell.thesis})" if cell.thesis else "")
 
-    best = f"* best of its {table.best_per}; " if table.best_per else ""
-    lines = [f"{best}in parentheses: the thesis's number", *map(one_line, table.caption)]
-    if table.missing:
-        lines += ["", "Missing runs:", *(f"  {run.command}" for run in table.missing)]
-    return f"{table.head} {one_line(table.title)}\n{printed(wide(table, show))}" + "\n".join(lines) + "\n"
+    return rendered("table.txt", table=table, printed=printed(wide(table, show)))
 
 
 def to_svg(table: Table) -> str:

@@ -23,16 +23,11 @@ def departed(pairs: Iterable[tuple[Config, Config]]) -> dict[str, tuple[str, str
     """
     changes: dict[str, list[tuple[Any, Any]]] = {}
     for here, paper in pairs:
-        for key, values in departures(here, paper).items():
-            changes.setdefault(key, []).append(values)
+        ours, theirs = dict(_flat(identity(here))), dict(_flat(identity(paper)))
+        for key in sorted(ours.keys() | theirs.keys()):
+            if ours.get(key) != theirs.get(key):
+                changes.setdefault(key, []).append((ours.get(key), theirs.get(key)))
     return {key: (_alternatives(x[0] for x in values), _alternatives(x[1] for x in values)) for key, values in changes.items()}
-
-
-def departures(here: Config, paper: Config) -> dict[str, tuple[Any, Any]]:
-    """The settings in which a run differs from its counterpart at scale=paper: {key: (here, paper)}."""
-    ours, theirs = dict(_flat(identity(here))), dict(_flat(identity(paper)))
-    pairs = {key: (ours.get(key), theirs.get(key)) for key in sorted(ours.keys() | theirs.keys())}
-    return {key: (a, b) for key, (a, b) in pairs.items() if a != b}
 
 
 def _flat(config: Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -73,11 +68,6 @@ class Caption(NamedTuple):
     details: list[str]
 
 
-def origin(runs: Iterable[Run]) -> Caption:
-    """Where the numbers of these runs come from, those of their upstream runs included."""
-    return origin_of(*read(runs))
-
-
 def read(runs: Iterable[Run]) -> tuple[list[Config], list[Config]]:
     """The records of the finished runs, and of the finished runs upstream of them."""
     users = [run for run in dict.fromkeys(runs) if run.finished]
@@ -98,7 +88,7 @@ def with_upstream(runs: Iterable[Run]) -> dict[Run, None]:
 
 
 def origin_of(records: Sequence[Config], below: Sequence[Config] = ()) -> Caption:
-    """As `origin`, from records; below: the records upstream of these."""
+    """Where the numbers of these records come from; below: the records upstream of them."""
     if not records:
         return Caption(["No run has finished yet."], [])
     every = [*records, *below]

@@ -72,18 +72,15 @@ def _row(record: Config, curves: bool) -> Config:
         "seconds": record["seconds"]["wall"],
         "cpu_seconds": record["seconds"]["cpu"],
         **{f"upstream.{name}": below["id"] for name, below in record.get("upstream", {}).items()},
-        **{name: value for name, value in _flat(config, "") if name not in HEAD},
+        **{name: value for name, value in _flat(config) if name not in HEAD},
         **{name: value for name, value in record["metrics"].items() if curves or not isinstance(value, list)},
     }
 
 
-def _flat(config: Config, prefix: str) -> Iterator[tuple[str, Any]]:
+def _flat(config: Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """{"optim": {"passes": 3}} -> ("optim.passes", 3)."""
     for key, value in config.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+        yield from _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
 
 
 # --- the runs of a table or figure ------------------------------------------------------------------------

@@ -122,16 +122,14 @@ def best(numbers: pd.DataFrame, spec: Config) -> pd.Series[bool]:
     """
     own = {column["label"]: column["best"] for column in spec["columns"] if "best" in column}
     last = numbers.drop_duplicates(CELL, keep="last")
-    direction = last["column"].map(lambda column: own.get(column, spec["best"]))
-    competing = last[last["ours"].notna() & ~last["row"].isin(_apart(spec)) & direction.notna()]
+    wanted = last["column"].map(lambda column: own.get(column, spec["best"]))
+    competing = last[last["ours"].notna() & ~last["row"].isin(_apart(spec)) & wanted.notna()]
+    scores = competing["ours"].where(wanted[competing.index] == "max", -competing["ours"])
     per = spec.get("best_per", "column")
-    group = competing[per] if per in CELL else pd.Series("", competing.index)
-    won: list[tuple[str, str]] = []
-    for (_, wanted), rivals in competing.groupby([group, direction.loc[competing.index]]):
-        if len(rivals) > 1:
-            winners = rivals[rivals["ours"] == rivals["ours"].agg(str(wanted))]
-            won += zip(winners["row"], winners["column"], strict=True)
-    return pd.Series([cell in won for cell in zip(numbers["row"], numbers["column"], strict=True)], numbers.index)
+    groups = scores.groupby([competing[per] if per in CELL else pd.Series("", competing.index), wanted[competing.index]])
+    won = competing[(scores == groups.transform("max")) & (groups.transform("size") > 1)]
+    cells = pd.MultiIndex.from_frame(numbers[CELL])
+    return pd.Series(cells.isin(pd.MultiIndex.from_frame(won[CELL])), numbers.index)
 
 
 def _apart(spec: Config) -> list[str]:
@@ -149,7 +147,7 @@ def build(spec: Config, scale: str, plan: Planner) -> Table:
     changes = provenance.departed(pairs)
     departure = provenance.departure_sentence(scale, changes, tuple(spec.get("described", ())))
     runs = list(cells["run"].dropna().unique())
-    origin = provenance.origin(runs)
+    origin = provenance.origin_of(*provenance.read(runs))
     data = sorted({config["data"]["name"] for config, _ in pairs})
     held_out = any(config.get("data", {}).get("validation") for config, _ in pairs)
     return Table(

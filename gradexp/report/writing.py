@@ -63,7 +63,8 @@ def rendered(name: str, **content: Any) -> str:
         keep_trailing_newline=True,
     )
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "ensure_ascii": False, "allow_nan": False}
-    environment.filters |= {"plain": plain, "line": line, "markdown": markdown, "prose": prose, "quantity": quantity}
+    filters = (one_line, plain, line, markdown, prose, quantity)
+    environment.filters |= {function.__name__: function for function in filters}
     return environment.get_template(name).render(**content)
 
 
