@@ -100,17 +100,16 @@ def marks(numbers: pd.DataFrame, close: float) -> np.ndarray:
 def table_view(table: tables.Table, panels: Panels, close: float) -> Config:
     """A table as the template shows it; each cell opens its records or its commands."""
     last = table.numbers.drop_duplicates(tables.CELL, keep="last")
-    cells: Any = table.texts.assign(mark=marks(last, close)).reset_index().to_dict("records")
-    rows: dict[str, list[Config]] = {row: [] for row in table.rows}
-    for cell in cells:
+    named = iter(marks(last, close))
+    rows = {row: [cell | {"mark": next(named)} for cell in cells] for row, cells in table.by_row.items()}
+    for cell in itertools.chain(*rows.values()):
         row, column = cell["row"], cell["column"]
         facts = {"ours": cell["ours"] if cell["n"] else "", "thesis": cell["thesis"], "difference": cell["gap"]}
         facts |= {"compared with the thesis": cell["mark"], "metric": cell["metric"].replace(" / ", ", ")}
-        anchor = f"cell-{table.number}-{table.rows.index(row)}-{table.columns.index(column)}"
-        panels.add(anchor, f"Table {table.number}", f"{row} · {column}", facts, cell["runs"])
-        rows[row].append(cell | {"anchor": anchor})
-    counts = Counter(cell["mark"] for cell in cells)
-    return {"number": table.number, "table": table, "rows": rows, "counts": counts, "size": len(cells) - counts["absent"]}
+        cell["anchor"] = f"cell-{table.number}-{table.rows.index(row)}-{table.columns.index(column)}"
+        panels.add(cell["anchor"], f"Table {table.number}", f"{row} · {column}", facts, cell["runs"])
+    counts = Counter(cell["mark"] for cell in itertools.chain(*rows.values()))
+    return {"number": table.number, "table": table, "rows": rows, "counts": counts, "size": counts.total() - counts["absent"]}
 
 
 def figure_view(

@@ -6,10 +6,64 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from gradexp.engine.ensure import digests
+from gradexp.engine.record import value_of
 from gradexp.engine.run import Config, Run, identity
+from gradexp.report import specs
+from gradexp.report.specs import Planner, item_of, read_thesis
+from gradexp.report.writing import rendered
 
 # Not part of the protocol, or implied by other settings.
 IGNORED = ("scale", "_target_", "version", "channels", "classes", "size")
+
+
+class Caption(NamedTuple):
+    """Sentences, and the lists behind them for the part of a page that opens on demand; departures: see `departed`."""
+
+    sentences: list[str]
+    details: list[str]
+    departures: Mapping[str, tuple[str, str]] = {}
+
+
+def caption(
+    spec: Config,
+    scale: str,
+    runs: Sequence[Run],
+    pairs: Sequence[tuple[Config, Config]],
+    plan: Planner,
+    *,
+    printed: bool = False,
+) -> Caption:
+    """The caption of a table or figure: notes, departures from the paper's protocol, seeds, and the origin of its runs.
+
+    pairs: (config here, config at scale=paper) of each cell; printed: whether it shows numbers of the thesis.
+    """
+    departures, described = departed(pairs), tuple(spec.get("described", ()))
+    origin = origin_of(*read(runs))
+    text = rendered(
+        "caption.txt",
+        spec=spec,
+        scale=scale,
+        notes=specs.notes(spec, scale),
+        seeds=specs.seeds_of(spec, scale),
+        missing=not all(run.finished for run in runs),
+        departures=departures,
+        listed=[f"`{key}` {a} (paper: {b})" for key, (a, b) in departures.items() if not key.startswith(described)],
+        upstream=list(_upstream(spec, scale, plan)),
+        printed=printed,
+        held_out=any(config.get("data", {}).get("validation") for config, _ in pairs),
+    )
+    return Caption([*text.splitlines(), *origin.sentences], origin.details, departures)
+
+
+def _upstream(spec: Config, scale: str, plan: Planner) -> Iterator[tuple[Config, Run, float | None, specs.Thesis | None]]:
+    """The entries of `upstream`, each with its run, our number and the thesis's; None for a number that there is not."""
+    for line in spec.get("upstream", []):
+        if scale in line.get("scales", spec["seeds"]):
+            run = plan([*line["overrides"], f"scale={scale}"])
+            record = run.record()
+            ours = value_of(record, line.get("metric", "test/accuracy")) if record else None
+            printed = read_thesis().get((item_of(spec), *line["thesis"])) if scale in spec["comparable"] else None
+            yield line, run, ours, printed
 
 
 # --- the protocol -----------------------------------------------------------------------------------------
@@ -48,24 +102,7 @@ def _alternatives(values: Iterable[Any]) -> str:
     return " or ".join(dict.fromkeys("none" if value is None else str(value) for value in values))
 
 
-def departure_sentence(scale: str, changes: Mapping[str, tuple[str, str]], described: tuple[str, ...] = ()) -> str:
-    """One sentence that lists `changes`. described: starts of the keys that the spec's note describes."""
-    if not changes:
-        return f"Scale {scale} follows the protocol of scale=paper."
-    listed = [f"`{key}` {here} (paper: {paper})" for key, (here, paper) in changes.items() if not key.startswith(described)]
-    if len(listed) < len(changes):
-        listed.insert(0, "the settings described above")
-    return f"Scale {scale} departs from scale=paper in: {'; '.join(listed)}."
-
-
 # --- the runs ---------------------------------------------------------------------------------------------
-
-
-class Caption(NamedTuple):
-    """Sentences for a caption, and the lists behind them for the part of a page that opens on demand."""
-
-    sentences: list[str]
-    details: list[str]
 
 
 def read(runs: Iterable[Run]) -> tuple[list[Config], list[Config]]:

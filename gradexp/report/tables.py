@@ -6,14 +6,15 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from typing import Any
 
 import pandas as pd
 
-from gradexp.engine.record import value_of
 from gradexp.engine.run import Config, Run
 from gradexp.report import provenance, records, specs
-from gradexp.report.specs import Planner, Thesis, command, item_of, read_thesis, seeds_of
+from gradexp.report.provenance import Caption
+from gradexp.report.specs import Planner, Thesis, command
 
 CELL = ["row", "column"]
 EMPTY = "–"  # shown in a cell without a finished run
@@ -25,25 +26,27 @@ class Table:
     """A table at one scale.
 
     cells: records.cells, one row for each seed and metric of a cell; numbers: `summary`, one row for each metric of a cell.
-    departures: every (setting, here, at scale=paper), which `departure`, one of the caption's sentences, lists too; details:
-    hardware, commits and files that the caption only counts.
     """
 
-    number: str
-    title: str
-    corner: str
+    spec: Config
     scale: str
+    title: str
     cells: pd.DataFrame
     numbers: pd.DataFrame
-    caption: tuple[str, ...]
-    best_per: str | None = "column"  # what has one best number each; None if none is marked
-    departures: tuple[tuple[str, str, str], ...] = ()
-    departure: str = ""
-    details: tuple[str, ...] = ()
+    caption: Caption
+
+    @property
+    def number(self) -> str:
+        return str(self.spec["number"])
 
     @property
     def head(self) -> str:
         return f"Table {self.number}, scale={self.scale}."
+
+    @property
+    def best_per(self) -> str | None:
+        """What has one best number each; None if none is marked."""
+        return self.spec.get("best_per", "column") if self.spec["best"] else None
 
     @property
     def rows(self) -> list[str]:
@@ -60,6 +63,12 @@ class Table:
     @property
     def missing(self) -> list[Run]:
         return [run for run in self.runs if not run.finished]
+
+    @cached_property
+    def by_row(self) -> dict[str, list[Config]]:
+        """{label of a row: its cells, as rows of `texts`}"""
+        cells: Any = self.texts.reset_index().to_dict("records")
+        return {row: list(own) for row, own in groupby(cells, key=lambda cell: cell["row"])}
 
     @cached_property
     def texts(self) -> pd.DataFrame:
@@ -121,19 +130,16 @@ def best(numbers: pd.DataFrame, spec: Config) -> pd.Series[bool]:
     The last metric of a cell decides. Rows marked `apart`, such as an oracle, do not compete.
     """
     own = {column["label"]: column["best"] for column in spec["columns"] if "best" in column}
+    apart = [row["label"] for row in spec["rows"] if row.get("apart")]
     last = numbers.drop_duplicates(CELL, keep="last")
     wanted = last["column"].map(lambda column: own.get(column, spec["best"]))
-    competing = last[last["ours"].notna() & ~last["row"].isin(_apart(spec)) & wanted.notna()]
+    competing = last[last["ours"].notna() & ~last["row"].isin(apart) & wanted.notna()]
     scores = competing["ours"].where(wanted[competing.index] == "max", -competing["ours"])
     per = spec.get("best_per", "column")
     groups = scores.groupby([competing[per] if per in CELL else pd.Series("", competing.index), wanted[competing.index]])
     won = competing[(scores == groups.transform("max")) & (groups.transform("size") > 1)]
     cells = pd.MultiIndex.from_frame(numbers[CELL])
     return pd.Series(cells.isin(pd.MultiIndex.from_frame(won[CELL])), numbers.index)
-
-
-def _apart(spec: Config) -> list[str]:
-    return [row["label"] for row in spec["rows"] if row.get("apart")]
 
 
 # --- from a spec to a table -------------------------------------------------------------------------------
@@ -144,31 +150,11 @@ def build(spec: Config, scale: str, plan: Planner) -> Table:
     cells = records.cells(spec, scale, plan)
     numbers = summary(cells, spec, scale)
     pairs = list(_counterparts(spec, scale, cells, plan))
-    changes = provenance.departed(pairs)
-    departure = provenance.departure_sentence(scale, changes, tuple(spec.get("described", ())))
-    runs = list(cells["run"].dropna().unique())
-    origin = provenance.origin_of(*provenance.read(runs))
     data = sorted({config["data"]["name"] for config, _ in pairs})
-    held_out = any(config.get("data", {}).get("validation") for config, _ in pairs)
-    return Table(
-        number=spec["number"],
-        title=spec["title"].format(data=", ".join(data), where=spec.get("where", {}).get(scale)),
-        corner=spec["corner"],
-        scale=scale,
-        cells=cells,
-        numbers=numbers,
-        caption=(
-            *_notes(spec, scale, missing=not all(run.finished for run in runs)),
-            departure,
-            *_upstream(spec, scale, plan),
-            *_how_to_read_it(spec, scale, printed=bool(numbers["thesis"].notna().any()), held_out=held_out),
-            *origin.sentences,
-        ),
-        best_per=spec.get("best_per", "column") if spec["best"] else None,
-        departures=tuple((key, *values) for key, values in changes.items()),
-        departure=departure,
-        details=tuple(origin.details),
-    )
+    title = spec["title"].format(data=", ".join(data), where=spec.get("where", {}).get(scale))
+    runs = list(cells["run"].dropna().unique())
+    caption = provenance.caption(spec, scale, runs, pairs, plan, printed=bool(numbers["thesis"].notna().any()))
+    return Table(spec, scale, title, cells, numbers, caption)
 
 
 def _counterparts(spec: Config, scale: str, cells: pd.DataFrame, plan: Planner) -> Iterator[tuple[Config, Config]]:
@@ -182,37 +168,3 @@ def _counterparts(spec: Config, scale: str, cells: pd.DataFrame, plan: Planner) 
             cell = first.loc[(row["label"], column["label"])]
             there = next((entry for entry in [column, *spec["columns"]] if "paper" in entry.get("scales", ["paper"])), column)
             yield cell["run"].config, plan(command(spec, row, there, "paper", cell["seed"])).config
-
-
-# --- sentences of the caption -----------------------------------------------------------------------------
-
-
-def _notes(spec: Config, scale: str, missing: bool) -> Iterator[str]:
-    yield from specs.notes(spec, scale)
-    if scale in spec.get("only", {}):
-        yield f"Cells marked {ABSENT} are not part of this scale."
-    if missing and scale in spec.get("needs", {}):
-        yield f"Its empty cells need {spec['needs'][scale]}."
-
-
-def _upstream(spec: Config, scale: str, plan: Planner) -> Iterator[str]:
-    for line in spec.get("upstream", []):
-        if scale not in line.get("scales", spec["seeds"]):
-            continue
-        run = plan([*line["overrides"], f"scale={scale}"])
-        record = run.record()
-        ours = f"{value_of(record, line.get('metric', 'test/accuracy')):.2f} (run {run.id})" if record else "not run yet"
-        printed = read_thesis().get((item_of(spec), *line["thesis"])) if scale in spec["comparable"] else None
-        yield f"{line['label'].capitalize()}: {ours}" + (f"; the thesis's {printed.value:g}." if printed else ".")
-
-
-def _how_to_read_it(spec: Config, scale: str, *, printed: bool, held_out: bool) -> Iterator[str]:
-    if printed and scale not in spec["comparable"]:
-        yield "The thesis's numbers are shown for orientation; at this scale they can't be compared with ours."
-    for row in _apart(spec):
-        yield f"The best number is marked among the rows without {row}."
-    own = [column for column in spec["columns"] if scale in column.get("seeds", {})]
-    listed = [f"column {column['label']}: {specs.joined(column['seeds'][scale])}" for column in own]
-    exceptions = f" ({'; '.join(listed)})" if listed else ""
-    data = "Held-out training images replace the test set" if held_out else "The test set is evaluated once"
-    yield f"Seeds: {specs.joined(seeds_of(spec, scale))}{exceptions}. {data}, after the last step."
