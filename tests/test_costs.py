@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import plan as plan_script
 import probe
 import pytest
 
@@ -220,7 +221,7 @@ def test_an_estimate_from_a_probe_is_within_40_per_cent(tmp_path: Path, words: S
 
     def tried(number: str) -> float:
         run, history, folder = config(*words), History(), tmp_path / number
-        history.add(costs.probed_training(run, probe.training(run, at(folder / "probe")), history))
+        history.add(plan_script.probed_training(run, probe.training(run, at(folder / "probe")), history))
         return ratio(history.cost(run), spent(run, at(folder / "run")))
 
     assert_near(tried)
@@ -232,9 +233,9 @@ def test_an_estimate_from_a_cut_run_is_within_40_per_cent(tmp_path: Path) -> Non
 
     def tried(number: str) -> float:
         run, history, paths = config(*words), History(), at(tmp_path / number)
-        cut = [task_of(run).shortened(run, n) for n in costs.LADDER]
+        cut = [task_of(run).shortened(run, n) for n in plan_script.LADDER]
         records = probe.looking([one for one in cut if one], paths)
-        history.add(costs.probed_looking(run, records, history))
+        history.add(plan_script.probed_looking(run, records, history))
         return ratio(history.cost(run), spent(run, paths))
 
     assert_near(tried)

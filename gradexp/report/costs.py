@@ -11,7 +11,7 @@ import json
 import math
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,6 @@ from gradexp.report.specs import Planner
 from gradexp.report.writing import printed, rendered
 
 NEAREST = 5  # an estimate is the median over so many similar runs
-LADDER = (1, 4, 16)  # the sizes to which runs that train nothing are cut for a probe
 
 
 # --- how much work ----------------------------------------------------------------------------------------
@@ -122,8 +121,8 @@ class History:
         known = {record["id"]: record for record in records}
         for record in records:
             folder = paths.outputs / "runs" / record["experiment"] / record["id"]
-            history.add(learned := sample(record, history.sizes, known, folder, clock))
-            if learned:
+            if learned := sample(record, history.sizes, known, folder, clock):
+                history.add(learned)
                 history.configs[learned.signature] = record["config"]
         for file in sorted(paths.outputs.glob("probes/*.json")):
             probe = read_json(file, advice := "delete it: make plan measures again with ARGS=--probe")
@@ -139,23 +138,21 @@ class History:
         if config.get("data", {}).get("per_class") is None and "train_images" in data:
             self.sizes[data["name"]] = data["train_images"], data["test_images"]
 
-    def add(self, sample: Sample | None) -> None:
-        if sample:
-            self.samples.setdefault(sample.signature, []).append(sample)
+    def add(self, sample: Sample) -> None:
+        self.samples.setdefault(sample.signature, []).append(sample)
 
     def cost(self, config: Config) -> Cost | None:
         """The median over the similar runs that are nearest in size, of this machine if it has any; None if unknown."""
         size, name = amount(config, self.sizes), signature(config)
-        similar, count = self.samples.get(name, []), self.counts.get(name)
-        disk = task_of(config).leaves(config, self.sizes)
-        if size is None or not (similar or count):
+        counted = [self.counts[name]] if name in self.counts else []
+        similar = self.samples.get(name) or counted
+        if size is None or not similar:
             return None
-        if count and not similar:
-            return Cost(count.at(size), count.memory_mib, count.disk_mib if disk is None else disk, "count")
         here = [sample for sample in similar if self.device in (None, sample.device)]
         candidates = [sample for sample in here if not sample.probe] or here or similar
         near = sorted(candidates, key=lambda sample: abs(math.log(sample.amount / size)))[:NEAREST]
-        basis = "probe" if near[0].probe else "record" if here else "record elsewhere"
+        basis = "count" if similar is counted else "probe" if near[0].probe else "record" if here else "record elsewhere"
+        disk = task_of(config).leaves(config, self.sizes)
         return Cost(
             seconds=statistics.median(sample.at(size) for sample in near),
             memory_mib=max(sample.memory_mib for sample in near),
@@ -179,29 +176,6 @@ def sample(record: Config, sizes: Sizes, known: Mapping[str, Config], folder: Pa
     disk = (kept or 4 * record.get("parameters", 0)) / 2**20
     memory, device = float(record["peak_memory_mib"]), record.get("device", "")
     return Sample(signature(record["config"]), size, busy, rate, memory, disk, device)
-
-
-def probed_training(config: Config, probe: Config, history: History) -> Sample:
-    """The sample of a training whose first steps were probed (scripts/probe.py).
-
-    A teacher's targets count as a cost of each image: the more images a run shows, the more targets it needs.
-    """
-    history.learn(config, probe["data"])
-    size = amount(config, history.sizes) or 1.0
-    ready, image, judged = (probe["seconds"][name][history.clock] for name in ("ready", "image", "judge"))
-    rate = image + (ready / size if "teacher" in config["upstream"] else 0.0)
-    facts = float(probe["peak_memory_mib"]), 4 * probe["parameters"] / 2**20, probe["device"]
-    return Sample(signature(config), size, ready + image * size + judged, rate, *facts, probe=True)
-
-
-def probed_looking(config: Config, records: Sequence[Config], history: History) -> Sample:
-    """The sample of a run that was cut to the LADDER: total from the first, rate from the third minus the second."""
-    history.learn(config, records[0]["data"])
-    sizes = [amount(record["config"], history.sizes) or 1.0 for record in records]
-    seconds = [record["seconds"][history.clock] for record in records]
-    rate = max(0.0, (seconds[2] - seconds[1]) / (sizes[2] - sizes[1]))
-    facts = float(records[-1]["peak_memory_mib"]), 0.0, records[0]["device"]
-    return Sample(signature(config), sizes[0], seconds[0], rate, *facts, probe=True)
 
 
 # --- tables and figures -----------------------------------------------------------------------------------
