@@ -63,7 +63,7 @@ class Estimates:
     def __init__(self, config: Config, runs: Iterable[Run]) -> None:
         self.paths, self.hardware = Paths.of(config), build(config["trainer"], where="trainer")
         self.history = known(self.paths, self.hardware)
-        needed = [need.run.config for need in costs.needed(runs).values() if need.to_do]
+        needed = [run.config for run, to_do in costs.needed(runs).items() if to_do]
         count(needed, self.history, self.hardware)
         self._seconds: dict[str, float] = {}
 

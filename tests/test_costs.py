@@ -168,7 +168,7 @@ def test_a_run_that_is_done_needs_nothing(tmp_path: Path) -> None:
     """Its teacher may be gone."""
     run = plan([*STUDENT, "method=ce_a", "data.per_class=1"], [f"paths.results={tmp_path / 'results'}"])
     record(at(tmp_path), run.config, 1.0)
-    assert not any(need.to_do for need in costs.needed([run]).values() if need.present)
+    assert not any(to_do for needed, to_do in costs.needed([run]).items() if needed.finished)
 
 
 # --- estimates against what runs cost -----------------------------------------------------------------------

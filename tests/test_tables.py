@@ -20,7 +20,7 @@ from gradexp.base.errors import UserError
 from gradexp.engine.compose import plan
 from gradexp.engine.record import write_record
 from gradexp.engine.run import ROOT, run_id
-from gradexp.report import formats, provenance, records, tables
+from gradexp.report import provenance, records, tables
 from gradexp.report import specs as report_specs
 from gradexp.report.specs import Thesis, read_thesis
 
@@ -36,7 +36,7 @@ def table(results: Path = GOLDEN, scale: str = "cpu") -> tables.Table:
 
 @pytest.mark.parametrize(
     ("suffix", "render"),
-    [("md", formats.to_markdown), ("csv", formats.to_csv), ("tex", formats.to_latex), ("txt", formats.to_text)],
+    [("md", tables.to_markdown), ("csv", tables.to_csv), ("tex", tables.to_latex), ("txt", tables.to_text)],
 )
 def test_golden(suffix: str, render: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
@@ -44,7 +44,7 @@ def test_golden(suffix: str, render: Any, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_the_picture_shows_both_numbers_and_needs_no_network() -> None:
-    picture = formats.to_svg(table())
+    picture = tables.to_svg(table())
     assert "10.73" in picture
     assert "8.95" in picture
     assert "font-face" not in picture
@@ -77,8 +77,8 @@ def test_mean_deviation_difference_and_best(tmp_path: Path) -> None:
     assert ce["difference"] == pytest.approx(12 - 5.69)
     assert math.isnan(a["std"])
     assert (ce["best"], a["best"]) == (True, False)
-    rows = list(csv.DictReader(io.StringIO(formats.to_csv(made))))
-    assert list(rows[0]) == formats.COLUMNS
+    rows = list(csv.DictReader(io.StringIO(tables.to_csv(made))))
+    assert list(rows[0]) == tables.COLUMNS
     assert len(rows) == 4
     assert rows[0]["run_ids"].count(" ") == 1
 
@@ -117,7 +117,7 @@ def test_seeds_of_which_one_diverged_have_no_deviation(tmp_path: Path) -> None:
     cell = numbers(made, "Cross-Entropy (CE)", "1")
     assert math.isnan(cell["ours"])
     assert math.isnan(cell["std"])
-    for render in (formats.to_markdown, formats.to_latex, formats.to_text, formats.to_csv):
+    for render in (tables.to_markdown, tables.to_latex, tables.to_text, tables.to_csv):
         assert "nan" in render(made).lower()
 
 
@@ -137,13 +137,13 @@ def test_latex_has_no_letter_that_it_can_not_print(tmp_path: Path) -> None:
     for number in report_specs.numbers("table"):
         spec = report_specs.load("table", number)
         made = tables.build(spec, next(reversed(spec["seeds"])), at(tmp_path, plan))
-        assert formats.to_latex(made).isascii(), number
+        assert tables.to_latex(made).isascii(), number
 
 
 def test_an_empty_cell_says_how_to_fill_itself(tmp_path: Path) -> None:
     made = table(tmp_path)
     command = "python run.py experiment=jacobian_distill scale=cpu method=a data.per_class=5 seed=1"
-    for render in (formats.to_markdown, formats.to_text):
+    for render in (tables.to_markdown, tables.to_text):
         assert command in render(made)
 
 
@@ -411,7 +411,7 @@ def test_rendered_tables_are_up_to_date() -> None:
         number = file.stem.removeprefix("table_").replace("_", ".")
         spec = report_specs.load("table", number)
         made = tables.build(spec, file.parent.name, plan)
-        assert formats.to_csv(made) == file.read_text(), f"make tables SCALE={file.parent.name}"
+        assert tables.to_csv(made) == file.read_text(), f"make tables SCALE={file.parent.name}"
 
 
 def test_a_cell_of_two_metrics_shows_both_and_is_judged_by_the_last() -> None:
@@ -426,7 +426,7 @@ def test_a_cell_of_two_metrics_shows_both_and_is_judged_by_the_last() -> None:
     assert both.thesis == "75.37 / 75.37"
     assert both.gap == "−5.37 / +4.63"
     assert empty.ours == tables.EMPTY
-    lines = list(csv.DictReader(io.StringIO(formats.to_csv(made))))
+    lines = list(csv.DictReader(io.StringIO(tables.to_csv(made))))
     assert [(line["column"], line["metric"], line["ours"]) for line in lines] == [
         ("x", "m0", "70.0000"),
         ("x", "m1", "80.0000"),

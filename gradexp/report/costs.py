@@ -202,50 +202,43 @@ def build(scale: str, plan: Planner, history: History) -> pd.DataFrame:
     if not needs:
         raise UserError(f"scale={scale}: no table or figure has it; expected paper, cpu or quick")
     times = Counter(run for runs in needs.values() for run in runs)
-    needs["all"] = {}
-    for name in list(needs):
-        for run, need in needs[name].items():
-            if run not in needs["all"] or need.to_do:
-                needs["all"][run] = need
-    costs = {run: history.cost(need.run.config) for run, need in needs["all"].items() if need.to_do}
+    needs["all"] = {run: any(runs.get(run) for runs in needs.values()) for run in times}
+    costs = {run: history.cost(run.config) for run, to_do in needs["all"].items() if to_do}
     rows = []
     for name, runs in needs.items():
-        known = [cost for run, need in runs.items() if need.to_do and (cost := costs[run])]
+        missing = [run for run in runs if not run.finished]
+        todo = [run for run, to_do in runs.items() if to_do]
+        known = [cost for run in todo if (cost := costs[run])]
         rows.append(
             {
                 "name": name,
-                "present": sum(need.present for need in runs.values()),
-                "missing": sum(not need.present for need in runs.values()),
+                "present": len(runs) - len(missing),
+                "missing": len(missing),
                 "shared": sum(times[run] > 1 for run in runs),
-                "rebuilt": sum(need.present and need.to_do for need in runs.values()),
+                "rebuilt": len(todo) - len(missing),
                 "seconds": sum(cost.seconds for cost in known),
                 "memory_mib": max((cost.memory_mib for cost in known), default=0.0),
                 "disk_mib": sum(cost.disk_mib for cost in known),
                 "bases": Counter(cost.basis for cost in known),
-                "unknown": [need.run for run, need in runs.items() if need.to_do and not costs[run]],
+                "unknown": [run for run in todo if not costs[run]],
             }
         )
     return pd.DataFrame(rows)
 
 
-@dataclass(frozen=True)
-class Need:
-    run: Run
-    present: bool  # has a record
-    to_do: bool  # has none, or a missing run needs its product, which is not on this disk
+def needed(runs: Iterable[Run]) -> dict[Run, bool]:
+    """These runs and all runs upstream of them; whether each is to do.
 
-
-def needed(runs: Iterable[Run]) -> dict[str, Need]:
-    """These runs and all runs upstream of them, by id."""
-    needs: dict[str, Need] = {}
+    It is if it has no record, or if a missing run needs its product, which is not on this disk.
+    """
+    needs: dict[Run, bool] = {}
 
     def visit(run: Run, product_needed: bool) -> None:
         to_do = not run.finished or (product_needed and not (run.folder / task_of(run.config).product).exists())
-        if run.id in needs and (needs[run.id].to_do or not to_do):
-            return
-        needs[run.id] = Need(run, run.finished, to_do)
-        for below in run.upstream.values():
-            visit(below, to_do)
+        if run not in needs or to_do > needs[run]:
+            needs[run] = to_do
+            for below in run.upstream.values():
+                visit(below, to_do)
 
     for run in runs:
         visit(run, False)

@@ -133,7 +133,7 @@ def make(
 def _below(spec: Config, scale: str, width: float) -> list[str]:
     """The lines below a picture: its notes, scale and seeds, so that a copy of the picture alone has them."""
     seeds = seeds_of(spec, scale)
-    origin = f"scale={scale}, seed{'s' * (len(seeds) > 1)} {specs.joined(seeds)}"
+    origin = f"scale={scale}, seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
     return [*(line for note in specs.notes(spec, scale) for line in textwrap.wrap(note, int(NOTE_WIDTH * width))), origin]
 
 

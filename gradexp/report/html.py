@@ -59,7 +59,7 @@ class Panels:
         curves = {name: value for name, value in record["metrics"].items() if isinstance(value, list)}
         self.records[path.stem] = {
             "command": None,
-            **{key: value for key, value in record.items() if key not in ("metrics", "curves_file", "command")},
+            **{key: value for key, value in record.items() if key not in ("metrics", "curves_file")},
             "numbers": {name: value for name, value in record["metrics"].items() if name not in curves},
             "curves": {name: curve(value, self.points) for name, value in curves.items()},
         }
@@ -74,9 +74,6 @@ def curve(values: Sequence[Any], points: int) -> Config:
     stretches = np.array_split(np.array(values, dtype=float), min(points, len(values)) or 1)
     finite = [part[np.isfinite(part)] for part in stretches]
     return {"n": len(values), "y": [float(f"{part.mean():.4g}") if len(part) else None for part in finite]}
-
-
-# --- what the template shows ------------------------------------------------------------------------------
 
 
 def marks(numbers: pd.DataFrame, close: float) -> np.ndarray:
@@ -153,9 +150,6 @@ def claim_views(judged: claims.Judged, panels: Panels) -> list[Config]:
         runs = dict.fromkeys(itertools.chain(*(row["runs"] for row in view["details"])))
         panels.add(f"claim-{view['id']}", f"Claim, {view['item']}", view["claim"], {"verdict": view["words"]}, runs)
     return views
-
-
-# --- the page ---------------------------------------------------------------------------------------------
 
 
 def chapters(views: Mapping[str, Sequence[Config]], settings: Config) -> list[Config]:

@@ -66,9 +66,6 @@ def _upstream(spec: Config, scale: str, plan: Planner) -> Iterator[tuple[Config,
             yield line, run, ours, printed
 
 
-# --- the protocol -----------------------------------------------------------------------------------------
-
-
 def departed(pairs: Iterable[tuple[Config, Config]]) -> dict[str, tuple[str, str]]:
     """The settings in which runs differ from their counterparts at scale=paper: {key: (here, paper)}, as text.
 
@@ -100,9 +97,6 @@ def _flat(config: Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def _alternatives(values: Iterable[Any]) -> str:
     return " or ".join(dict.fromkeys("none" if value is None else str(value) for value in values))
-
-
-# --- the runs ---------------------------------------------------------------------------------------------
 
 
 def read(runs: Iterable[Run]) -> tuple[list[Config], list[Config]]:

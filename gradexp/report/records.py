@@ -83,9 +83,6 @@ def _flat(config: Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield from _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
 
 
-# --- the runs of a table or figure ------------------------------------------------------------------------
-
-
 def cells(spec: Config, scale: str, plan: Planner) -> pd.DataFrame:
     """One row for each seed and metric of each cell of a table or figure, finished or not, in the order of the cells.
 

@@ -229,11 +229,6 @@ def notes(spec: Config, scale: str) -> list[str]:
     return [text for text in (spec.get("note"), spec.get("notes", {}).get(scale)) if text]
 
 
-def joined(values: Sequence[Any]) -> str:
-    """`0, 1, 2`"""
-    return ", ".join(map(str, values))
-
-
 # --- cells ------------------------------------------------------------------------------------------------
 
 

@@ -1,22 +1,29 @@
-"""A table of the thesis from records: a spec, the runs behind each cell, and what their numbers come to."""
+"""A table of the thesis from records, and its files: Markdown, CSV, LaTeX and SVG, and text for the terminal."""
 
 from __future__ import annotations
 
+import io
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import rich.console
+from rich.markup import escape
 
 from gradexp.engine.run import Config, Run
 from gradexp.report import provenance, records, specs
 from gradexp.report.provenance import Caption
 from gradexp.report.specs import Planner, Thesis, command
+from gradexp.report.writing import csv, grid, one_line, printed, rendered, stem_of, write_beside
 
 CELL = ["row", "column"]
+COLUMNS = ["row", "column", "metric", "ours", "std", "n", "thesis", "difference", "run_ids"]  # of the CSV file
 EMPTY = "–"  # shown in a cell without a finished run
 ABSENT = "n/a"  # shown in a cell that the scale does not run
 
@@ -142,9 +149,6 @@ def best(numbers: pd.DataFrame, spec: Config) -> pd.Series[bool]:
     return pd.Series(cells.isin(pd.MultiIndex.from_frame(won[CELL])), numbers.index)
 
 
-# --- from a spec to a table -------------------------------------------------------------------------------
-
-
 def build(spec: Config, scale: str, plan: Planner) -> Table:
     """The table that `conf/table/NUMBER.yaml` describes, filled with the records that exist."""
     cells = records.cells(spec, scale, plan)
@@ -168,3 +172,71 @@ def _counterparts(spec: Config, scale: str, cells: pd.DataFrame, plan: Planner) 
             cell = first.loc[(row["label"], column["label"])]
             there = next((entry for entry in [column, *spec["columns"]] if "paper" in entry.get("scales", ["paper"])), column)
             yield cell["run"].config, plan(command(spec, row, there, "paper", cell["seed"])).config
+
+
+# --- files ------------------------------------------------------------------------------------------------
+
+
+def wide(table: Table, show: Callable[[Config], str], label: Callable[[str], str] = one_line) -> pd.DataFrame:
+    """The table as it is printed, one line a row, its label first. show, label: the text of a cell, of a label."""
+    rows = [[label(row), *map(show, cells)] for row, cells in table.by_row.items()]
+    return pd.DataFrame(rows, columns=[label(name) for name in (table.spec["corner"], *table.columns)])
+
+
+def to_csv(table: Table) -> str:
+    """One line for each metric of each cell. Undefined deviations and differences are empty, numbers of diverged runs `nan`."""
+    done = table.cells[table.cells["finished"]].groupby([*CELL, "part"])["run"]
+    ids = done.agg(lambda runs: " ".join(run.id for run in runs)).rename("run_ids")
+    frame = table.numbers.join(ids, on=[*CELL, "part"])
+    diverged = frame["ours"].isna() & (frame["n"] > 0)
+    for name in ("ours", "std", "difference"):
+        frame[name] = frame[name].map("{:.4f}".format, na_action="ignore")
+    frame["ours"] = frame["ours"].mask(diverged, "nan")
+    frame["std"] = frame["std"].mask(diverged & (frame["n"] > 1), "nan")
+    frame["thesis"] = frame["thesis"].map("{:g}".format, na_action="ignore")
+    return csv(frame[COLUMNS])
+
+
+def to_text(table: Table) -> str:
+    """For the terminal: ours above, the thesis's number below in parentheses; * marks the best of a column."""
+
+    def show(cell: Config) -> str:
+        return f"{cell['ours']}{'*' if cell['best'] else ''}" + (f"\n({cell['thesis']})" if cell["thesis"] else "")
+
+    return rendered("table.txt", table=table, printed=printed(wide(table, show)))
+
+
+def to_markdown(table: Table) -> str:
+    return rendered("table.md", table=table)
+
+
+def to_latex(table: Table) -> str:
+    return rendered("table.tex", table=table)
+
+
+def to_svg(table: Table) -> str:
+    """A picture: ours, and dimmed the thesis's number."""
+
+    def show(cell: Config) -> str:
+        ours = f"[bold]{cell['ours']}[/bold]" if cell["best"] else cell["ours"]
+        return f"{ours} [dim]{cell['thesis']}[/dim]" if cell["thesis"] else str(ours)
+
+    picture = grid(wide(table, show, _no_markup))
+    picture.title = _no_markup(f"{table.head} {table.title}")
+    console = rich.console.Console(record=True, width=100, emoji=False, file=io.StringIO())
+    console.print(picture)
+    best = f"bold: best of its {table.best_per}; " if table.best_per else ""
+    console.print(f"{best}dim: the thesis", style="dim", justify="center")
+    # rich's fonts are loaded from the network, which a committed picture must not need.
+    return re.sub(r"@font-face \{[^}]*\}\s*", "", console.export_svg(title="gradexp"))
+
+
+def _no_markup(text: str) -> str:
+    """The text for rich, which takes `[...]` for markup."""
+    return escape(one_line(text))
+
+
+def write(table: Table, results: Path) -> list[Path]:
+    """Write the files of a table to results/tables/<scale>/."""
+    contents = {"md": to_markdown(table), "csv": to_csv(table), "tex": to_latex(table), "svg": to_svg(table)}
+    return write_beside(stem_of("table", table.number, table.scale, results), contents)
