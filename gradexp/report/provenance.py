@@ -120,24 +120,20 @@ def with_upstream(runs: Iterable[Run]) -> dict[Run, None]:
 
 def origin_of(records: Sequence[Config], below: Sequence[Config] = ()) -> Caption:
     """Where the numbers of these records come from; below: the records upstream of them."""
-    if not records:
-        return Caption(["No run has finished yet."], [])
     every = [*records, *below]
     attempts = [attempt for record in every for attempt in (record, *record.get("attempts", []))]
-    machines = sorted({f"{one['precision']} on {one['device']}" for one in attempts if "precision" in one})
     commits = sorted({(one["git"]["commit"] or "none")[:8] + (" (dirty)" if one["git"]["dirty"] else "") for one in attempts})
-    dirty = sum(commit.endswith("(dirty)") for commit in commits)
     known = {record["id"]: record for record in every if "id" in record}
-    seconds = sum(own_seconds(record, known, "wall") for record in every)
-    time = f"{seconds / 3600:.1f} h" if seconds >= 180 else f"{max(1, round(seconds / 60))} min"
-    count = _runs(len(records)) + (f" and {_runs(len(below), 'upstream run')}" if below else "")
-    where = f"in precision {machines[0]}" if len(machines) == 1 else f"on {len(machines)} kinds of hardware"
-    state = "clean" if not dirty else "dirty" if dirty == len(commits) else f"{dirty} of them dirty"
-    source = f"commit {commits[0].partition(' ')[0]}" if len(commits) == 1 else f"{len(commits)} commits"
-    details = [f"Hardware: {'; '.join(machines)}."] if len(machines) > 1 else []
-    details += [f"Commits: {', '.join(commits)}."] if len(commits) > 1 else []
-    repeated, users = _repeated(records, known)
-    return Caption([f"Computed by {count} in {time}, {where}, from {source} ({state}).", *repeated], details + users)
+    facts = {
+        "records": len(records),
+        "below": len(below),
+        "minutes": sum(own_seconds(record, known, "wall") for record in every) / 60,
+        "machines": sorted({f"{one['precision']} on {one['device']}" for one in attempts if "precision" in one}),
+        "commits": commits,
+        "dirty": sum(commit.endswith("(dirty)") for commit in commits),
+        "repeated": list(_repeated(records, known)),
+    }
+    return Caption(rendered("origin.txt", **facts).splitlines(), rendered("details.txt", **facts).splitlines())
 
 
 def own_seconds(record: Config, known: Mapping[str, Config], clock: str) -> float:
@@ -151,25 +147,15 @@ def own_seconds(record: Config, known: Mapping[str, Config], clock: str) -> floa
     return float(seconds[clock]) - sum(run["seconds"][clock] for run in inside)
 
 
-def _repeated(records: Sequence[Config], known: Mapping[str, Config]) -> tuple[list[str], list[str]]:
-    """Which files of an upstream run were used, if it ran more than once or its record describes another file."""
+def _repeated(records: Sequence[Config], known: Mapping[str, Config]) -> Iterator[Config]:
+    """The upstream runs that ran more than once, or whose record describes another file: name, id, files ({digest: users})."""
     used: dict[tuple[str, str], dict[str, list[str]]] = {}
     for record in records:
         upstream = record.get("upstream", {})
         for name, digest in digests(upstream).items():
             used.setdefault((name, upstream[name]["id"]), {}).setdefault(digest[:8], []).append(record["id"])
     older = {run["id"] for record in records for run in record.get("upstream", {}).values() if "remade" in run}
-    sentences, details = [], []
-    for (name, number), users in used.items():
+    for (name, number), files in used.items():
         recorded = known.get(number, {}).get("product", {}).get("sha256", "")[:8]
-        if len(users) == 1 and number not in older and recorded in ("", *users):
-            continue
-        times = f"ran {len(users)} times" if len(users) > 1 else "ran again after its record was written"
-        counts = ", ".join(f"file {digest} by {_runs(len(ids))}" for digest, ids in users.items())
-        sentences.append(f"The {name} (run {number}) {times}; used are {counts}.")
-        details += [f"File {digest} of run {number}: {', '.join(ids)}." for digest, ids in users.items()]
-    return sentences, details
-
-
-def _runs(count: int, name: str = "run") -> str:
-    return f"{count} {name}{'' if count == 1 else 's'}"
+        if len(files) > 1 or number in older or recorded not in ("", *files):
+            yield {"name": name, "id": number, "files": files}
