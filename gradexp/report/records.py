@@ -92,27 +92,14 @@ def cells(spec: Config, scale: str, plan: Planner) -> pd.DataFrame:
     """
     rows = []
     for cell in specs.cells(spec, scale):
-        head = {"row": cell.row["label"], "column": label_of(cell.column), "panel": cell.row.get("panel")}
+        head = (cell.row["label"], label_of(cell.column), cell.row.get("panel"))
         shown = list(_metrics(spec, cell))
         runs: dict[int | None, Run | None] = {seed: plan(words) for seed, words in cell.commands.items()}
         for seed, run in (runs or {None: None}).items():
             record = run.record() if run else None
-            for part, (metric, spread, printed) in enumerate(shown):
-                rows.append(
-                    {
-                        **head,
-                        "part": part,
-                        "metric": metric,
-                        "seed": seed,
-                        "run": run,
-                        "finished": record is not None,
-                        "value": number(record, metric),
-                        "spread": number(record, spread),
-                        "thesis": printed.value,
-                        "thesis_std": printed.std,
-                        "thesis_bold": printed.bold,
-                    }
-                )
+            for part, (metric, spread, thesis) in enumerate(shown):
+                numbers = (number(record, metric), number(record, spread), thesis.value, thesis.std, thesis.bold)
+                rows.append((*head, part, metric, seed, run, record is not None, *numbers))
     return pd.DataFrame(rows, columns=COLUMNS).astype({"seed": "Int64", "run": object})
 
 

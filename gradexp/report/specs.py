@@ -288,11 +288,6 @@ class Thesis(NamedTuple):
     bold: bool = False
     std: float = math.nan
 
-    def __str__(self) -> str:
-        """`48.1 ± 0.3`; empty without a number."""
-        parts = [f"{number:g}" for number in (self.value, self.std) if not math.isnan(number)]
-        return " ± ".join(parts)
-
 
 @cache
 def read_thesis() -> dict[tuple[str, ...], Thesis]:

@@ -19,7 +19,7 @@ from rich.markup import escape
 from gradexp.engine.run import Config, Run
 from gradexp.report import provenance, records, specs
 from gradexp.report.provenance import Caption
-from gradexp.report.specs import Planner, Thesis, command
+from gradexp.report.specs import Planner, command
 from gradexp.report.writing import csv, grid, one_line, printed, rendered, stem_of, write_beside
 
 CELL = ["row", "column"]
@@ -85,12 +85,14 @@ class Table:
         minus the thesis's; best, bold: whether our number, and the thesis's, is marked as best; metric, n, planned, runs.
         """
         numbers: Any = self.numbers
-        std = numbers["std"].map(" ± {:.2f}".format, na_action="ignore").fillna("")
-        gap = numbers["difference"].map("{:+.2f}".format, na_action="ignore").fillna("").str.replace("-", "−")
+
+        def formatted(name: str, form: str) -> pd.Series[str]:
+            return numbers[name].map(form.format, na_action="ignore").fillna("")
+
         parts = {
-            "mean": numbers["ours"].map("{:.2f}".format).str.replace("nan", "NaN") + std,
-            "thesis": [str(Thesis(row.thesis, std=row.thesis_std)) for row in numbers.itertuples()],
-            "gap": gap,
+            "mean": numbers["ours"].map("{:.2f}".format).str.replace("nan", "NaN") + formatted("std", " ± {:.2f}"),
+            "thesis": formatted("thesis", "{:g}") + formatted("thesis_std", " ± {:g}"),
+            "gap": formatted("difference", "{:+.2f}").str.replace("-", "−"),
             "metric": numbers["metric"].fillna(""),
         }
         texts = numbers[CELL].assign(**parts).groupby(CELL, sort=False).agg(lambda cell: " / ".join(filter(None, cell)))

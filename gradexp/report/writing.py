@@ -6,6 +6,7 @@ import io
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,12 @@ def _no_formula(cell: Any) -> Any:
 
 
 def rendered(name: str, **content: Any) -> str:
-    """A template of page/, filled. Only page.html escapes HTML by itself; a name that is missing is an error."""
+    """A template of page/, filled. A name that is missing is an error."""
+    return _environment().get_template(name).render(**content)
+
+
+@cache
+def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(PAGES),
         autoescape=jinja2.select_autoescape(["html"]),
@@ -96,9 +102,9 @@ def rendered(name: str, **content: Any) -> str:
         keep_trailing_newline=True,
     )
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "ensure_ascii": False, "allow_nan": False}
-    filters = (one_line, plain, latex, line, cell_of_line, markdown, prose, quantity)
+    filters = (one_line, plain, latex, line, cell_of_line, prose, quantity)
     environment.filters |= {function.__name__: function for function in filters}
-    return environment.get_template(name).render(**content)
+    return environment
 
 
 def line(cells: Iterable[Any]) -> str:
@@ -109,11 +115,6 @@ def line(cells: Iterable[Any]) -> str:
 def cell_of_line(text: str) -> str:
     """The text on one line, with `|` escaped, and with it the backslashes before it."""
     return re.sub(r"(\\*)\|", r"\1\1\\|", one_line(text))
-
-
-def markdown(frame: pd.DataFrame) -> list[str]:
-    """The lines of a table. Cells are not padded to one width, so that a changed cell changes one line of a committed file."""
-    return [line(frame.columns), "|---" * frame.shape[1] + "|", *map(line, frame.to_numpy().tolist())]
 
 
 @jinja2.pass_context
