@@ -22,7 +22,7 @@ def main() -> None:
     with exit_on_errors():
         plan = planner([])
         items = {name: [plan(words) for words in commands] for name, commands in costs.items("paper").items()}
-        every = {need.run.id: need.run for need in costs.needed(run for runs in items.values() for run in runs).values()}
+        every = {run.id: run for run in costs.needed(run for runs in items.values() for run in runs)}
         kinds = {costs.signature(run.config): run.config for run in every.values()}
         units = operations.counts(kinds, operations.STORE)
         seconds = {name: seconds_of(run, units[costs.signature(run.config)]) for name, run in every.items()}

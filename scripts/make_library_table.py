@@ -31,7 +31,7 @@ from gradexp.base.files import write_atomically
 from gradexp.engine.exits import exit_on_errors
 from gradexp.engine.run import ROOT
 from gradexp.layers import only_inputs
-from gradexp.report.writing import markdown
+from gradexp.report.writing import line
 
 ROWS = ROOT / "results" / "library.csv"
 PAGE = ROOT / "docs" / "library.md"
@@ -207,7 +207,7 @@ def table(rows: dict[str, dict[str, str]], sizes: dict[str, int]) -> list[str]:
         }
         for name, row in sorted(rows.items())
     )
-    lines = markdown(frame)
+    lines = [line(frame.columns), "|---" * frame.shape[1] + "|", *map(line, frame.to_numpy().tolist())]
     left = [f"{name} ({math.floor(size / 1e6)} M)" for name, size in sizes.items() if name not in rows]
     return [*lines, "", f"Not computed (parameters in brackets): {', '.join(left)}."] if left else lines
 

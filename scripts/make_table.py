@@ -4,7 +4,7 @@ from typing import Any
 
 from common import Job, make_all, report
 
-from gradexp.report import formats, specs, tables
+from gradexp.report import specs, tables
 
 
 def make(spec: dict[str, Any], job: Job) -> None:
@@ -12,8 +12,8 @@ def make(spec: dict[str, Any], job: Job) -> None:
     wanted = [overrides for cell in specs.cells(spec, job.scale) for overrides in cell.commands.values()]
     failures = job.fill(f"table {spec['number']}", wanted)
     table = tables.build(spec, job.scale, job.plan)
-    files = formats.write(table, specs.folder_of("table", spec["number"], job.paths.results))
-    print(formats.to_text(table))
+    files = tables.write(table, specs.folder_of("table", spec["number"], job.paths.results))
+    print(tables.to_text(table))
     report(files, failures)
 
 

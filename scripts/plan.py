@@ -24,6 +24,7 @@ from gradexp.report import costs
 
 CORE_FLOPS = 5e10  # a second of one core, where no record corrects it
 START = 20.0  # seconds that any run takes
+LADDER = (1, 4, 16)  # the sizes to which runs that train nothing are cut for a probe
 GAUGES = 3  # kinds of trainings with records, by which computed times are corrected
 
 
@@ -37,11 +38,11 @@ def main() -> None:
         history = known(paths, hardware)
         rows = costs.build(given.scale, planner(given.set), history)
         if given.probe:
-            measure([run.config | {"trainer": config["trainer"]} for run in rows[-1].unknown], paths, history)
+            measure([run.config | {"trainer": config["trainer"]} for run in rows.iloc[-1]["unknown"]], paths, history)
             history = known(paths, hardware)
             rows = costs.build(given.scale, planner(given.set), history)
-        if rows[-1].unknown:
-            count([run.config for run in rows[-1].unknown], history, hardware)
+        if rows.iloc[-1]["unknown"]:
+            count([run.config for run in rows.iloc[-1]["unknown"]], history, hardware)
             rows = costs.build(given.scale, planner(given.set), history)
     free = shutil.disk_usage(next(folder for folder in (paths.outputs, *paths.outputs.parents) if folder.exists())).free
     print(costs.to_text(rows, given.scale, slots(hardware), hardware.facts()["device"], free / 2**30))
@@ -62,7 +63,7 @@ class Estimates:
     def __init__(self, config: Config, runs: Iterable[Run]) -> None:
         self.paths, self.hardware = Paths.of(config), build(config["trainer"], where="trainer")
         self.history = known(self.paths, self.hardware)
-        needed = [need.run.config for need in costs.needed(runs).values() if need.to_do]
+        needed = [run.config for run, to_do in costs.needed(runs).items() if to_do]
         count(needed, self.history, self.hardware)
         self._seconds: dict[str, float] = {}
 
@@ -79,7 +80,8 @@ class Estimates:
         """Note what a finished run cost."""
         if record := run.record():
             self.history.learn(record["config"], record.get("data", {}))
-            self.history.add(costs.sample(record, self.history.sizes, {}, run.folder, self.history.clock))
+            if learned := costs.sample(record, self.history.sizes, {}, run.folder, self.history.clock):
+                self.history.add(learned)
             self._seconds.clear()
 
 
@@ -127,11 +129,34 @@ def probed(config: Config, paths: Paths, history: costs.History) -> costs.Sample
     import probe  # imports Lightning, which takes seconds
 
     if "optim" in config:
-        return costs.probed_training(config, probe.in_its_own_process(probe.training, config, paths, threads=1), history)
-    cut = [short for n in costs.LADDER if (short := task_of(config).shortened(config, n))]
+        return probed_training(config, probe.in_its_own_process(probe.training, config, paths, threads=1), history)
+    cut = [short for n in LADDER if (short := task_of(config).shortened(config, n))]
     if not cut:
         raise UserError("it cannot be shortened; it takes seconds to minutes")
-    return costs.probed_looking(config, probe.in_its_own_process(probe.looking, cut, paths, threads=1), history)
+    return probed_looking(config, probe.in_its_own_process(probe.looking, cut, paths, threads=1), history)
+
+
+def probed_training(config: Config, probe: Config, history: costs.History) -> costs.Sample:
+    """The sample of a training whose first steps were probed (scripts/probe.py).
+
+    A teacher's targets count as a cost of each image: the more images a run shows, the more targets it needs.
+    """
+    history.learn(config, probe["data"])
+    size = costs.amount(config, history.sizes) or 1.0
+    ready, image, judged = (probe["seconds"][name][history.clock] for name in ("ready", "image", "judge"))
+    rate = image + (ready / size if "teacher" in config["upstream"] else 0.0)
+    facts = float(probe["peak_memory_mib"]), 4 * probe["parameters"] / 2**20, probe["device"]
+    return costs.Sample(costs.signature(config), size, ready + image * size + judged, rate, *facts, probe=True)
+
+
+def probed_looking(config: Config, records: Sequence[Config], history: costs.History) -> costs.Sample:
+    """The sample of a run that was cut to the LADDER: total from the first, rate from the third minus the second."""
+    history.learn(config, records[0]["data"])
+    sizes = [costs.amount(record["config"], history.sizes) or 1.0 for record in records]
+    seconds = [record["seconds"][history.clock] for record in records]
+    rate = max(0.0, (seconds[2] - seconds[1]) / (sizes[2] - sizes[1]))
+    facts = float(records[-1]["peak_memory_mib"]), 0.0, records[0]["device"]
+    return costs.Sample(costs.signature(config), sizes[0], seconds[0], rate, *facts, probe=True)
 
 
 if __name__ == "__main__":

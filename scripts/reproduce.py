@@ -124,7 +124,7 @@ class Budget:
 
     def cost(self, run: Run) -> float:
         """Seconds until a run is finished, its missing upstream runs included."""
-        return self.correction * sum(self.alone(need.run) for need in costs.needed([run]).values() if need.to_do)
+        return self.correction * sum(self.alone(each) for each, to_do in costs.needed([run]).items() if to_do)
 
     def alone(self, run: Run) -> float:
         return float(self.estimates.seconds(run.config, self.slots))

@@ -5,6 +5,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+import plan as plan_script
 import probe
 import pytest
 
@@ -15,7 +17,7 @@ from gradexp.engine.record import write_record
 from gradexp.engine.run import Config, Paths, Run, run_id
 from gradexp.engine.task import task_of
 from gradexp.report import costs
-from gradexp.report.costs import History, Row, Sample
+from gradexp.report.costs import History, Sample
 
 pytestmark = pytest.mark.usefixtures("sample_records")
 
@@ -140,10 +142,10 @@ def test_rows_count_runs_once_and_say_what_is_not_known(tmp_path: Path, monkeypa
     teacher = runs[1].upstream["teacher"]
     record(paths, teacher.config, 40.0, data=WHOLE)
 
-    def build() -> list[Row]:
+    def build() -> pd.DataFrame:
         return costs.build("quick", planner, History.of(paths))
 
-    x, y, everything = build()
+    x, y, everything = build().itertuples()
     assert [(row.present, row.missing, row.shared, row.rebuilt) for row in (x, y, everything)] == [
         (2, 1, 2, 1),
         (1, 2, 2, 1),
@@ -155,7 +157,7 @@ def test_rows_count_runs_once_and_say_what_is_not_known(tmp_path: Path, monkeypa
     weights = paths.folder(teacher.config) / "weights.pt"
     weights.parent.mkdir(parents=True)
     weights.touch()
-    assert build()[0].seconds == 20.0
+    assert build()["seconds"][0] == 20.0
     text = costs.to_text(build(), "quick", 2, "processor", 10)
     assert "1 record; 1 unknown" in text
     assert "≥ 0.00" in text
@@ -166,7 +168,7 @@ def test_a_run_that_is_done_needs_nothing(tmp_path: Path) -> None:
     """Its teacher may be gone."""
     run = plan([*STUDENT, "method=ce_a", "data.per_class=1"], [f"paths.results={tmp_path / 'results'}"])
     record(at(tmp_path), run.config, 1.0)
-    assert not any(need.to_do for need in costs.needed([run]).values() if need.present)
+    assert not any(to_do for needed, to_do in costs.needed([run]).items() if needed.finished)
 
 
 # --- estimates against what runs cost -----------------------------------------------------------------------
@@ -219,7 +221,7 @@ def test_an_estimate_from_a_probe_is_within_40_per_cent(tmp_path: Path, words: S
 
     def tried(number: str) -> float:
         run, history, folder = config(*words), History(), tmp_path / number
-        history.add(costs.probed_training(run, probe.training(run, at(folder / "probe")), history))
+        history.add(plan_script.probed_training(run, probe.training(run, at(folder / "probe")), history))
         return ratio(history.cost(run), spent(run, at(folder / "run")))
 
     assert_near(tried)
@@ -231,9 +233,9 @@ def test_an_estimate_from_a_cut_run_is_within_40_per_cent(tmp_path: Path) -> Non
 
     def tried(number: str) -> float:
         run, history, paths = config(*words), History(), at(tmp_path / number)
-        cut = [task_of(run).shortened(run, n) for n in costs.LADDER]
+        cut = [task_of(run).shortened(run, n) for n in plan_script.LADDER]
         records = probe.looking([one for one in cut if one], paths)
-        history.add(costs.probed_looking(run, records, history))
+        history.add(plan_script.probed_looking(run, records, history))
         return ratio(history.cost(run), spent(run, paths))
 
     assert_near(tried)

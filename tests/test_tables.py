@@ -20,7 +20,7 @@ from gradexp.base.errors import UserError
 from gradexp.engine.compose import plan
 from gradexp.engine.record import write_record
 from gradexp.engine.run import ROOT, run_id
-from gradexp.report import formats, provenance, records, tables
+from gradexp.report import provenance, records, tables
 from gradexp.report import specs as report_specs
 from gradexp.report.specs import Thesis, read_thesis
 
@@ -36,7 +36,7 @@ def table(results: Path = GOLDEN, scale: str = "cpu") -> tables.Table:
 
 @pytest.mark.parametrize(
     ("suffix", "render"),
-    [("md", formats.to_markdown), ("csv", formats.to_csv), ("tex", formats.to_latex), ("txt", formats.to_text)],
+    [("md", tables.to_markdown), ("csv", tables.to_csv), ("tex", tables.to_latex), ("txt", tables.to_text)],
 )
 def test_golden(suffix: str, render: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
@@ -44,7 +44,7 @@ def test_golden(suffix: str, render: Any, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_the_picture_shows_both_numbers_and_needs_no_network() -> None:
-    picture = formats.to_svg(table())
+    picture = tables.to_svg(table())
     assert "10.73" in picture
     assert "8.95" in picture
     assert "font-face" not in picture
@@ -77,8 +77,8 @@ def test_mean_deviation_difference_and_best(tmp_path: Path) -> None:
     assert ce["difference"] == pytest.approx(12 - 5.69)
     assert math.isnan(a["std"])
     assert (ce["best"], a["best"]) == (True, False)
-    rows = list(csv.DictReader(io.StringIO(formats.to_csv(made))))
-    assert list(rows[0]) == formats.COLUMNS
+    rows = list(csv.DictReader(io.StringIO(tables.to_csv(made))))
+    assert list(rows[0]) == tables.COLUMNS
     assert len(rows) == 4
     assert rows[0]["run_ids"].count(" ") == 1
 
@@ -117,13 +117,13 @@ def test_seeds_of_which_one_diverged_have_no_deviation(tmp_path: Path) -> None:
     cell = numbers(made, "Cross-Entropy (CE)", "1")
     assert math.isnan(cell["ours"])
     assert math.isnan(cell["std"])
-    for render in (formats.to_markdown, formats.to_latex, formats.to_text, formats.to_csv):
+    for render in (tables.to_markdown, tables.to_latex, tables.to_text, tables.to_csv):
         assert "nan" in render(made).lower()
 
 
 def test_where_cells_depart_differently_both_are_said(tmp_path: Path) -> None:
     made = tables.build(report_specs.load("table", "2.2"), "cpu", at(tmp_path, plan))
-    (optimizer,) = [here for key, here, _ in made.departures if key == "upstream.model.optim.optimizer"]
+    (optimizer,) = [here for key, (here, _) in made.caption.departures.items() if key == "upstream.model.optim.optimizer"]
     assert optimizer == "Adam(lr=0.003) or Adam(lr=0.003, weight_decay=0.001)"
 
 
@@ -137,13 +137,13 @@ def test_latex_has_no_letter_that_it_can_not_print(tmp_path: Path) -> None:
     for number in report_specs.numbers("table"):
         spec = report_specs.load("table", number)
         made = tables.build(spec, next(reversed(spec["seeds"])), at(tmp_path, plan))
-        assert formats.to_latex(made).isascii(), number
+        assert tables.to_latex(made).isascii(), number
 
 
 def test_an_empty_cell_says_how_to_fill_itself(tmp_path: Path) -> None:
     made = table(tmp_path)
     command = "python run.py experiment=jacobian_distill scale=cpu method=a data.per_class=5 seed=1"
-    for render in (formats.to_markdown, formats.to_text):
+    for render in (tables.to_markdown, tables.to_text):
         assert command in render(made)
 
 
@@ -158,12 +158,10 @@ def test_no_scale_borrows_from_another(tmp_path: Path) -> None:
 
 
 def test_a_caption_lists_departures_from_the_paper() -> None:
-    changes = provenance.departures(
-        {"scale": {"name": "cpu"}, "upstream": {}, "optim": {"passes": 60}, "seed": 0},
-        {"scale": {"name": "paper"}, "upstream": {}, "optim": {"passes": 500}, "seed": 0},
-    )
-    assert changes == {"optim.passes": (60, 500)}
-    assert "`optim.passes` 60 (paper: 500)" in " ".join(table(scale="quick").caption)
+    here = {"scale": {"name": "cpu"}, "upstream": {}, "optim": {"passes": 60}, "seed": 0}
+    paper = {"scale": {"name": "paper"}, "upstream": {}, "optim": {"passes": 500}, "seed": 0}
+    assert provenance.departed([(here, paper)]) == {"optim.passes": ("60", "500")}
+    assert "`optim.passes` 60 (paper: 500)" in " ".join(table(scale="quick").caption.sentences)
 
 
 HERE = {"precision": "32", "device": "here", "git": {"commit": "c" * 40, "dirty": False}, "seconds": {"wall": 3600}}
@@ -173,11 +171,11 @@ def test_a_caption_counts_the_uses_of_each_file_of_a_teacher_that_ran_more_than_
     first, second = {"id": "aa", "weights_sha256": "0123456789"}, {"id": "aa", "weights_sha256": "9876543210"}
     records = [{"id": f"run{i}", "upstream": {"teacher": run}, **HERE} for i, run in enumerate((first, first, second))]
     same = provenance.origin_of(records[:2])
-    assert same == (["Computed by 2 runs in 2.0 h, in precision 32 on here, from commit cccccccc (clean)."], [])
+    assert same[:2] == (["Computed by 2 runs in 2.0 h, in precision 32 on here, from commit cccccccc (clean)."], [])
     unpacked = {**records[0], "git": {"commit": None, "dirty": False}}
     assert provenance.origin_of([unpacked]).sentences[0].endswith("from commit none (clean).")
     second["remade"] = {"test/accuracy": 63.8612}  # as older records have it
-    sentences, details = provenance.origin_of(records)
+    sentences, details, _ = provenance.origin_of(records)
     assert sentences[1:] == ["The teacher (run aa) ran 2 times; used are file 01234567 by 2 runs, file 98765432 by 1 run."]
     assert details == ["File 01234567 of run aa: run0, run1.", "File 98765432 of run aa: run2."]
     # All runs may use the second file, while the teacher's record describes the first one.
@@ -209,7 +207,7 @@ def test_a_table_says_where_the_models_that_it_looks_at_were_trained(tmp_path: P
     write_record(model.record_path, trained)
     records, below = provenance.read([*looks, *looks, fake_run("z", tmp_path / "noise" / "missing.json")])
     assert [record["id"] for record in (*records, *below)] == [12 * "b", 12 * "c", 12 * "a"]
-    sentences, details = provenance.origin_of(records, below)
+    sentences, details, _ = provenance.origin_of(records, below)
     assert sentences == [
         "Computed by 2 runs and 1 upstream run in 3.0 h, on 3 kinds of hardware, from 2 commits (1 of them dirty)."
     ]
@@ -275,8 +273,8 @@ def test_a_row_apart_does_not_compete() -> None:
     grid = {("a", "x"): (1.0,), ("b", "x"): (2.0,), ("oracle", "x"): (9.0,)}
     assert summary(grid, rows=[{"label": "oracle", "apart": True}])["best"].tolist() == [False, True, False]
     rows = [{**row, "apart": row["label"] == "A only"} for row in SPEC["rows"]]
-    assert "The best number is marked among the rows without A only." in table_with(rows=rows).caption
-    assert not any("among the rows" in sentence for sentence in table().caption)
+    assert "The best number is marked among the rows without A only." in table_with(rows=rows).caption.sentences
+    assert not any("among the rows" in sentence for sentence in table().caption.sentences)
 
 
 def test_one_filled_cell_is_not_the_best_of_its_column() -> None:
@@ -284,10 +282,12 @@ def test_one_filled_cell_is_not_the_best_of_its_column() -> None:
 
 
 def test_departures_that_a_note_describes_are_not_listed() -> None:
-    (sentence,) = [x for x in table_with(described=["optim."], notes={"quick": "12 passes."}).caption if "departs" in x]
+    (sentence,) = [
+        x for x in table_with(described=["optim."], notes={"quick": "12 passes."}).caption.sentences if "departs" in x
+    ]
     assert sentence == "Scale quick departs from scale=paper in: the settings described above."
-    assert "12 passes." in table_with(notes={"quick": "12 passes.", "cpu": "More."}).caption
-    assert "More." not in table_with(notes={"cpu": "More."}).caption
+    assert "12 passes." in table_with(notes={"quick": "12 passes.", "cpu": "More."}).caption.sentences
+    assert "More." not in table_with(notes={"cpu": "More."}).caption.sentences
     assert table_with(title="On {data}, {where}", where={"quick": "here"}).title == "On toy, here"
 
 
@@ -322,19 +322,19 @@ def test_a_misspelt_metric_is_an_error_and_no_diverged_run() -> None:
 
 def test_a_column_that_paper_does_not_have_is_set_against_its_first() -> None:
     made = tables.build(report_specs.load("table", "4.1-size"), "cpu", at(GOLDEN, plan))
-    assert ("data.per_class", "5", "50") in made.departures
-    assert not any("for orientation" in sentence for sentence in made.caption)  # it has no number of the thesis
+    assert made.caption.departures["data.per_class"] == ("5", "50")
+    assert not any("for orientation" in sentence for sentence in made.caption.sentences)  # it has no number of the thesis
 
 
 def test_a_table_of_held_out_images_says_that_the_test_set_is_not_read() -> None:
     made = tables.build(report_specs.load("table", "4.3-grid"), "cpu", at(GOLDEN, plan))
-    assert "Seeds: 0. Held-out training images replace the test set, after the last step." in made.caption
+    assert "Seeds: 0. Held-out training images replace the test set, after the last step." in made.caption.sentences
     assert made.numbers["thesis"].isna().all()
 
 
 def test_the_thesiss_numbers_stand_beside_ours_only_where_both_can_be_compared() -> None:
     def teacher(scale: str) -> str:
-        return next(sentence for sentence in table(scale=scale).caption if sentence.startswith("Teacher"))
+        return next(sentence for sentence in table(scale=scale).caption.sentences if sentence.startswith("Teacher"))
 
     assert "the thesis's 64.78" in teacher("cpu")
     assert "thesis" not in teacher("quick")
@@ -368,7 +368,10 @@ def test_a_column_may_have_seeds_of_its_own() -> None:
         assert list(runs) == ([7] if column["label"] == first["label"] else [0, 1])
         assert [words[-1] for words in runs.values()] == [f"seed={seed}" for seed in runs]
     made = tables.build(spec, "cpu", at(GOLDEN, fake_plan))
-    assert f"Seeds: 0, 1 (column {first['label']}: 7). The test set is evaluated once, after the last step." in made.caption
+    assert (
+        f"Seeds: 0, 1 (column {first['label']}: 7). The test set is evaluated once, after the last step."
+        in made.caption.sentences
+    )
 
 
 def printed_in_the_thesis(item: str) -> set[tuple[str, str]]:
@@ -408,7 +411,7 @@ def test_rendered_tables_are_up_to_date() -> None:
         number = file.stem.removeprefix("table_").replace("_", ".")
         spec = report_specs.load("table", number)
         made = tables.build(spec, file.parent.name, plan)
-        assert formats.to_csv(made) == file.read_text(), f"make tables SCALE={file.parent.name}"
+        assert tables.to_csv(made) == file.read_text(), f"make tables SCALE={file.parent.name}"
 
 
 def test_a_cell_of_two_metrics_shows_both_and_is_judged_by_the_last() -> None:
@@ -423,7 +426,7 @@ def test_a_cell_of_two_metrics_shows_both_and_is_judged_by_the_last() -> None:
     assert both.thesis == "75.37 / 75.37"
     assert both.gap == "−5.37 / +4.63"
     assert empty.ours == tables.EMPTY
-    lines = list(csv.DictReader(io.StringIO(formats.to_csv(made))))
+    lines = list(csv.DictReader(io.StringIO(tables.to_csv(made))))
     assert [(line["column"], line["metric"], line["ours"]) for line in lines] == [
         ("x", "m0", "70.0000"),
         ("x", "m1", "80.0000"),
@@ -439,7 +442,7 @@ def test_a_scale_may_run_only_some_cells(tmp_path: Path) -> None:
     made = tables.build(spec, "quick", at(tmp_path, fake_plan))
     assert [(source.command.split()[4:6]) for source in made.missing] == [["method=a", "data.per_class=5"]]
     assert made.texts.loc["A only", "ours"].tolist() == ["n/a", "–"]
-    assert "not part of this scale" in " ".join(made.caption)
+    assert "not part of this scale" in " ".join(made.caption.sentences)
 
 
 def test_the_thesiss_quantities_are_told_apart() -> None:

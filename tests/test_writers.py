@@ -12,7 +12,7 @@ from fakes import at, fake_plan
 from test_report import HOSTILE, Parsed, fill, render
 from test_tables import GOLDEN, SPEC
 
-from gradexp.report import figures, formats, provenance, tables, writing
+from gradexp.report import figures, provenance, tables, writing
 
 pytestmark = pytest.mark.usefixtures("sample_records")
 
@@ -57,7 +57,7 @@ def table(label: str) -> tables.Table:
 @pytest.mark.parametrize("label", LABELS, ids=ascii)
 def test_markdown_keeps_its_columns_and_no_html(label: str) -> None:
     made = table(label)
-    text = formats.to_markdown(made)
+    text = tables.to_markdown(made)
     lines = [line for line in text.splitlines() if line.startswith("|")]
     head = lines[: len(made.rows) + 2]
     assert {len(re.findall(r"(?<!\\)(?:\\\\)*\|", line)) for line in head} == {len(made.columns) + 2}
@@ -69,7 +69,7 @@ def test_markdown_keeps_its_columns_and_no_html(label: str) -> None:
 
 @pytest.mark.parametrize("label", LABELS, ids=ascii)
 def test_csv_comes_back_and_no_text_is_a_formula(label: str) -> None:
-    text = formats.to_csv(table(label))
+    text = tables.to_csv(table(label))
     rows = list(csv.DictReader(io.StringIO(text, newline="")))
     assert len(rows) == len(table(label).numbers)
     shown = writing.one_line(label)
@@ -83,10 +83,10 @@ def test_csv_comes_back_and_no_text_is_a_formula(label: str) -> None:
 
 @pytest.mark.parametrize("label", LABELS, ids=ascii)
 def test_latex_is_ascii_and_every_special_character_is_escaped(label: str) -> None:
-    text = formats.to_latex(table(label))
+    text = tables.to_latex(table(label))
     assert text.isascii()
     commands = r"\\(textbf|textbackslash|textasciicircum\{\}|textasciitilde\{\}|[a-zA-Z]+|[`'^~\"&%$#_{}\\|])"
-    row = formats.latex(label)
+    row = writing.latex(label)
     bare = re.sub(r"\$[^$]*\$", "", re.sub(commands, "", row))
     assert not re.search(r"[\^~&%#_]", bare), bare
     assert bare.count("{") == bare.count("}")
@@ -96,9 +96,9 @@ def test_latex_is_ascii_and_every_special_character_is_escaped(label: str) -> No
 @pytest.mark.parametrize("label", LABELS, ids=ascii)
 def test_terminal_and_picture_show_the_label_itself(label: str) -> None:
     made = table(label)
-    assert writing.one_line(label).strip() in formats.to_text(made)
-    assert not writing.CONTROL.search(formats.to_text(made).replace("\n", ""))
-    root = ElementTree.fromstring(formats.to_svg(made))
+    assert writing.one_line(label).strip() in tables.to_text(made)
+    assert not writing.CONTROL.search(tables.to_text(made).replace("\n", ""))
+    root = ElementTree.fromstring(tables.to_svg(made))
     shown = "".join("".join(root.itertext()).replace("\xa0", " ").split())
     first = "".join(writing.one_line(label).split())[:12]
     assert first in shown

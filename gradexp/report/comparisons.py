@@ -32,8 +32,8 @@ class CellSpec(TypedDict, total=False):
     minus: Any
 
 
-class Cell(NamedTuple):
-    """A cell that a claim names; a figure's column is a point or an x of its curves, "" where it has neither."""
+class CellName(NamedTuple):
+    """How a claim names a cell; a figure's column is a point or an x of its curves, "" where it has neither."""
 
     row: str
     column: str
@@ -61,31 +61,31 @@ class Grid:
             for cell in cells
         }
 
-    def check(self, cell: Cell) -> None:
+    def check(self, cell: CellName) -> None:
         """Raise UserError for a row or column that the table or figure does not have."""
         for what, name, known in (("row", cell.row, self.rows), ("column", cell.column, self.columns)):
             if known and name not in known:
                 raise UserError(f"there is no {what} {name!r}{nearest(name, known)} It has {', '.join(known)}")
 
-    def runs(self, cell: Cell) -> dict[int, Run]:
+    def runs(self, cell: CellName) -> dict[int, Run]:
         """The cell's runs by seed, finished or not; empty if the scale does not have the cell."""
         return self._runs.get((cell.row, cell.column if self.columns else ""), {})
 
-    def values(self, cell: Cell) -> pd.DataFrame:
+    def values(self, cell: CellName) -> pd.DataFrame:
         """`value` and `error` (standard error inside the run, NaN if not recorded) of the finished runs, indexed by seed."""
         metric, x = self.metric(cell), self.spec.get("x")
         records = {seed: record for seed, run in self.runs(cell).items() if (record := run.record())}
         numbers = [(value_at(record, metric, x, cell.column), error_of(record, metric)) for record in records.values()]
         return pd.DataFrame(numbers, index=list(records), columns=["value", "error"], dtype=float)
 
-    def metric(self, cell: Cell) -> str:
+    def metric(self, cell: CellName) -> str:
         """The name of the recorded metric; `{fraction}` in it stands for a column in per cent."""
         metric = cell.metric or self._setting("metric", cell)
         if not isinstance(metric, str):
             raise UserError(f"metric is missing{': one of ' + ', '.join(metric) if metric else ''}")
         return metric.format(fraction=f"{float(cell.column) / 100:g}") if "{" in metric else metric
 
-    def thesis(self, cell: Cell) -> float:
+    def thesis(self, cell: CellName) -> float:
         """The number that the thesis prints in this cell; NaN if it prints none."""
         item: Any = self.spec.get("thesis", self.spec["number"])
         if isinstance(item, dict):
@@ -97,7 +97,7 @@ class Grid:
             quantity = quantity[self._setting("metric", cell).index(self.metric(cell))]
         return thesis_of(self.spec, self.rows[cell.row], self.columns[cell.column], quantity).value
 
-    def _setting(self, key: str, cell: Cell) -> Any:
+    def _setting(self, key: str, cell: CellName) -> Any:
         return specs.setting(key, self.rows.get(cell.row, {}), self.columns.get(cell.column, {}), self.spec)
 
 
@@ -126,7 +126,7 @@ class Sum:
     """Cells with their signs, and a constant."""
 
     name: str
-    cells: tuple[tuple[int, Cell], ...] = ()
+    cells: tuple[tuple[int, CellName], ...] = ()
     constant: float = 0.0
 
     def __sub__(self, other: Sum) -> Sum:
@@ -199,7 +199,9 @@ def _sum(node: Any, at: str, spec: Config, grid: Grid) -> Sum:
     if isinstance(node, str):
         node = {own: node}
     check(CellSpec, node, "cell")
-    cell = Cell(**{own: str(node.get(own, "")), other: str(node.get(other, at))}, metric=node.get("metric", spec.get("metric")))
+    cell = CellName(
+        **{own: str(node.get(own, "")), other: str(node.get(other, at))}, metric=node.get("metric", spec.get("metric"))
+    )
     grid.check(cell)
     found = Sum(" at ".join(str(node[key]) for key in ("row", "column", "metric") if key in node), ((1, cell),))
     return found - _sum(node["minus"], at, spec, grid) if "minus" in node else found

@@ -11,9 +11,10 @@ import json
 import math
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -25,10 +26,9 @@ from gradexp.engine.task import Sizes, task_of
 from gradexp.report import specs
 from gradexp.report.provenance import own_seconds
 from gradexp.report.specs import Planner
-from gradexp.report.writing import printed
+from gradexp.report.writing import printed, rendered
 
 NEAREST = 5  # an estimate is the median over so many similar runs
-LADDER = (1, 4, 16)  # the sizes to which runs that train nothing are cut for a probe
 
 
 # --- how much work ----------------------------------------------------------------------------------------
@@ -46,26 +46,24 @@ def signature(config: Config) -> str:
     """
     config = identity(config)  # without null settings, which older records lack
     data, terms = config.get("data", {}), config.get("method", {}).get("terms", {})
-    evaluate = {key: value for key, value in config.get("evaluate", {}).items() if key != "images"}
     content = {
         "task": config["task"]["_target_"],
         "model": _network(config),
         "upstream": {name: _network(run) for name, run in config["upstream"].items() if _network(run)},
-        "terms": {name: _without_constants(term) for name, term in terms.items()},
+        "terms": {
+            name: {key: value for key, value in term.items() if key != "weight" and not isinstance(value, float)}
+            for name, term in terms.items()
+        },
         "images": [data.get("channels"), data.get("size"), data.get("crop"), data.get("flip")],
         "batch": config.get("optim", {}).get("batch_size"),
         "saliency": config.get("saliency"),
-        "evaluate": evaluate,
+        "evaluate": {key: value for key, value in config.get("evaluate", {}).items() if key != "images"},
     }
     return json.dumps(content, sort_keys=True)
 
 
 def _network(config: Config) -> Config:
     return {key: value for key, value in config.get("model", {}).items() if key not in ("name", "dropout")}
-
-
-def _without_constants(term: Config) -> Config:
-    return {key: value for key, value in term.items() if key != "weight" and not isinstance(value, float)}
 
 
 # --- what similar runs cost --------------------------------------------------------------------------------
@@ -123,8 +121,8 @@ class History:
         known = {record["id"]: record for record in records}
         for record in records:
             folder = paths.outputs / "runs" / record["experiment"] / record["id"]
-            history.add(learned := sample(record, history.sizes, known, folder, clock))
-            if learned:
+            if learned := sample(record, history.sizes, known, folder, clock):
+                history.add(learned)
                 history.configs[learned.signature] = record["config"]
         for file in sorted(paths.outputs.glob("probes/*.json")):
             probe = read_json(file, advice := "delete it: make plan measures again with ARGS=--probe")
@@ -140,23 +138,21 @@ class History:
         if config.get("data", {}).get("per_class") is None and "train_images" in data:
             self.sizes[data["name"]] = data["train_images"], data["test_images"]
 
-    def add(self, sample: Sample | None) -> None:
-        if sample:
-            self.samples.setdefault(sample.signature, []).append(sample)
+    def add(self, sample: Sample) -> None:
+        self.samples.setdefault(sample.signature, []).append(sample)
 
     def cost(self, config: Config) -> Cost | None:
         """The median over the similar runs that are nearest in size, of this machine if it has any; None if unknown."""
         size, name = amount(config, self.sizes), signature(config)
-        similar, count = self.samples.get(name, []), self.counts.get(name)
-        disk = task_of(config).leaves(config, self.sizes)
-        if size is None or not (similar or count):
+        counted = [self.counts[name]] if name in self.counts else []
+        similar = self.samples.get(name) or counted
+        if size is None or not similar:
             return None
-        if count and not similar:
-            return Cost(count.at(size), count.memory_mib, count.disk_mib if disk is None else disk, "count")
         here = [sample for sample in similar if self.device in (None, sample.device)]
         candidates = [sample for sample in here if not sample.probe] or here or similar
         near = sorted(candidates, key=lambda sample: abs(math.log(sample.amount / size)))[:NEAREST]
-        basis = "probe" if near[0].probe else "record" if here else "record elsewhere"
+        basis = "count" if similar is counted else "probe" if near[0].probe else "record" if here else "record elsewhere"
+        disk = task_of(config).leaves(config, self.sizes)
         return Cost(
             seconds=statistics.median(sample.at(size) for sample in near),
             memory_mib=max(sample.memory_mib for sample in near),
@@ -182,54 +178,7 @@ def sample(record: Config, sizes: Sizes, known: Mapping[str, Config], folder: Pa
     return Sample(signature(record["config"]), size, busy, rate, memory, disk, device)
 
 
-def probed_training(config: Config, probe: Config, history: History) -> Sample:
-    """The sample of a training whose first steps were probed (scripts/probe.py).
-
-    A teacher's targets count as a cost of each image: the more images a run shows, the more targets it needs.
-    """
-    history.learn(config, probe["data"])
-    size = amount(config, history.sizes) or 1.0
-    ready, image, judged = (probe["seconds"][name][history.clock] for name in ("ready", "image", "judge"))
-    rate = image + (ready / size if "teacher" in config["upstream"] else 0.0)
-    facts = float(probe["peak_memory_mib"]), 4 * probe["parameters"] / 2**20, probe["device"]
-    return Sample(signature(config), size, ready + image * size + judged, rate, *facts, probe=True)
-
-
-def probed_looking(config: Config, records: Sequence[Config], history: History) -> Sample:
-    """The sample of a run that was cut to the LADDER: total from the first, rate from the third minus the second."""
-    history.learn(config, records[0]["data"])
-    sizes = [amount(record["config"], history.sizes) or 1.0 for record in records]
-    seconds = [record["seconds"][history.clock] for record in records]
-    rate = max(0.0, (seconds[2] - seconds[1]) / (sizes[2] - sizes[1]))
-    facts = float(records[-1]["peak_memory_mib"]), 0.0, records[0]["device"]
-    return Sample(signature(config), sizes[0], seconds[0], rate, *facts, probe=True)
-
-
 # --- tables and figures -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Row:
-    """A table or figure, or all of them. Counts are of runs, upstream runs included, each counted once.
-
-    shared: runs that other tables or figures need, too; rebuilt: runs with a record whose product is missing on this disk and
-    needed by a missing run; bases: number of runs by the basis of their cost.
-    """
-
-    name: str
-    present: int
-    missing: int
-    shared: int
-    rebuilt: int
-    seconds: float
-    memory_mib: float
-    disk_mib: float
-    bases: Mapping[str, int]
-    unknown: tuple[Run, ...]  # runs of unknown cost, which the sums leave out
-
-    def hours(self, slots: int) -> float:
-        """Hours if `slots` processors are busy all the time."""
-        return self.seconds / 3600 / slots
 
 
 def items(scale: str) -> dict[str, list[list[str]]]:
@@ -241,101 +190,88 @@ def items(scale: str) -> dict[str, list[list[str]]]:
     }
 
 
-def build(scale: str, plan: Planner, history: History) -> list[Row]:
-    """A row for each table and figure of the scale, and a last one, `all`."""
+def build(scale: str, plan: Planner, history: History) -> pd.DataFrame:
+    """A row for each table and figure of the scale, and a last one, `all`; each run counts once, upstream runs too.
+
+    Columns: name; present, missing, shared (runs that other tables or figures need, too), rebuilt (runs with a record whose
+    product is missing on this disk and needed by a missing run); of all that is to be done seconds of one processor,
+    memory_mib of the largest run, disk_mib, bases (how many costs have which basis) and unknown (runs of unknown cost, which
+    the sums leave out).
+    """
     needs = {name: needed(map(plan, overrides)) for name, overrides in items(scale).items()}
     if not needs:
         raise UserError(f"scale={scale}: no table or figure has it; expected paper, cpu or quick")
     times = Counter(run for runs in needs.values() for run in runs)
-    needs["all"] = {}
-    for name in list(needs):
-        for run, need in needs[name].items():
-            if run not in needs["all"] or need.to_do:
-                needs["all"][run] = need
-    costs = {run: history.cost(need.run.config) for run, need in needs["all"].items() if need.to_do}
-    return [_row(name, runs, times, costs) for name, runs in needs.items()]
+    needs["all"] = {run: any(runs.get(run) for runs in needs.values()) for run in times}
+    costs = {run: history.cost(run.config) for run, to_do in needs["all"].items() if to_do}
+    rows = []
+    for name, runs in needs.items():
+        missing = [run for run in runs if not run.finished]
+        todo = [run for run, to_do in runs.items() if to_do]
+        known = [cost for run in todo if (cost := costs[run])]
+        rows.append(
+            {
+                "name": name,
+                "present": len(runs) - len(missing),
+                "missing": len(missing),
+                "shared": sum(times[run] > 1 for run in runs),
+                "rebuilt": len(todo) - len(missing),
+                "seconds": sum(cost.seconds for cost in known),
+                "memory_mib": max((cost.memory_mib for cost in known), default=0.0),
+                "disk_mib": sum(cost.disk_mib for cost in known),
+                "bases": Counter(cost.basis for cost in known),
+                "unknown": [run for run in todo if not costs[run]],
+            }
+        )
+    return pd.DataFrame(rows)
 
 
-@dataclass(frozen=True)
-class Need:
-    run: Run
-    present: bool  # has a record
-    to_do: bool  # has none, or a missing run needs its product, which is not on this disk
+def needed(runs: Iterable[Run]) -> dict[Run, bool]:
+    """These runs and all runs upstream of them; whether each is to do.
 
-
-def needed(runs: Iterable[Run]) -> dict[str, Need]:
-    """These runs and all runs upstream of them, by id."""
-    needs: dict[str, Need] = {}
+    It is if it has no record, or if a missing run needs its product, which is not on this disk.
+    """
+    needs: dict[Run, bool] = {}
 
     def visit(run: Run, product_needed: bool) -> None:
         to_do = not run.finished or (product_needed and not (run.folder / task_of(run.config).product).exists())
-        if run.id in needs and (needs[run.id].to_do or not to_do):
-            return
-        needs[run.id] = Need(run, run.finished, to_do)
-        for below in run.upstream.values():
-            visit(below, to_do)
+        if run not in needs or to_do > needs[run]:
+            needs[run] = to_do
+            for below in run.upstream.values():
+                visit(below, to_do)
 
     for run in runs:
         visit(run, False)
     return needs
 
 
-def _row(name: str, needs: Mapping[str, Need], times: Mapping[str, int], costs: Mapping[str, Cost | None]) -> Row:
-    """times: how many tables and figures need a run; costs: of the runs to do, by id."""
-    known = [cost for run, need in needs.items() if need.to_do and (cost := costs[run])]
-    return Row(
-        name=name,
-        present=sum(need.present for need in needs.values()),
-        missing=sum(not need.present for need in needs.values()),
-        shared=sum(times[run] > 1 for run in needs),
-        rebuilt=sum(need.present and need.to_do for need in needs.values()),
-        seconds=sum(cost.seconds for cost in known),
-        memory_mib=max((cost.memory_mib for cost in known), default=0.0),
-        disk_mib=sum(cost.disk_mib for cost in known),
-        bases=Counter(cost.basis for cost in known),
-        unknown=tuple(need.run for run, need in needs.items() if need.to_do and not costs[run]),
-    )
-
-
 # --- text -------------------------------------------------------------------------------------------------
 
 
-def to_text(rows: Sequence[Row], scale: str, slots: int, device: str, free_gib: float) -> str:
+def to_text(rows: pd.DataFrame, scale: str, slots: int, device: str, free_gib: float) -> str:
     """The plan for the terminal."""
-    total = rows[-1]
-    lines = [f"Runs and costs of scale={scale}", printed(to_frame(rows, slots)).rstrip()]
-    lines += [
-        f"Hours: on this machine ({slots} x {device}), {slots} runs at a time; a table's own, as if it shared no runs.",
-        f"Memory: of the largest run. Disk: what runs leave; {free_gib:.0f} GiB are free. A teacher's targets, up to",
-        "trainer.store_gib for each of its data subsets, come on top, and can be deleted.",
-    ]
-    if total.rebuilt:
-        lines.append(f"Runs with a record that must be repeated, because their weights or maps were deleted: {total.rebuilt}.")
-    if "count" in total.bases:
-        lines.append("~: computed from operation counts, not measured, and often wrong by a factor of two.")
-    if total.unknown:
-        lines.append(f"The cost of {len(total.unknown)} runs is unknown and not counted: make plan SCALE={scale} ARGS=--probe")
-    return "\n".join(lines) + "\n"
+    table = printed(to_frame(rows, slots)).rstrip()
+    return rendered("plan.txt", table=table, total=rows.iloc[-1], scale=scale, slots=slots, device=device, free_gib=free_gib)
 
 
-def to_frame(rows: Sequence[Row], slots: int) -> pd.DataFrame:
-    """The rows as text."""
-    return pd.DataFrame([_texts(row, slots) for row in rows])
+def to_frame(rows: pd.DataFrame, slots: int) -> pd.DataFrame:
+    """The rows as text; hours if `slots` processors are busy all the time."""
+    return pd.DataFrame([_texts(row, slots) for row in rows.itertuples()])
 
 
-def _texts(row: Row, slots: int) -> dict[str, str]:
+def _texts(row: Any, slots: int) -> dict[str, str]:
     least = "≥ " if row.unknown else ""  # sums leave out runs of unknown cost
     least += "~" if "count" in row.bases else ""
     names = {"record elsewhere": "records elsewhere", "record": "records", "probe": "probes", "count": "counts"}
-    known = [f"{count} {basis if count == 1 else names[basis]}" for basis, count in sorted(row.bases.items())]
-    unknown = [f"{len(row.unknown)} unknown"] if row.unknown else []
+    known = ", ".join(f"{count} {basis if count == 1 else names[basis]}" for basis, count in sorted(row.bases.items()))
+    unknown = f"{len(row.unknown)} unknown" if row.unknown else ""
     return {
         "": row.name,
         "present": str(row.present or ""),
         "missing": str(row.missing or ""),
         "shared": str(row.shared or ""),
-        "hours": f"{least}{row.hours(slots):.2f}" if row.bases else "",
+        "hours": f"{least}{row.seconds / 3600 / slots:.2f}" if row.bases else "",
         "memory": f"{least}{row.memory_mib / 1024:.1f} GiB" if row.bases else "",
         "disk": f"{least}{row.disk_mib:.0f} MiB" if row.bases else "",
-        "known from": "; ".join([*([", ".join(known)] if known else []), *unknown]),
+        "known from": "; ".join(filter(None, [known, unknown])),
     }

@@ -92,19 +92,12 @@ def missing(series: Sequence[Series]) -> list[Run]:
 
 
 def caption(spec: Config, scale: str, series: Sequence[Series], plan: Planner) -> provenance.Caption:
-    """Notes, departures from the paper's protocol, seeds and origin of a figure's runs; series: as gathered from `spec`."""
+    """The caption of a figure; series: as gathered from `spec`."""
     first = seeds_of(spec, scale)[0]
     here = [one.runs[0].config for one in series]
     paper = [plan(command(spec, row, point, "paper", first)).config for row, point, _ in specs.cells(spec, scale)]
-    origin = provenance.origin(run for one in series for run in one.runs)
-    sentences = [
-        *specs.notes(spec, scale),
-        *([f"Its runs need {spec['needs'][scale]}."] if missing(series) and scale in spec.get("needs", {}) else []),
-        provenance.departure_sentence(scale, provenance.departed(zip(here, paper, strict=True))),
-        f"Seeds: {specs.joined(seeds_of(spec, scale))}.",
-        *origin.sentences,
-    ]
-    return provenance.Caption(sentences, origin.details)
+    runs = [run for one in series for run in one.runs]
+    return provenance.caption(spec, scale, runs, list(zip(here, paper, strict=True)), plan)
 
 
 def make(
@@ -140,7 +133,7 @@ def make(
 def _below(spec: Config, scale: str, width: float) -> list[str]:
     """The lines below a picture: its notes, scale and seeds, so that a copy of the picture alone has them."""
     seeds = seeds_of(spec, scale)
-    origin = f"scale={scale}, seed{'s' * (len(seeds) > 1)} {specs.joined(seeds)}"
+    origin = f"scale={scale}, seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
     return [*(line for note in specs.notes(spec, scale) for line in textwrap.wrap(note, int(NOTE_WIDTH * width))), origin]
 
 

@@ -59,7 +59,7 @@ class Panels:
         curves = {name: value for name, value in record["metrics"].items() if isinstance(value, list)}
         self.records[path.stem] = {
             "command": None,
-            **{key: value for key, value in record.items() if key not in ("metrics", "curves_file", "command")},
+            **{key: value for key, value in record.items() if key not in ("metrics", "curves_file")},
             "numbers": {name: value for name, value in record["metrics"].items() if name not in curves},
             "curves": {name: curve(value, self.points) for name, value in curves.items()},
         }
@@ -74,9 +74,6 @@ def curve(values: Sequence[Any], points: int) -> Config:
     stretches = np.array_split(np.array(values, dtype=float), min(points, len(values)) or 1)
     finite = [part[np.isfinite(part)] for part in stretches]
     return {"n": len(values), "y": [float(f"{part.mean():.4g}") if len(part) else None for part in finite]}
-
-
-# --- what the template shows ------------------------------------------------------------------------------
 
 
 def marks(numbers: pd.DataFrame, close: float) -> np.ndarray:
@@ -100,17 +97,16 @@ def marks(numbers: pd.DataFrame, close: float) -> np.ndarray:
 def table_view(table: tables.Table, panels: Panels, close: float) -> Config:
     """A table as the template shows it; each cell opens its records or its commands."""
     last = table.numbers.drop_duplicates(tables.CELL, keep="last")
-    cells: Any = table.texts.assign(mark=marks(last, close)).reset_index().to_dict("records")
-    rows: dict[str, list[Config]] = {row: [] for row in table.rows}
-    for cell in cells:
+    named = iter(marks(last, close))
+    rows = {row: [cell | {"mark": next(named)} for cell in cells] for row, cells in table.by_row.items()}
+    for cell in itertools.chain(*rows.values()):
         row, column = cell["row"], cell["column"]
         facts = {"ours": cell["ours"] if cell["n"] else "", "thesis": cell["thesis"], "difference": cell["gap"]}
         facts |= {"compared with the thesis": cell["mark"], "metric": cell["metric"].replace(" / ", ", ")}
-        anchor = f"cell-{table.number}-{table.rows.index(row)}-{table.columns.index(column)}"
-        panels.add(anchor, f"Table {table.number}", f"{row} · {column}", facts, cell["runs"])
-        rows[row].append(cell | {"anchor": anchor})
-    counts = Counter(cell["mark"] for cell in cells)
-    return {"number": table.number, "table": table, "rows": rows, "counts": counts, "size": len(cells) - counts["absent"]}
+        cell["anchor"] = f"cell-{table.number}-{table.rows.index(row)}-{table.columns.index(column)}"
+        panels.add(cell["anchor"], f"Table {table.number}", f"{row} · {column}", facts, cell["runs"])
+    counts = Counter(cell["mark"] for cell in itertools.chain(*rows.values()))
+    return {"number": table.number, "table": table, "rows": rows, "counts": counts, "size": counts.total() - counts["absent"]}
 
 
 def figure_view(
@@ -154,9 +150,6 @@ def claim_views(judged: claims.Judged, panels: Panels) -> list[Config]:
         runs = dict.fromkeys(itertools.chain(*(row["runs"] for row in view["details"])))
         panels.add(f"claim-{view['id']}", f"Claim, {view['item']}", view["claim"], {"verdict": view["words"]}, runs)
     return views
-
-
-# --- the page ---------------------------------------------------------------------------------------------
 
 
 def chapters(views: Mapping[str, Sequence[Config]], settings: Config) -> list[Config]:

@@ -68,8 +68,7 @@ def estimate_over_images(mean: float, noise: float, confidence: float) -> Estima
 
 def holm(p: Sequence[float]) -> list[float]:
     """p-values after Holm's step-down adjustment (1979), which controls the family-wise error rate."""
-    adjusted, worst = [0.0] * len(p), 0.0
-    for rank, i in enumerate(np.argsort(p, kind="stable")):
-        worst = max(worst, min(1.0, (len(p) - rank) * p[i]))
-        adjusted[i] = worst
-    return adjusted
+    order = np.argsort(p, kind="stable")
+    adjusted = np.empty(len(p))
+    adjusted[order] = np.maximum.accumulate(np.arange(len(p), 0, -1) * np.asarray(p)[order]).clip(max=1)
+    return adjusted.tolist()

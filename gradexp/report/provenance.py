@@ -6,13 +6,64 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from gradexp.engine.ensure import digests
+from gradexp.engine.record import value_of
 from gradexp.engine.run import Config, Run, identity
+from gradexp.report import specs
+from gradexp.report.specs import Planner, item_of, read_thesis
+from gradexp.report.writing import rendered
 
 # Not part of the protocol, or implied by other settings.
 IGNORED = ("scale", "_target_", "version", "channels", "classes", "size")
 
 
-# --- the protocol -----------------------------------------------------------------------------------------
+class Caption(NamedTuple):
+    """Sentences, and the lists behind them for the part of a page that opens on demand; departures: see `departed`."""
+
+    sentences: list[str]
+    details: list[str]
+    departures: Mapping[str, tuple[str, str]] = {}
+
+
+def caption(
+    spec: Config,
+    scale: str,
+    runs: Sequence[Run],
+    pairs: Sequence[tuple[Config, Config]],
+    plan: Planner,
+    *,
+    printed: bool = False,
+) -> Caption:
+    """The caption of a table or figure: notes, departures from the paper's protocol, seeds, and the origin of its runs.
+
+    pairs: (config here, config at scale=paper) of each cell; printed: whether it shows numbers of the thesis.
+    """
+    departures, described = departed(pairs), tuple(spec.get("described", ()))
+    origin = origin_of(*read(runs))
+    text = rendered(
+        "caption.txt",
+        spec=spec,
+        scale=scale,
+        notes=specs.notes(spec, scale),
+        seeds=specs.seeds_of(spec, scale),
+        missing=not all(run.finished for run in runs),
+        departures=departures,
+        listed=[f"`{key}` {a} (paper: {b})" for key, (a, b) in departures.items() if not key.startswith(described)],
+        upstream=list(_upstream(spec, scale, plan)),
+        printed=printed,
+        held_out=any(config.get("data", {}).get("validation") for config, _ in pairs),
+    )
+    return Caption([*text.splitlines(), *origin.sentences], origin.details, departures)
+
+
+def _upstream(spec: Config, scale: str, plan: Planner) -> Iterator[tuple[Config, Run, float | None, specs.Thesis | None]]:
+    """The entries of `upstream`, each with its run, our number and the thesis's; None for a number that there is not."""
+    for line in spec.get("upstream", []):
+        if scale in line.get("scales", spec["seeds"]):
+            run = plan([*line["overrides"], f"scale={scale}"])
+            record = run.record()
+            ours = value_of(record, line.get("metric", "test/accuracy")) if record else None
+            printed = read_thesis().get((item_of(spec), *line["thesis"])) if scale in spec["comparable"] else None
+            yield line, run, ours, printed
 
 
 def departed(pairs: Iterable[tuple[Config, Config]]) -> dict[str, tuple[str, str]]:
@@ -23,16 +74,11 @@ def departed(pairs: Iterable[tuple[Config, Config]]) -> dict[str, tuple[str, str
     """
     changes: dict[str, list[tuple[Any, Any]]] = {}
     for here, paper in pairs:
-        for key, values in departures(here, paper).items():
-            changes.setdefault(key, []).append(values)
+        ours, theirs = dict(_flat(identity(here))), dict(_flat(identity(paper)))
+        for key in sorted(ours.keys() | theirs.keys()):
+            if ours.get(key) != theirs.get(key):
+                changes.setdefault(key, []).append((ours.get(key), theirs.get(key)))
     return {key: (_alternatives(x[0] for x in values), _alternatives(x[1] for x in values)) for key, values in changes.items()}
-
-
-def departures(here: Config, paper: Config) -> dict[str, tuple[Any, Any]]:
-    """The settings in which a run differs from its counterpart at scale=paper: {key: (here, paper)}."""
-    ours, theirs = dict(_flat(identity(here))), dict(_flat(identity(paper)))
-    pairs = {key: (ours.get(key), theirs.get(key)) for key in sorted(ours.keys() | theirs.keys())}
-    return {key: (a, b) for key, (a, b) in pairs.items() if a != b}
 
 
 def _flat(config: Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -51,31 +97,6 @@ def _flat(config: Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def _alternatives(values: Iterable[Any]) -> str:
     return " or ".join(dict.fromkeys("none" if value is None else str(value) for value in values))
-
-
-def departure_sentence(scale: str, changes: Mapping[str, tuple[str, str]], described: tuple[str, ...] = ()) -> str:
-    """One sentence that lists `changes`. described: starts of the keys that the spec's note describes."""
-    if not changes:
-        return f"Scale {scale} follows the protocol of scale=paper."
-    listed = [f"`{key}` {here} (paper: {paper})" for key, (here, paper) in changes.items() if not key.startswith(described)]
-    if len(listed) < len(changes):
-        listed.insert(0, "the settings described above")
-    return f"Scale {scale} departs from scale=paper in: {'; '.join(listed)}."
-
-
-# --- the runs ---------------------------------------------------------------------------------------------
-
-
-class Caption(NamedTuple):
-    """Sentences for a caption, and the lists behind them for the part of a page that opens on demand."""
-
-    sentences: list[str]
-    details: list[str]
-
-
-def origin(runs: Iterable[Run]) -> Caption:
-    """Where the numbers of these runs come from, those of their upstream runs included."""
-    return origin_of(*read(runs))
 
 
 def read(runs: Iterable[Run]) -> tuple[list[Config], list[Config]]:
@@ -98,25 +119,21 @@ def with_upstream(runs: Iterable[Run]) -> dict[Run, None]:
 
 
 def origin_of(records: Sequence[Config], below: Sequence[Config] = ()) -> Caption:
-    """As `origin`, from records; below: the records upstream of these."""
-    if not records:
-        return Caption(["No run has finished yet."], [])
+    """Where the numbers of these records come from; below: the records upstream of them."""
     every = [*records, *below]
     attempts = [attempt for record in every for attempt in (record, *record.get("attempts", []))]
-    machines = sorted({f"{one['precision']} on {one['device']}" for one in attempts if "precision" in one})
     commits = sorted({(one["git"]["commit"] or "none")[:8] + (" (dirty)" if one["git"]["dirty"] else "") for one in attempts})
-    dirty = sum(commit.endswith("(dirty)") for commit in commits)
     known = {record["id"]: record for record in every if "id" in record}
-    seconds = sum(own_seconds(record, known, "wall") for record in every)
-    time = f"{seconds / 3600:.1f} h" if seconds >= 180 else f"{max(1, round(seconds / 60))} min"
-    count = _runs(len(records)) + (f" and {_runs(len(below), 'upstream run')}" if below else "")
-    where = f"in precision {machines[0]}" if len(machines) == 1 else f"on {len(machines)} kinds of hardware"
-    state = "clean" if not dirty else "dirty" if dirty == len(commits) else f"{dirty} of them dirty"
-    source = f"commit {commits[0].partition(' ')[0]}" if len(commits) == 1 else f"{len(commits)} commits"
-    details = [f"Hardware: {'; '.join(machines)}."] if len(machines) > 1 else []
-    details += [f"Commits: {', '.join(commits)}."] if len(commits) > 1 else []
-    repeated, users = _repeated(records, known)
-    return Caption([f"Computed by {count} in {time}, {where}, from {source} ({state}).", *repeated], details + users)
+    facts = {
+        "records": len(records),
+        "below": len(below),
+        "minutes": sum(own_seconds(record, known, "wall") for record in every) / 60,
+        "machines": sorted({f"{one['precision']} on {one['device']}" for one in attempts if "precision" in one}),
+        "commits": commits,
+        "dirty": sum(commit.endswith("(dirty)") for commit in commits),
+        "repeated": list(_repeated(records, known)),
+    }
+    return Caption(rendered("origin.txt", **facts).splitlines(), rendered("details.txt", **facts).splitlines())
 
 
 def own_seconds(record: Config, known: Mapping[str, Config], clock: str) -> float:
@@ -130,25 +147,15 @@ def own_seconds(record: Config, known: Mapping[str, Config], clock: str) -> floa
     return float(seconds[clock]) - sum(run["seconds"][clock] for run in inside)
 
 
-def _repeated(records: Sequence[Config], known: Mapping[str, Config]) -> tuple[list[str], list[str]]:
-    """Which files of an upstream run were used, if it ran more than once or its record describes another file."""
+def _repeated(records: Sequence[Config], known: Mapping[str, Config]) -> Iterator[Config]:
+    """The upstream runs that ran more than once, or whose record describes another file: name, id, files ({digest: users})."""
     used: dict[tuple[str, str], dict[str, list[str]]] = {}
     for record in records:
         upstream = record.get("upstream", {})
         for name, digest in digests(upstream).items():
             used.setdefault((name, upstream[name]["id"]), {}).setdefault(digest[:8], []).append(record["id"])
     older = {run["id"] for record in records for run in record.get("upstream", {}).values() if "remade" in run}
-    sentences, details = [], []
-    for (name, number), users in used.items():
+    for (name, number), files in used.items():
         recorded = known.get(number, {}).get("product", {}).get("sha256", "")[:8]
-        if len(users) == 1 and number not in older and recorded in ("", *users):
-            continue
-        times = f"ran {len(users)} times" if len(users) > 1 else "ran again after its record was written"
-        counts = ", ".join(f"file {digest} by {_runs(len(ids))}" for digest, ids in users.items())
-        sentences.append(f"The {name} (run {number}) {times}; used are {counts}.")
-        details += [f"File {digest} of run {number}: {', '.join(ids)}." for digest, ids in users.items()]
-    return sentences, details
-
-
-def _runs(count: int, name: str = "run") -> str:
-    return f"{count} {name}{'' if count == 1 else 's'}"
+        if len(files) > 1 or number in older or recorded not in ("", *files):
+            yield {"name": name, "id": number, "files": files}

@@ -72,21 +72,15 @@ def _row(record: Config, curves: bool) -> Config:
         "seconds": record["seconds"]["wall"],
         "cpu_seconds": record["seconds"]["cpu"],
         **{f"upstream.{name}": below["id"] for name, below in record.get("upstream", {}).items()},
-        **{name: value for name, value in _flat(config, "") if name not in HEAD},
+        **{name: value for name, value in _flat(config) if name not in HEAD},
         **{name: value for name, value in record["metrics"].items() if curves or not isinstance(value, list)},
     }
 
 
-def _flat(config: Config, prefix: str) -> Iterator[tuple[str, Any]]:
+def _flat(config: Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """{"optim": {"passes": 3}} -> ("optim.passes", 3)."""
     for key, value in config.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-# --- the runs of a table or figure ------------------------------------------------------------------------
+        yield from _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
 
 
 def cells(spec: Config, scale: str, plan: Planner) -> pd.DataFrame:
@@ -98,27 +92,14 @@ def cells(spec: Config, scale: str, plan: Planner) -> pd.DataFrame:
     """
     rows = []
     for cell in specs.cells(spec, scale):
-        head = {"row": cell.row["label"], "column": label_of(cell.column), "panel": cell.row.get("panel")}
+        head = (cell.row["label"], label_of(cell.column), cell.row.get("panel"))
         shown = list(_metrics(spec, cell))
         runs: dict[int | None, Run | None] = {seed: plan(words) for seed, words in cell.commands.items()}
         for seed, run in (runs or {None: None}).items():
             record = run.record() if run else None
-            for part, (metric, spread, printed) in enumerate(shown):
-                rows.append(
-                    {
-                        **head,
-                        "part": part,
-                        "metric": metric,
-                        "seed": seed,
-                        "run": run,
-                        "finished": record is not None,
-                        "value": number(record, metric),
-                        "spread": number(record, spread),
-                        "thesis": printed.value,
-                        "thesis_std": printed.std,
-                        "thesis_bold": printed.bold,
-                    }
-                )
+            for part, (metric, spread, thesis) in enumerate(shown):
+                numbers = (number(record, metric), number(record, spread), thesis.value, thesis.std, thesis.bold)
+                rows.append((*head, part, metric, seed, run, record is not None, *numbers))
     return pd.DataFrame(rows, columns=COLUMNS).astype({"seed": "Int64", "run": object})
 
 

@@ -244,11 +244,6 @@ def notes(spec: Config, scale: str) -> list[str]:
     return [text for text in (spec.get("note"), spec.get("notes", {}).get(scale)) if text]
 
 
-def joined(values: Sequence[Any]) -> str:
-    """`0, 1, 2`"""
-    return ", ".join(map(str, values))
-
-
 # --- cells ------------------------------------------------------------------------------------------------
 
 
@@ -307,11 +302,6 @@ class Thesis(NamedTuple):
     value: float = math.nan
     bold: bool = False
     std: float = math.nan
-
-    def __str__(self) -> str:
-        """`48.1 ± 0.3`; empty without a number."""
-        parts = [f"{number:g}" for number in (self.value, self.std) if not math.isnan(number)]
-        return " ± ".join(parts)
 
 
 @cache

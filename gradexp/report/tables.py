@@ -1,21 +1,29 @@
-"""A table of the thesis from records: a spec, the runs behind each cell, and what their numbers come to."""
+"""A table of the thesis from records, and its files: Markdown, CSV, LaTeX and SVG, and text for the terminal."""
 
 from __future__ import annotations
 
+import io
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import rich.console
+from rich.markup import escape
 
-from gradexp.engine.record import value_of
 from gradexp.engine.run import Config, Run
 from gradexp.report import provenance, records, specs
-from gradexp.report.specs import Planner, Thesis, command, item_of, read_thesis, seeds_of
+from gradexp.report.provenance import Caption
+from gradexp.report.specs import Planner, command
+from gradexp.report.writing import csv, grid, one_line, printed, rendered, stem_of, write_beside
 
 CELL = ["row", "column"]
+COLUMNS = ["row", "column", "metric", "ours", "std", "n", "thesis", "difference", "run_ids"]  # of the CSV file
 EMPTY = "–"  # shown in a cell without a finished run
 ABSENT = "n/a"  # shown in a cell that the scale does not run
 
@@ -25,25 +33,27 @@ class Table:
     """A table at one scale.
 
     cells: records.cells, one row for each seed and metric of a cell; numbers: `summary`, one row for each metric of a cell.
-    departures: every (setting, here, at scale=paper), which `departure`, one of the caption's sentences, lists too; details:
-    hardware, commits and files that the caption only counts.
     """
 
-    number: str
-    title: str
-    corner: str
+    spec: Config
     scale: str
+    title: str
     cells: pd.DataFrame
     numbers: pd.DataFrame
-    caption: tuple[str, ...]
-    best_per: str | None = "column"  # what has one best number each; None if none is marked
-    departures: tuple[tuple[str, str, str], ...] = ()
-    departure: str = ""
-    details: tuple[str, ...] = ()
+    caption: Caption
+
+    @property
+    def number(self) -> str:
+        return str(self.spec["number"])
 
     @property
     def head(self) -> str:
         return f"Table {self.number}, scale={self.scale}."
+
+    @property
+    def best_per(self) -> str | None:
+        """What has one best number each; None if none is marked."""
+        return self.spec.get("best_per", "column") if self.spec["best"] else None
 
     @property
     def rows(self) -> list[str]:
@@ -62,6 +72,12 @@ class Table:
         return [run for run in self.runs if not run.finished]
 
     @cached_property
+    def by_row(self) -> dict[str, list[Config]]:
+        """{label of a row: its cells, as rows of `texts`}"""
+        cells: Any = self.texts.reset_index().to_dict("records")
+        return {row: list(own) for row, own in groupby(cells, key=lambda cell: cell["row"])}
+
+    @cached_property
     def texts(self) -> pd.DataFrame:
         """The cells as text, one row each, indexed by row and column; several metrics are separated by ` / `.
 
@@ -69,12 +85,14 @@ class Table:
         minus the thesis's; best, bold: whether our number, and the thesis's, is marked as best; metric, n, planned, runs.
         """
         numbers: Any = self.numbers
-        std = numbers["std"].map(" ± {:.2f}".format, na_action="ignore").fillna("")
-        gap = numbers["difference"].map("{:+.2f}".format, na_action="ignore").fillna("").str.replace("-", "−")
+
+        def formatted(name: str, form: str) -> pd.Series[str]:
+            return numbers[name].map(form.format, na_action="ignore").fillna("")
+
         parts = {
-            "mean": numbers["ours"].map("{:.2f}".format).str.replace("nan", "NaN") + std,
-            "thesis": [str(Thesis(row.thesis, std=row.thesis_std)) for row in numbers.itertuples()],
-            "gap": gap,
+            "mean": numbers["ours"].map("{:.2f}".format).str.replace("nan", "NaN") + formatted("std", " ± {:.2f}"),
+            "thesis": formatted("thesis", "{:g}") + formatted("thesis_std", " ± {:g}"),
+            "gap": formatted("difference", "{:+.2f}").str.replace("-", "−"),
             "metric": numbers["metric"].fillna(""),
         }
         texts = numbers[CELL].assign(**parts).groupby(CELL, sort=False).agg(lambda cell: " / ".join(filter(None, cell)))
@@ -121,24 +139,16 @@ def best(numbers: pd.DataFrame, spec: Config) -> pd.Series[bool]:
     The last metric of a cell decides. Rows marked `apart`, such as an oracle, do not compete.
     """
     own = {column["label"]: column["best"] for column in spec["columns"] if "best" in column}
+    apart = [row["label"] for row in spec["rows"] if row.get("apart")]
     last = numbers.drop_duplicates(CELL, keep="last")
-    direction = last["column"].map(lambda column: own.get(column, spec["best"]))
-    competing = last[last["ours"].notna() & ~last["row"].isin(_apart(spec)) & direction.notna()]
+    wanted = last["column"].map(lambda column: own.get(column, spec["best"]))
+    competing = last[last["ours"].notna() & ~last["row"].isin(apart) & wanted.notna()]
+    scores = competing["ours"].where(wanted[competing.index] == "max", -competing["ours"])
     per = spec.get("best_per", "column")
-    group = competing[per] if per in CELL else pd.Series("", competing.index)
-    won: list[tuple[str, str]] = []
-    for (_, wanted), rivals in competing.groupby([group, direction.loc[competing.index]]):
-        if len(rivals) > 1:
-            winners = rivals[rivals["ours"] == rivals["ours"].agg(str(wanted))]
-            won += zip(winners["row"], winners["column"], strict=True)
-    return pd.Series([cell in won for cell in zip(numbers["row"], numbers["column"], strict=True)], numbers.index)
-
-
-def _apart(spec: Config) -> list[str]:
-    return [row["label"] for row in spec["rows"] if row.get("apart")]
-
-
-# --- from a spec to a table -------------------------------------------------------------------------------
+    groups = scores.groupby([competing[per] if per in CELL else pd.Series("", competing.index), wanted[competing.index]])
+    won = competing[(scores == groups.transform("max")) & (groups.transform("size") > 1)]
+    cells = pd.MultiIndex.from_frame(numbers[CELL])
+    return pd.Series(cells.isin(pd.MultiIndex.from_frame(won[CELL])), numbers.index)
 
 
 def build(spec: Config, scale: str, plan: Planner) -> Table:
@@ -146,31 +156,11 @@ def build(spec: Config, scale: str, plan: Planner) -> Table:
     cells = records.cells(spec, scale, plan)
     numbers = summary(cells, spec, scale)
     pairs = list(_counterparts(spec, scale, cells, plan))
-    changes = provenance.departed(pairs)
-    departure = provenance.departure_sentence(scale, changes, tuple(spec.get("described", ())))
-    runs = list(cells["run"].dropna().unique())
-    origin = provenance.origin(runs)
     data = sorted({config["data"]["name"] for config, _ in pairs})
-    held_out = any(config.get("data", {}).get("validation") for config, _ in pairs)
-    return Table(
-        number=spec["number"],
-        title=spec["title"].format(data=", ".join(data), where=spec.get("where", {}).get(scale)),
-        corner=spec["corner"],
-        scale=scale,
-        cells=cells,
-        numbers=numbers,
-        caption=(
-            *_notes(spec, scale, missing=not all(run.finished for run in runs)),
-            departure,
-            *_upstream(spec, scale, plan),
-            *_how_to_read_it(spec, scale, printed=bool(numbers["thesis"].notna().any()), held_out=held_out),
-            *origin.sentences,
-        ),
-        best_per=spec.get("best_per", "column") if spec["best"] else None,
-        departures=tuple((key, *values) for key, values in changes.items()),
-        departure=departure,
-        details=tuple(origin.details),
-    )
+    title = spec["title"].format(data=", ".join(data), where=spec.get("where", {}).get(scale))
+    runs = list(cells["run"].dropna().unique())
+    caption = provenance.caption(spec, scale, runs, pairs, plan, printed=bool(numbers["thesis"].notna().any()))
+    return Table(spec, scale, title, cells, numbers, caption)
 
 
 def _counterparts(spec: Config, scale: str, cells: pd.DataFrame, plan: Planner) -> Iterator[tuple[Config, Config]]:
@@ -186,35 +176,69 @@ def _counterparts(spec: Config, scale: str, cells: pd.DataFrame, plan: Planner) 
             yield cell["run"].config, plan(command(spec, row, there, "paper", cell["seed"])).config
 
 
-# --- sentences of the caption -----------------------------------------------------------------------------
+# --- files ------------------------------------------------------------------------------------------------
 
 
-def _notes(spec: Config, scale: str, missing: bool) -> Iterator[str]:
-    yield from specs.notes(spec, scale)
-    if scale in spec.get("only", {}):
-        yield f"Cells marked {ABSENT} are not part of this scale."
-    if missing and scale in spec.get("needs", {}):
-        yield f"Its empty cells need {spec['needs'][scale]}."
+def wide(table: Table, show: Callable[[Config], str], label: Callable[[str], str] = one_line) -> pd.DataFrame:
+    """The table as it is printed, one line a row, its label first. show, label: the text of a cell, of a label."""
+    rows = [[label(row), *map(show, cells)] for row, cells in table.by_row.items()]
+    return pd.DataFrame(rows, columns=[label(name) for name in (table.spec["corner"], *table.columns)])
 
 
-def _upstream(spec: Config, scale: str, plan: Planner) -> Iterator[str]:
-    for line in spec.get("upstream", []):
-        if scale not in line.get("scales", spec["seeds"]):
-            continue
-        run = plan([*line["overrides"], f"scale={scale}"])
-        record = run.record()
-        ours = f"{value_of(record, line.get('metric', 'test/accuracy')):.2f} (run {run.id})" if record else "not run yet"
-        printed = read_thesis().get((item_of(spec), *line["thesis"])) if scale in spec["comparable"] else None
-        yield f"{line['label'].capitalize()}: {ours}" + (f"; the thesis's {printed.value:g}." if printed else ".")
+def to_csv(table: Table) -> str:
+    """One line for each metric of each cell. Undefined deviations and differences are empty, numbers of diverged runs `nan`."""
+    done = table.cells[table.cells["finished"]].groupby([*CELL, "part"])["run"]
+    ids = done.agg(lambda runs: " ".join(run.id for run in runs)).rename("run_ids")
+    frame = table.numbers.join(ids, on=[*CELL, "part"])
+    diverged = frame["ours"].isna() & (frame["n"] > 0)
+    for name in ("ours", "std", "difference"):
+        frame[name] = frame[name].map("{:.4f}".format, na_action="ignore")
+    frame["ours"] = frame["ours"].mask(diverged, "nan")
+    frame["std"] = frame["std"].mask(diverged & (frame["n"] > 1), "nan")
+    frame["thesis"] = frame["thesis"].map("{:g}".format, na_action="ignore")
+    return csv(frame[COLUMNS])
 
 
-def _how_to_read_it(spec: Config, scale: str, *, printed: bool, held_out: bool) -> Iterator[str]:
-    if printed and scale not in spec["comparable"]:
-        yield "The thesis's numbers are shown for orientation; at this scale they can't be compared with ours."
-    for row in _apart(spec):
-        yield f"The best number is marked among the rows without {row}."
-    own = [column for column in spec["columns"] if scale in column.get("seeds", {})]
-    listed = [f"column {column['label']}: {specs.joined(column['seeds'][scale])}" for column in own]
-    exceptions = f" ({'; '.join(listed)})" if listed else ""
-    data = "Held-out training images replace the test set" if held_out else "The test set is evaluated once"
-    yield f"Seeds: {specs.joined(seeds_of(spec, scale))}{exceptions}. {data}, after the last step."
+def to_text(table: Table) -> str:
+    """For the terminal: ours above, the thesis's number below in parentheses; * marks the best of a column."""
+
+    def show(cell: Config) -> str:
+        return f"{cell['ours']}{'*' if cell['best'] else ''}" + (f"\n({cell['thesis']})" if cell["thesis"] else "")
+
+    return rendered("table.txt", table=table, printed=printed(wide(table, show)))
+
+
+def to_markdown(table: Table) -> str:
+    return rendered("table.md", table=table)
+
+
+def to_latex(table: Table) -> str:
+    return rendered("table.tex", table=table)
+
+
+def to_svg(table: Table) -> str:
+    """A picture: ours, and dimmed the thesis's number."""
+
+    def show(cell: Config) -> str:
+        ours = f"[bold]{cell['ours']}[/bold]" if cell["best"] else cell["ours"]
+        return f"{ours} [dim]{cell['thesis']}[/dim]" if cell["thesis"] else str(ours)
+
+    picture = grid(wide(table, show, _no_markup))
+    picture.title = _no_markup(f"{table.head} {table.title}")
+    console = rich.console.Console(record=True, width=100, emoji=False, file=io.StringIO())
+    console.print(picture)
+    best = f"bold: best of its {table.best_per}; " if table.best_per else ""
+    console.print(f"{best}dim: the thesis", style="dim", justify="center")
+    # rich's fonts are loaded from the network, which a committed picture must not need.
+    return re.sub(r"@font-face \{[^}]*\}\s*", "", console.export_svg(title="gradexp"))
+
+
+def _no_markup(text: str) -> str:
+    """The text for rich, which takes `[...]` for markup."""
+    return escape(one_line(text))
+
+
+def write(table: Table, results: Path) -> list[Path]:
+    """Write the files of a table to results/tables/<scale>/."""
+    contents = {"md": to_markdown(table), "csv": to_csv(table), "tex": to_latex(table), "svg": to_svg(table)}
+    return write_beside(stem_of("table", table.number, table.scale, results), contents)

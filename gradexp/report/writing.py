@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,38 @@ def _without_html(text: str) -> str:
     return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", text)
 
 
+LATEX = str.maketrans(
+    {"×": r"$\times$", "→": r"$\rightarrow$", "↓": r"$\downarrow$", "↑": r"$\uparrow$", "−": "$-$", "±": r"$\pm$", "–": "--"}
+    | {"½": r"$\frac{1}{2}$", "∇": r"$\nabla$", "‖": r"$\|$", "²": "$^2$", "³": "$^3$", "§": r"\S ", "ℓ": r"$\ell$"}
+    | {"·": r"$\cdot$", "≤": r"$\leq$", "≥": r"$\geq$", "≈": r"$\approx$", "∞": r"$\infty$", "…": r"\ldots{}", "—": "---"}
+    | {"’": "'", "‘": "`", "“": "``", "”": "''"}
+    | {character: "\\" + character for character in "&%$#_{}"}
+    | {"\\": r"\textbackslash ", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}"}
+)
+GREEK = "αβγδεζηθικλμνξπρστυφχψωΓΔΘΛΞΠΣΥΦΨΩ"  # those that LaTeX has by name
+ACCENTS = {"\u0300": "`", "\u0301": "'", "\u0302": "^", "\u0303": "~", "\u0308": '"'}
+ACCENTS |= {"\u030a": "r ", "\u030c": "v ", "\u0327": "c "}
+
+
+def latex(text: str) -> str:
+    """The text in ASCII that LaTeX sets as it reads; `[U+2603]` for a character that is neither a letter nor in LATEX."""
+    escaped = "".join(map(_latex, one_line(text).translate(LATEX)))
+    # After the end of a row, \\, these two would be read as its options.
+    return f"{{{escaped[0]}}}{escaped[1:]}" if escaped.startswith(("[", "*")) else escaped
+
+
+def _latex(character: str) -> str:
+    if character.isascii():
+        return character
+    if character in GREEK:
+        name = unicodedata.name(character).replace("LAMDA", "LAMBDA").rpartition(" ")[2]
+        return rf"$\{name.lower() if character.islower() else name.capitalize()}$"
+    base, accent = (*unicodedata.normalize("NFD", character), "")[:2]
+    if base.isascii() and accent in ACCENTS:
+        return rf"\{ACCENTS[accent]}{{{base}}}"
+    return f"[U+{ord(character):04X}]"
+
+
 def csv(frame: pd.DataFrame) -> str:
     """A CSV file without index, whose text no spreadsheet takes for a formula; numbers are not changed."""
     return frame.rename(columns=_no_formula).map(_no_formula).to_csv(index=False)
@@ -53,7 +87,12 @@ def _no_formula(cell: Any) -> Any:
 
 
 def rendered(name: str, **content: Any) -> str:
-    """A template of page/, filled. Only page.html escapes HTML by itself; a name that is missing is an error."""
+    """A template of page/, filled. A name that is missing is an error."""
+    return _environment().get_template(name).render(**content)
+
+
+@cache
+def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(PAGES),
         autoescape=jinja2.select_autoescape(["html"]),
@@ -63,23 +102,19 @@ def rendered(name: str, **content: Any) -> str:
         keep_trailing_newline=True,
     )
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "ensure_ascii": False, "allow_nan": False}
-    environment.filters |= {"plain": plain, "line": line, "markdown": markdown, "prose": prose, "quantity": quantity}
-    return environment.get_template(name).render(**content)
+    filters = (one_line, plain, latex, line, cell_of_line, prose, quantity)
+    environment.filters |= {function.__name__: function for function in filters}
+    return environment
 
 
 def line(cells: Iterable[Any]) -> str:
     """A line of a Markdown table."""
-    return f"| {' | '.join(_cell(str(cell)) for cell in cells)} |"
+    return f"| {' | '.join(cell_of_line(str(cell)) for cell in cells)} |"
 
 
-def _cell(text: str) -> str:
+def cell_of_line(text: str) -> str:
     """The text on one line, with `|` escaped, and with it the backslashes before it."""
     return re.sub(r"(\\*)\|", r"\1\1\\|", one_line(text))
-
-
-def markdown(frame: pd.DataFrame) -> list[str]:
-    """The lines of a table. Cells are not padded to one width, so that a changed cell changes one line of a committed file."""
-    return [line(frame.columns), "|---" * frame.shape[1] + "|", *map(line, frame.to_numpy().tolist())]
 
 
 @jinja2.pass_context

@@ -123,9 +123,8 @@ def output_change(spec: Config, series: Sequence[Series]) -> tuple[Figure, list[
     for one in series:
         record = one.records[0]
         names = [name for name in record["metrics"] if name.startswith(prefix + CHANGE) and not name.endswith("/std")]
-        fractions = {name: float(name.rpartition("=")[2]) for name in names}
-        for name in sorted(names, key=fractions.__getitem__):
-            rows.append(_over_images(one.label, record, name, 100 * fractions[name]))
+        fractions = {float(name.rpartition("=")[2]): name for name in names}
+        rows += [_over_images(one.label, record, fractions[x], 100 * x) for x in sorted(fractions)]
         if f"{prefix}{AREA}" in record["metrics"]:
             areas[one.label] = _over_images(one.label, record, f"{prefix}{AREA}", math.nan)
     points = pd.DataFrame(rows, columns=POINTS)
