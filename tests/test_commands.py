@@ -89,6 +89,9 @@ def test_a_search_that_is_typed_again_with_more_trials_goes_on(tmp_path: Path, r
     done = run_py(*search, "hydra.sweeper.n_trials=2")
     assert done.returncode == 0, done.stderr
     assert first in records(tmp_path, "teacher") and len(records(tmp_path, "teacher")) == 2
+    assert done.stdout.count("validation/accuracy=") == 2 and "test/accuracy" not in done.stdout
+    for record in records(tmp_path, "teacher").values():
+        assert "validation/accuracy" in record["metrics"] and "test/accuracy" not in record["metrics"]
 
 
 def quickest() -> Path:

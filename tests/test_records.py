@@ -12,6 +12,7 @@ import pytest
 
 import gradexp
 from gradexp.base.errors import UserError
+from gradexp.engine.record import judged
 from gradexp.engine.run import ROOT
 from gradexp.report import specs
 
@@ -37,8 +38,18 @@ def test_a_row_has_what_the_record_has(file: Path, everything: pd.DataFrame) -> 
     assert row["commit"] == record["git"]["commit"]
     assert row["task._target_"] == record["config"]["task"]["_target_"]
     numbers = {name: value for name, value in record["metrics"].items() if isinstance(value, int | float)}
+    numbers = judged(numbers, record["config"])
     assert row[list(numbers)].to_dict() == pytest.approx(numbers)
     assert {name: row[f"upstream.{name}"] for name in record["upstream"]} == {n: x["id"] for n, x in record["upstream"].items()}
+
+
+def test_accuracy_on_held_out_images_is_called_that(everything: pd.DataFrame) -> None:
+    """Also in records that were written before the name was introduced."""
+    held_out = everything["data.validation"].notna()
+    assert held_out.any()
+    assert everything.loc[held_out, "validation/accuracy"].notna().all()
+    assert everything.loc[held_out, "test/accuracy"].isna().all()
+    assert everything.loc[~held_out, "validation/accuracy"].isna().all()
 
 
 def test_a_scale_and_curves_are_asked_for(everything: pd.DataFrame) -> None:

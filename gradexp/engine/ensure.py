@@ -18,7 +18,7 @@ from gradexp.base.files import draft_of, intact, remove_drafts, remove_sealed, s
 from gradexp.engine import clocks
 from gradexp.engine.build import check_settings
 from gradexp.engine.origin import SOURCES, git_state, versions
-from gradexp.engine.record import differing_split, faults, finite, read_record, write_arrays, write_record
+from gradexp.engine.record import differing_split, faults, finite, judged, read_record, write_arrays, write_record
 from gradexp.engine.run import Config, Run
 from gradexp.engine.task import Finished, Task, Upstream, task_of
 
@@ -121,7 +121,7 @@ def _made(run: Run, task: Task, upstream: Upstream) -> Config:
         "seed": run.config["seed"],
         **({"command": run.recorded_command} if run.recorded_command else {}),
         "status": result.status,
-        "metrics": result.metrics,
+        "metrics": judged(result.metrics, run.config),
         "config": {key: value for key, value in run.config.items() if key != "paths"},
         "upstream": used,
         "seconds": {clock: round(spent[clock] + earlier[clock], 2) for clock in clocks.CLOCKS},

@@ -209,7 +209,19 @@ def _parsed(path: Path, *_state: int) -> Config:
         raise ValueError("it was changed since it was written")
     if "curves_file" in record:
         record["metrics"] |= _curves(path, record)
+    record["metrics"] = judged(record["metrics"], record.get("config", {}))
     return record
+
+
+def judged(metrics: dict[str, Any], config: Config) -> dict[str, Any]:
+    """The metrics with names that state which images they are of: `validation/` for `test/` where some were held out."""
+    if config.get("data", {}).get("validation") is None:
+        return metrics
+    return {_held_out(name): value for name, value in metrics.items()}
+
+
+def _held_out(name: str) -> str:
+    return f"validation/{name.removeprefix('test/')}" if name.startswith("test/") else name
 
 
 def _curves(path: Path, record: Config) -> Config:
@@ -235,8 +247,12 @@ def _digest(text: str) -> str:
 
 
 def metric_of(record: Config, name: str) -> float | list[float | None]:
-    """A recorded number or curve; NaN for a number that a diverged run lacks. Raises UserError for an unknown name."""
+    """A recorded number or curve; NaN for a number that a diverged run lacks. Raises UserError for an unknown name.
+
+    `test/...` means `validation/...` where the run held out images.
+    """
     metrics = record["metrics"]
+    name = _held_out(name) if _held_out(name) in metrics else name
     if name not in metrics and record["status"] != "diverged":
         raise UserError(f"record {record['id']} has no metric {name}{nearest(name, metrics)}")
     value: list[float | None] | float | None = metrics.get(name)
@@ -303,6 +319,7 @@ def objective(record: Config, direction: str) -> float | None:
     Raises UserError for a metric that a sweeper needs and the run lacks.
     """
     name, numbers = record["config"].get("objective", "test/accuracy"), numbers_of(record)
+    name = name if name in numbers else _held_out(name)
     value = numbers.get(name)
     if direction not in ("maximize", "minimize"):
         return value
@@ -315,7 +332,7 @@ def objective(record: Config, direction: str) -> float | None:
 def print_summary(record: Config) -> None:
     """Prints the last line of a run."""
     numbers = numbers_of(record)
-    numbers = {name: value for name, value in numbers.items() if name.startswith("test/")} or numbers
+    numbers = {name: value for name, value in numbers.items() if name.startswith(("test/", "validation/"))} or numbers
     words = []
     for name, value in sorted(numbers.items()):
         shown = "nan" if value is None else f"{value:.2f}" if abs(value) >= 1 else f"{value:.3g}"

@@ -9,7 +9,9 @@ from typing import Any
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
+
+from gradexp.engine.record import judged
 
 ROW = "row.json"  # in the folder of each job
 
@@ -25,7 +27,9 @@ class SweepTable(Callback):
         finished = job_return.status == JobStatus.COMPLETED
         result = job_return.return_value if finished else "failed"
         words = dict(word.split("=", 1) for word in job_return.overrides or [] if "=" in word)
-        (folder / ROW).write_text(json.dumps(words | {config.objective: result}))
+        held_out = OmegaConf.select(config, "data.validation")
+        (name,) = judged({config.objective: result}, {"data": {"validation": held_out}})
+        (folder / ROW).write_text(json.dumps(words | {name: result}))
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         folder = Path(config.hydra.sweep.dir)
@@ -35,7 +39,7 @@ class SweepTable(Callback):
         import pandas as pd
 
         frame = pd.DataFrame([json.loads(file.read_text()) for file in files])
-        varied = [name for name in frame if name == config.objective or frame[name].nunique(dropna=False) > 1]
+        varied = [name for name in frame if name == frame.columns[-1] or frame[name].nunique(dropna=False) > 1]
         table = folder / "table.csv"
         frame.to_csv(table, index=False)
         print(f"{frame[varied].to_string(index=False)}\nwritten to {table}", flush=True)

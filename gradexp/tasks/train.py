@@ -20,6 +20,7 @@ from gradexp.engine.exits import die_of_interrupt
 from gradexp.engine.hardware import Hardware
 from gradexp.engine.loggers import close, make_logger
 from gradexp.engine.origin import git_state
+from gradexp.engine.record import judged
 from gradexp.engine.run import Config, Paths, Run
 from gradexp.engine.task import Finished, Result, Sizes, Task, Upstream, digests_of, images_of
 from gradexp.evaluate.accuracy import accuracy_on_test
@@ -74,7 +75,7 @@ class Train(Task):
             metrics["angle"] = module.curves["train/angle"][-1]
         facts = facts_of(training, steps)
         numbers = {name: value for name, value in metrics.items() if not isinstance(value, list)}
-        close(logger, numbers, {**facts, "git": git_state()})
+        close(logger, judged(numbers, run.config), {**facts, "git": git_state()})
         assemble.save_weights(run, module.student)
         return Result(metrics, "diverged" if module.diverged else "finished", facts)
 
