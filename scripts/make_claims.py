@@ -12,7 +12,7 @@ def main() -> None:
     with exit_on_errors():
         paths = Paths.of(shared(given.scale, given.set))
         judged = claims.read(CLAIMS, given.scale, planner(given.set))
-        files = claims.write(judged, given.scale, paths.results, confidence=claims.load(CLAIMS)["confidence"])
+        files = claims.write(judged, given.scale, paths.results)
         for row in judged.claims.itertuples():
             print(f"{row.words:<40} {row.Index:<20} {row.claim}")
         print(claims.tally(judged.claims["verdict"]))
