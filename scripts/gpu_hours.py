@@ -10,6 +10,7 @@ from reproduce import ranks
 from gradexp.base.files import write_atomically
 from gradexp.engine.exits import exit_on_errors
 from gradexp.engine.run import ROOT, Run
+from gradexp.engine.task import task_of
 from gradexp.report import costs
 
 HOURS = (1, 10, 100)
@@ -32,7 +33,7 @@ def main() -> None:
 
 
 def seconds_of(run: Run, unit: Unit) -> float:
-    return START + (costs.amount(run.config, SIZES) or 0.0) * unit.gpu_seconds
+    return START + (task_of(run.config).work(run.config, SIZES) or 0.0) * unit.gpu_seconds
 
 
 def head() -> list[str]:

@@ -15,7 +15,7 @@ def main() -> None:
         own = [file for folder in conf_folders() if (file := folder / "claims.yaml").exists()]
         for file, results in [(CLAIMS, paths.results), *((file, paths.results / "own") for file in own)]:
             judged = claims.read(file, given.scale, planner(given.set))
-            files = claims.write(judged, given.scale, results, confidence=claims.load(file)["confidence"])
+            files = claims.write(judged, given.scale, results)
             for row in judged.claims.itertuples():
                 print(f"{row.words:<40} {row.Index:<20} {row.claim}")
             print(claims.tally(judged.claims["verdict"]))

@@ -10,8 +10,7 @@ from gradexp.report import figures, specs
 
 def make(spec: dict[str, Any], job: Job) -> None:
     """Run what is missing, then draw and write the figure."""
-    wanted = [overrides for cell in specs.cells(spec, job.scale) for overrides in cell.commands.values()]
-    failures = job.fill(f"figure {spec['number']}", wanted)
+    failures = job.fill(f"figure {spec['number']}", specs.commands(spec, job.scale))
     series = figures.gather(spec, job.scale, job.plan)
     caption = figures.caption(spec, job.scale, series, job.plan)
     folder = specs.folder_of("figure", spec["number"], job.paths.results)

@@ -38,16 +38,16 @@ def page(scale: str, paths: Paths, plan: Planner) -> str:
         series = figures.gather(spec, scale, plan)
         caption = figures.caption(spec, scale, series, plan)
         figure_views.append(html.figure_view(spec, series, scale, paths.results, panels, caption))
-    claim_views = html.claim_views(claims.read(CLAIMS, scale, plan), panels)
+    judged = claims.read(CLAIMS, scale, plan)
     plan_rows: Any = costs.to_frame(costs.build(scale, plan, costs.History.of(paths)), cpu_count()).to_dict("records")
     bench, git = paths.results / "bench.json", git_state()
     return html.render(
         scale,
-        {"tables": table_views, "figures": figure_views, "claims": claim_views},
+        {"tables": table_views, "figures": figure_views, "claims": html.claim_views(judged, panels)},
         panels,
         settings,
         made_by=f"gradexp {__version__}, commit {(git['commit'] or 'none')[:8]}{' (dirty)' if git['dirty'] else ''}",
-        explanation=claims.explanation(claims.load(CLAIMS)["confidence"]),
+        explanation=claims.explanation(judged),
         bench=measured(bench) if bench.exists() else None,
         costs=plan_rows,
     )

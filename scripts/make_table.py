@@ -9,8 +9,7 @@ from gradexp.report import specs, tables
 
 def make(spec: dict[str, Any], job: Job) -> None:
     """Run what is missing, then write and print the table."""
-    wanted = [overrides for cell in specs.cells(spec, job.scale) for overrides in cell.commands.values()]
-    failures = job.fill(f"table {spec['number']}", wanted)
+    failures = job.fill(f"table {spec['number']}", specs.commands(spec, job.scale))
     table = tables.build(spec, job.scale, job.plan)
     files = tables.write(table, specs.folder_of("table", spec["number"], job.paths.results))
     print(tables.to_text(table))

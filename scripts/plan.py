@@ -112,7 +112,7 @@ def slots(hardware: Hardware) -> int:
 
 def measure(configs: Sequence[Config], paths: Paths, history: costs.History) -> None:
     """Probes the shortest run of each kind, and stores the samples in outputs/probes/."""
-    short = sorted(configs, key=lambda config: costs.amount(config, history.sizes) or 0, reverse=True)
+    short = sorted(configs, key=lambda config: task_of(config).work(config, history.sizes) or 0, reverse=True)
     kinds = {costs.signature(config): config for config in short}
     for number, (name, config) in enumerate(kinds.items(), 1):
         print(f"[{number}/{len(kinds)}] probing {config['name']} {config.get('method', {}).get('name', '')}", flush=True)
@@ -142,7 +142,7 @@ def probed_training(config: Config, probe: Config, history: costs.History) -> co
     A teacher's targets count as a cost of each image: the more images a run shows, the more targets it needs.
     """
     history.learn(config, probe["data"])
-    size = costs.amount(config, history.sizes) or 1.0
+    size = task_of(config).work(config, history.sizes) or 1.0
     ready, image, judged = (probe["seconds"][name][history.clock] for name in ("ready", "image", "judge"))
     rate = image + (ready / size if "teacher" in config["upstream"] else 0.0)
     facts = float(probe["peak_memory_mib"]), 4 * probe["parameters"] / 2**20, probe["device"]
@@ -152,7 +152,7 @@ def probed_training(config: Config, probe: Config, history: costs.History) -> co
 def probed_looking(config: Config, records: Sequence[Config], history: costs.History) -> costs.Sample:
     """The sample of a run that was cut to the LADDER: total from the first, rate from the third minus the second."""
     history.learn(config, records[0]["data"])
-    sizes = [costs.amount(record["config"], history.sizes) or 1.0 for record in records]
+    sizes = [task_of(record["config"]).work(record["config"], history.sizes) or 1.0 for record in records]
     seconds = [record["seconds"][history.clock] for record in records]
     rate = max(0.0, (seconds[2] - seconds[1]) / (sizes[2] - sizes[1]))
     facts = float(records[-1]["peak_memory_mib"]), 0.0, records[0]["device"]

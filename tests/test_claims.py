@@ -50,7 +50,7 @@ def stated(*comparisons: dict[str, Any], name: str = "x", section: str = "§2.6"
 def judge(*found: Stated) -> Judged:
     numbers = pd.DataFrame([row for _, comparisons in found for row in comparisons], columns=claims.COLUMNS)
     rows = pd.DataFrame([row for row, _ in found]).set_index("id")
-    return claims.judge(Judged(rows, numbers.astype(dict.fromkeys(claims.NUMBERS, float))), confidence=0.95)
+    return claims.judge(Judged(rows, numbers.astype(dict.fromkeys(claims.NUMBERS, float)), 0.95))
 
 
 def only(judged: Judged) -> Any:
@@ -86,7 +86,7 @@ def test_verdicts(samples: list[list[float] | None], verdict: str) -> None:
 def test_a_comparison_outside_the_scale_is_not_counted() -> None:
     judged = judge(stated(comparison(UP), comparison(None, in_scale=False)))
     assert only(judged).verdict == "holds"
-    assert "1 of 1 agree; 1 not part of this scale" in claims.to_markdown(judged, "cpu", confidence=0.95)
+    assert "1 of 1 agree; 1 not part of this scale" in claims.to_markdown(judged, "cpu")
 
 
 def test_a_claim_is_as_sure_as_its_least_sure_comparison() -> None:
@@ -115,7 +115,7 @@ def test_one_comparison_that_goes_the_other_way_is_enough() -> None:
 def test_what_took_part_in_a_choice_is_shown_and_does_not_count() -> None:
     judged = judge(stated(comparison(UP), comparison(DOWN, fitted=True)))
     assert only(judged).verdict == "holds"
-    text = claims.to_markdown(judged, "cpu", confidence=0.95)
+    text = claims.to_markdown(judged, "cpu")
     assert "1 of 1 agree; 1 took part in a choice" in text
     assert "a > b (took part in choosing a setting)" in text
 
@@ -125,7 +125,7 @@ def test_a_withheld_claim_is_not_judged_and_not_in_holms_family() -> None:
     judged = judge(claim([2.0, 1.0, 3.0, 0.9], name="a"), *others)
     assert judged.claims["verdict"].tolist() == ["holds", "withheld", "withheld"]
     assert judged.claims["p_holm"].isna().tolist() == [False, True, True]
-    assert "Withheld: The networks are not" in claims.to_markdown(judged, "cpu", confidence=0.95)
+    assert "Withheld: The networks are not" in claims.to_markdown(judged, "cpu")
 
 
 def test_family_wise_error_rate() -> None:
@@ -246,7 +246,7 @@ def test_from_records_to_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert first.loc[["h", "i"], "in_scale"].tolist() == [False, True]
     assert first.loc["h", "thesis"] == first.loc["i", "thesis"]
     assert first.loc["a", "low"] < 1 < first.loc["a", "high"]
-    md, csv = claims.write(judged, "quick", tmp_path, confidence=0.95)
+    md, csv = claims.write(judged, "quick", tmp_path)
     assert "13 claims: 7 holds, 2 contradicted, 1 direction only, 1 withheld, 2 not run." in md.read_text()
     assert len(csv.read_text().splitlines()) == 14
     assert r"A \| helps" in md.read_text()
@@ -273,7 +273,7 @@ def test_images_of_one_model_are_a_sample_of_their_own(digest: str, suffix: str,
     assert only(over_images).words == "holds, for this model"
     assert only(over_seeds).verdict == "direction only"
     assert over_images.comparisons["label"].tolist() == [f"Gradient < Random, RF = 0.5{suffix}"]
-    assert "table 3.2, over images; another setting" in claims.to_markdown(over_images, "quick", confidence=0.95)
+    assert "table 3.2, over images; another setting" in claims.to_markdown(over_images, "quick")
     assert over_seeds.comparisons["noise"].tolist() == pytest.approx([2**0.5 * 0.4 / 20])
 
 

@@ -58,7 +58,8 @@ def record(paths: Paths, run: Config, cpu: float, **facts: Any) -> None:
     ],
 )
 def test_amounts(words: list[str], images: float) -> None:
-    assert costs.amount(config(*words), SIZES) == images
+    run = config(*words)
+    assert task_of(run).work(run, SIZES) == images
 
 
 def test_like_runs_differ_in_amount_only() -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from gradexp.engine.compose import compose_run
+from gradexp.engine.task import task_of
 from gradexp.report import costs
 from gradexp.report.costs import History, Sample
 
@@ -52,7 +53,7 @@ def test_a_count_is_used_where_nothing_was_measured() -> None:
     name, facts = costs.signature(config), {"memory_mib": 1.0, "disk_mib": 2.0}
     history = History(sizes={"digits": (1437, 360)}, counts={name: Sample(name, 1.0, 21.0, 0.1, device="", **facts)})
     cost = history.cost(config)
-    size = costs.amount(config, history.sizes)
+    size = task_of(config).work(config, history.sizes)
     assert cost is not None and size is not None
     assert (cost.basis, cost.seconds) == ("count", pytest.approx(20.9 + 0.1 * size))
     history.add(Sample(name, 1.0, 5.0, 5.0, device="", **facts))

@@ -108,7 +108,7 @@ def judged(sources: Sequence[Run], claim: str = "A beats CE.") -> claims.Judged:
     texts = {"claim": claim, "because": "", "withheld": "", "section": "§2.6.1", "chapter": "2", "item": "table 2.1"}
     row = pd.DataFrame([{"id": "2.1-a", **texts, "unit": "seeds", "comparable": True}]).set_index("id")
     comparisons = pd.DataFrame([comparison], columns=claims.COLUMNS).astype(dict.fromkeys(claims.NUMBERS, float))
-    return claims.judge(claims.Judged(row, comparisons), confidence=0.95)
+    return claims.judge(claims.Judged(row, comparisons, 0.95))
 
 
 def render(results: Path, scale: str = "cpu", spec: dict[str, Any] = SPEC, words: str = "") -> str:

@@ -11,7 +11,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, NotRequired
 
@@ -94,6 +94,7 @@ class Judged:
 
     claims: pd.DataFrame
     comparisons: pd.DataFrame
+    confidence: float
 
 
 def read(file: Path, scale: str, plan: Planner) -> Judged:
@@ -108,22 +109,12 @@ def read(file: Path, scale: str, plan: Planner) -> Judged:
             comparisons += _comparisons(spec, grid, content)
         except UserError as error:
             raise UserError(f"{file.name}, claim {spec['id']}: {error}") from None
-        texts = {
-            "claim": spec["claim"],
-            "because": spec.get("because", ""),
-            "withheld": spec.get("withheld", {}).get(scale, ""),
-        }
-        claims.append(
-            {
-                **{key: spec[key] for key in ("id", "section", "item")},
-                **{key: " ".join(text.split()) for key, text in texts.items()},
-                "unit": spec.get("unit", "seeds"),
-                "chapter": spec["section"].lstrip("§").partition(".")[0],
-                "comparable": grid.comparable,
-            }
-        )
+        texts = {key: spec.get(key, "") for key in ("claim", "because")} | {"withheld": spec.get("withheld", {}).get(scale, "")}
+        row = {key: " ".join(text.split()) for key, text in texts.items()} | {"unit": spec.get("unit", "seeds")}
+        row |= {"chapter": spec["section"].lstrip("§").partition(".")[0], "comparable": grid.comparable}
+        claims.append({key: spec[key] for key in ("id", "section", "item")} | row)
     numbers = pd.DataFrame(comparisons, columns=COLUMNS).astype(dict.fromkeys(NUMBERS, float))
-    return judge(Judged(pd.DataFrame(claims).set_index("id"), numbers), confidence=content["confidence"])
+    return judge(Judged(pd.DataFrame(claims).set_index("id"), numbers, content["confidence"]))
 
 
 def _comparisons(spec: Config, grid: Grid, content: Config) -> list[Config]:
@@ -162,7 +153,7 @@ def _compare(pair: Pair, grid: Grid, unit: str, content: Config) -> Config:
     return {**row, **asdict(estimate_over_images(float(gaps.mean()), noise, content["confidence"])), "label": label}
 
 
-def judge(found: Judged, *, confidence: float) -> Judged:
+def judge(found: Judged) -> Judged:
     """Add the verdicts; Holm's correction is over the claims of a chapter that are tested and not withheld.
 
     All comparisons of a claim must hold: once all are tested, the largest p-value supports it (an intersection-union test).
@@ -183,7 +174,7 @@ def judge(found: Judged, *, confidence: float) -> Judged:
         "tested": done["p_for"].count(),
     }
     claims = found.claims.join(pd.DataFrame(counts)).fillna(dict.fromkeys(counts, 0)).astype(dict.fromkeys(counts, int))
-    complete, level = claims["tested"] == claims["planned"], 1 - confidence
+    complete, level = claims["tested"] == claims["planned"], 1 - found.confidence
     claims["p_for"] = done["p_for"].max().reindex(claims.index).where(complete, 1.0)
     claims["p_against"] = (claims["tested"] * done["p_against"].min().reindex(claims.index)).clip(upper=1)
     claims["p"] = (2 * claims[["p_for", "p_against"]].min(axis=1)).clip(upper=1)
@@ -201,7 +192,7 @@ def judge(found: Judged, *, confidence: float) -> Judged:
     is_tested = claims["verdict"].isin(["holds", "contradicted", "undecided"])
     claims[["p", "p_holm"]] = claims[["p", "p_holm"]].where(is_tested)
     claims["words"] = [_words(row) for row in claims.itertuples()]
-    return Judged(claims, found.comparisons)
+    return replace(found, claims=claims)
 
 
 def _words(row: Any) -> str:
@@ -223,9 +214,9 @@ def tally(verdicts: Iterable[str]) -> str:
     return f"{counts.total()} claims: {', '.join(f'{counts[name]} {name}' for name in VERDICTS if counts[name])}."
 
 
-def explanation(confidence: float) -> list[str]:
+def explanation(found: Judged) -> list[str]:
     """How verdicts are made, as list items in Markdown."""
-    numbers = {"level": f"{1 - confidence:g}", "confidence": f"{confidence:.0%}", "bootstrap": BOOTSTRAP_FROM}
+    numbers = {"level": f"{1 - found.confidence:g}", "confidence": f"{found.confidence:.0%}", "bootstrap": BOOTSTRAP_FROM}
     return [f"- {' '.join(text.format(**numbers).split())}" for text in specs.settings()["verdicts"]]
 
 
@@ -245,12 +236,12 @@ def to_csv(found: Judged) -> str:
     return csv(frame[[*columns, "p", "p_holm"]])
 
 
-def to_markdown(found: Judged, scale: str, *, confidence: float) -> str:
+def to_markdown(found: Judged, scale: str) -> str:
     """A table of verdicts for each chapter, and every comparison behind them."""
-    return rendered("claims.md", scale=scale, claims=views(found), explanation=explanation(confidence), tally=tally)
+    return rendered("claims.md", scale=scale, claims=views(found), explanation=explanation(found), tally=tally)
 
 
-def write(found: Judged, scale: str, results: Path, *, confidence: float) -> list[Path]:
+def write(found: Judged, scale: str, results: Path) -> list[Path]:
     """Write results/claims/<scale>.md and .csv."""
-    contents = {"md": to_markdown(found, scale, confidence=confidence), "csv": to_csv(found)}
+    contents = {"md": to_markdown(found, scale), "csv": to_csv(found)}
     return write_beside(results / "claims" / scale, contents)

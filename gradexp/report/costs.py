@@ -31,14 +31,6 @@ from gradexp.report.writing import printed, rendered
 NEAREST = 5  # an estimate is the median over so many similar runs
 
 
-# --- how much work ----------------------------------------------------------------------------------------
-
-
-def amount(config: Config, sizes: Sizes) -> float | None:
-    """How many images a run processes, in units of its task; None if the size of its data set is not known yet."""
-    return task_of(config).work(config, sizes)
-
-
 def signature(config: Config) -> str:
     """What determines the cost of an image, as JSON: runs with the same signature differ only in the number of images.
 
@@ -143,7 +135,7 @@ class History:
 
     def cost(self, config: Config) -> Cost | None:
         """The median over the similar runs that are nearest in size, of this machine if it has any; None if unknown."""
-        size, name = amount(config, self.sizes), signature(config)
+        size, name = task_of(config).work(config, self.sizes), signature(config)
         counted = [self.counts[name]] if name in self.counts else []
         similar = self.samples.get(name) or counted
         if size is None or not similar:
@@ -166,7 +158,7 @@ def sample(record: Config, sizes: Sizes, known: Mapping[str, Config], folder: Pa
 
     known: records by id. Disk: the content of `folder` if it still exists, otherwise the weights.
     """
-    size = amount(record["config"], sizes)
+    size = task_of(record["config"]).work(record["config"], sizes)
     if size is None or record["status"] != "finished":
         return None
     busy, wall = (max(0.01, own_seconds(record, known, name)) for name in (clock, "wall"))
@@ -184,10 +176,7 @@ def sample(record: Config, sizes: Sizes, known: Mapping[str, Config], folder: Pa
 def items(scale: str) -> dict[str, list[list[str]]]:
     """{table or figure: overrides of each of its runs} of all that the scale has."""
     specs_of = {f"{kind} {number}": spec for kind in specs.KINDS for number, spec in specs.at_scale(kind, scale).items()}
-    return {
-        name: [overrides for cell in specs.cells(spec, scale) for overrides in cell.commands.values()]
-        for name, spec in specs_of.items()
-    }
+    return {name: specs.commands(spec, scale) for name, spec in specs_of.items()}
 
 
 def build(scale: str, plan: Planner, history: History) -> pd.DataFrame:

@@ -148,7 +148,7 @@ def claim_views(judged: claims.Judged, panels: Panels) -> list[Config]:
     views = claims.views(judged)
     for view in views:
         runs = dict.fromkeys(itertools.chain(*(row["runs"] for row in view["details"])))
-        panels.add(f"claim-{view['id']}", f"Claim, {view['item']}", view["claim"], {"verdict": view["words"]}, runs)
+        panels.add(f"claim-{view['id']}", f"Claim, {view['item']}", view["claim"], {"verdict": view["verdict"]}, runs)
     return views
 
 

@@ -286,6 +286,11 @@ def cells(spec: Config, scale: str) -> Iterator[Cell]:
             yield Cell(row, column, {seed: command(spec, row, column, scale, seed) for seed in seeds})
 
 
+def commands(spec: Config, scale: str) -> list[list[str]]:
+    """The overrides of every run of a table or figure."""
+    return [overrides for cell in cells(spec, scale) for overrides in cell.commands.values()]
+
+
 def command(spec: Config, row: Config, column: Config, scale: str, seed: int) -> list[str]:
     """The overrides of one cell and seed. A row, a series or a column may name an experiment of its own."""
     first = [f"experiment={setting('experiment', row, column, spec)}", f"scale={scale}"]

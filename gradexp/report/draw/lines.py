@@ -215,15 +215,12 @@ def _rows(points: pd.DataFrame, spec: Config) -> list[Row]:
 
 # --- figure 2.1 ---------------------------------------------------------------------------------------------
 
-# (title, ((array, label, line style), ...)) of each panel
-PANELS = (
-    ("Matching the data points", (("activations", "student: values", "-"),)),
-    (
-        "With noise on the inputs, or slopes",
-        (("noise", "student: values, noisy inputs", "--"), ("jacobian", "student: values and slopes", "-")),
-    ),
-)
-COLOURS = {"activations": PALETTE[1], "noise": PALETTE[4], "jacobian": PALETTE[0]}
+TITLES = ("Matching the data points", "With noise on the inputs, or slopes")  # of the panels
+STUDENTS = {  # by array: panel, label, dashes, colour
+    "activations": (0, "student: values", "-", PALETTE[1]),
+    "noise": (1, "student: values, noisy inputs", "--", PALETTE[4]),
+    "jacobian": (1, "student: values and slopes", "-", PALETTE[0]),
+}
 TANGENT = 0.28  # half the length of a tangent, in units of x
 
 
@@ -231,20 +228,21 @@ def illustration(spec: Config, series: Sequence[Series]) -> tuple[Figure, list[R
     """Two panels: a student that matches values alone; students that match slopes, explicitly and through noise."""
     arrays = series[0].arrays[0]
     figure = Figure(figsize=(2 * COLUMN_WIDTH, 0.95 * COLUMN_WIDTH))
-    for axes, (title, students) in zip(figure.subplots(1, 2, sharey=True), PANELS, strict=True):
+    for panel, axes in enumerate(figure.subplots(1, 2, sharey=True)):
         axes.plot(arrays["x"], arrays["teacher"], color="black", linewidth=1.0, label="teacher")
-        for name, label, dashes in students:
-            axes.plot(arrays["x"], arrays[name], dashes, color=COLOURS[name], label=label)
-        if len(students) > 1:
+        for name, (own, label, dashes, colour) in STUDENTS.items():
+            if own == panel:
+                axes.plot(arrays["x"], arrays[name], dashes, color=colour, label=label)
+        if panel:
             x, y, slope = arrays["points"], arrays["values"], arrays["slopes"]
             half = TANGENT / np.sqrt(1 + slope**2)
             ends = [x - half, x + half], [y - half * slope, y + half * slope]
             axes.plot(*ends, color="black", linewidth=2.6, alpha=0.35, label="teacher's slopes")
         axes.plot(arrays["points"], arrays["values"], "o", color="black", markersize=4, label="data points", zorder=3)
-        axes.set(title=title, xlabel="input x")
+        axes.set(title=TITLES[panel], xlabel="input x")
     entries = {label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(entries.values(), entries.keys(), loc="outside upper center", ncols=-(-len(entries) // 2))
     figure.axes[0].set_ylabel("output")
-    columns = {name: [f"{value:.5f}" for value in arrays[name]] for name in ("teacher", *COLOURS)}
+    columns = {name: [f"{value:.5f}" for value in arrays[name]] for name in ("teacher", *STUDENTS)}
     rows = pd.DataFrame({"x": [f"{x:.4f}" for x in arrays["x"]], **columns}).to_dict("records")
     return figure, rows  # type: ignore[return-value]

@@ -135,14 +135,10 @@ def gallery(spec: Config, series: Sequence[Series]) -> tuple[Figure, list[Row]]:
 
     spec: `first` and `rows` select the images; `overlay` of a series draws its maps over them.
     """
-    arrays = [one.arrays[0] for one in series]
-    images = arrays[0]["images"]
-    if any(not np.array_equal(own["images"], images) for own in arrays):
+    images = series[0].arrays[0]["images"]
+    if any(not np.array_equal(one.arrays[0]["images"], images) for one in series):
         raise UserError(f"figure {spec['number']}: its runs have different images; delete their records and run again")
-    overlaid = [bool(one.spec.get("overlay")) for one in series]
-    columns = [
-        Maps(one.label, one.label, one, own["maps"], over) for one, own, over in zip(series, arrays, overlaid, strict=True)
-    ]
+    columns = [Maps(one.label, one.label, one, one.arrays[0]["maps"], bool(one.spec.get("overlay"))) for one in series]
     return _gallery(images, columns, range(spec["first"], min(spec["first"] + spec["rows"], len(images))))
 
 
