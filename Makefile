@@ -30,6 +30,7 @@ help:
 	@echo "make gpu-check                             whether this GPU computes what the CPU does, and how fast; 5 minutes"
 	@echo "make claims [SCALE=cpu]                    what the thesis says, and whether our records say so too"
 	@echo "make report [SCALE=cpu]                    one HTML page of all of it, each number with its record"
+	@echo "make clean                                 says what deleting outputs/ would cost; CONFIRM=yes deletes it"
 
 # Does what fits into BUDGET; `code` is then its exit code.
 spend = $(BIN)/python scripts/reproduce.py $(1) --budget $(BUDGET) --scale $(SCALE) --workers $(WORKERS) --launcher $(LAUNCHER) --set $(SET); code=$$?
@@ -94,4 +95,7 @@ gpu-check: setup
 	@$(BIN)/python scripts/gpu_check.py $(ARGS)
 
 clean:
-	@rm -rf outputs
+	@du -sh outputs 2> /dev/null || { echo "outputs/ does not exist; there is nothing to delete"; exit 0; }; \
+	echo "outputs/ holds checkpoints, trained weights, saliency maps and caches; runs that stand on them would train them again."; \
+	echo "Records and tables (results/) stay."; \
+	if [ "$(CONFIRM)" = yes ]; then rm -rf outputs && echo "Deleted."; else echo "To delete it: make clean CONFIRM=yes"; fi
