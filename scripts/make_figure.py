@@ -15,7 +15,7 @@ def make(spec: dict[str, Any], job: Job) -> None:
     caption = figures.caption(spec, job.scale, series, job.plan)
     folder = specs.folder_of("figure", spec["number"], job.paths.results)
     drawn = (spec, job.scale, series, locate(spec["draw"], "draw"), folder, caption)
-    report([] if failures else figures.make(*drawn), failures)
+    report([] if failures else figures.make_once(*drawn, cache=job.paths.cache), failures)
 
 
 if __name__ == "__main__":

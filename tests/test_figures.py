@@ -148,6 +148,33 @@ def test_the_same_records_give_the_same_bytes(tmp_path: Path) -> None:
     assert [file.read_bytes() for file in first] == [file.read_bytes() for file in second]
 
 
+def test_a_figure_is_drawn_again_only_when_something_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawings = []
+
+    def noted(*given: Any) -> Any:
+        drawings.append(given)
+        return curves(*given)
+
+    def files(spec: dict[str, Any], *losses: float, lines: tuple[str, ...] = ()) -> list[Path]:
+        made, text = series(tmp_path, "a", list(losses)), figures.provenance.Caption(list(lines), [])
+        return figures.make_once(spec, "quick", [made], noted, tmp_path / "results", text, cache=tmp_path / "cache")
+
+    first, other = files(SPEC, 4.0, 2.0), SPEC | {"ylabel": "another"}
+    assert files(SPEC, 4.0, 2.0) == first and len(drawings) == 1
+    files(SPEC, 4.0, 1.0)
+    assert len(drawings) == 2  # another record
+    files(other, 4.0, 1.0)
+    assert len(drawings) == 3  # another spec
+    files(other, 4.0, 1.0, lines=("a line",))
+    assert len(drawings) == 4  # another caption
+    first[0].write_bytes(b"damaged")
+    files(other, 4.0, 1.0, lines=("a line",))
+    assert len(drawings) == 5 and first[0].stat().st_size > 50
+    monkeypatch.setattr(figures, "_sources", lambda: [first[0]])
+    files(other, 4.0, 1.0, lines=("a line",))
+    assert len(drawings) == 6  # other code
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -6,10 +6,14 @@ records only, never a model.
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 import textwrap
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache as once
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +23,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from gradexp.base.errors import UserError
+from gradexp.base.files import sha256, write_atomically
 from gradexp.engine.record import metric_of, read_arrays
 from gradexp.engine.run import Config, Run
 from gradexp.report import provenance, specs
@@ -128,6 +133,36 @@ def make(
     return write_beside(
         stem_of("figure", spec["number"], scale, results), {**pictures, "csv": csv(pd.DataFrame(rows)), "md": page}
     )
+
+
+def make_once(
+    spec: Config, scale: str, series: Sequence[Series], draw: Draw, results: Path, text: provenance.Caption, *, cache: Path
+) -> list[Path]:
+    """As `make`, but a figure whose files are those of the same records, texts and code is not drawn again.
+
+    cache: folder with a list of the files' digests for each figure.
+    """
+    stem = stem_of("figure", spec["number"], scale, results)
+    kept = cache / "figures" / f"{sha256_of(str(stem))}.json"
+    records = [sha256(run.record_path) for one in series for run in one.runs if run.finished]  # they hold the arrays' digests
+    state = sha256_of([spec, scale, text, records, [sha256(file) for file in _sources()], mpl.__version__])
+    with suppress(OSError, ValueError):
+        before = json.loads(kept.read_text())
+        if before.pop("state") == state and all(sha256(Path(file)) == digest for file, digest in before.items()):
+            return list(map(Path, before))
+    files = make(spec, scale, series, draw, results, text)
+    write_atomically(kept, json.dumps({"state": state} | {str(file): sha256(file) for file in files}).encode())
+    return files
+
+
+def sha256_of(value: Any) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()
+
+
+@once
+def _sources() -> list[Path]:
+    """The files of the code that draws."""
+    return sorted(file for file in Path(__file__).parent.rglob("*") if file.is_file() and file.suffix != ".pyc")
 
 
 def _below(spec: Config, scale: str, width: float) -> list[str]:
