@@ -2,22 +2,25 @@
 
 python scripts/reliability.py                 all trials, to docs/reliability.md
 python scripts/reliability.py --kills 4       a short one, printed only, as is --soak:
-python scripts/reliability.py --soak 100      so many quick runs by two workers, killed at random, against a calm sweep
+python scripts/reliability.py --soak 60       quick runs by two clones for an hour, disturbed at random, against calm ones
 """
 
 import argparse
+import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import connection
 from pathlib import Path
@@ -58,7 +61,6 @@ PASSING = (
     "versions",
     "threads",
     "device",
-    "record_sha256",
 )
 
 
@@ -322,11 +324,12 @@ STOPPING = {  # (who gets a signal, which, the exit code)
 }
 
 
-def command(place: Path, words: Sequence[str]) -> "subprocess.Popen[str]":
-    """`python run.py`, in a process group of its own, which Ctrl-C may end."""
+def command(place: Path, words: Sequence[str], *, root: Path = ROOT, outputs: Path | None = None) -> "subprocess.Popen[str]":
+    """`python run.py` of the code in `root`, in a process group of its own, which Ctrl-C may end."""
     return subprocess.Popen(
-        [sys.executable, "run.py", *words, f"paths.results={place}/results", f"paths.outputs={place}/outputs"],
-        cwd=ROOT,
+        [sys.executable, "run.py", *words, f"paths.results={place}/results", f"paths.outputs={outputs or place / 'outputs'}"],
+        cwd=root,
+        env=os.environ | {"PYTHONPATH": str(root)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -510,7 +513,8 @@ def attempt(name: str, trial: Callable[[Path], Trial]) -> Trial:
 TRUST = """## What is trusted
 
 Trusted: the checkout, with its code and `conf/`; the data root, whose images and labels are not checked; what the user names on
-the command line, including Hydra's own options and plugins and the folders of `paths`; the other users of a results folder.
+the command line, including Hydra's own options and plugins, packages in `GRADEXP_PLUGINS` and the folders of `paths`; the other
+users of a results folder.
 
 Not trusted, as they come from other people: records, configs and experiments, pictures, weights.
 
@@ -544,38 +548,125 @@ def page(done: Sequence[Trial]) -> str:
     )
 
 
-def soak(count: int, seed: int) -> Trial:
-    """`count` quick runs over two workers, every second attempt killed at random, against an undisturbed sweep."""
-    folder, chance = Path(tempfile.mkdtemp(prefix="gradexp-soak-")), random.Random(seed)
+# --- a soak -------------------------------------------------------------------------------------------------
+
+FAULTS = ("none", "SIGKILL", "SIGTERM", "SIGINT", "SIGTERM to a training process", "damage", "swap", "full disk")
+# Exit codes; a signal that comes while Python imports what the command needs ends it as it ends any process.
+ENDS = {"SIGKILL": (-9,), "SIGTERM": (143, -15), "SIGINT": (-2,), "SIGTERM to a training process": (143, -15)}
+DISK = 32  # MiB of each clone's outputs
+
+
+class Clone:
+    """A copy of the code with outputs of its own on a small disk, which shares the results folder."""
+
+    def __init__(self, folder: Path, name: str, seed: int) -> None:
+        self.root, self.outputs, self.results = folder / name, folder / f"outputs-{name}", folder / "results"
+        self.chance, self.faults = random.Random(f"{seed} {name}"), Counter[str]()
+        for part in ("gradexp", "conf"):
+            shutil.copytree(ROOT / part, self.root / part, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "run.py", self.root)
+
+    def insist(self, words: Sequence[str]) -> None:
+        """Types a command until it ends well, each time with a fault. Raises WrongError for an end that no fault explains."""
+        while not self.attempt(words, self.chance.choice(FAULTS)):
+            pass
+
+    def attempt(self, words: Sequence[str], fault: str) -> bool:
+        filler = self.outputs / "filler"
+        if fault in ("damage", "swap"):
+            fault = self.tamper(fault)
+        elif fault == "full disk":
+            with filler.open("wb") as file, suppress(OSError):
+                while True:
+                    file.write(bytes(2**16))
+                    file.flush()
+        process = command(self.outputs.parent, words, root=self.root, outputs=self.outputs)
+        ended = threading.Event()
+        timer = threading.Thread(target=self.signal, args=(process, fault, ended))
+        timer.start()
+        output, _ = process.communicate()
+        ended.set()
+        timer.join()
+        filler.unlink(missing_ok=True)
+        self.faults[fault] += 1
+        code = process.returncode
+        expect("Traceback" not in output or (code == -2 and "in <module>" in output), f"{fault}: {output}")
+        expect(code in (0, *ENDS.get(fault, (1,))), f"{fault}: exit code {code}: {output}")
+        if code == 1:
+            line = output.splitlines()[-1]
+            expect(line.startswith("error: ") and (fault == "full disk" or "delete" in line), f"{fault}: {output}")
+            if fault != "full disk":  # what the line says
+                shutil.rmtree(self.outputs / "runs")
+        return code == 0
+
+    def signal(self, process: "subprocess.Popen[str]", fault: str, ended: threading.Event) -> None:
+        if fault not in ENDS or ended.wait(self.chance.uniform(0, 12)):
+            return
+        ranks = training_processes(process.pid)
+        target = self.chance.choice(ranks) if "training process" in fault and ranks else process.pid
+        with suppress(ProcessLookupError):
+            os.kill(target, getattr(signal, fault.split()[0]))
+
+    def tamper(self, fault: str) -> str:
+        """Changes or replaces a file of an earlier run. Returns the fault, or `none` where there is no such file."""
+        files = [file for pattern in ("*/*/last.ckpt", "*/*/weights.pt") for file in self.outputs.glob(f"runs/{pattern}")]
+        if fault == "damage" and files:
+            damage(self.chance.choice(files))
+            return fault
+        twins = [(a, b) for a in files for b in files if a != b and a.name == b.name]
+        if fault == "swap" and twins:
+            source, target = self.chance.choice(twins)
+            for suffix in ("", ".sha256"):
+                if (other := source.with_name(source.name + suffix)).exists():
+                    shutil.copy(other, target.with_name(target.name + suffix))
+            return fault
+        return "none"
+
+
+def soak(minutes: float, seed: int) -> Trial:
+    """Quick runs by two clones with one results folder, disturbed for `minutes`, against the same runs undisturbed."""
+    folder = Path(tempfile.mkdtemp(prefix="gradexp-soak-"))
+    end, made = time.monotonic() + 60 * minutes, list[tuple[str, ...]]()
     small = [*EXPERIMENTS["teacher targets"], "optim.passes=10"]
     methods = ("ce", "a", "ce_a", "a_j", "ce_a_j")
-    runs = [(*small, f"method={methods[i % 5]}", f"seed={i // 5}") for i in range(count)]
-    killed: list[int] = []
 
-    def stubborn(words: Sequence[str]) -> None:
-        while True:
-            process = started(work(folder / "disturbed", words))
-            if chance.random() < 0.5 and not connection.wait([process.sentinel], chance.uniform(0, 4)):
-                killed.append(1)
-                process.kill()
-            code = exit_code(process)
-            if code == 0:
+    def disturbed(clone: Clone, first: int) -> None:
+        for number in itertools.count():
+            together = TOGETHER if number % 4 == 3 else ()
+            own = 7 if number % 3 else 8 + first  # two of three runs are wanted by both clones
+            words = (*small, *together, f"method={methods[number % 5]}", f"seed={number // 5}", f"data.per_class={own}")
+            if time.monotonic() > end:
                 return
-            expect(code == -9, last(work(folder / "disturbed", words)))
+            clone.insist(words)
+            made.append(words)
 
-    for words in runs:
-        expect(finish(work(folder / "calm", words)) == 0, last(work(folder / "calm", words)))
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(stubborn, runs))
-    calm, disturbed = left(folder / "calm"), left(folder / "disturbed")
-    expect(calm == disturbed, f"the sweeps differ; see {folder}")
-    return Trial(f"soak of {count} runs", count, count, f"{sum(killed)} kills, {len(calm)} records and files, equal to the bit")
+    clones = [Clone(folder, name, seed) for name in ("first", "second")]
+    with ExitStack() as disks:
+        for clone in clones:
+            disks.enter_context(mounted(clone.outputs, f"size={DISK}m"))
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(disturbed, clones, (0, 1)))
+        weights = [(file, sha256(file)) for clone in clones for file in clone.outputs.glob("runs/*/*/weights.pt")]
+    for words in dict.fromkeys(made):
+        process = command(folder / "calm", words)
+        output, _ = process.communicate()
+        expect(process.returncode == 0, output)
+    calm, stormy = left(folder / "calm"), left(folder)
+    records = {name for name in calm if "/" not in name}
+    expect({name: calm[name] for name in records} == stormy, f"the records differ; see {folder}")
+    for file, digest in weights:
+        expect(calm[f"{file.parent.name}/{file.name}"] == digest, f"{file} differs; see {folder}")
+    faults = sum((clone.faults for clone in clones), Counter[str]())
+    counts = ", ".join(f"{count} {fault}" for fault, count in sorted(faults.items()) if fault != "none")
+    return Trial(
+        f"{minutes:g} minutes of quick runs by two clones", len(records), len(records), f"{counts}; records equal to the bit"
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, help="how many; 30 for the page")
-    parser.add_argument("--soak", type=int, help="how many runs")
+    parser.add_argument("--soak", type=float, metavar="MINUTES", help="two clones, disturbed at random")
     parser.add_argument("--only", help="trials whose name holds this")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
