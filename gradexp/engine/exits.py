@@ -6,7 +6,8 @@ import errno
 import os
 import signal
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
@@ -58,6 +59,18 @@ def _discard_output() -> None:
         sys.stdout.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextmanager
+def keeping_handlers(numbers: Iterable[int]) -> Iterator[dict[int, Any]]:
+    """Afterwards these signals have the handlers that they had before, which are yielded; none outside the main thread."""
+    here = threading.current_thread() is threading.main_thread()
+    before: dict[int, Any] = {number: signal.getsignal(number) for number in numbers if here}
+    try:
+        yield before
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def die_of_interrupt() -> NoReturn:

@@ -7,16 +7,15 @@ import os
 import platform
 import subprocess
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from gradexp import __version__
 from gradexp.engine.run import ROOT
 
 # Environment variable: the commit, and the digest of changes, that this process and those forked from it have loaded.
 LOADED = "GRADEXP_COMMIT"
-VERSIONED = ("torch", "torchvision", "lightning", "hydra-core", "numpy")
+VERSIONED = ("torch", "torchvision", "lightning", "hydra-core", "numpy", "gradexp")
 PACKAGES = ("data", "evaluate", "gradients", "layers", "models", "saliency", "sampling", "tasks", "terms", "training")
 
 
@@ -62,8 +61,13 @@ def _note(why: str) -> None:
 
 def versions() -> dict[str, str]:
     """The versions of Python, the platform and the packages that decide numbers."""
-    here = {"python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}"}
-    return here | {package: version(package) for package in VERSIONED} | {"gradexp": __version__}
+    numbers = {"python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}"}
+    for package in VERSIONED:
+        try:
+            numbers[package] = version(package)
+        except PackageNotFoundError:  # gradexp, run from a checkout without installation
+            numbers[package] = "not installed"
+    return numbers
 
 
 def _digests() -> dict[str, str]:
