@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
 import os
 import signal
@@ -73,8 +74,10 @@ def keeping_handlers(numbers: Iterable[int]) -> Iterator[dict[int, Any]]:
             signal.signal(number, handler)
 
 
-def die_of_interrupt() -> NoReturn:
-    """Ends the process by SIGINT at once, without cleaning up, as Python itself does after a KeyboardInterrupt."""
+def die_of_interrupt(error: BaseException | None = None) -> NoReturn:
+    """Ends the process by SIGINT at once, without cleaning up; prints a line for the error, unless it has one already."""
+    if error is not None and error.args != (PRINTED,):
+        print(INTERRUPTED, file=sys.stderr)
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):
             stream.flush()
@@ -88,9 +91,8 @@ def _print_exception(kind: type[BaseException], error: BaseException, trace: Any
     if not issubclass(kind, KeyboardInterrupt):
         sys.__excepthook__(kind, error, trace)
         return
-    if error.args != (PRINTED,):
-        print(INTERRUPTED, file=sys.stderr)
-    die_of_interrupt()
+    atexit._run_exitfuncs()  # Python itself ends by SIGINT after these, unless one of them resets its note of the interrupt
+    die_of_interrupt(error)
 
 
 for name, number in (("stdout", 1), ("stderr", 2)):

@@ -21,7 +21,7 @@ from gradexp.base.ranges import Count, Index, Positive
 from gradexp.engine.build import build
 from gradexp.engine.compose import compose_run, plan
 from gradexp.engine.ensure import ensure
-from gradexp.engine.exits import exit_on_errors, keeping_handlers
+from gradexp.engine.exits import die_of_interrupt, exit_on_errors, keeping_handlers
 from gradexp.engine.origin import git_state
 from gradexp.engine.record import print_summary
 from gradexp.engine.run import Run
@@ -51,7 +51,7 @@ class Work:
             with exit_on_errors():
                 print_summary(ensure(plan(self.overrides)))
         except KeyboardInterrupt as interrupt:  # multiprocessing would print a traceback
-            sys.excepthook(KeyboardInterrupt, interrupt, None)
+            die_of_interrupt(interrupt)
 
     def checkpoint(self) -> Any:
         """What submitit queues again when a job is preempted: the same work, which resumes from its checkpoint."""
