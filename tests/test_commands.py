@@ -186,7 +186,7 @@ MISTAKES = {
     "paths.results=data/rés": "is put in double quotes",
     "paths.results=a=b": """is put in double quotes: 'key="a=b"'""",
     'name=a"b é': "is put in double quotes",
-    "=3": "form key=value",
+    "=3": "'=3' is not of the form key=value",
     "method=glob(nope*)": "method=glob(nope*): nothing matches",
     "data={a: 1}": "Could not override 'data'",
     "method=nope": "there is no conf/method/nope.yaml",

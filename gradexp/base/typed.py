@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from functools import cache
-from typing import Annotated, Any
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import AfterValidator, ConfigDict, TypeAdapter, ValidationError, with_config
+from typing_extensions import get_type_hints, is_typeddict
 
 from gradexp.base.errors import UserError, nearest
 
@@ -58,7 +60,8 @@ def _sentence(kind: Any, error: Any) -> str:
     *parents, last = error["loc"] or ("",)
     if error["type"] == "extra_forbidden":
         where = f" in {_dotted(parents)}" if parents else ""
-        return f"there is no key {last}{where}{nearest(str(last), _keys(_adapter(kind).json_schema()))}"
+        known = _keys(kind, parents)
+        return f"there is no key {last}{where}{nearest(str(last), known)} It may have {', '.join(known)}"
     if error["type"] == "missing":
         return f"{_dotted(error['loc'])} is missing"
     where = f"{_dotted(error['loc'])}=" if error["loc"] else ""
@@ -77,8 +80,23 @@ def _dotted(loc: Any) -> str:
     return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in loc).lstrip(".")
 
 
-def _keys(schema: Any) -> list[str]:
-    """The keys of all objects that a JSON schema describes."""
-    below = schema.values() if isinstance(schema, dict) else schema if isinstance(schema, list) else ()
-    own = schema.get("properties", {}) if isinstance(schema, dict) else {}
-    return [*own, *(key for each in below for key in _keys(each))]
+def _keys(kind: Any, loc: Any) -> list[str]:
+    """The keys of the TypedDict at `loc` inside `kind`."""
+    candidates = [kind]
+    for step in loc:
+        candidates = [below for each in candidates for below in _inside(each, step)]
+    return list(dict.fromkeys(key for each in candidates if is_typeddict(each) for key in get_type_hints(each)))
+
+
+def _inside(kind: Any, step: Any) -> list[Any]:
+    """The types one step inside `kind`: of a key of a TypedDict, a value of a dict or an item of a list."""
+    if is_typeddict(kind):
+        return _options(get_type_hints(kind).get(step))
+    inside = [option for argument in get_args(kind) for option in _options(argument)]
+    return inside if get_origin(kind) in (list, dict, tuple) else [kind]
+
+
+def _options(kind: Any) -> list[Any]:
+    if get_origin(kind) in (Union, UnionType):
+        return [option for argument in get_args(kind) for option in _options(argument)]
+    return [] if kind is None else [kind]

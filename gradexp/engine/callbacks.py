@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -50,24 +49,12 @@ class Checkpointer(lightning.Callback):
         self._saved = time.monotonic()
         self._signal: int | None = None
         self._noticed = 0.0  # when it came
-        self._before: dict[int, Any] = {}
-
-    def setup(self, *_: Any, **__: Any) -> None:
-        if threading.current_thread() is threading.main_thread() and not self._before:
-            handlers = {number: signal.getsignal(number) for number in SIGNALS}
-            self._before = {number: handler for number, handler in handlers.items() if handler is not signal.SIG_IGN}
+        self.before: dict[int, Any] = {}  # handlers of the signals outside the training
 
     def on_train_start(self, *_: Any) -> None:
-        for number in self._before:  # instead of Lightning's, which communicate between processes
-            signal.signal(number, self._notice)
-
-    def on_exception(self, *_: Any) -> None:
-        self.teardown()  # Lightning does not call it if a logger fails now
-
-    def teardown(self, *_: Any, **__: Any) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before = {}
+        for number, handler in self.before.items():  # instead of Lightning's, which communicate between processes
+            if handler is not signal.SIG_IGN:
+                signal.signal(number, self._notice)
 
     def _notice(self, number: int, _: Any) -> None:
         """Keeps the signal for the end of the step. A second Ctrl-C, of an impatient user, ends the process now."""
@@ -83,7 +70,7 @@ class Checkpointer(lightning.Callback):
         self.save(trainer)
         if ranks.any_of(self._signal is not None):
             number, self._signal = self._signal or signal.SIGTERM, None
-            call_handler(number, self._before.get(number), self.path)
+            call_handler(number, self.before.get(number), self.path)
 
     def on_train_end(self, trainer: lightning.Trainer, *_: Any) -> None:
         if trainer.world_size > 1:

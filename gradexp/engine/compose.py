@@ -142,14 +142,15 @@ def check_overrides(arguments: Sequence[str]) -> list[Config]:
     for folder in _folders():
         check_hydra(folder)
     words = [word for word in get_args_parser().parse_known_args(arguments)[0].overrides if not word.startswith("hydra")]
+    misformed = """{!r} is not of the form key=value; a value with special characters is put in double quotes: 'key="a=b"'"""
+    for word in words:
+        if word.startswith("="):  # Hydra takes it for a group without a name
+            raise UserError(misformed.format(word))
     try:
         with _hydra() as loader:  # which lists the files that a glob matches
             values = [choices for choices in map(_choices, OverridesParser.create(loader).parse_overrides(words)) if choices]
     except OverrideParseException as error:
-        raise UserError(
-            f"{str(error.override)!r} is not of the form key=value; a value with special characters is put in double quotes: "
-            f"""'key="a=b"'"""
-        ) from None
+        raise UserError(misformed.format(str(error.override))) from None
     except HydraException as error:
         raise UserError(str(error).splitlines()[0]) from None
     first = [choices[0] for choices in values]

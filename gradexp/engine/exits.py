@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
 import os
 import signal
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
@@ -60,8 +62,22 @@ def _discard_output() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def die_of_interrupt() -> NoReturn:
-    """Ends the process by SIGINT at once, without cleaning up, as Python itself does after a KeyboardInterrupt."""
+@contextmanager
+def keeping_handlers(numbers: Iterable[int]) -> Iterator[dict[int, Any]]:
+    """Afterwards these signals have the handlers that they had before, which are yielded; none outside the main thread."""
+    here = threading.current_thread() is threading.main_thread()
+    before: dict[int, Any] = {number: signal.getsignal(number) for number in numbers if here}
+    try:
+        yield before
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def die_of_interrupt(error: BaseException | None = None) -> NoReturn:
+    """Ends the process by SIGINT at once, without cleaning up; prints a line for the error, unless it has one already."""
+    if error is not None and error.args != (PRINTED,):
+        print(INTERRUPTED, file=sys.stderr)
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):
             stream.flush()
@@ -75,9 +91,8 @@ def _print_exception(kind: type[BaseException], error: BaseException, trace: Any
     if not issubclass(kind, KeyboardInterrupt):
         sys.__excepthook__(kind, error, trace)
         return
-    if error.args != (PRINTED,):
-        print(INTERRUPTED, file=sys.stderr)
-    die_of_interrupt()
+    atexit._run_exitfuncs()  # Python itself ends by SIGINT after these, unless one of them resets its note of the interrupt
+    die_of_interrupt(error)
 
 
 for name, number in (("stdout", 1), ("stderr", 2)):

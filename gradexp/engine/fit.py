@@ -30,6 +30,7 @@ from gradexp.base.errors import UserError
 from gradexp.data.dataset import ImageData
 from gradexp.data.loader import Loader, TrainingStream
 from gradexp.engine.callbacks import SIGNALS, Checkpointer, ProgressLine, call_handler
+from gradexp.engine.exits import keeping_handlers
 from gradexp.engine.hardware import Hardware
 from gradexp.engine.run import Run
 from gradexp.training.classifier import Classifier
@@ -103,7 +104,8 @@ def fit(
         )
         resume = checkpointer.path if checkpointer.usable() else None
         try:
-            trainer.fit(module, stream, ckpt_path=resume, weights_only=True)
+            with keeping_handlers(SIGNALS) as checkpointer.before:
+                trainer.fit(module, stream, ckpt_path=resume, weights_only=True)
         except SystemExit as error:
             if isinstance(error.__context__, KeyboardInterrupt):  # Lightning makes it exit code 1
                 raise KeyboardInterrupt from None
@@ -116,14 +118,10 @@ def train_together(run: Run, part: Part, *, devices: int, nodes: int) -> None:
 
     Raises Stopped after a signal, UserError where a process failed.
     """
-    before: dict[int, Any] = {number: signal.getsignal(number) for number in SIGNALS}
     text = json.dumps(run.config | {"paths": {name: str(folder) for name, folder in asdict(run.paths).items()}})
     while True:
-        try:
+        with keeping_handlers(SIGNALS) as before:
             number = launch(part, text, devices) if nodes == 1 else _launch_everywhere(part, text, devices, nodes)
-        finally:
-            for changed, handler in before.items():
-                signal.signal(changed, handler)
         if number is None:
             return
         call_handler(number, before[number], run.checkpoint)

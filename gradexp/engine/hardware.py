@@ -11,10 +11,9 @@ import torch
 from joblib import cpu_count
 from torch import nn
 
-from gradexp.base.errors import UserError, choose
+from gradexp.base.errors import UserError
 from gradexp.base.ranges import Count, NonNegative
 
-ACCELERATORS = ("auto", "cpu", "gpu")
 LIGHTNING_PRECISION = {"32": "32-true", "bf16": "bf16-mixed"}
 
 
@@ -50,23 +49,20 @@ class Hardware:
     def __init__(
         self,
         *,
-        accelerator: str,
+        accelerator: Literal["auto", "cpu", "gpu"],
         devices: Count | Literal["auto"],
         num_nodes: Count,
-        precision: str | int,
+        precision: Literal["auto", "bf16", "32", 32],
         channels_last: bool,
         checkpoint_every: NonNegative,
         store_gib: NonNegative,
         threads: Count | None,
         strict: bool,
     ) -> None:
-        choose("trainer.accelerator", accelerator, *ACCELERATORS)
         self.kind = ("gpu" if torch.cuda.is_available() else "cpu") if accelerator == "auto" else accelerator
         if self.kind == "gpu" and not torch.cuda.is_available():
             raise UserError("trainer.accelerator=gpu: torch sees no GPU here; use trainer.accelerator=cpu")
         wanted = ("bf16" if native_bf16(self.kind) else "32") if precision == "auto" else str(precision)
-        if wanted not in LIGHTNING_PRECISION:
-            raise UserError(f"trainer.precision={precision}: it is 32, bf16 or auto")
         if wanted == "bf16" and not native_bf16(self.kind):
             # Emulated, it is many times slower than fp32, and convolutions of torch 2.14 have corrupted memory.
             raise UserError("trainer.precision=bf16: this processor has no bf16 arithmetic; use 32 or auto")

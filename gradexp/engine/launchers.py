@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import connection
 from pathlib import Path
@@ -22,7 +21,7 @@ from gradexp.base.ranges import Count, Index, Positive
 from gradexp.engine.build import build
 from gradexp.engine.compose import compose_run, plan
 from gradexp.engine.ensure import ensure
-from gradexp.engine.exits import exit_on_errors
+from gradexp.engine.exits import die_of_interrupt, exit_on_errors, keeping_handlers
 from gradexp.engine.origin import git_state
 from gradexp.engine.record import print_summary
 from gradexp.engine.run import Run
@@ -52,7 +51,7 @@ class Work:
             with exit_on_errors():
                 print_summary(ensure(plan(self.overrides)))
         except KeyboardInterrupt as interrupt:  # multiprocessing would print a traceback
-            sys.excepthook(KeyboardInterrupt, interrupt, None)
+            die_of_interrupt(interrupt)
 
     def checkpoint(self) -> Any:
         """What submitit queues again when a job is preempted: the same work, which resumes from its checkpoint."""
@@ -159,7 +158,9 @@ class Local:
         gpus = visible_gpus()
         free: list[str | None] = [*gpus[:slots]] or [None] * slots
         threads = max(1, cpu_count() // slots)
-        with self._forwarding_signals():
+        with keeping_handlers((signal.SIGTERM, signal.SIGINT)) as before:
+            for number in before:
+                signal.signal(number, self._stop)  # Ctrl-C also gives the running processes a SIGINT of their own
             while True:
                 while free and not self._stopped and (chosen := choose()):
                     self._start(*chosen, threads, free.pop())
@@ -196,16 +197,6 @@ class Local:
         for _key, process, _gpu in list(self._running.values()):
             (process.kill if self._stopped else process.terminate)()
         self._stopped = self._stopped or number
-
-    @contextmanager
-    def _forwarding_signals(self) -> Iterator[None]:
-        """Inside, SIGTERM and SIGINT end the running processes; Ctrl-C also gives these a SIGINT of their own."""
-        before = {number: signal.signal(number, self._stop) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 def start_process(task: Callable[..., None], *arguments: Any) -> Any:

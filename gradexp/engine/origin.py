@@ -8,18 +8,17 @@ import platform
 import subprocess
 from contextlib import suppress
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import gradexp
 from gradexp.base.errors import UserError
 from gradexp.engine import plugins
 from gradexp.engine.run import ROOT
 
 # Environment variable: the commit, and the digest of changes, that this process and those forked from it have loaded.
 LOADED = "GRADEXP_COMMIT"
-VERSIONED = ("torch", "torchvision", "lightning", "hydra-core", "numpy")
+VERSIONED = ("torch", "torchvision", "lightning", "hydra-core", "numpy", "gradexp")
 PACKAGES = ("data", "evaluate", "gradients", "layers", "models", "saliency", "sampling", "tasks", "terms", "training")
 
 
@@ -65,8 +64,13 @@ def _note(why: str) -> None:
 
 def versions() -> dict[str, str]:
     """The versions of Python, the platform and the packages that decide numbers."""
-    here = {"python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}"}
-    return here | {package: version(package) for package in VERSIONED} | {"gradexp": gradexp.__version__}
+    numbers = {"python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}"}
+    for package in VERSIONED:
+        try:
+            numbers[package] = version(package)
+        except PackageNotFoundError:  # gradexp, run from a checkout without installation
+            numbers[package] = "not installed"
+    return numbers
 
 
 def _digests() -> dict[str, str]:
