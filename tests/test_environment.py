@@ -16,6 +16,7 @@ from hydra import compose, initialize_config_dir
 
 from gradexp.base.errors import Stopped
 from gradexp.engine import exits, loggers, origin
+from gradexp.engine import run as run_module
 from gradexp.engine.compose import CONF, compose_run
 from gradexp.engine.run import ROOT, Paths, Run
 
@@ -389,3 +390,13 @@ def test_a_checkout_that_is_read_only(tmp_path: Path) -> None:
         subprocess.run(["umount", str(copy)], check=True)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_a_default_data_folder_may_be_absent_however_it_is_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The processes of one training get it as an absolute path, and `quick` needs no data."""
+    monkeypatch.setattr(run_module, "ROOT", tmp_path)
+    paths = {"results": "results", "outputs": "outputs"}
+    for data in ("data", str(tmp_path / "data"), ""):
+        assert Paths.of({"paths": {**paths, "data": data}}).data == tmp_path / "data"
+    with pytest.raises(UserError, match="there is no such folder"):
+        Paths.of({"paths": {**paths, "data": "elsewhere"}})

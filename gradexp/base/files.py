@@ -6,6 +6,7 @@ import hashlib
 import os
 import secrets
 import shutil
+import socket
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -25,9 +26,12 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def draft_of(path: Path) -> Path:
-    """A new name beside `path`, of a file or folder in which this process prepares it; the parent folder is made."""
+    """A new name beside `path`, of a file or folder in which this process prepares it; the parent folder is made.
+
+    It names host and process, for whoever finds one that was left; containers may share both, so it is random, too.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    return path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(8)}")
 
 
 def remove_drafts(path: Path, age: float = ABANDONED) -> None:

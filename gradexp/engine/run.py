@@ -83,7 +83,7 @@ class Paths:
         """The folders that a config names. Raises UserError for a data root other than the default that does not exist."""
         named = config["paths"] | {"data": config["paths"]["data"] or DEFAULT_DATA}  # GRADEXP_DATA= is unset
         folders = {name: ROOT / Path(value).expanduser() for name, value in named.items()}
-        if named["data"] != DEFAULT_DATA and not folders["data"].is_dir():
+        if folders["data"] != ROOT / DEFAULT_DATA and not folders["data"].is_dir():
             raise UserError(
                 f"paths.data={named['data']}: there is no such folder; name the one with the data sets "
                 f"(GRADEXP_DATA=FOLDER or paths.data=FOLDER), or create it, and they are downloaded into it"
