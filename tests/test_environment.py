@@ -14,7 +14,7 @@ import pytest
 import wandb
 from hydra import compose, initialize_config_dir
 
-from gradexp.base.errors import Stopped
+from gradexp.base.errors import Stopped, UserError
 from gradexp.engine import exits, loggers, origin
 from gradexp.engine import run as run_module
 from gradexp.engine.compose import CONF, compose_run
