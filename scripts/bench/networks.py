@@ -19,8 +19,8 @@ from bench.steps import LAYOUTS
 from bench.timing import medians
 from gradexp import accelerate
 
-NAMES = ("vgg11_bn", "resnet18", "resnet50", "efficientnet_b0", "convnext_tiny", "vit_b_16")
-SIZE = 224
+NAMES = ("resnet18", "resnet50", "efficientnet_b0", "convnext_tiny", "vit_b_16")
+SIZE = 128
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,8 @@ def make_step(model: nn.Module, images: Tensor, *, penalty: bool, fused: bool = 
 def measure(name: str, *, threads: int, batch: int, rounds: int, size: int = SIZE) -> Row:
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    network = torchvision.models.get_model(name, weights=None)
+    options = {"image_size": size} if name.startswith("vit") else {}
+    network = torchvision.models.get_model(name, weights=None, **options)
     steps = {}
     for layout, memory in LAYOUTS.items():
         images = torch.randn(batch, 3, size, size).contiguous(memory_format=memory)
