@@ -301,3 +301,10 @@ def test_rendered_claims_are_up_to_date() -> None:
     for file in committed("claims/*.csv"):
         judged = claims.read(FILE, file.stem, plan)
         assert claims.to_csv(judged) == file.read_text(), f"make claims SCALE={file.stem}"
+
+
+def test_a_file_without_claims_is_an_error(tmp_path: Path) -> None:
+    file = tmp_path / "claims.yaml"
+    file.write_text("confidence: 0.95\nresamples: 99\nclaims: []\n")
+    with pytest.raises(UserError, match="holds no claim; add one, or delete the file"):
+        claims.load(file)

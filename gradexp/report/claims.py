@@ -68,8 +68,10 @@ class ClaimsFile(TypedDict):
 
 
 def load(file: Path) -> Config:
-    """The file of claims. Raises UserError for unknown or missing keys and for an id that occurs twice."""
+    """The file of claims. Raises UserError for unknown or missing keys, no claim, and an id that occurs twice."""
     content: Any = check(ClaimsFile, read_yaml(file), file.name)
+    if not content["claims"]:
+        raise UserError(f"{file} holds no claim; add one, or delete the file")
     for spec in content["claims"]:
         check(ClaimSpec, spec, f"{file.name}, claim {spec.get('id')}")
     for name, count in Counter(spec["id"] for spec in content["claims"]).items():
