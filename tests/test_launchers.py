@@ -184,6 +184,15 @@ def test_an_objective_is_the_experiments_and_nan_is_the_worst() -> None:
             objective({**record, "config": {"objective": wrong}}, "maximize")
 
 
+@pytest.mark.parametrize(
+    ("experiment", "metric"),
+    [("gan_test", "gan_test"), ("noise_robustness", "test/accuracy@noise=0.1"), ("teacher", "test/accuracy")],
+)
+def test_the_objective_of_an_experiments_file_is_that_of_its_runs(experiment: str, metric: str) -> None:
+    assert plan([f"experiment={experiment}"]).config["objective"] == metric
+    assert plan([f"experiment={experiment}", "objective=seconds"]).config["objective"] == "seconds"
+
+
 def test_optuna_survives_runs_that_diverge(tmp_path: Path, run_py: Callable[..., Any]) -> None:
     search = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=2", "hydra.sweeper.direction=maximize"]
     search += ["hydra/sweeper/sampler=grid", "optim.optimizer.lr=choice(1e35,0.001)"]

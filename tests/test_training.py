@@ -1,5 +1,6 @@
 """The training loop, in process: schedules, lengths, and what survives an interruption."""
 
+import os
 import signal
 from csv import DictReader
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 
-from gradexp.base.errors import UserError
+from gradexp.base.errors import Stopped, UserError
 from gradexp.base.files import sha256
 from gradexp.engine import loggers
 from gradexp.engine.build import build
@@ -142,6 +143,28 @@ def test_after_a_training_that_raised_signals_are_whose_they_were(places: list[s
     with pytest.raises((ZeroDivisionError, OSError)):
         ensure(run(places, "logger=csv"))
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize(
+    "moment",
+    ["on_fit_start", "on_train_start", "on_train_batch_start", "on_train_end", "on_fit_end"],
+)
+def test_a_signal_stops_a_training_at_any_moment(moment: str, places: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    undisturbed = ensure(run(places))
+    original = getattr(Classifier, moment, None)
+
+    def signalled(*given: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        if original:
+            original(*given)
+
+    again = [f"{word}-again" for word in places]
+    with monkeypatch.context() as patch:
+        patch.setattr(Classifier, moment, signalled)
+        with pytest.raises(Stopped, match="the checkpoint is written"):
+            ensure(run(again))
+    assert not run(again).finished
+    assert ensure(run(again))["metrics"] == undisturbed["metrics"]
 
 
 def test_a_record_names_the_code_and_the_precision_of_earlier_attempts(

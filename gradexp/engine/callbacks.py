@@ -51,10 +51,15 @@ class Checkpointer(lightning.Callback):
         self._noticed = 0.0  # when it came
         self.before: dict[int, Any] = {}  # handlers of the signals outside the training
 
-    def on_train_start(self, *_: Any) -> None:
-        for number, handler in self.before.items():  # instead of Lightning's, which communicate between processes
+    def notice_signals(self, before: dict[int, Any]) -> None:
+        """Handles the signals from now on. before: their handlers so far; ignored signals stay ignored."""
+        self.before = before
+        for number, handler in before.items():
             if handler is not signal.SIG_IGN:
                 signal.signal(number, self._notice)
+
+    def on_train_start(self, *_: Any) -> None:
+        self.notice_signals(self.before)  # instead of Lightning's handlers, which communicate between processes
 
     def _notice(self, number: int, _: Any) -> None:
         """Keeps the signal for the end of the step. A second Ctrl-C, of an impatient user, ends the process now."""
@@ -68,13 +73,23 @@ class Checkpointer(lightning.Callback):
         if not ranks.any_of(late or self._signal is not None):
             return
         self.save(trainer)
-        if ranks.any_of(self._signal is not None):
-            number, self._signal = self._signal or signal.SIGTERM, None
-            call_handler(number, self.before.get(number), self.path)
+        self._stop_if_signalled()
 
     def on_train_end(self, trainer: lightning.Trainer, *_: Any) -> None:
         if trainer.world_size > 1:
             self.save(trainer)  # the result of the processes
+            self._stop_if_signalled()
+
+    def after_training(self, trainer: lightning.Trainer) -> None:
+        """Stops after a signal that came between the last step and the end of Lightning's work."""
+        if trainer.world_size == 1 and self._signal is not None:
+            self.save(trainer)
+            self._stop_if_signalled()
+
+    def _stop_if_signalled(self) -> None:
+        if ranks.any_of(self._signal is not None):
+            number, self._signal = self._signal or signal.SIGTERM, None
+            call_handler(number, self.before.get(number), self.path)
 
     def save(self, trainer: lightning.Trainer) -> None:
         if trainer.is_global_zero:

@@ -104,8 +104,10 @@ def fit(
         )
         resume = checkpointer.path if checkpointer.usable() else None
         try:
-            with keeping_handlers(SIGNALS) as checkpointer.before:
+            with keeping_handlers(SIGNALS) as before:
+                checkpointer.notice_signals(before)
                 trainer.fit(module, stream, ckpt_path=resume, weights_only=True)
+                checkpointer.after_training(trainer)
         except SystemExit as error:
             if isinstance(error.__context__, KeyboardInterrupt):  # Lightning makes it exit code 1
                 raise KeyboardInterrupt from None
@@ -181,21 +183,30 @@ def _launch_everywhere(part: Part, text: str, devices: int, nodes: int) -> int |
     port = 20000 + int(os.environ["SLURM_JOB_ID"]) % 20000  # jobs that share a machine rarely get the same port
     step = ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", "--kill-on-bad-exit=1"]
     words = [f"{part.__module__}:{part.__name__}", text, str(devices), str(nodes), f"{host}:{port}"]
-    process = subprocess.Popen([*step, sys.executable, "-m", "gradexp.engine.fit", *words])
-    caught: list[int] = []
+    caught, processes = list[int](), list[subprocess.Popen[bytes]]()
 
     def forward(number: int, _: Any) -> None:
         caught.append(number)
-        process.send_signal(signal.SIGTERM if number == signal.SIGINT else number)
+        for process in processes:  # srun takes one SIGINT for a question and ends at the second, without a checkpoint
+            process.send_signal(signal.SIGTERM if number == signal.SIGINT else number)
 
     for number in SIGNALS:
-        signal.signal(number, forward)
-    code = process.wait()
-    if code and not caught:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, forward)
+    processes.append(subprocess.Popen([*step, sys.executable, "-m", "gradexp.engine.fit", *words]))
+    if caught:  # while srun was started
+        processes[0].send_signal(signal.SIGTERM)
+    code = processes[0].wait()
+    if caught:
+        return caught[0]
+    if code - EXITED in SIGNALS:  # SLURM signalled the step itself
+        return code - EXITED
+    if code:
         raise UserError(f"srun ended with exit code {code}; the message of the process that failed is above")
-    return caught[0] if caught else None
+    return None
 
 
 if __name__ == "__main__":
     name, given, devices, nodes, endpoint = sys.argv[1:]
-    sys.exit(0 if launch(resolve_name(name), given, int(devices), int(nodes), endpoint) is None else 1)
+    number = launch(resolve_name(name), given, int(devices), int(nodes), endpoint)
+    sys.exit(0 if number is None else EXITED + number)

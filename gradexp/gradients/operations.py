@@ -1,8 +1,8 @@
 """The bias of every operation of a network (§3.4, for any network).
 
-Where it stands, a differentiable operation y = op(z) is the affine map y = J z + b, with J its Jacobian at z. The bias
-b = y - J z is explicit in a convolution (its parameter), implicit in a batch normalisation (beta - gamma mean / sigma), in an
-activation (y - s'(z) z), a product (-z1 z2) or a softmax, and zero in a ReLU, a pooling, a concatenation and whatever else
+At the input z that it gets, a differentiable operation y = op(z) is the affine map y = J z + b, with J its Jacobian there. The
+bias b = y - J z is explicit in a convolution (its parameter), implicit in a batch normalisation (beta - gamma mean / sigma), in
+an activation (y - s'(z) z), a product (-z1 z2) or a softmax, and zero in a ReLU, a pooling, a concatenation and whatever else
 satisfies op(k z) = k op(z) for k > 0. With the biases of all operations f(x) = <df/dx, x> + sum_op <df/dy, b>, which is
 Proposition 6 without a list of layers.
 
@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from gradexp.base.errors import UserError
 
-# Functions by their names, for speed: `Operations` would find the biases of all of them, by a second evaluation.
+# Functions by their names. Without an entry in the first four sets a bias is the same, found by a second evaluation.
 HOMOGENEOUS = {  # op(k z) = k op(z) for k > 0, where all operands depend on the images
     *("relu", "relu_", "leaky_relu", "max_pool", "max_pool2d", "avg_pool2d", "adaptive_max_pool2d", "adaptive_avg_pool2d"),
     *("dropout", "interpolate", "mean", "sum", "cat", "chunk", "split", "unbind", "__getitem__", "contiguous", "flatten"),
@@ -180,8 +180,10 @@ class Operations(TorchFunctionMode):
         return self._linearise if call.statistics() is None else self._norm
 
     def _affine(self, call: Call, outputs: list[Any]) -> list[Operation | None]:
-        bias = call.kwargs.get("bias", call.args[2] if len(call.args) > 2 else None)
-        shaped = bias if bias is None or call.name == "linear" else bias.view(-1, *[1] * (outputs[0].ndim - 2))
+        weight, bias = (
+            call.kwargs.get(name, call.args[i] if len(call.args) > i else None) for i, name in ((1, "weight"), (2, "bias"))
+        )
+        shaped = bias if bias is None or call.name == "linear" else bias.view(-1, *[1] * (weight.ndim - 2))
         return [Operation(self._name(call.name), "affine", shaped, channels=bias)]
 
     def _norm(self, call: Call, outputs: list[Any]) -> list[Operation | None]:
@@ -195,16 +197,16 @@ class Operations(TorchFunctionMode):
     def _linearise(self, call: Call, outputs: list[Any]) -> list[Operation | None]:
         """b = y - J z of any operation."""
         try:
-            images = self._by_reverse_mode(call) if self._differentiable else self._by_forward_mode(call)
+            products = self._by_reverse_mode(call) if self._differentiable else self._by_forward_mode(call)
         except RuntimeError as error:
             why = str(error).splitlines()[0]
             raise UserError(f"the bias of {self._name(call.name)} can't be computed: {why}") from None
         operations: list[Operation | None] = []
-        for output, image in zip(outputs, images, strict=True):
+        for output, product in zip(outputs, products, strict=True):
             operations.append(None)
             if _differentiable(output):
                 value = output if self._differentiable else output.detach()
-                bias = value.clone() if image is None else value - image
+                bias = value.clone() if product is None else value - product
                 if bias.any():
                     operations[-1] = Operation(self._name(call.name), "other", bias)
         return operations
@@ -224,7 +226,7 @@ class Operations(TorchFunctionMode):
                 outputs = call.with_arguments(dual).outputs()
                 return [_tangent(leaf) for leaf in outputs]
         except NotImplementedError:
-            return [image if image is None else image.detach() for image in self._by_reverse_mode(call)]
+            return [product if product is None else product.detach() for product in self._by_reverse_mode(call)]
 
     def _by_reverse_mode(self, call: Call) -> list[Tensor | None]:
         """The same, differentiable: d/du <J'u, z>, which is J z, at u = 0."""
@@ -237,17 +239,17 @@ class Operations(TorchFunctionMode):
             return operands[-1].clone() if leaf is changed else operands[-1]
 
         with torch.enable_grad():
-            images: list[Tensor | None] = []
+            products: list[Tensor | None] = []
             for output in call.with_arguments(copied).outputs():
                 if not _differentiable(output):
-                    images.append(None)
+                    products.append(None)
                     continue
                 u = torch.zeros_like(output, requires_grad=True)
-                products = torch.autograd.grad(output, operands, u, create_graph=True, allow_unused=True)
-                paired = [(product, z) for product, z in zip(products, operands, strict=True) if product is not None]
-                sums, values = [product for product, _ in paired], [z for _, z in paired]
-                images.append(torch.autograd.grad(sums, u, values, create_graph=True)[0] if paired else None)
-        return images
+                slopes = torch.autograd.grad(output, operands, u, create_graph=True, allow_unused=True)
+                paired = [(slope, z) for slope, z in zip(slopes, operands, strict=True) if slope is not None]
+                sums, values = [slope for slope, _ in paired], [z for _, z in paired]
+                products.append(torch.autograd.grad(sums, u, values, create_graph=True)[0] if paired else None)
+        return products
 
     def _record(self, output: Tensor, operation: Operation | None, name: str, *, in_place: bool) -> None:
         if name in PLANAR and output.ndim == 4:

@@ -126,7 +126,7 @@ def _number(cell: pd.DataFrame) -> Config:
     return {
         **first[[*CELL, "part", "metric", "thesis", "thesis_std", "thesis_bold"]],
         "ours": done["value"].mean(skipna=False),
-        "std": math.sqrt((done["spread"] ** 2).mean()) if inside else done["value"].std(skipna=False),
+        "std": math.sqrt((done["spread"] ** 2).mean(skipna=False)) if inside else done["value"].std(skipna=False),
         "n": len(done),
         "planned": int(cell["run"].notna().sum()),
         "inside": inside,

@@ -17,7 +17,8 @@ class AttentionJacobian(Term):
     """Squared distance between the input-gradients of one attention pixel, each divided by its norm (Eq. 2.9).
 
     The attention maps (Eq. 2.7) of one pair of layers are averaged over a square window with stride 1 (§2.6.3, §2.12.2). The
-    pixel is the teacher's largest, for both networks (§2.5.2). Sum over image pixels; mean over the batch.
+    pixel is the teacher's largest, for both networks (§2.5.2). Sum over image pixels; mean over the batch. Where the student's
+    batch statistics couple the images, its gradient is that of the whole batch's sum, as in the author's code.
     level: which pair of layers, counted from 1 (Table 2.4). window: see window_size.
     student_bn: the student's batch normalisation uses `batch` or `running` statistics.
     """
