@@ -94,6 +94,7 @@ def also_used_raw(op: Operation, x: Tensor) -> Tensor:
 
 
 OPERATIONS: dict[str, Callable[[Operation, Tensor], Tensor]] = {
+    "convolution of single images": lambda op, x: torch.stack([op.conv(image).tanh() for image in x]),
     "called with a keyword": lambda op, x: op.conv(input=x),
     "convolution and normalisation": lambda op, x: op.norm(op.conv(x)),
     "convolution used beside its normalisation": also_used_raw,

@@ -53,7 +53,8 @@ class Table:
     @property
     def best_per(self) -> str | None:
         """What has one best number each; None if none is marked."""
-        return self.spec.get("best_per", "column") if self.spec["best"] else None
+        marked = self.spec["best"] or any(column.get("best") for column in self.spec["columns"])
+        return self.spec.get("best_per", "column") if marked else None
 
     @property
     def rows(self) -> list[str]:
