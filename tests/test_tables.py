@@ -205,7 +205,7 @@ def test_a_table_says_where_the_models_that_it_looks_at_were_trained(tmp_path: P
         "started": "2026-01-01T00:00:00",
     }
     write_record(model.record_path, trained)
-    records, below = provenance.read([*looks, *looks, fake_run("z", tmp_path / "noise" / "missing.json")])
+    records, below = provenance.records_of([*looks, *looks, fake_run("z", tmp_path / "noise" / "missing.json")])
     assert [record["id"] for record in (*records, *below)] == [12 * "b", 12 * "c", 12 * "a"]
     sentences, details, _ = provenance.origin_of(records, below)
     assert sentences == [

@@ -61,7 +61,7 @@ def _do(run: Run) -> None:
         if not task_of(below.config).product:
             raise UserError(f"upstream.{name}: runs of experiment {below.name} leave no file for other runs")
     task.check(run)
-    fresh = _made(run, task, {name: finish(below) for name, below in run.upstream.items()})
+    fresh = _execute(run, task, {name: finish(below) for name, below in run.upstream.items()})
     if task.product:
         signature = {"run": run.id, "sha256": sha256(run.folder / task.product)}
         write_atomically(_signature(run.folder / task.product), json.dumps(signature).encode())
@@ -92,8 +92,10 @@ def is_product(file: Path, record: Config) -> bool:
         return False
     digest, signature = sha256(file), _signature(file)
     if signature.exists():
-        signed = signature.read_text(errors="replace")
-        return record["id"] in signed and digest in signed
+        try:
+            return bool(json.loads(signature.read_text(errors="replace")) == {"run": record["id"], "sha256": digest})
+        except ValueError:
+            return False
     return bool(record.get("product", {}).get("sha256", digest) == digest)
 
 
@@ -101,7 +103,7 @@ def _signature(product: Path) -> Path:
     return product.with_name(f"{product.name}.run.json")
 
 
-def _made(run: Run, task: Task, upstream: Upstream) -> Config:
+def _execute(run: Run, task: Task, upstream: Upstream) -> Config:
     """Does the work. Returns the new record; raises ValueError where it is not a valid one."""
     started, begun, git = datetime.now(UTC), clocks.read(), git_state()
     result = task(run, upstream)
@@ -139,7 +141,7 @@ def _made(run: Run, task: Task, upstream: Upstream) -> Config:
     return record
 
 
-def digests(upstream: Config) -> dict[str, str]:
+def used_digests(upstream: Config) -> dict[str, str]:
     """{name: digest of the file that was used} of a record's `upstream`."""
     return {name: value for name, below in upstream.items() for key, value in below.items() if key.endswith("_sha256")}
 
@@ -147,8 +149,8 @@ def digests(upstream: Config) -> dict[str, str]:
 def _compare(run: Run, record: Config, fresh: Config) -> None:
     """Prints how a run that was done again differs from its record, as it may on another machine."""
     old, new = record["metrics"], fresh["metrics"]
-    differing = [name for name, value in new.items() if old.get(name) != value]
-    numbers = [f"{name} {old.get(name)} -> {new[name]}" for name in differing if not isinstance(new[name], list)]
+    differing = [name for name in {**new, **old} if old.get(name) != new.get(name)]
+    numbers = [f"{name} {old.get(name)} -> {new.get(name)}" for name in differing if not isinstance(new.get(name), list)]
     # Two different trainings may end at the same accuracy by chance; their curves or digests differ.
     files = any(fresh.get(what) != record.get(what) for what in ("sha256", "upstream", "product") if what in record)
     note = ", by other curves" if differing else ", from other files" if files else ""
@@ -157,7 +159,10 @@ def _compare(run: Run, record: Config, fresh: Config) -> None:
 
 @contextmanager
 def _locked(run: Run) -> Iterator[None]:
-    """Holds the locks of the run's folder of outputs and, until it is written, of its record, which others may share."""
+    """Holds the lock of the run's folder of outputs, and that of its record until this is written.
+
+    Several checkouts may share a folder of results, and each then has outputs of its own.
+    """
     with ExitStack() as locks:
         locks.enter_context(_holding(run.paths.outputs / "locks" / f"{run.id}.lock", run))
         if not run.finished:

@@ -22,7 +22,7 @@ from typing_extensions import TypedDict
 from gradexp.base.errors import UserError
 from gradexp.base.texts import read_yaml
 from gradexp.base.typed import check, strict
-from gradexp.engine.ensure import digests
+from gradexp.engine.ensure import used_digests
 from gradexp.engine.run import Config
 from gradexp.report import specs
 from gradexp.report.comparisons import Grid, Pair, pairs
@@ -150,7 +150,7 @@ def _compare(pair: Pair, grid: Grid, unit: str, content: Config) -> Config:
     if unit == "seeds":
         found = estimate(gaps.tolist(), confidence=content["confidence"], resamples=content["resamples"])
         return {**row, **asdict(found)}
-    models = {str(digests(record.get("upstream", {}))) for run in unique if (record := run.record())}
+    models = {str(used_digests(record.get("upstream", {}))) for run in unique if (record := run.record())}
     label = pair.label + (" (the model was trained more than once)" if len(models) > 1 else "")
     return {**row, **asdict(estimate_over_images(float(gaps.mean()), noise, content["confidence"])), "label": label}
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from gradexp.engine.ensure import digests
+from gradexp.engine.ensure import used_digests
 from gradexp.engine.record import value_of
 from gradexp.engine.run import Config, Run, identity
 from gradexp.report import specs
 from gradexp.report.specs import Planner, item_of, read_thesis
 from gradexp.report.writing import rendered
 
-# Not part of the protocol, or implied by other settings.
+# A departure in one of these is none of the protocol (the scale's name, versions) or follows from another (the data set's).
 IGNORED = ("scale", "_target_", "version", "channels", "classes", "size")
 
 
@@ -38,7 +38,7 @@ def caption(
     pairs: (config here, config at scale=paper) of each cell; printed: whether it shows numbers of the thesis.
     """
     departures, described = departed(pairs), tuple(spec.get("described", ()))
-    origin = origin_of(*read(runs))
+    origin = origin_of(*records_of(runs))
     text = rendered(
         "caption.txt",
         spec=spec,
@@ -99,7 +99,7 @@ def _alternatives(values: Iterable[Any]) -> str:
     return " or ".join(dict.fromkeys("none" if value is None else str(value) for value in values))
 
 
-def read(runs: Iterable[Run]) -> tuple[list[Config], list[Config]]:
+def records_of(runs: Iterable[Run]) -> tuple[list[Config], list[Config]]:
     """The records of the finished runs, and of the finished runs upstream of them."""
     users = [run for run in dict.fromkeys(runs) if run.finished]
     below = [run for run in with_upstream(users) if run not in users]
@@ -139,7 +139,8 @@ def origin_of(records: Sequence[Config], below: Sequence[Config] = ()) -> Captio
 def own_seconds(record: Config, known: Mapping[str, Config], clock: str) -> float:
     """A run's seconds without those of its upstream runs; clock: `wall` or `cpu`; known: records by id.
 
-    Records without seconds of upstream runs are older ones, which include those of upstream runs that started after them.
+    Today a run starts after its upstream runs. The seconds of the first records include upstream runs that started after them;
+    later ones state `upstream` seconds, which are not in the others.
     """
     seconds = record["seconds"]
     below = [] if "upstream" in seconds else [known.get(run.get("id")) for run in record.get("upstream", {}).values()]
@@ -152,8 +153,9 @@ def _repeated(records: Sequence[Config], known: Mapping[str, Config]) -> Iterato
     used: dict[tuple[str, str], dict[str, list[str]]] = {}
     for record in records:
         upstream = record.get("upstream", {})
-        for name, digest in digests(upstream).items():
+        for name, digest in used_digests(upstream).items():
             used.setdefault((name, upstream[name]["id"]), {}).setdefault(digest[:8], []).append(record["id"])
+    # Records until 2026-11-25 note a teacher that was trained again; today's hold its digest.
     older = {run["id"] for record in records for run in record.get("upstream", {}).values() if "remade" in run}
     for (name, number), files in used.items():
         recorded = known.get(number, {}).get("product", {}).get("sha256", "")[:8]
