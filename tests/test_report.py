@@ -276,7 +276,7 @@ def test_figures_claims_and_benchmark(page: str) -> None:
     assert "1 run is missing: make figure-other SCALE=cpu" in text
     assert "A beats CE. ✓ holds §2.6.1, table 2.1; 1 of 1 agree; 2 seeds; p = 0.040 (Holm)" in text
     assert "A minus CE, 1+3.5 [+1, +6]2+5.04" in text
-    assert "1 claims: 1 holds." in text
+    assert "1 claim: 1 holds." in text
     assert len(data_of(page)["entries"]["claim-2.1-a"]["runs"]) == 2
     assert "table2.1530.423record" in text.replace(" ", "")
     said = [SETTINGS["bench"][part] for part in BENCH if part != "machine"]

@@ -124,7 +124,7 @@ def prose(context: jinja2.runtime.Context, text: str) -> Markup:
     marked = re.sub(r"\*\*([^*]+)\*\*", r"<strong>\1</strong>", marked)
     marked = re.sub(r"\*([^*]+)\*", r"<em>\1</em>", marked)
     known = {record["id"] for record in context["records"]}
-    link = r'run <a href="#run-\1">\1</a>'
+    link = r'<a href="#run-\1">run<span class="hash"> \1</span></a>'
     return Markup(re.sub("run ([0-9a-f]{12})", lambda run: run.expand(link) if run[1] in known else run[0], marked))
 
 
