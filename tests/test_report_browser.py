@@ -227,6 +227,15 @@ def test_a_count_opens_its_claims(visit: Any) -> None:
     assert page.evaluate("document.querySelector(':target').id") == "about-2.1-a"
 
 
+def test_a_panel_of_a_cell_in_a_fold_closes_back_to_its_cell(visit: Any) -> None:
+    page = visit()
+    fold = "const box = document.querySelector('.scroll:has(.thesis-table)'), fold = document.createElement('details')"
+    page.evaluate(f"() => {{ {fold}; box.replaceWith(fold); fold.append(box); location.hash = 'cell-2.1-0-0'; }}")
+    expect(page.locator("#panel[open]")).to_have_count(1)
+    page.keyboard.press("Escape")
+    expect(page.locator(FIRST)).to_be_focused()
+
+
 def test_the_theme_button_overrules_the_system(visit: Any) -> None:
     page = visit(color_scheme="light")
     background = "getComputedStyle(document.body).backgroundColor"

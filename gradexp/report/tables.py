@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -175,12 +175,6 @@ def _counterparts(spec: Config, scale: str, cells: pd.DataFrame, plan: Planner) 
 # --- files ------------------------------------------------------------------------------------------------
 
 
-def wide(table: Table, show: Callable[[Config], str]) -> pd.DataFrame:
-    """The table as it is printed, one line a row, its label first. show: the text of a cell."""
-    rows = [[one_line(row), *map(show, cells)] for row, cells in table.by_row.items()]
-    return pd.DataFrame(rows, columns=[one_line(name) for name in (table.spec["corner"], *table.columns)])
-
-
 def to_csv(table: Table) -> str:
     """One line for each metric of each cell. Undefined deviations and differences are empty, numbers of diverged runs `nan`."""
     done = table.cells[table.cells["finished"]].groupby([*CELL, "part"])["run"]
@@ -201,7 +195,9 @@ def to_text(table: Table) -> str:
     def show(cell: Config) -> str:
         return f"{cell['ours']}{'*' if cell['best'] else ''}" + (f"\n({cell['thesis']})" if cell["thesis"] else "")
 
-    return rendered("table.txt", table=table, printed=printed(wide(table, show)))
+    rows = [[one_line(row), *map(show, cells)] for row, cells in table.by_row.items()]
+    frame = pd.DataFrame(rows, columns=[one_line(name) for name in (table.spec["corner"], *table.columns)])
+    return rendered("table.txt", table=table, printed=printed(frame))
 
 
 def to_markdown(table: Table) -> str:

@@ -139,18 +139,27 @@
     panel.scrollTop = 0;
     part("title").focus({ preventScroll: true });
   };
+  // Opens the folds that an element is in, itself among them; whether one was closed.
+  const unfold = (target) => {
+    const closed = [];
+    for (let fold = target.closest("details"); fold; fold = fold.parentElement.closest("details"))
+      if (!fold.open) closed.push(fold);
+    for (const fold of closed) fold.open = true;
+    return closed.length > 0;
+  };
   const route = () => {
     const hash = decodeURIComponent(location.hash.slice(1));
     const entry = entryOf(hash);
     if (!entry) {
       if (panel.open) panel.close();
-      const group = hash && document.getElementById(hash);
-      if (group?.localName === "details") group.open = true;
+      const target = hash && document.getElementById(hash);
+      if (target && unfold(target)) target.scrollIntoView();
       return;
     }
     const link = document.querySelector(`main a[href="${CSS.escape ? "#" + hash.replace(/["\\]/g, "\\$&") : ""}"]`);
     if (link && hash in data.entries) {
       opener = link;
+      unfold(link);
       if (!panel.open) link.scrollIntoView({ block: "center", inline: "nearest", behavior: "instant" });
     } else if (!panel.open) opener = document.activeElement === document.body ? link : document.activeElement;
     show(entry);
