@@ -246,8 +246,10 @@
   const watcher = new IntersectionObserver((entries) => {
     for (const { target, isIntersecting } of entries) seen[isIntersecting ? "add" : "delete"](target.id);
     const crossing = links.filter((link) => seen.has(link.hash.slice(1)));
-    // Of two figures side by side, the one that was jumped to.
-    if (crossing.length) mark(crossing.find((link) => link.hash === location.hash) || crossing[crossing.length - 1]);
+    const target = (link) => document.getElementById(link.hash.slice(1));
+    const innermost = crossing.filter((link) => !crossing.some((other) => other !== link && target(link).contains(target(other))));
+    // Of two figures side by side, the one that was jumped to, or the left one.
+    if (innermost.length) mark(innermost.find((link) => link.hash === location.hash) || innermost[0]);
   }, { rootMargin: "-12% 0px -87% 0px" });
   for (const link of links) watcher.observe(document.getElementById(link.hash.slice(1)));
   nav.classList.add("live");
