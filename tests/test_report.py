@@ -291,6 +291,12 @@ def test_headlines_are_the_numbers_of_their_table(tmp_path: Path, monkeypatch: p
     )
 
 
+def test_headlines_of_a_smaller_scale_are_not_compared(tmp_path: Path) -> None:
+    page = render(tmp_path, "quick", SPEC | {"comparable": ["paper"]})
+    card = page.partition('<article class="headline">')[2].partition("</article>")[0]
+    assert "At this scale the thesis's numbers can't be compared with ours." in "".join(Parsed(card).text)
+
+
 @pytest.mark.parametrize("entry", SETTINGS["headlines"], ids=lambda entry: str(entry["table"]))
 def test_declared_headlines_exist(entry: dict[str, str]) -> None:
     axis, other = ("column", "row") if "column" in entry else ("row", "column")
