@@ -271,12 +271,89 @@ def test_a_picture_keeps_its_pixels_and_its_values(tmp_path: Path) -> None:
     assert base64.b64decode(link["href"].partition("base64,")[2]) == b"x,mean\n1,2\n"
 
 
+def headlines(page: str) -> list[list[str]]:
+    """The texts of each row of the headlines: label, ours, thesis."""
+    found = []
+    for card in re.findall(r'<article class="headline">(.*?)</article>', page, re.S):
+        for row in re.findall(r"<tr.*?</tr>", card.partition("<tbody>")[2], re.S):
+            found.append([" ".join("".join(Parsed(cell).text).split()) for cell in re.findall(r"<t[hd].*?</t[hd]>", row)])
+    return found
+
+
+def test_headlines_are_the_numbers_of_their_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = {"table": "2.1", "column": "1", "baseline": "Cross-Entropy (CE)", "title": "One image"}
+    monkeypatch.setitem(SETTINGS, "headlines", [entry, entry | {"table": "9.9"}, entry | {"column": "500"}])
+    fill(tmp_path)
+    cells = tables.build(SPEC, "cpu", at(tmp_path, fake_plan)).by_row
+    expected = [[row, cells[row][0]["mean"], cells[row][0]["thesis"]] for row in ("Cross-Entropy (CE)", "A only")]
+    assert (
+        headlines(render(tmp_path)) == expected == [["Cross-Entropy (CE)", "5.22 ± 0.27", "5.69"], ["A only", "8.95", "10.73"]]
+    )
+
+
+def test_headlines_of_a_smaller_scale_are_not_compared(tmp_path: Path) -> None:
+    page = render(tmp_path, "quick", SPEC | {"comparable": ["paper"]})
+    card = page.partition('<article class="headline">')[2].partition("</article>")[0]
+    assert "At this scale the thesis's numbers can't be compared with ours." in "".join(Parsed(card).text)
+
+
+@pytest.mark.parametrize("entry", SETTINGS["headlines"], ids=lambda entry: str(entry["table"]))
+def test_declared_headlines_exist(entry: dict[str, str]) -> None:
+    axis, other = ("column", "row") if "column" in entry else ("row", "column")
+    spec = specs.load("table", entry["table"])
+    assert entry[axis] in [part["label"] for part in spec[f"{axis}s"]]
+    assert entry["baseline"] in [part["label"] for part in spec[f"{other}s"]]
+    assert spec.get("best_per", "column") == axis
+
+
+def test_comparisons_against_a_claim_come_first() -> None:
+    (view,) = html.claim_views(judged([]), html.Panels(points=9))
+    changes = [{"label": "agreeing"}, {"label": "absent", "n": 0, "mean": np.nan}, {"label": "opposed", "mean": -1.0}]
+    views = {"tables": [], "figures": [], "claims": [view | {"details": [view["details"][0] | change for change in changes]}]}
+    page = html.render("cpu", views, html.Panels(points=9), SETTINGS, made_by="")
+    assert re.findall(r"agreeing|absent|opposed", page.partition("<main>")[2]) == ["opposed", "agreeing", "absent"]
+
+
+def test_claims_count_by_standing() -> None:
+    (view,) = html.claim_views(judged([]), html.Panels(points=9))
+    mixed = view | {"id": "other", "verdict": "direction only", "standing": "mixed", "words": "direction only: mixed"}
+    page = html.render(
+        "cpu",
+        {"claims": [view, mixed, mixed | {"id": "third"}]} | {"tables": [], "figures": []},
+        html.Panels(9),
+        SETTINGS,
+        made_by="",
+    )
+    text = " ".join("".join(Parsed(page).text).split())
+    assert "3 claims: 1 holds, 2 point both ways." in text
+    links = [found["class"] for found in Parsed(page).of("a") if found["href"].startswith("#verdict-")]
+    assert links == ["verdict holds", "verdict mixed"]
+
+
+def test_figures_keep_the_order_of_their_numbers(tmp_path: Path) -> None:
+    """Also where the first is not drawn."""
+    picture(tmp_path, "cpu")
+    panels, caption = html.Panels(points=9), provenance.Caption([], [])
+    shown = [html.figure_view({"number": n, "title": ""}, [], "cpu", tmp_path, panels, caption) for n in ("2.0", "2.1", "2.2")]
+    page = html.render("cpu", {"tables": [], "figures": shown, "claims": []}, panels, SETTINGS, made_by="")
+    assert [found["id"] for found in Parsed(page).of("figure")] == ["figure-2.0", "figure-2.1", "figure-2.2"]
+    assert len(Parsed(page).of("img")) == 1
+
+
+def test_the_plan_lists_what_is_missing(tmp_path: Path) -> None:
+    views: dict[str, Any] = {"tables": [], "figures": [], "claims": []}
+    costs = [*COSTS, COSTS[0] | {"": "table 9.9", "missing": ""}]
+    page = html.render("cpu", views, html.Panels(points=9), SETTINGS, made_by="", costs=costs)
+    assert "table 2.1" in page
+    assert "table 9.9" not in page
+
+
 def test_figures_claims_and_benchmark(page: str) -> None:
     text = " ".join("".join(Parsed(page).text).split())
     assert "1 run is missing: make figure-other SCALE=cpu" in text
     assert "A beats CE. ✓ holds §2.6.1, table 2.1; 1 of 1 agree; 2 seeds; p = 0.040 (Holm)" in text
     assert "A minus CE, 1+3.5 [+1, +6]2+5.04" in text
-    assert "1 claims: 1 holds." in text
+    assert "1 claim: 1 holds." in text
     assert len(data_of(page)["entries"]["claim-2.1-a"]["runs"]) == 2
     assert "table2.1530.423record" in text.replace(" ", "")
     said = [SETTINGS["bench"][part] for part in BENCH if part != "machine"]

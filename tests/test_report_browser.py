@@ -175,6 +175,67 @@ def test_a_panel_fits_a_phone(visit: Any) -> None:
     assert panel["x"] + panel["width"] <= PHONE["width"]
 
 
+def test_a_figure_opens_enlarged_and_closes_back_to_itself(visit: Any) -> None:
+    page = visit()
+    small = page.locator("#figure-2\\.1 .zoom")
+    width = small.locator("img").bounding_box()["width"]
+    small.focus()
+    page.keyboard.press("Enter")
+    dialog = page.locator("#zoom[open]")
+    expect(dialog).to_have_count(1)
+    assert dialog.locator("img").bounding_box()["width"] > 1.2 * width
+    assert dialog.get_attribute("aria-labelledby") == "zoom-title"
+    assert dialog.locator("h2").inner_text() == small.locator("xpath=..").locator("h3 + p").inner_text()
+    page.keyboard.press("Escape")
+    expect(page.locator("#zoom[open]")).to_have_count(0)
+    expect(small).to_be_focused()
+    small.click()
+    expect(page.locator("#zoom[open]")).to_have_count(1)
+    page.click("#zoom-close")
+    expect(page.locator("#zoom[open]")).to_have_count(0)
+
+
+def test_the_contents_mark_where_one_is(visit: Any) -> None:
+    page = visit()
+    here = page.locator("nav [aria-current]")
+    expect(here).to_have_attribute("href", "#overview")
+    for target in ("table-2.1", "figure-2.1", "coverage"):
+        page.evaluate("id => document.getElementById(id).scrollIntoView()", target)
+        expect(here).to_have_attribute("href", f"#{target}")
+        assert here.count() == 1
+        assert here.bounding_box()["height"] > 0
+    assert page.evaluate("getComputedStyle(document.documentElement).scrollBehavior") == "auto"
+
+
+def test_where_numbers_come_from_is_folded_at_first(visit: Any) -> None:
+    page = visit()
+    shown = page.locator("body").inner_text()
+    for folded in ("01234567", "Computed by", "979a2a3fc1fe", f"32 on {HOSTILE}"):
+        assert folded not in shown, folded
+    assert page.locator("details.origin").count() >= 4
+    assert page.locator("details.origin[open]").count() == 0
+    page.locator("#table-2\\.1 details.origin summary").click()
+    assert "Computed by" in page.locator("#table-2\\.1").inner_text()
+
+
+def test_a_count_opens_its_claims(visit: Any) -> None:
+    page = visit()
+    page.evaluate("document.getElementById('verdict-holds').open = false")
+    page.click(".tally a[href='#verdict-holds']")
+    expect(page.locator("#verdict-holds")).to_have_attribute("open", "")
+    page.click("#verdict-holds li a")
+    assert page.evaluate("document.querySelector(':target').id") == "about-2.1-a"
+
+
+def test_a_panel_of_a_cell_in_a_fold_closes_back_to_its_cell(visit: Any) -> None:
+    page = visit()
+    fold = "const box = document.querySelector('.scroll:has(.thesis-table)'), fold = document.createElement('details')"
+    page.evaluate(f"() => {{ {fold}; box.replaceWith(fold); fold.append(box); location.hash = 'cell-2.1-0-0'; }}")
+    expect(page.locator("#panel[open]")).to_have_count(1)
+    page.keyboard.press("Escape")
+    expect(page.locator(FIRST)).to_be_focused()
+
+
 def test_the_theme_button_overrules_the_system(visit: Any) -> None:
     page = visit(color_scheme="light")
     background = "getComputedStyle(document.body).backgroundColor"

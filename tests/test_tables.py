@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pandas as pd
 import pytest
@@ -48,6 +49,16 @@ def test_the_picture_shows_both_numbers_and_needs_no_network() -> None:
     assert "10.73" in picture
     assert "8.95" in picture
     assert "font-face" not in picture
+    texts = [
+        found.attrib | {"text": found.text}
+        for found in ElementTree.fromstring(picture).iter("{http://www.w3.org/2000/svg}text")
+    ]
+    ours, thesis = ({found["text"]: found for found in texts}[number] for number in ("8.95", "10.73"))
+    assert ours["y"] == thesis["y"]
+    deviation = next(found for found in texts if found["text"] == "± 0.27 (n=2)")
+    assert float(deviation["x"]) + 6 * len(deviation["text"]) < float(thesis["x"]) - 8 * len(thesis["text"])
+    assert {found["x"] for found in texts if found["text"] in ("5.22", "8.95")} == {ours["x"]}
+    assert '<rect width="100%" height="100%" rx="6" fill="#fff"/>' in picture  # readable on a dark page
 
 
 def sample(results: Path, overrides: Sequence[str], value: float | None) -> None:

@@ -106,11 +106,20 @@ def table_view(table: tables.Table, panels: Panels, close: float) -> Config:
         cell["anchor"] = f"cell-{table.number}-{table.rows.index(row)}-{table.columns.index(column)}"
         panels.add(cell["anchor"], f"Table {table.number}", f"{row} · {column}", facts, cell["runs"])
     counts = Counter(cell["mark"] for cell in itertools.chain(*rows.values()))
-    return {"number": table.number, "table": table, "rows": rows, "counts": counts, "size": counts.total() - counts["absent"]}
+    size = counts.total() - counts["absent"]
+    sentences = sorted_sentences(table.caption, table.runs)
+    return {"number": table.number, "table": table, "rows": rows, "counts": counts, "size": size} | sentences
+
+
+def sorted_sentences(caption: provenance.Caption, runs: Iterable[Run]) -> Config:
+    """A caption's sentences as `notes`, which the page shows, and `origin`, about its runs, which it folds."""
+    origin = provenance.origin_of(*provenance.read(runs)).sentences
+    notes = [sentence for sentence in caption.sentences if sentence not in origin]
+    return {"notes": notes, "origin": [*origin, *caption.details], "departures": caption.departures}
 
 
 def figure_view(
-    spec: Config, series: Sequence[figures.Series], scale: str, results: Path, panels: Panels, text: provenance.Caption
+    spec: Config, series: Sequence[figures.Series], scale: str, results: Path, panels: Panels, caption: provenance.Caption
 ) -> Config:
     """A figure as the template shows it; each of its series opens its records."""
     number, runs = str(spec["number"]), figures.runs_of(series)
@@ -126,8 +135,10 @@ def figure_view(
         "picture": min(pictures, key=len, default=None),
         "csv": embedded_file(stem, "text/csv"),
         "missing": figures.missing(series),
-        "text": text,
+        "size": len(series),
+        "done": sum(all(run.finished for run in one.runs) for one in series),
         "stale": stale(stem.with_suffix(".md"), itertools.chain(*runs.values())),
+        **sorted_sentences(caption, itertools.chain(*runs.values())),
     }
 
 
@@ -144,9 +155,13 @@ def embedded_file(stem: Path, kind: str) -> str | None:
 
 
 def claim_views(judged: claims.Judged, panels: Panels) -> list[Config]:
-    """Claims as the template shows them; each opens the records of the runs that it compares."""
+    """Claims as the template shows them; each opens the records of the runs that it compares.
+
+    standing: the verdict, or `mixed` for a claim that is not tested and whose comparisons disagree.
+    """
     views = claims.views(judged)
     for view in views:
+        view["standing"] = "mixed" if view["words"].endswith("mixed") else view["verdict"]
         runs = dict.fromkeys(itertools.chain(*(row["runs"] for row in view["details"])))
         panels.add(f"claim-{view['id']}", f"Claim, {view['item']}", view["claim"], {"verdict": view["verdict"]}, runs)
     return views
@@ -188,7 +203,6 @@ def render(
         costs=costs,
         explanation=explanation,
         made_by=made_by,
-        tally=claims.tally,
         origin=provenance.origin_of(records).sentences,
         data={"entries": panels.entries, "records": {record["id"]: record for record in records}},
         style=Markup((PAGES / "page.css").read_text(encoding="utf-8")),

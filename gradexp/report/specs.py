@@ -158,6 +158,7 @@ class ReportSettings(TypedDict):
     subtitle: str
     close: float
     curve_points: int
+    headlines: list[dict[str, str]]
     scales: dict[str, str]
     chapters: list[dict[str, Any]]
     bench: dict[str, str]

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import math
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -13,14 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import rich.console
-from rich.markup import escape
 
 from gradexp.engine.run import Config, Run
 from gradexp.report import provenance, records, specs
 from gradexp.report.provenance import Caption
 from gradexp.report.specs import Planner, command
-from gradexp.report.writing import csv, grid, one_line, printed, rendered, stem_of, write_beside
+from gradexp.report.writing import csv, one_line, printed, rendered, stem_of, write_beside
 
 CELL = ["row", "column"]
 COLUMNS = ["row", "column", "metric", "ours", "std", "n", "thesis", "difference", "run_ids"]  # of the CSV file
@@ -180,12 +176,6 @@ def _counterparts(spec: Config, scale: str, cells: pd.DataFrame, plan: Planner) 
 # --- files ------------------------------------------------------------------------------------------------
 
 
-def wide(table: Table, show: Callable[[Config], str], label: Callable[[str], str] = one_line) -> pd.DataFrame:
-    """The table as it is printed, one line a row, its label first. show, label: the text of a cell, of a label."""
-    rows = [[label(row), *map(show, cells)] for row, cells in table.by_row.items()]
-    return pd.DataFrame(rows, columns=[label(name) for name in (table.spec["corner"], *table.columns)])
-
-
 def to_csv(table: Table) -> str:
     """One line for each metric of each cell. Undefined deviations and differences are empty, numbers of diverged runs `nan`."""
     done = table.cells[table.cells["finished"]].groupby([*CELL, "part"])["run"]
@@ -206,7 +196,9 @@ def to_text(table: Table) -> str:
     def show(cell: Config) -> str:
         return f"{cell['ours']}{'*' if cell['best'] else ''}" + (f"\n({cell['thesis']})" if cell["thesis"] else "")
 
-    return rendered("table.txt", table=table, printed=printed(wide(table, show)))
+    rows = [[one_line(row), *map(show, cells)] for row, cells in table.by_row.items()]
+    frame = pd.DataFrame(rows, columns=[one_line(name) for name in (table.spec["corner"], *table.columns)])
+    return rendered("table.txt", table=table, printed=printed(frame))
 
 
 def to_markdown(table: Table) -> str:
@@ -218,25 +210,8 @@ def to_latex(table: Table) -> str:
 
 
 def to_svg(table: Table) -> str:
-    """A picture: ours, and dimmed the thesis's number."""
-
-    def show(cell: Config) -> str:
-        ours = f"[bold]{cell['ours']}[/bold]" if cell["best"] else cell["ours"]
-        return f"{ours} [dim]{cell['thesis']}[/dim]" if cell["thesis"] else str(ours)
-
-    picture = grid(wide(table, show, _no_markup))
-    picture.title = _no_markup(f"{table.head} {table.title}")
-    console = rich.console.Console(record=True, width=100, emoji=False, file=io.StringIO())
-    console.print(picture)
-    best = f"bold: best of its {table.best_per}; " if table.best_per else ""
-    console.print(f"{best}dim: the thesis", style="dim", justify="center")
-    # rich's fonts are loaded from the network, which a committed picture must not need.
-    return re.sub(r"@font-face \{[^}]*\}\s*", "", console.export_svg(title="gradexp"))
-
-
-def _no_markup(text: str) -> str:
-    """The text for rich, which takes `[...]` for markup."""
-    return escape(one_line(text))
+    """A picture: ours, and in grey the thesis's number beside it. It needs no fonts from the network."""
+    return rendered("table.svg", table=table)
 
 
 def write(table: Table, results: Path) -> list[Path]:

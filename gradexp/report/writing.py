@@ -95,7 +95,7 @@ def rendered(name: str, **content: Any) -> str:
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(PAGES),
-        autoescape=jinja2.select_autoescape(["html"]),
+        autoescape=jinja2.select_autoescape(["html", "svg"]),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -124,7 +124,7 @@ def prose(context: jinja2.runtime.Context, text: str) -> Markup:
     marked = re.sub(r"\*\*([^*]+)\*\*", r"<strong>\1</strong>", marked)
     marked = re.sub(r"\*([^*]+)\*", r"<em>\1</em>", marked)
     known = {record["id"] for record in context["records"]}
-    link = r'run <a href="#run-\1">\1</a>'
+    link = r'<a href="#run-\1">run<span class="hash"> \1</span></a>'
     return Markup(re.sub("run ([0-9a-f]{12})", lambda run: run.expand(link) if run[1] in known else run[0], marked))
 
 

@@ -139,13 +139,27 @@
     panel.scrollTop = 0;
     part("title").focus({ preventScroll: true });
   };
+  // Opens the folds that an element is in, itself among them; whether one was closed.
+  const unfold = (target) => {
+    const closed = [];
+    for (let fold = target.closest("details"); fold; fold = fold.parentElement.closest("details"))
+      if (!fold.open) closed.push(fold);
+    for (const fold of closed) fold.open = true;
+    return closed.length > 0;
+  };
   const route = () => {
     const hash = decodeURIComponent(location.hash.slice(1));
     const entry = entryOf(hash);
-    if (!entry) return panel.open ? panel.close() : undefined;
+    if (!entry) {
+      if (panel.open) panel.close();
+      const target = hash && document.getElementById(hash);
+      if (target && unfold(target)) target.scrollIntoView();
+      return;
+    }
     const link = document.querySelector(`main a[href="${CSS.escape ? "#" + hash.replace(/["\\]/g, "\\$&") : ""}"]`);
     if (link && hash in data.entries) {
       opener = link;
+      unfold(link);
       if (!panel.open) link.scrollIntoView({ block: "center", inline: "nearest", behavior: "instant" });
     } else if (!panel.open) opener = document.activeElement === document.body ? link : document.activeElement;
     show(entry);
@@ -182,6 +196,18 @@
     if (link) { link.focus(); event.preventDefault(); }
   });
 
+  // --- pictures, enlarged ---
+  const zoom = document.getElementById("zoom");
+  for (const button of document.querySelectorAll(".zoom"))
+    button.addEventListener("click", () => {
+      const picture = button.querySelector("img");
+      document.getElementById("zoom-title").textContent = button.parentElement.querySelector("h3 + p").textContent;
+      zoom.querySelector(".paper").replaceChildren(element("img", { src: picture.src, alt: picture.alt }));
+      zoom.showModal();
+    });
+  zoom.addEventListener("click", (event) => { if (event.target === zoom) zoom.close(); });
+  document.getElementById("zoom-close").addEventListener("click", () => zoom.close());
+
   // --- theme ---
   const themes = ["auto", "light", "dark"];
   const button = document.getElementById("theme");
@@ -204,6 +230,30 @@
   const fold = () => { contents.open = wide.matches; };
   wide.addEventListener("change", fold);
   fold();
+  const nav = document.querySelector("nav.contents");
+  const links = [...nav.querySelectorAll("a")];
+  const mark = (current) => {
+    for (const link of links) {
+      if (link === current) link.setAttribute("aria-current", "true");
+      else link.removeAttribute("aria-current");
+    }
+    for (const item of nav.querySelectorAll("li")) item.classList.toggle("current", item.contains(current));
+    if (!wide.matches) return;
+    const [inside, outside] = [current.getBoundingClientRect(), nav.getBoundingClientRect()];
+    if (inside.top < outside.top || inside.bottom > outside.bottom) nav.scrollTop += inside.top - outside.top - outside.height / 3;
+  };
+  const seen = new Set(); // what crosses a line near the top of the window
+  const watcher = new IntersectionObserver((entries) => {
+    for (const { target, isIntersecting } of entries) seen[isIntersecting ? "add" : "delete"](target.id);
+    const crossing = links.filter((link) => seen.has(link.hash.slice(1)));
+    const target = (link) => document.getElementById(link.hash.slice(1));
+    const innermost = crossing.filter((link) => !crossing.some((other) => other !== link && target(link).contains(target(other))));
+    // Of two figures side by side, the one that was jumped to, or the left one.
+    if (innermost.length) mark(innermost.find((link) => link.hash === location.hash) || innermost[0]);
+  }, { rootMargin: "-12% 0px -87% 0px" });
+  for (const link of links) watcher.observe(document.getElementById(link.hash.slice(1)));
+  nav.classList.add("live");
+  mark(links[0]);
   let opened = [];
   addEventListener("beforeprint", () => {
     opened = [...document.querySelectorAll("main details:not([open])")];
