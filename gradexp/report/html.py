@@ -113,7 +113,7 @@ def table_view(table: tables.Table, panels: Panels, close: float) -> Config:
 
 def sorted_sentences(caption: provenance.Caption, runs: Iterable[Run]) -> Config:
     """A caption's sentences as `notes`, which the page shows, and `origin`, about its runs, which it folds."""
-    origin = provenance.origin_of(*provenance.read(runs)).sentences
+    origin = provenance.origin_of(*provenance.records_of(runs)).sentences
     notes = [sentence for sentence in caption.sentences if sentence not in origin]
     return {"notes": notes, "origin": [*origin, *caption.details], "departures": caption.departures}
 
