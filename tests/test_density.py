@@ -338,7 +338,7 @@ def test_fooling_compares_accuracies_on_the_same_images(places: list[str]) -> No
     start = load_model(finish(made.upstream["start"]), hardware)
     assert not start.training
     assert not any(parameter.requires_grad for parameter in start.parameters())
-    assert metrics["test/accuracy/before"] == pytest.approx(accuracy_on_test(start, data, hardware.device), rel=1e-5)
+    assert metrics["validation/accuracy/before"] == pytest.approx(accuracy_on_test(start, data, hardware.device), rel=1e-5)
 
 
 def test_a_failed_measurement_does_not_repeat_the_fine_tuning(places: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

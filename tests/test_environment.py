@@ -245,7 +245,7 @@ def test_relative_folders_start_at_the_repository(tmp_path: Path, monkeypatch: p
     monkeypatch.chdir(tmp_path)
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = compose("config", overrides=["experiment=teacher"], return_hydra_config=True)
-        assert config.hydra.run.dir == config.hydra.sweep.dir == str(ROOT / "outputs" / "hydra")
+        assert config.hydra.run.dir == str(ROOT / "outputs" / "hydra") == str(Path(config.hydra.sweep.dir).parent)
 
 
 # --- interrupts -------------------------------------------------------------------------------------------

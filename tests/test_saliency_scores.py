@@ -365,10 +365,11 @@ def test_vgg16_on_imagenet_from_end_to_end(tmp_path: Path) -> None:
 
 
 def test_the_first_images_are_as_many_as_asked() -> None:
-    look = SimpleNamespace(data=digits(), hardware=SimpleNamespace(device="cpu"))
+    look = Evaluation.__new__(Evaluation)  # without a run
+    look.data, look.hardware = digits(), SimpleNamespace(device="cpu")  # type: ignore[assignment]
     for limit, sizes in ((5, [4, 1]), (8, [4, 4]), (3, [3])):
-        batches, count = Evaluation.first_images(look, limit, 4)  # type: ignore[arg-type]
+        batches, count = look.first_images(limit, 4)
         assert [len(batch.images) for batch in batches] == sizes
         assert count == len(sizes)
-    everything, _ = Evaluation.first_images(look, None, 100)  # type: ignore[arg-type]
+    everything, _ = look.first_images(None, 100)
     assert sum(len(batch.images) for batch in everything) == look.data.fingerprint()["test_images"]
