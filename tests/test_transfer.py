@@ -339,7 +339,8 @@ def test_noise_on_the_target_reduces_its_distance_but_need_not_tighten_the_bound
 def test_a_transfer_run(run_py: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path) -> None:
     """All terms at once; the reduction is the attention map's."""
     short = ["optim.passes=2", "+upstream.teacher.optim.passes=1", "method.terms.output_jacobian.weight=10", "logger=none"]
-    done = run_py("experiment=jacobian_transfer", "scale=quick", "method=lwf_att_j", *short)
+    narrow = ["scale.width=0.06", "+upstream.teacher.scale.width=0.06", "trainer.threads=1"]
+    done = run_py("experiment=jacobian_transfer", "scale=quick", "method=lwf_att_j", *short, *narrow)
     assert done.returncode == 0, done.stderr
     assert "finished: test/accuracy=" in done.stdout
     (file,) = (tmp_path / "results" / "runs" / "jacobian_transfer").glob("*.json")
