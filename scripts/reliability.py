@@ -510,7 +510,21 @@ def attempt(name: str, trial: Callable[[Path], Trial]) -> Trial:
     return done
 
 
-TRUST = """## What is trusted
+NOTES = """## A signal in the middle
+
+SIGTERM, SIGUSR1, SIGUSR2 (SLURM's) and Ctrl-C, to `run.py` or to one of the processes that train together:
+
+| when it comes | exit code | what is left, and what the same command does next |
+|---|---|---|
+| while Python imports, or between two trainings | the signal's | nothing new; it begins there |
+| in a training | 143; Ctrl-C: SIGINT's | `last.ckpt` in the run's folder, written after the step; it resumes |
+| in an evaluation of a trained model | the signal's | finished pieces in the run's folder; it does the others |
+| while the record is written | the signal's | the record, or none; it answers, or resumes from the last checkpoint |
+
+The run's folder is `outputs/runs/NAME/ID`. A table's command (`make table-2.1`) passes the signal on to its runs, waits for
+their checkpoints, and ends with the same code.
+
+## What is trusted
 
 Trusted: the checkout, with its code and `conf/`; the data root, whose images and labels are not checked; what the user names on
 the command line, including Hydra's own options and plugins, packages in `GRADEXP_PLUGINS` and the folders of `paths`; the other
@@ -543,7 +557,7 @@ def page(done: Sequence[Trial]) -> str:
             "|---|---|---|",
             *rows,
             "",
-            TRUST,
+            NOTES,
         ]
     )
 

@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 
 from gradexp.base.errors import UserError
-from gradexp.engine import help
+from gradexp.engine import compose, help
 from gradexp.engine.build import locate
 from gradexp.engine.compose import CONF, check_overrides, plan
 from gradexp.engine.known import answer
@@ -347,3 +347,23 @@ def test_tab_completes_groups_and_their_choices() -> None:
     query = [sys.executable, "run.py", "--shell-completion", "query=bash"]
     done = subprocess.run(query, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.stdout.split() == ["experiment=jacobian_distill"]
+
+
+@pytest.mark.parametrize("word", ["model=null", "scale=null", "saliency=null"])
+def test_a_group_needs_a_choice(word: str) -> None:
+    with pytest.raises(UserError, match=f"{word}: Config group override must be a string"):
+        check_overrides(["experiment=teacher", word])
+
+
+def test_keys_of_numbers_are_refused() -> None:
+    with pytest.raises(UserError, match="the key 2 is no text, as a record in JSON needs it"):
+        compose._check_finite({"task": {"sizes": {2: 1}}})
+
+
+def test_texts_of_upstream_runs_are_quoted_where_hydra_would_read_something_else() -> None:
+    words = compose._as_overrides({"data": {"name": "a,b", "choice": "digits"}, "task": {"file": "x-1.pth"}, "seed": 3})
+    assert words == ['data.name="a,b"', "data=digits", "task.file=x-1.pth", "seed=3"]
+
+
+def test_hydras_own_keys_may_be_forced() -> None:
+    check_overrides(["experiment=teacher", "++hydra.verbose=false"])

@@ -99,6 +99,20 @@ def test_help_shows_an_experiment_of_ones_own(extended: Path) -> None:
     assert "is better calibrated" in done.stdout
 
 
+def test_a_config_of_ones_own_does_not_hide_behind_one_of_ours(extended: Path, tmp_path: Path) -> None:
+    """Hydra would take ours. A file without a comment at its top is listed, too."""
+    experiments = tmp_path / "hers" / "conf" / "experiment"
+    experiments.mkdir(parents=True)
+    (experiments / "plain.yaml").write_text("# @package _global_\nname: plain\n")
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{tmp_path}", "GRADEXP_PLUGINS": "hers"}
+    command = [sys.executable, "run.py", "--help"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert "  plain\n" in re.sub(" +\n", "\n", done.stdout)
+    (experiments / "teacher.yaml").write_text("# @package _global_\nname: teacher\n")
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert "teacher.yaml has the name of a file of gradexp's conf/" in done.stderr
+
+
 def test_what_no_plugin_names_is_refused(extended: Path) -> None:
     """GRADEXP_PLUGINS is what allows a config to run the code of a package, not that Python finds it."""
     words = (

@@ -27,3 +27,12 @@ def test_every_committed_record_has_the_id_of_its_config() -> None:
     assert len(files) > 200
     for file in files:
         assert run_id(json.loads(file.read_text(encoding="utf-8"))["config"]) == file.stem
+
+
+def test_only_terms_of_weight_0_are_no_part_of_an_id() -> None:
+    config = plan(["experiment=jacobian_distill", "method=ce_j"]).config
+    terms = config["method"]["terms"]
+    idle = config | {"method": config["method"] | {"terms": terms | {"idle": {"weight": 0, "scale": 3}}}}
+    assert run_id(idle) == run_id(config)
+    tasks = [run_id(config | {"task": {"_target_": name, "weight": 0}}) for name in ("a.A", "b.B")]
+    assert len({*tasks, run_id(config)}) == 3

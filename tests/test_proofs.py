@@ -189,7 +189,7 @@ def test_a_folder_in_a_records_place_is_refused(record: Path) -> None:
 
 def test_committed_records_are_what_they_state() -> None:
     """They were written before records had digests of themselves, and are valid without."""
-    assert len(gradexp.records()) == len(FILES)
+    assert {file.stem for file in FILES} <= set(gradexp.records().index)
 
 
 def test_arrays_that_are_no_arrays_are_refused(tmp_path: Path) -> None:

@@ -12,11 +12,12 @@ import pytest
 
 import gradexp
 from gradexp.base.errors import UserError
+from gradexp.engine.compose import plan
 from gradexp.engine.record import judged
-from gradexp.engine.run import ROOT
+from gradexp.engine.run import ROOT, record_files
 from gradexp.report import specs
 
-FILES = sorted((ROOT / "results" / "runs").glob("*/*.json"))
+FILES = record_files(ROOT / "results")
 
 
 @pytest.fixture(scope="module")
@@ -131,3 +132,17 @@ def test_what_is_not_there_is_an_error() -> None:
 def test_the_package_is_imported_quickly() -> None:
     code = "import sys, gradexp; sys.exit(bool({'torch', 'pandas', 'hydra'} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_quick_runs_have_a_folder_that_git_ignores(tmp_path: Path) -> None:
+    """It lies inside the folder of results, whose readers look into it."""
+    quick, real = (plan(["experiment=teacher", f"scale={scale}"]).record_path for scale in ("quick", "cpu"))
+    assert quick.parents[2] == ROOT / "results" / "quick" and real.parents[2] == ROOT / "results"
+    assert not subprocess.run(["git", "check-ignore", "-q", str(quick)], cwd=ROOT).returncode
+    assert subprocess.run(["git", "check-ignore", "-q", str(real)], cwd=ROOT).returncode == 1
+    for folder in ("", "quick"):
+        source = next(file for file in FILES if "quick" not in str(file))
+        copy = tmp_path / folder / "runs" / source.parent.name / source.name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(source.read_bytes())
+    assert len(gradexp.records(results=tmp_path)) == 2

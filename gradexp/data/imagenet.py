@@ -19,7 +19,7 @@ class ImageNet(FolderData):
         if not folder.is_dir():
             raise UserError(
                 f"ImageNet not found: there is no {folder}. Put a folder a class there (train/n01440764/*.JPEG, "
-                f"val/n01440764/*.JPEG); it is never downloaded; see README, Data sets"
+                f"val/n01440764/*.JPEG); it is never downloaded; see docs/data.md"
             )
         classes = sorted(place.name for place in folder.iterdir() if place.is_dir())
         other = home / FOLDERS["test" if split == "train" else "train"]

@@ -17,7 +17,7 @@ class MITScenes(FolderData):
         if missing:
             raise UserError(
                 f"MIT Scenes not found: {home} has no {', '.join(missing)}. python scripts/fetch_data.py mit_scenes "
-                f"fetches it, or says what to put there; see README, Data sets"
+                f"fetches it, or says what to put there; see docs/data.md"
             )
         listed = {name: _lines(home / file) for name, file in LISTS.items()}
         names = listed[split]

@@ -138,7 +138,7 @@ def _find(layout: Layout, root: Path) -> tuple[str, list[Path], Reader]:
         f"  2. torchvision's files in {root} ({reasons[0]})\n"
         f"  3. torchvision's download into {root} ({reasons[1]})\n"
         f"Put one of them there, or name the folder that has it: GRADEXP_DATA=FOLDER or paths.data=FOLDER; "
-        f"see README, Data sets."
+        f"see docs/data.md."
     )
 
 

@@ -48,6 +48,7 @@ ELSEWHERE = {  # names that other frameworks have: ours
     **{"bs": "optim.batch_size", "dataset": "data", "optimizer": "optim", "num_classes": "data.classes", "wandb": "logger"},
     **{"arch": "model", "num_workers": "trainer.threads", "device": "trainer.accelerator", "amp": "trainer.precision"},
 }
+PLAIN = re.compile(r"[\w./:@%+-]*")  # a string that Hydra takes without quotes
 VARIABLE = re.compile(r"oc\.env:(\w+)")
 # A line, comments aside, that configures Hydra itself, or a header that puts a whole file there.
 TO_HYDRA = re.compile(r"^[^#\n]*\bhydra\b.*$|^#\s*@package\s+hydra\b.*$", re.MULTILINE)
@@ -99,6 +100,8 @@ def _check_finite(value: Any, where: str = "") -> None:
     """Raises UserError for a number that is nan or infinite."""
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{where}={value}: it should be a finite number")
+    if isinstance(value, dict) and (numbers := [key for key in value if not isinstance(key, str)]):
+        raise UserError(f"{where}: the key {numbers[0]!r} is no text, as a record in JSON needs it; put it in quotes")
     if isinstance(value, dict | list):
         for key, below in value.items() if isinstance(value, dict) else enumerate(value):
             _check_finite(below, f"{where}.{key}".removeprefix("."))
@@ -127,7 +130,8 @@ def _as_overrides(choices: Config, prefix: str = "") -> list[str]:
             words += _as_overrides(value, f"{prefix}{key}.")
         elif value is not None:
             name = prefix.removesuffix(".") if key == "choice" else prefix + key
-            words.append(f"{'++' if name.startswith('upstream.') else ''}{name}={value}")  # upstream may have any keys
+            text = f'"{value}"' if isinstance(value, str) and not PLAIN.fullmatch(value) else value
+            words.append(f"{'++' if name.startswith('upstream.') else ''}{name}={text}")  # upstream may have any keys
     return words
 
 
@@ -139,9 +143,10 @@ def check_overrides(arguments: Sequence[str]) -> list[Config]:
 
     Raises UserError with the nearest valid word for a misspelt key or choice.
     """
-    for folder in _folders():
+    for folder in conf_folders():
         check_hydra(folder)
-    words = [word for word in get_args_parser().parse_known_args(arguments)[0].overrides if not word.startswith("hydra")]
+    given = get_args_parser().parse_known_args(arguments)[0].overrides
+    words = [word for word in given if not word.lstrip("+~").startswith("hydra")]
     misformed = """{!r} is not of the form key=value; a value with special characters is put in double quotes: 'key="a=b"'"""
     for word in words:
         if word.startswith("="):  # Hydra takes it for a group without a name
@@ -233,7 +238,7 @@ def _compose(overrides: tuple[str, ...]) -> Config:
 
 def _cached(overrides: tuple[str, ...]) -> Path:
     """The file of a config, named by all that it comes from: conf/, this module, overrides, the environment."""
-    sources = _sources(_folders())
+    sources = _sources(conf_folders())
     environment = {name: os.environ.get(name) for name in VARIABLE.findall(sources + " ".join(overrides))}
     state, key = (hashlib.sha256(text.encode()).hexdigest() for text in (sources, json.dumps([overrides, environment])))
     return CACHE / state / f"{key}.json.gz"
@@ -261,6 +266,8 @@ def _composed(overrides: tuple[str, ...]) -> Config:
         raise UserError(f"a file of conf/ is not YAML: {' '.join(str(error).split())}") from error
     except (HydraException, OmegaConfBaseException) as error:
         raise _refusal(error) or UserError(_explain(error, overrides)) from error
+    except ValueError as error:  # of Hydra, for a choice of a group that is no text, such as model=null
+        raise UserError(f"{' '.join(overrides)}: {str(error).splitlines()[0]}") from error
     return resolved
 
 
@@ -306,13 +313,13 @@ def _with_values(overrides: tuple[str, ...]) -> DictConfig | None:
     return config
 
 
-def _folders() -> tuple[Path, ...]:
+def conf_folders() -> tuple[Path, ...]:
     """conf/, and those of the packages of the user's own."""
     return CONF, *plugins.conf_folders()
 
 
 def _is_group(key: str) -> bool:
-    return any((folder / key).is_dir() for folder in _folders())
+    return any((folder / key).is_dir() for folder in conf_folders())
 
 
 def _missing_choice(error: MissingConfigException) -> str:
@@ -333,12 +340,12 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
         config = _compose(tuple(word for word in overrides if word != override))
         known = OmegaConf.select(OmegaConf.create(config), parent) if parent else config
         names = list(known) if isinstance(known, Mapping) else []
-        groups = [] if parent else [folder.name for conf in _folders() for folder in conf.iterdir() if folder.is_dir()]
+        groups = [] if parent else [folder.name for conf in conf_folders() for folder in conf.iterdir() if folder.is_dir()]
         if name in names or key in groups:
             return f"{override}: {text}"
         return f"{override}: there is no key {key}{_hint(key, config) or nearest(name, [*names, *groups])}"
     if "You must specify 'experiment'" in text:
-        experiments = sorted(file.stem for folder in _folders() for file in (folder / "experiment").glob("[!_]*.yaml"))
+        experiments = sorted(file.stem for folder in conf_folders() for file in (folder / "experiment").glob("[!_]*.yaml"))
         return f"name an experiment: python run.py experiment=NAME, one of {', '.join(experiments)}"
     return text
 

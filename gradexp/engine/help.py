@@ -18,7 +18,7 @@ EXAMPLES = {
     "-m experiment=jacobian_distill method=ce,ce_j seed=0,1,2": "a sweep: every combination",
     "experiment=jacobian_distill --cfg job": "the config, without interpolations resolved",
     "experiment=jacobian_distill --help": "what the experiment claims, its methods, scales and cost",
-    "--show ID": "a record of results/runs;  --id ID does its run again, or answers from the record",
+    "--show ID": "a record;  --id ID does its run again, or answers from the record",
 }
 END = (
     'Tab completion in this shell: eval "$(python run.py --shell-completion install=bash)"; also zsh and fish.',
@@ -28,7 +28,7 @@ END = (
 
 def text(words: Sequence[str]) -> str:
     """The help for a command line. Raises UserError for an unknown experiment."""
-    folders = [ROOT / "conf", *conf_folders()]
+    folders = [*conf_folders(), ROOT / "conf"]
     headers = {file.stem: _header(file) for conf in folders for file in sorted((conf / "experiment").glob("[!_]*.yaml"))}
     chosen = next((word.partition("=")[2] for word in words if word.startswith("experiment=")), None)
     if chosen is not None:
@@ -40,7 +40,7 @@ def text(words: Sequence[str]) -> str:
         "Scales": {name: " ".join(_header(ROOT / "conf" / "scale" / f"{name}.yaml")) for name in ("paper", "cpu", "quick")},
         "Examples, after python run.py": EXAMPLES,
     }
-    lines = ["python run.py experiment=NAME [key=value ...]: one run, whose result is results/runs/NAME/ID.json"]
+    lines = ["python run.py experiment=NAME [key=value ...]: one run; its result is a file of results/runs/NAME/"]
     for title, entries in parts.items():
         lines += ["", title, *(line for name, what in entries.items() for line in _entry(name, what))]
     return "\n".join([*lines, "", *END])
@@ -49,7 +49,7 @@ def text(words: Sequence[str]) -> str:
 def _entry(name: str, what: str) -> list[str]:
     """A name and a paragraph beside it, or below a long one."""
     column = 26
-    lines = textwrap.wrap(what, max(40, min(120, shutil.get_terminal_size().columns) - column))
+    lines = textwrap.wrap(what, max(40, min(120, shutil.get_terminal_size().columns) - column)) or [""]
     beside = [f"  {name:<{column - 2}}{lines[0]}"] if len(name) < column - 2 else [f"  {name}", " " * column + lines[0]]
     return beside + [" " * column + line for line in lines[1:]]
 

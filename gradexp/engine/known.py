@@ -12,7 +12,7 @@ from pathlib import Path
 from gradexp.base.errors import UserError
 from gradexp.engine.compose import compose_run
 from gradexp.engine.record import numbers_of, read_record
-from gradexp.engine.run import HARDWARE, ROOT, Config, Paths, Run, hardware
+from gradexp.engine.run import HARDWARE, ROOT, Config, Paths, Run, hardware, record_files
 
 SHORTEST = 4  # characters of an id that are enough if only one record begins with them
 
@@ -37,7 +37,7 @@ def answer(arguments: Sequence[str]) -> Run | None:
 
 def find_record(name: str, results: Path) -> Path:
     """The record whose id is or begins with `name`. Raises UserError where there is none, or more than one."""
-    files = sorted(results.glob(f"runs/*/{name}*.json")) if len(name) >= SHORTEST and name.isalnum() else []
+    files = record_files(results, name) if len(name) >= SHORTEST and name.isalnum() else []
     if len(files) != 1:
         matches = f"several: {', '.join(file.stem for file in files)}" if files else f"none in {results / 'runs'}"
         raise UserError(

@@ -34,7 +34,11 @@ def _folder(name: str) -> tuple[str, Path]:
         raise UserError(
             f"{VARIABLE}={name}: there is no package {name}; install it, or name the folder that it is in: PYTHONPATH=FOLDER"
         )
-    return name, Path(next(iter(spec.submodule_search_locations)))
+    folder = Path(next(iter(spec.submodule_search_locations)))
+    for file in (folder / "conf").rglob("*.yaml"):
+        if (Path(__file__).parents[2] / file.relative_to(folder)).exists() and file.name != "claims.yaml":
+            raise UserError(f"{file} has the name of a file of gradexp's conf/, which would be taken instead; rename it")
+    return name, folder
 
 
 def conf_folders() -> list[Path]:

@@ -54,12 +54,14 @@ def identity(config: Config) -> Config:
     return _canonical(kept | {"scale": config["scale"]["name"], "upstream": upstream})
 
 
-def _canonical(value: Any) -> Any:
+def _canonical(value: Any, name: str = "") -> Any:
+    """name: the key of `value`."""
     if isinstance(value, dict):
-        kept = {key: _canonical(item) for key, item in value.items() if item is not None}
+        kept = {key: _canonical(item, key) for key, item in value.items() if item is not None}
         if "_target_" in kept:
             kept["_target_"] = FORMER.get(kept["_target_"], kept["_target_"])
-        return {key: item for key, item in kept.items() if not (isinstance(item, dict) and item.get("weight") == 0)}
+        idle = [key for key, item in kept.items() if name == "terms" and isinstance(item, dict) and item.get("weight") == 0]
+        return {key: item for key, item in kept.items() if key not in idle}
     if isinstance(value, list):
         return [_canonical(item) for item in value]
     if isinstance(value, float) and value.is_integer():

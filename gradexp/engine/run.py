@@ -102,6 +102,11 @@ class Paths:
         return self.outputs / "cache"
 
 
+def record_files(results: Path, name: str = "") -> list[Path]:
+    """The records in a folder of results, and in its subfolder for `quick`, whose names begin with `name`."""
+    return [file for folder in (results, results / "quick") for file in sorted(folder.glob(f"runs/*/{name}*.json"))]
+
+
 @dataclass(frozen=True, eq=False)
 class Run:
     """One piece of work: its resolved config, its paths and its command.

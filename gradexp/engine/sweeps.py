@@ -33,7 +33,7 @@ class SweepTable(Callback):
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         folder = Path(config.hydra.sweep.dir)
-        files = sorted(folder.glob(f"*/{ROW}"), key=lambda file: int(file.parent.name))
+        files = sorted(folder.glob(f"*/{ROW}"), key=lambda file: (len(file.parent.name), file.parent.name))
         if len(files) < 2:
             return
         import pandas as pd

@@ -7,7 +7,7 @@ import random
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from gradexp.engine.hardware import native_bf16
 from gradexp.engine.known import run_of
 from gradexp.engine.origin import SOURCES
 from gradexp.engine.record import differing_split, read_arrays, read_record
-from gradexp.engine.run import Config, Paths, Run, run_id
+from gradexp.engine.run import Config, Paths, Run, record_files, run_id
 from gradexp.engine.task import task_of
 
 # How much two machines, which round differently, may differ by: percentage points of accuracy; relative for other metrics.
@@ -43,10 +43,10 @@ def verify(paths: Paths, *, sample: int, seed: int, extra: Config) -> Iterator[F
 
     extra: the trainer, logger and gradients of the repeats.
     """
-    files = sorted((paths.results / "runs").glob("*/*.json"))
+    files = record_files(paths.results)
     good: list[Path] = []
     for file in files:
-        wrong = list(examine(file, paths))
+        wrong = list(examine(file, replace(paths, results=file.parents[2])))
         yield from (Finding(file, what) for what in wrong)
         good += [] if wrong else [file]
     yield f"{len(good)} of {len(files)} records: complete, with correct digests and ids"
@@ -146,7 +146,7 @@ def repeat(file: Path, paths: Paths, extra: Config) -> Iterator[str]:
     with tempfile.TemporaryDirectory(prefix="gradexp-verify-") as folder:
         elsewhere = Paths(paths.data, Path(folder) / "results", Path(folder) / "outputs")
         try:
-            fresh = _repeat(record, paths.results, extra, elsewhere)
+            fresh = _repeat(record, file.parents[2], extra, elsewhere)
         except UserError as error:
             yield f"it cannot be repeated: {error}"
             return

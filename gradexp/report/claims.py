@@ -1,8 +1,8 @@
 """The thesis's claims about its tables and figures (conf/claims.yaml), tested on our records.
 
 A claim is a set of comparisons of cells that must all hold. Differences of cells are paired by seed. The claims of a chapter
-share one level of significance (Holm). A claim with a comparison of one seed is not tested, unless it is over the images of
-one model: then only its direction is reported.
+share one level of significance (Holm). A comparison of one seed has a direction and no test, except in claims over the images
+of one model.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from gradexp.report.inference import BOOTSTRAP_FROM, Estimate, estimate, estimat
 from gradexp.report.specs import Planner
 from gradexp.report.writing import csv, rendered, write_beside
 
+Scale = Literal["paper", "cpu", "quick"]
 VERDICTS = ("holds", "contradicted", "undecided", "direction only", "withheld", "not run")
 NUMBERS = ["thesis", "noise", *(field.name for field in fields(Estimate) if field.name != "n")]
 COLUMNS = ["id", "label", "in_scale", "fitted", "runs", "n", *NUMBERS]  # of Judged.comparisons
@@ -44,7 +45,7 @@ class ClaimSpec(Except):
     section: str
     claim: str
     item: str
-    scales: NotRequired[list[str]]
+    scales: NotRequired[list[Scale]]
     across: NotRequired[Literal["rows", "columns"]]
     panel: NotRequired[str]
     metric: NotRequired[str]
@@ -56,8 +57,8 @@ class ClaimSpec(Except):
     at: NotRequired[list[str | float]]
     unit: NotRequired[Literal["seeds", "images"]]
     because: NotRequired[str]
-    withheld: NotRequired[dict[str, str]]
-    fitted: NotRequired[dict[str, list[list[str]]]]
+    withheld: NotRequired[dict[Scale, str]]
+    fitted: NotRequired[dict[Scale, list[list[str]]]]
 
 
 @strict
@@ -128,6 +129,8 @@ def _comparisons(spec: Config, grid: Grid, content: Config) -> list[Config]:
             raise UserError(f"fitted: there is no comparison and no cell of one {entry}")
     rows = []
     for pair in counted:
+        if not pair.gap.cells:
+            raise UserError(f"{pair.label}: two numbers are compared; name a cell")
         printed = sum(sign * grid.thesis(cell) for sign, cell in pair.gap.cells)
         row = {"id": spec["id"], "label": pair.label, "thesis": pair.gap.constant + printed}
         row |= {"fitted": any(map(pair.matches, fitted)), "in_scale": False, "runs": [], "n": 0}

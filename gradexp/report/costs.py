@@ -21,7 +21,7 @@ import pandas as pd
 from gradexp.base.errors import UserError
 from gradexp.base.texts import read_json
 from gradexp.engine.record import read_record
-from gradexp.engine.run import Config, Paths, Run, identity
+from gradexp.engine.run import Config, Paths, Run, identity, record_files
 from gradexp.engine.task import Sizes, task_of
 from gradexp.report import specs
 from gradexp.report.provenance import own_seconds
@@ -34,7 +34,7 @@ NEAREST = 5  # an estimate is the median over so many similar runs
 def signature(config: Config) -> str:
     """What determines the cost of an image, as JSON: runs with the same signature differ only in the number of images.
 
-    Seed, subset, schedule, and weights and other real constants of terms are left out.
+    Seed, subset, schedule, and weights and other fractional constants of terms are left out.
     """
     config = identity(config)  # without null settings, which older records lack
     data, terms = config.get("data", {}), config.get("method", {}).get("terms", {})
@@ -107,7 +107,7 @@ class History:
     def of(cls, paths: Paths, device: str | None = None, clock: str = "cpu") -> History:
         """Read the records of all scales, and the probes in outputs/probes/."""
         history = cls(device, clock)
-        records = [read_record(file) for file in sorted(paths.results.glob("runs/*/*.json"))]
+        records = [read_record(file) for file in record_files(paths.results)]
         for record in records:
             history.learn(record["config"], record.get("data", {}))
         known = {record["id"]: record for record in records}
@@ -127,7 +127,9 @@ class History:
 
     def learn(self, config: Config, data: Config) -> None:
         """Note the size of a data set that was used completely."""
-        if config.get("data", {}).get("per_class") is None and "train_images" in data:
+        settings = config.get("data", {})
+        whole = all(settings.get(key) is None for key in ("per_class", "validation", "only_classes"))
+        if whole and "train_images" in data:
             self.sizes[data["name"]] = data["train_images"], data["test_images"]
 
     def add(self, sample: Sample) -> None:

@@ -13,7 +13,7 @@ import pandas as pd
 
 from gradexp.engine.compose import plan
 from gradexp.engine.record import metric_of, read_record
-from gradexp.engine.run import ROOT, Config, Run
+from gradexp.engine.run import ROOT, Config, Run, record_files
 from gradexp.report import specs
 from gradexp.report.specs import Cell, Planner, Thesis, label_of, thesis_of
 
@@ -53,7 +53,7 @@ def records(
         finished = shown.drop_duplicates("id")["run"]
         facts = _frame([record for run in finished if (record := run.record())], curves).drop(columns=["seed", "command"])
         return shown.drop(columns=["run", "part", "spread", "thesis_std", "thesis_bold"]).join(facts, on="id")
-    every = [read_record(file) for file in sorted(folder.glob("runs/*/*.json"))]
+    every = [read_record(file) for file in record_files(folder)]
     return _frame([record for record in every if scale in (None, record["scale"])], curves)
 
 

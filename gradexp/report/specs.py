@@ -181,10 +181,7 @@ def numbers(kind: str) -> list[str]:
 
 def own(kind: str) -> dict[str, Path]:
     """{name: file} of the tables or figures in packages that GRADEXP_PLUGINS names, which are rendered to results/own."""
-    files = {file.stem: file for folder in conf_folders() for file in sorted((folder / kind).glob("*.yaml"))}
-    if both := files.keys() & set(numbers(kind)):
-        raise UserError(f"{files[both.pop()]} has the name of a {kind} of the thesis; give it another")
-    return files
+    return {file.stem: file for folder in conf_folders() for file in sorted((folder / kind).glob("*.yaml"))}
 
 
 def folder_of(kind: str, number: str, results: Path) -> Path:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -26,11 +27,11 @@ from gradexp.data import pictures
 from gradexp.data.dataset import ImageData
 from gradexp.engine.assemble import declare_data, load_model, make_hardware
 from gradexp.engine.build import build
-from gradexp.engine.compose import compose_run, plan
+from gradexp.engine.compose import compose_run, conf_folders, plan
 from gradexp.engine.ensure import finish
 from gradexp.engine.exits import exit_on_errors
 from gradexp.engine.hardware import Hardware
-from gradexp.engine.run import ROOT, Config, Run
+from gradexp.engine.run import Config, Run
 from gradexp.engine.task import task_of
 from gradexp.gradients import checked_logits
 from gradexp.models.published import RANDOM, Classifier, central, timm_classifier, torchvision_classifier
@@ -157,7 +158,11 @@ def make_classifier(given: argparse.Namespace, methods: Methods) -> tuple[Classi
     """The network that `--model` names, on the device that it runs on."""
     source, _, name = given.model.rpartition(":")
     if not source:
-        source = "experiment" if (ROOT / "conf" / "experiment" / f"{name}.yaml").exists() else "torchvision"
+        source = (
+            "experiment"
+            if any((folder / "experiment" / f"{name}.yaml").exists() for folder in conf_folders())
+            else "torchvision"
+        )
     if source == "experiment":
         for option in ("weights", "size"):
             if getattr(given, option) is not None:
@@ -230,7 +235,7 @@ def label_of(target: str | None, classifier: Classifier) -> int | None:
     """The label that `--target` means. Raises UserError for an unknown or ambiguous name."""
     if target is None:
         return None
-    if target.lstrip("-").isdigit():
+    if re.fullmatch(r"-?[0-9]+", target):
         return int(target)
     wanted, names = target.lower(), [name.lower() for name in classifier.classes]
     # timm's names are lists of synonyms, such as "tench, Tinca tinca".
