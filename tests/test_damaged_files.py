@@ -73,11 +73,6 @@ def test_yaml_of_another_form(content: str, tmp_path: Path, monkeypatch: pytest.
         one_line(error)
 
 
-def test_claims_may_be_none(tmp_path: Path) -> None:
-    (tmp_path / "claims.yaml").write_text("confidence: 0.95\nresamples: 99\nclaims: []\n")
-    assert claims.load(tmp_path / "claims.yaml")["claims"] == []
-
-
 def test_yaml_may_merge_mappings(tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_text("a: &a {x: 1, y: 2}\nb: {<<: *a, y: 3}\n")
     assert read_yaml(tmp_path / "x.yaml")["b"] == {"x": 1, "y": 3}

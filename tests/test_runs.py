@@ -412,7 +412,7 @@ def test_a_scale_without_a_value_is_refused_in_one_line(tmp_path: Path, monkeypa
     shutil.copytree(compose_module.CONF, tmp_path / "conf")
     (tmp_path / "conf" / "scale" / "tiny.yaml").write_text("name: tiny\nwidth: 0.1\nig_steps: 3\n")
     monkeypatch.setattr(compose_module, "CONF", tmp_path / "conf")
-    groups = ("data=digits", "logger=csv", "optim=mnist")
+    groups = ("data=digits", "logger=csv", "optim=mnist", "paths.results=elsewhere")
     for words, known in (((), "{paper: wandb, cpu: wandb, quick: csv}"), (groups, "{paper: 4, cpu: 0, quick: 4}")):
         with pytest.raises(UserError) as caught:
             compose_module._composed(("experiment=teacher", "scale=tiny", *words))
