@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -308,6 +309,7 @@ def damaged_parquet(folder: Path) -> Trial:
 
 
 def _plain(text: str, folder: Path) -> str:
+    text = re.sub(r"\.[^./ ]+\.\d+\.[0-9a-f]{16}", "...", text)  # host, process and random digits of a draft
     return text.replace(f"{folder}/", "").replace("|", "\\|")
 
 
