@@ -592,10 +592,9 @@ class Clone:
         if fault in ("damage", "swap"):
             fault = self.tamper(fault)
         elif fault == "full disk":
-            with filler.open("wb") as file, suppress(OSError):
+            with suppress(OSError), filler.open("wb", buffering=0) as file:
                 while True:
                     file.write(bytes(2**16))
-                    file.flush()
         process = command(self.outputs.parent, words, root=self.root, outputs=self.outputs)
         ended = threading.Event()
         timer = threading.Thread(target=self.signal, args=(process, fault, ended))
