@@ -1,5 +1,7 @@
 """The training loop, in process: schedules, lengths, and what survives an interruption."""
 
+import errno
+import json
 import os
 import signal
 from csv import DictReader
@@ -347,3 +349,17 @@ def test_both_gradient_backends_train_the_same_model(places: list[str]) -> None:
     # The angle to a teacher of one pass amplifies rounding: images times 1 + 1e-7 move it by 1 %.
     for name, tolerance in (("train/loss/jacobian", 2e-3), ("train/loss/cross_entropy", 2e-3), ("train/angle", 2e-2)):
         assert made[0]["metrics"][name] == pytest.approx(made[1]["metrics"][name], rel=tolerance)
+
+
+@pytest.mark.parametrize(("number", "message"), [(errno.ENOSPC, "error: x can't be written: the disk is full"), (errno.EIO, 1)])
+def test_a_full_disk_is_one_line_in_each_of_several_processes(
+    number: int, message: Any, places: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(number, "why", "x")
+
+    monkeypatch.setattr(train, "prepare", full)
+    with pytest.raises(SystemExit) as ended:
+        train.train_part(json.dumps(run(places).config))
+    assert str(ended.value.code).startswith(str(message))
+    assert ("Traceback" in capfd.readouterr().err) == (number == errno.EIO)

@@ -43,15 +43,22 @@ def exit_on_errors() -> Iterator[None]:
         _discard_output()
         sys.exit(1)
     except OSError as error:
-        if error.errno not in FIXES:
+        if (fix := fix_of(error)) is None:
             raise
         _discard_output()
-        sys.exit(f"error: {error.filename2 or error.filename or 'the output'} can't be written: {FIXES[error.errno]}")
+        sys.exit(f"error: {fix}")
     except Stopped as error:
         print(error, flush=True)
         if error.number == signal.SIGINT:
             raise KeyboardInterrupt(PRINTED) from None
         sys.exit(STOPPED)
+
+
+def fix_of(error: OSError) -> str | None:
+    """What could not be written, and what to do; None for another error."""
+    if error.errno not in FIXES:
+        return None
+    return f"{error.filename2 or error.filename or 'the output'} can't be written: {FIXES[error.errno]}"
 
 
 def _discard_output() -> None:

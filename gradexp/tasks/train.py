@@ -16,7 +16,7 @@ from gradexp.engine import assemble
 from gradexp.engine.assemble import make_data, make_hardware, make_model, make_terms
 from gradexp.engine.build import build
 from gradexp.engine.ensure import finish
-from gradexp.engine.exits import die_of_interrupt
+from gradexp.engine.exits import die_of_interrupt, fix_of
 from gradexp.engine.hardware import Hardware
 from gradexp.engine.loggers import close, make_logger
 from gradexp.engine.origin import git_state
@@ -217,6 +217,10 @@ def train_part(text: str) -> None:
         die_of_interrupt()
     except UserError as error:
         sys.exit(f"error: {error}")
+    except OSError as error:
+        if (fix := fix_of(error)) is None:
+            traceback.print_exc()
+        sys.exit(f"error: {fix}" if fix else 1)
     except Exception:
         traceback.print_exc()
         sys.exit(1)
