@@ -307,3 +307,17 @@ def test_a_training_that_ended_early_is_not_recorded(places: list[str], monkeypa
     with pytest.raises(RuntimeError, match=r"ended after \d+ of \d+ steps"):
         ensure(Run(config, Paths.of(config)))
     assert not Paths.of(config).record(config).exists()
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="finds processes through /proc")
+def test_no_training_process_outlives_a_command_that_was_killed(places: list[str], tmp_path: Path) -> None:
+    """It would wait for the command's store for half an hour, and hold its GPU."""
+    words = ["experiment=teacher", "scale=quick", "scale.width=0.04", "optim.passes=999", "logger=none", "trainer=ddp"]
+    words += ["trainer.accelerator=cpu", "trainer.devices=2", "trainer.threads=1", "trainer.checkpoint_every=0", *places]
+    process = subprocess.Popen([sys.executable, "run.py", *words], cwd=ROOT, stdout=subprocess.DEVNULL)
+    wait_for(lambda: list(tmp_path.rglob("last.ckpt")))
+    started = training_processes(process.pid)
+    assert len(started) == 2
+    process.kill()
+    process.wait()
+    wait_for(lambda: not any(Path(f"/proc/{number}/cmdline").exists() for number in started))

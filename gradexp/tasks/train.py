@@ -16,7 +16,7 @@ from gradexp.engine import assemble
 from gradexp.engine.assemble import make_data, make_hardware, make_model, make_terms
 from gradexp.engine.build import build
 from gradexp.engine.ensure import finish
-from gradexp.engine.exits import die_of_interrupt, fix_of
+from gradexp.engine.exits import die_of_interrupt, die_with_parent, fix_of
 from gradexp.engine.hardware import Hardware
 from gradexp.engine.loggers import close, make_logger
 from gradexp.engine.origin import git_state
@@ -202,6 +202,7 @@ def train_part(text: str) -> None:
 
     The result is the last checkpoint of the first process. The exit code is not zero after an error.
     """
+    die_with_parent()
     config, logger = json.loads(text), None
     try:
         run = Run(config, Paths.of(config))
