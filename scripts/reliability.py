@@ -566,18 +566,27 @@ def page(done: Sequence[Trial]) -> str:
 
 # --- a soak -------------------------------------------------------------------------------------------------
 
-FAULTS = ("none", "SIGKILL", "SIGTERM", "SIGINT", "SIGTERM to a training process", "damage", "swap", "full disk")
 # Exit codes; a signal that comes while Python imports what the command needs ends it as it ends any process.
-ENDS = {"SIGKILL": (-9,), "SIGTERM": (143, -15), "SIGINT": (-2,), "SIGTERM to a training process": (143, -15)}
+ENDS = {
+    "SIGKILL": (-9,),
+    "SIGTERM": (143, -15),
+    "SIGINT": (-2,),
+    "SIGUSR2": (143, -12),
+    "SIGTERM to a training process": (143, -15),
+    "SIGSTOP": (),  # and SIGCONT, a while later
+}
+FAULTS = ("none", *ENDS, "damage", "swap", "full disk")
 DISK = 32  # MiB of each clone's outputs
+Sweep = Sequence[tuple[str, ...]]  # its commands, each as overrides
 
 
 class Clone:
     """A copy of the code with outputs of its own on a small disk, which shares the results folder."""
 
-    def __init__(self, folder: Path, name: str, seed: int) -> None:
+    def __init__(self, folder: Path, name: str, seed: str) -> None:
         self.root, self.outputs, self.results = folder / name, folder / f"outputs-{name}", folder / "results"
         self.chance, self.faults = random.Random(f"{seed} {name}"), Counter[str]()
+        self.tampered: dict[Path, str] = {}  # files that were changed, and what they were after that
         for part in ("gradexp", "conf"):
             shutil.copytree(ROOT / part, self.root / part, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "run.py", self.root)
@@ -621,12 +630,16 @@ class Clone:
         target = self.chance.choice(ranks) if "training process" in fault and ranks else process.pid
         with suppress(ProcessLookupError):
             os.kill(target, getattr(signal, fault.split()[0]))
+            if fault == "SIGSTOP":
+                ended.wait(self.chance.uniform(0, 5))
+                os.kill(target, signal.SIGCONT)
 
     def tamper(self, fault: str) -> str:
         """Changes or replaces a file of an earlier run. Returns the fault, or `none` where there is no such file."""
         files = [file for pattern in ("*/*/last.ckpt", "*/*/weights.pt") for file in self.outputs.glob(f"runs/{pattern}")]
         if fault == "damage" and files:
-            damage(self.chance.choice(files))
+            damage(target := self.chance.choice(files))
+            self.tampered[target] = sha256(target)
             return fault
         twins = [(a, b) for a in files for b in files if a != b and a.name == b.name]
         if fault == "swap" and twins:
@@ -634,48 +647,68 @@ class Clone:
             for suffix in ("", ".sha256"):
                 if (other := source.with_name(source.name + suffix)).exists():
                     shutil.copy(other, target.with_name(target.name + suffix))
+            self.tampered[target] = sha256(target)
             return fault
         return "none"
 
 
-def soak(minutes: float, seed: int) -> Trial:
-    """Quick runs by two clones with one results folder, disturbed for `minutes`, against the same runs undisturbed."""
-    folder = Path(tempfile.mkdtemp(prefix="gradexp-soak-"))
-    end, made = time.monotonic() + 60 * minutes, list[tuple[str, ...]]()
-    small = [*EXPERIMENTS["teacher targets"], "optim.passes=10"]
+def sweep(own: int) -> Sweep:
+    """The commands of one clone. Two of three runs are wanted by both clones; of the others, own is the number of images."""
     methods = ("ce", "a", "ce_a", "a_j", "ce_a_j")
+    commands = []
+    for number in range(20):
+        # The teacher that two processes train differs from that of one process in its last bits, and has its own seed.
+        together = (*TOGETHER, "upstream.teacher.seed=1") if number % 4 == 3 else ()
+        images = 7 if number % 3 else own
+        words = (f"method={methods[number % 5]}", f"seed={number // 5}", f"data.per_class={images}")
+        commands.append((*EXPERIMENTS["teacher targets"], "optim.passes=10", *together, *words))
+    return commands
 
-    def disturbed(clone: Clone, first: int) -> None:
-        for number in itertools.count():
-            together = TOGETHER if number % 4 == 3 else ()
-            own = 7 if number % 3 else 8 + first  # two of three runs are wanted by both clones
-            words = (*small, *together, f"method={methods[number % 5]}", f"seed={number // 5}", f"data.per_class={own}")
-            if time.monotonic() > end:
-                return
-            clone.insist(words)
-            made.append(words)
 
-    clones = [Clone(folder, name, seed) for name in ("first", "second")]
-    with ExitStack() as disks:
-        for clone in clones:
-            disks.enter_context(mounted(clone.outputs, f"size={DISK}m"))
-        with ThreadPoolExecutor(2) as pool:
-            list(pool.map(disturbed, clones, (0, 1)))
-        weights = [(file, sha256(file)) for clone in clones for file in clone.outputs.glob("runs/*/*/weights.pt")]
-    for words in dict.fromkeys(made):
+def soak(minutes: float, seed: int) -> Trial:
+    """A sweep by two clones with one results folder, disturbed at random, again and again, against the undisturbed sweep."""
+    folder = Path(tempfile.mkdtemp(prefix="gradexp-soak-"))
+    sweeps = [sweep(own) for own in (8, 9)]
+    for words in dict.fromkeys(itertools.chain(*sweeps)):
         process = command(folder / "calm", words)
         output, _ = process.communicate()
         expect(process.returncode == 0, output)
-    calm, stormy = left(folder / "calm"), left(folder)
-    records = {name for name in calm if "/" not in name}
-    expect({name: calm[name] for name in records} == stormy, f"the records differ; see {folder}")
-    for file, digest in weights:
-        expect(calm[f"{file.parent.name}/{file.name}"] == digest, f"{file} differs; see {folder}")
-    faults = sum((clone.faults for clone in clones), Counter[str]())
+    calm, end, faults, records = left(folder / "calm"), time.monotonic() + 60 * minutes, Counter[str](), 0
+    for number in itertools.count():
+        if time.monotonic() > end:
+            break
+        stormy, new = storm(folder / str(number), sweeps, f"{seed} {number}", end)
+        expect(stormy.items() <= calm.items(), f"not what the undisturbed sweep left; see {folder / str(number)}")
+        faults, records = faults + new, records + sum("/" not in name for name in stormy)
+        shutil.rmtree(folder / str(number))
+        print(f"{records} records so far, {faults.total()} commands", flush=True)
+    shutil.rmtree(folder)
     counts = ", ".join(f"{count} {fault}" for fault, count in sorted(faults.items()) if fault != "none")
-    return Trial(
-        f"{minutes:g} minutes of quick runs by two clones", len(records), len(records), f"{counts}; records equal to the bit"
-    )
+    return Trial(f"{minutes:g} minutes of sweeps by two clones", records, records, f"{counts}; equal to the bit")
+
+
+def storm(
+    folder: Path, sweeps: Sequence[Sequence[tuple[str, ...]]], seed: str, end: float
+) -> tuple[dict[str, Any], Counter[str]]:
+    """A disturbed sweep by each of two clones, until `end`: the records and weights that it left, and its faults."""
+    clones = [Clone(folder, name, seed) for name in ("first", "second")]
+
+    def disturbed(clone: Clone, commands: Sweep) -> None:
+        for words in commands:
+            if time.monotonic() < end:
+                clone.insist(words)
+
+    with ExitStack() as disks, ThreadPoolExecutor(2) as pool:
+        for clone in clones:
+            disks.enter_context(mounted(clone.outputs, f"size={DISK}m"))
+        list(pool.map(disturbed, clones, sweeps))
+        weights = {
+            f"{file.parent.name}/{file.name}": digest
+            for clone in clones
+            for file in clone.outputs.glob("runs/*/*/weights.pt")
+            if clone.tampered.get(file) != (digest := sha256(file))  # a file changed after the last run that read it
+        }
+    return left(folder) | weights, clones[0].faults + clones[1].faults
 
 
 def main() -> None:

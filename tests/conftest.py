@@ -2,15 +2,14 @@
 
 import os
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from commands import run_python
 
 from gradexp.engine import record
-from gradexp.engine.run import ROOT
 
 
 @pytest.fixture(autouse=True)
@@ -27,12 +26,11 @@ def places(tmp_path: Path) -> list[str]:
 
 @pytest.fixture
 def run_py(places: list[str]) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """`python run.py ...` as a user types it, in a process of its own."""
+    """`python run.py ...` as a user types it."""
 
-    def call(*words: str, **options: object) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, str(ROOT / "run.py"), *words, *places]
+    def call(*words: str) -> subprocess.CompletedProcess[str]:
         environment = {key: value for key, value in os.environ.items() if not key.startswith("HYDRA")}
-        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, **options)  # type: ignore[call-overload]
+        return run_python("run.py", *words, *places, env=environment)
 
     return call
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from commands import run_python
 
 from gradexp.base.errors import UserError
 from gradexp.engine import compose, help
@@ -102,15 +103,14 @@ def quickest() -> Path:
 def test_a_record_is_shown_and_its_run_done_again_by_its_id(tmp_path: Path) -> None:
     file = quickest()
     record = json.loads(file.read_text())
-    command = [sys.executable, "run.py"]
-    shown = subprocess.run([*command, "--show", file.stem[:6]], cwd=ROOT, capture_output=True, text=True)
+    shown = run_python("run.py", "--show", file.stem[:6])
     assert shown.stdout.startswith(f"run {file.stem}\n")
     assert f"commit {record['git']['commit']}" in shown.stdout
     assert f"{record['metrics']['rms/jacobian']:.6g}" in shown.stdout
-    answer = subprocess.run([*command, "--id", file.stem], cwd=ROOT, capture_output=True, text=True)
+    answer = run_python("run.py", "--id", file.stem)
     assert answer.stdout.startswith(f"run {file.stem} finished")
     elsewhere = [f"paths.results={tmp_path}", f"paths.outputs={tmp_path}", "logger=none"]
-    again = subprocess.run([*command, "--id", file.stem, *elsewhere], cwd=ROOT, capture_output=True, text=True)
+    again = run_python("run.py", "--id", file.stem, *elsewhere)
     assert again.returncode == 0, again.stderr
     fresh = json.loads((tmp_path / "runs" / file.parent.name / file.name).read_text())
     assert fresh["metrics"] == pytest.approx(record["metrics"], rel=0.05)
@@ -154,12 +154,13 @@ def test_kill_9_loses_nothing_but_time(tmp_path: Path) -> None:
     """Killed in the middle and started again: the same numbers as undisturbed, bit for bit."""
     common = ["experiment=teacher", *TINY, "data.per_class=8", "optim.passes=100", "trainer.checkpoint_every=0"]
 
-    def call(name: str, *how: str) -> int:
+    def call(name: str, script: Path = ROOT / "run.py") -> int:
         places = [f"paths.results={tmp_path / name}/results", f"paths.outputs={tmp_path / name}/outputs"]
-        return subprocess.run([sys.executable, *(how or ["run.py"]), *common, *places], cwd=ROOT).returncode
+        return run_python(script, *common, *places).returncode
 
     assert call("whole") == 0
-    assert call("killed", "-c", KILLED) == -signal.SIGKILL
+    (tmp_path / "killed.py").write_text(KILLED)
+    assert call("killed", tmp_path / "killed.py") == -signal.SIGKILL
     assert list((tmp_path / "killed").rglob("last.ckpt"))
     assert list((tmp_path / "killed").rglob(".last.ckpt.*"))
     assert not records(tmp_path / "killed", "teacher")
@@ -336,7 +337,7 @@ def test_help_on_an_experiment_is_the_head_of_its_file() -> None:
     ],
 )
 def test_options_about_the_command_itself(words: list[str], start: str) -> None:
-    done = subprocess.run([sys.executable, "run.py", *words], cwd=ROOT, capture_output=True, text=True)
+    done = run_python("run.py", *words)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith(start)
 
@@ -344,8 +345,7 @@ def test_options_about_the_command_itself(words: list[str], start: str) -> None:
 def test_tab_completes_groups_and_their_choices() -> None:
     line = "python run.py experiment=jacobian_d"
     environment = os.environ | {"COMP_LINE": line, "COMP_POINT": str(len(line))}
-    query = [sys.executable, "run.py", "--shell-completion", "query=bash"]
-    done = subprocess.run(query, cwd=ROOT, capture_output=True, text=True, env=environment)
+    done = run_python("run.py", "--shell-completion", "query=bash", env=environment)
     assert done.stdout.split() == ["experiment=jacobian_distill"]
 
 

@@ -4,10 +4,10 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from commands import run_python
 
 from gradexp.engine.run import ROOT
 
@@ -50,7 +50,7 @@ def typed_with_plugin(extended: Path, command: str) -> subprocess.CompletedProce
     else:
         words += ["--set", *places, *tiny[1:]]
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{extended}", "GRADEXP_PLUGINS": "mine"}
-    return subprocess.run([sys.executable, *words[1:]], cwd=ROOT, env=environment, capture_output=True, text=True)
+    return run_python(*words[1:], env=environment)
 
 
 EXTEND = commands("docs/extend.md")
@@ -105,11 +105,10 @@ def test_a_config_of_ones_own_does_not_hide_behind_one_of_ours(extended: Path, t
     experiments.mkdir(parents=True)
     (experiments / "plain.yaml").write_text("# @package _global_\nname: plain\n")
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{tmp_path}", "GRADEXP_PLUGINS": "hers"}
-    command = [sys.executable, "run.py", "--help"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = run_python("run.py", "--help", env=environment)
     assert "  plain\n" in re.sub(" +\n", "\n", done.stdout)
     (experiments / "teacher.yaml").write_text("# @package _global_\nname: teacher\n")
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = run_python("run.py", "--help", env=environment)
     assert "teacher.yaml has the name of a file of gradexp's conf/" in done.stderr
 
 
@@ -118,14 +117,14 @@ def test_what_no_plugin_names_is_refused(extended: Path) -> None:
     words = (
         "experiment=jacobian_distill method=ce scale=quick +method.terms.x={_target_: mine.cosine.Cosine, weight: 1, power: 1}"
     )
-    command = [sys.executable, "run.py", *words.split(maxsplit=3)[:3], words.split(maxsplit=3)[3]]
+    command = ["run.py", *words.split(maxsplit=3)[:3], words.split(maxsplit=3)[3]]
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{extended}"}
     environment.pop("GRADEXP_PLUGINS", None)
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = run_python(*command, env=environment)
     assert "mine.cosine.Cosine is refused" in done.stderr
     assert "GRADEXP_PLUGINS" in done.stderr
     environment["GRADEXP_PLUGINS"] = "yours"
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = run_python(*command, env=environment)
     assert "GRADEXP_PLUGINS=yours: there is no package yours" in done.stderr
 
 

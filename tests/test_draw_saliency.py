@@ -1,7 +1,6 @@
 """Figures of Chapter 3 from sample records; the command that explains a picture."""
 
 import re
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from commands import run_python
 from fakes import fake_run
 from PIL import Image
 
@@ -18,7 +18,6 @@ from gradexp.base.errors import UserError
 from gradexp.base.files import sha256
 from gradexp.engine.compose import plan
 from gradexp.engine.record import write_record
-from gradexp.engine.run import ROOT
 from gradexp.models import published
 from gradexp.report import figures, specs
 from gradexp.report.draw import explanation, lines, pictures
@@ -332,14 +331,14 @@ def test_weights_of_a_run_explain_a_picture_without_its_data_set(
 
 def test_the_command_draws_a_map_of_a_trained_network(tmp_path: Path, places: list[str]) -> None:
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50), dtype=np.uint8)).save(tmp_path / "photo.png")
-    words = [sys.executable, "-m", "gradexp.saliency", str(tmp_path / "photo.png"), "--model", "experiment:teacher"]
+    words = ["-m", "gradexp.saliency", str(tmp_path / "photo.png"), "--model", "experiment:teacher"]
     tiny = ["--set", "scale=quick", "logger=none", "--set", "scale.width=0.04", "optim.passes=1", "trainer.threads=1", *places]
-    asked = subprocess.run([*words, *tiny], cwd=ROOT, capture_output=True, text=True)
+    asked = run_python(*words, *tiny)
     assert asked.returncode == 1
     assert re.search(r"experiment:teacher is not trained yet, which takes .*; add --train", asked.stderr)
-    done = subprocess.run([*words, "--train", *tiny], cwd=ROOT, capture_output=True, text=True)
+    done = run_python(*words, "--train", *tiny)
     assert done.returncode == 0, done.stderr
     assert "completeness error" in done.stdout
     assert Image.open(tmp_path / "photo_fullgrad.png").size[0] > 1000
-    wrong = subprocess.run([*words, "--target", "10", *tiny], cwd=ROOT, capture_output=True, text=True)
+    wrong = run_python(*words, "--target", "10", *tiny)
     assert wrong.stderr.strip() == "error: target=10: the model has classes 0 to 9"

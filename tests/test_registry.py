@@ -2,15 +2,16 @@
 
 import copy
 import json
-import shutil
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from gradexp.base.errors import UserError
+from gradexp.engine import compose, plugins
 from gradexp.engine.build import KINDS, check_settings, kind_of, locate, targets
-from gradexp.engine.compose import CONF, check_hydra, compose_run
+from gradexp.engine.compose import check_overrides, compose_run
 from gradexp.engine.ensure import ensure
 from gradexp.engine.run import ROOT, Paths, Run, run_id
 from gradexp.engine.verify import Finding, verify
@@ -103,19 +104,42 @@ def test_a_record_is_verified_without_running_what_it_names(places: list[str], t
     assert not written.exists()
 
 
+CALLBACKS = "callbacks: {x: {_target_: os.system, command: 'true'}}"
+TEACHER = "# @package _global_\ndefaults: [teacher, _self_]\n"
+
+
 @pytest.mark.parametrize(
-    "text",
+    ("text", "key"),
     [
-        "hydra:\n  callbacks: {x: {_target_: os.system, command: true}}\n",
-        "defaults:\n  - override /hydra/launcher: joblib\n",
-        '"hydra": {job_logging: {formatters: {x: {"()": os.system}}}}\n',
-        "# @package hydra\ncallbacks: {}\n",
+        (f"{TEACHER}hydra:\n  {CALLBACKS}\n", "hydra.callbacks"),
+        (f'{TEACHER}"\\x68ydra":\n  {CALLBACKS}\n', "hydra.callbacks"),
+        (f'# @package _global_\n{{"defaults": ["teacher"], objective: "#", hydra: {{{CALLBACKS}}}}}\n', "hydra.callbacks"),
+        (f"{TEACHER}# a comment\x85hydra:\n  {CALLBACKS}\n", "hydra.callbacks"),  # YAML's third kind of line break
+        (f'{TEACHER}? !!str "hy\\\n  dra"\n: {{{CALLBACKS}}}\n', "hydra.callbacks"),
+        (f"# @package hydra\n{CALLBACKS}\n", "hydra.callbacks"),
+        (f" # @package hydra\n{CALLBACKS}\n", "hydra.callbacks"),
+        ("# @package _global_\ndefaults: [teacher, {override /hydra/hydra_logging: disabled}]\n", "hydra.hydra_logging"),
+        ("# @package _global_\ndefaults: [teacher, /data/theirs@hydra.callbacks]\n", "hydra.callbacks"),
+        (f'{TEACHER}hydra: {{job_logging: {{formatters: {{x: {{"()": os.system}}}}}}}}\n', "hydra.job_logging"),
+        (f"{TEACHER}hydra: {{job: {{env_set: {{PYTHONPATH: theirs}}}}}}\n", "hydra.job"),
+        (f"{TEACHER}paths: {{results: theirs}}\n", "paths.results"),
     ],
 )
-def test_an_experiment_can_not_configure_hydra(text: str, tmp_path: Path) -> None:
-    conf = tmp_path / "conf"
-    shutil.copytree(CONF, conf)
-    check_hydra(conf)
-    (conf / "experiment" / "theirs.yaml").write_text(f"# @package _global_\n{text}" if "@package" not in text else text)
-    with pytest.raises(UserError, match=r"conf/experiment/theirs\.yaml configures Hydra"):
-        check_hydra(conf)
+def test_an_experiment_can_not_configure_hydra(text: str, key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    conf = tmp_path / "mine" / "conf"
+    for group in ("experiment", "data"):
+        (conf / group).mkdir(parents=True)
+    (conf / "data" / "theirs.yaml").write_text("x: {_target_: os.system, command: 'true'}\n")
+    (tmp_path / "mine" / "__init__.py").touch()
+    (conf / "experiment" / "theirs.yaml").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("GRADEXP_PLUGINS", "mine")
+    for function in (compose._compose, compose._by_hydra, compose._with_hydra, plugins._folder):
+        function.cache_clear()
+    with pytest.raises(UserError, match=rf"a file of conf/ sets {re.escape(key)}, which only"):
+        check_overrides(["experiment=theirs", "scale=quick", "hydra.verbose=false", "paths.outputs=mine"])
+
+
+def test_a_user_configures_hydra_and_folders_on_the_command_line() -> None:
+    (config,) = check_overrides(["experiment=teacher", "scale=quick", "hydra/launcher=joblib", "paths.outputs=mine"])
+    assert config["paths"]["outputs"] == "mine"

@@ -32,7 +32,6 @@ from yaml import YAMLError
 
 from gradexp.base.errors import UserError, nearest
 from gradexp.base.files import draft_of
-from gradexp.base.texts import read_text
 from gradexp.base.typed import check
 from gradexp.engine import plugins
 from gradexp.engine.run import HARDWARE, ROOT, Config, Paths, Run, RunConfig, hardware
@@ -50,8 +49,6 @@ ELSEWHERE = {  # names that other frameworks have: ours
 }
 PLAIN = re.compile(r"[\w./:@%+-]*")  # a string that Hydra takes without quotes
 VARIABLE = re.compile(r"oc\.env:(\w+)")
-# A line, comments aside, that configures Hydra itself, or a header that puts a whole file there.
-TO_HYDRA = re.compile(r"^[^#\n]*\bhydra\b.*$|^#\s*@package\s+hydra\b.*$", re.MULTILINE)
 
 
 def compose_run(overrides: Sequence[str]) -> Config:
@@ -143,8 +140,6 @@ def check_overrides(arguments: Sequence[str]) -> list[Config]:
 
     Raises UserError with the nearest valid word for a misspelt key or choice.
     """
-    for folder in conf_folders():
-        check_hydra(folder)
     given = get_args_parser().parse_known_args(arguments)[0].overrides
     words = [word for word in given if not word.lstrip("+~").startswith("hydra")]
     misformed = """{!r} is not of the form key=value; a value with special characters is put in double quotes: 'key="a=b"'"""
@@ -173,20 +168,6 @@ def _choices(override: Override) -> list[str]:
     if not choices:
         raise UserError(f"{override.input_line}: nothing matches")
     return choices
-
-
-def check_hydra(conf: Path) -> None:
-    """Raises UserError for a file other than conf/config.yaml that configures Hydra, whose callbacks may call anything.
-
-    An experiment from somebody else must not do so; a user may on the command line.
-    """
-    for file in sorted(conf.rglob("*.yaml")):
-        line = TO_HYDRA.search(read_text(file))
-        if line and file != conf / "config.yaml":
-            raise UserError(
-                f"conf/{file.relative_to(conf)} configures Hydra ({line[0].strip()!r}), which only conf/config.yaml may; "
-                f"remove that line, or set it on the command line"
-            )
 
 
 def refuse_many_devices(config: Config) -> None:
@@ -280,9 +261,37 @@ def _refusal(error: BaseException | None) -> UserError | None:
 
 @cache
 def _by_hydra(overrides: tuple[str, ...]) -> DictConfig:
-    """The config that Hydra composes, interpolations not resolved. Do not modify it."""
+    """The config that Hydra composes, interpolations not resolved. Do not modify it.
+
+    Raises UserError where a chosen file configures Hydra, whose callbacks may call anything, or sets a folder: an experiment
+    from somebody else must not do so; a user may on the command line.
+    """
+    own = tuple(word for word in overrides if word.lstrip("+~").startswith("paths."))
+    config, plain = _with_hydra(overrides), _with_hydra(("~experiment", *own))
+    for key, value in _settings(plain).items():
+        if _settings(config)[key] != value:
+            raise UserError(
+                f"{' '.join(overrides)}: a file of conf/ sets {key}, which only conf/config.yaml may; "
+                f"remove it there, or set it on the command line"
+            )
+    config = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+    OmegaConf.set_struct(config, True)  # as Hydra's
+    return config
+
+
+@cache
+def _with_hydra(overrides: tuple[str, ...]) -> DictConfig:
     with _hydra():
-        return compose("config", overrides=list(overrides))
+        return compose("config", overrides=list(overrides), return_hydra_config=True)
+
+
+def _settings(config: DictConfig) -> dict[str, Any]:
+    """Hydra's own settings, without those that Hydra fills, and the folders."""
+    parts: Any = {part: OmegaConf.to_container(config[part]) for part in ("hydra", "paths")}
+    for filled in ("overrides", "runtime"):
+        parts["hydra"].pop(filled)
+    parts["hydra"]["job"].pop("override_dirname")
+    return {f"{part}.{key}": value for part, settings in parts.items() for key, value in settings.items()}
 
 
 @contextmanager
