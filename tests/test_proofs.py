@@ -1,6 +1,7 @@
 """A record proves itself: whatever of it was changed, copied or replaced is refused by every reader, in one line."""
 
 import gzip
+import hashlib
 import json
 import shutil
 import subprocess
@@ -24,7 +25,7 @@ from gradexp.engine.known import find_record
 from gradexp.engine.origin import SOURCES
 from gradexp.engine.record import curves_path, read_arrays, read_record, write_record
 from gradexp.engine.run import ROOT, Paths, Run
-from gradexp.engine.verify import Finding, examine, verify
+from gradexp.engine.verify import Finding, alike, examine, verify
 from gradexp.report.costs import History
 from gradexp.tasks import saliency_maps
 
@@ -83,6 +84,15 @@ def test_a_record_in_another_records_place_is_refused(record: Path) -> None:
         (lambda content: content.update(scale="paper"), "its scale is paper, and cpu in its config"),
         (lambda content: content.update(experiment="teacher"), "its experiment is teacher"),
         (lambda content: content.update(config={}), "its config is not that of a run"),
+        (lambda content: content["config"].pop("task"), "its config is not that of a run"),
+        (lambda content: content["config"].update(task="x"), "its config is not that of a run"),
+        (lambda content: content["config"]["task"].update(_target_=None), "task._target_ is no text"),
+        (lambda content: content["config"]["model"].update(_target_=["a"]), "model._target_ is no text"),
+        (lambda content: content["config"]["method"].update(module=7), "method.module._target_ is no text"),
+        (lambda content: content["config"]["upstream"]["teacher"].pop("task"), "its config is not that of a run"),
+        (lambda content: content["config"]["upstream"]["teacher"].pop("name"), "its config is not that of a run"),
+        (lambda content: content.update(command='python "'), "No closing quotation"),
+        (lambda content: content.update(command="python run.py \x1b[2J"), "no command"),
         (
             lambda content: content["upstream"]["teacher"].update(data={"name": "cifar100", "train": "0"}),
             "used other train images",
@@ -102,6 +112,7 @@ def test_a_record_agrees_with_its_config(record: Path, change: Any, words: str) 
         lambda content: content.update(status="diverged"),
         lambda content: content["git"].update(dirty=False, commit="0" * 40),
         lambda content: content["config"]["trainer"].update(threads=64),
+        lambda content: content.update(sources=SOURCES) or content.pop("record_sha256"),
     ],
 )
 def test_what_is_edited_by_hand_is_noticed(record: Path, change: Any) -> None:
@@ -210,6 +221,7 @@ def repository(folder: Path) -> Callable[[str], str]:
         command = ["git", "-C", str(folder), "-c", "user.name=a", "-c", "user.email=a@b", *words.split()]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
+    folder.mkdir(exist_ok=True)
     git("init -q")
     (folder / "term.py").write_text("weight = 1\n")
     git("add .")
@@ -253,6 +265,36 @@ def test_a_process_never_claims_clean_code_that_was_dirty(tmp_path: Path, monkey
     assert state(fresh=False)["dirty"]
 
 
+def test_what_is_no_file_of_the_code_has_a_state_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lock of an editor, which is a link to nowhere; a folder of data behind a link; a repository inside."""
+    git = repository(tmp_path)
+    monkeypatch.setattr(origin, "ROOT", tmp_path)
+    (tmp_path / ".#term.py").symlink_to("user@host.1")
+    (tmp_path / "data").symlink_to("/")
+    repository(tmp_path / "inside")
+    monkeypatch.delenv(origin.LOADED, raising=False)
+    state = origin.git_state()
+    assert (state["commit"], state["dirty"]) == (git("rev-parse HEAD").strip(), True)
+
+
+def test_the_numbers_of_records_agree_within_what_machines_round() -> None:
+    for name in ("test/accuracy", "validation/accuracy", "test/accuracy/0.1"):
+        assert alike(name, 60.0, 61.5) and not alike(name, 60.0, 62.5)
+    assert alike("train/loss", [9.0, 1.0], [0.0, 1.01]) and not alike("train/loss", [1.0], [1.03])
+    assert alike("energy", None, None) and not alike("energy", None, 1.0)
+
+
+def test_files_that_were_made_again_are_listed(record: Path, tmp_path: Path) -> None:
+    weights = tmp_path / "outputs" / "runs" / record.parent.name / record.stem / "weights.pt"
+    weights.parent.mkdir(parents=True)
+    weights.write_bytes(b"others")
+    signature = {"run": record.stem, "sha256": hashlib.sha256(b"others").hexdigest()}
+    weights.with_name("weights.pt.run.json").write_text(json.dumps(signature))
+    write_record(record, read_record(record) | {"product": {"file": "weights.pt", "sha256": "0" * 64}})
+    lines = verify(Paths(Path("data"), record.parents[2], tmp_path / "outputs"), sample=0, seed=0, extra={})
+    assert any(str(line).startswith("the files of 1 runs were made again") for line in lines)
+
+
 def test_records_of_other_sources_are_listed(record: Path) -> None:
     def information() -> str:
         paths = Paths(Path("data"), record.parents[2], record.parents[3])
@@ -269,7 +311,7 @@ def test_records_of_other_sources_are_listed(record: Path) -> None:
 def test_every_package_that_computes_has_a_digest() -> None:
     assert len(set(SOURCES.values())) == len(SOURCES)
     packages = {file.stem for file in (ROOT / "gradexp").iterdir() if not file.name.startswith("_")}
-    assert SOURCES.keys() == packages - {"base", "engine", "report"}
+    assert SOURCES.keys() == packages - {"base", "report"}
 
 
 TINY = ["scale=quick", "scale.width=0.04", "optim.passes=2", "data.per_class=3", "trainer.threads=1", "logger=none"]

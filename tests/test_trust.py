@@ -114,13 +114,18 @@ def test_verify_finds_what_is_wrong(places: list[str]) -> None:
     assert "has the id" in findings()[0]
     write_record(made.record_path, {**good, "upstream": {"teacher": {"id": "0" * 12}}})
     assert "upstream teacher is not the run" in findings()[0]
-    other = {**good["config"], "task": {"_target_": "os.system", "version": 0}}
-    moved = made.record_path.with_name(f"{run_id(other)}.json")
-    write_record(moved, {**good, "config": other, "id": run_id(other)})
-    texts = " ".join(findings())
-    moved.unlink()
-    assert "os.system is refused" in texts
-    assert "version of jacobian_distill is 0" in texts
+    task = good["config"]["task"]
+    for changed, words in (
+        ({"_target_": "os.system"}, "os.system is refused"),
+        ({"version": 0}, "version of jacobian_distill is 0"),
+    ):
+        other = {**good["config"], "task": task | changed}
+        moved = made.record_path.with_name(f"{run_id(other)}.json")
+        write_record(moved, {**good, "config": other, "id": run_id(other)})
+        assert words in " ".join(findings())
+        moved.unlink()
+    write_record(made.record_path, {**good, "command": "python run.py experiment=teacher scale=quick seed=7"})
+    assert "its command makes another run today" in findings()[0]
     teacher = run(places, "experiment=teacher", "scale=quick").config
     below = {"teacher": {**teacher, "task": {**teacher["task"], "version": 0}}}
     student = {**good["config"], "upstream": below}

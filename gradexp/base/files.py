@@ -8,8 +8,8 @@ import secrets
 import shutil
 import socket
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 ABANDONED = 24 * 3600.0  # seconds after which an untouched draft is that of a process that died
@@ -17,10 +17,20 @@ ABANDONED = 24 * 3600.0  # seconds after which an untouched draft is that of a p
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Writes a file so that a reader gets all of the old content or all of the new."""
-    draft = draft_of(path)
-    try:
+    with _drafted(path) as draft:
         draft.write_bytes(content)
         move_into_place(draft, path)
+
+
+@contextmanager
+def _drafted(path: Path) -> Iterator[Path]:
+    """A draft, which is removed at the end. An OSError names `path`: the user knows no draft."""
+    draft = draft_of(path)
+    try:
+        yield draft
+    except OSError as error:
+        error.filename, error.filename2 = str(path), None
+        raise
     finally:
         draft.unlink(missing_ok=True)
 
@@ -67,9 +77,9 @@ def write_sealed(path: Path, content: bytes | Callable[[Path], object]) -> None:
 
     content: bytes, or a function that writes a draft. Drafts of processes that died are removed.
     """
-    draft, seal = draft_of(path), _seal(path)
+    seal = _seal(path)
     remove_drafts(path)
-    try:
+    with _drafted(path) as draft:
         if isinstance(content, bytes):
             draft.write_bytes(content)
         else:
@@ -77,8 +87,6 @@ def write_sealed(path: Path, content: bytes | Callable[[Path], object]) -> None:
         digests = [sha256(draft), *(seal.read_text(errors="replace").split()[:1] if seal.exists() else [])]
         write_atomically(seal, "\n".join(digests).encode())
         move_into_place(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def remove_sealed(path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import ctypes
 import errno
+import multiprocessing
 import os
 import signal
 import sys
@@ -20,6 +21,8 @@ FIXES = {
     errno.EDQUOT: "the disk quota is used up; make room and type the command again, it goes on from the last checkpoint",
     errno.EROFS: "the file system is read-only; name another folder: paths.results=FOLDER paths.outputs=FOLDER",
     errno.EACCES: "writing is not permitted; name another folder: paths.results=FOLDER paths.outputs=FOLDER",
+    errno.EISDIR: "a folder is where a file should be; delete it",
+    errno.EIO: "the disk failed; the same command goes on from the last checkpoint, when it works again or elsewhere",
     errno.ENOTDIR: "a file is where a folder should be; name another folder: paths.results=FOLDER paths.outputs=FOLDER",
 }
 
@@ -87,7 +90,8 @@ def die_with_parent() -> None:
     kill_at_death = 1  # PR_SET_PDEATHSIG of linux/prctl.h
     with suppress(AttributeError, OSError):  # another system
         ctypes.CDLL(None).prctl(kill_at_death, signal.SIGKILL)
-    if os.getppid() == 1:
+    parent = multiprocessing.parent_process()
+    if parent is not None and os.getppid() != parent.pid:  # it ended before
         os._exit(1)
 
 

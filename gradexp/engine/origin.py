@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from gradexp.base.errors import UserError
+from gradexp.base.files import sha256
 from gradexp.engine import plugins
 from gradexp.engine.run import ROOT
 
 # Environment variable: the commit, and the digest of changes, that this process and those forked from it have loaded.
 LOADED = "GRADEXP_COMMIT"
 VERSIONED = ("torch", "torchvision", "lightning", "hydra-core", "numpy", "gradexp")
+# Modules of the engine that decide numbers; the others of it do not.
+ENGINE = ("assemble", "evaluation", "fit", "hardware")
 PACKAGES = ("data", "evaluate", "gradients", "layers", "models", "saliency", "sampling", "tasks", "terms", "training")
 
 
@@ -38,7 +41,7 @@ def git_state() -> dict[str, Any]:
         commit = _git("rev-parse", "HEAD").strip()
         parts = [_git("diff", "HEAD", "--binary", *here).encode(errors="surrogateescape")]
         names = [name for name in _git("ls-files", "--others", "--exclude-standard", "-z", *here).split("\0") if name]
-        parts += [name.encode(errors="surrogateescape") + (ROOT / name).read_bytes() for name in names]
+        parts += [f"{name}\n{_content(ROOT / name)}\n".encode(errors="surrogateescape") for name in names]
     except (OSError, LookupError) as error:
         _note(str(error))
         return {"commit": None, "dirty": None}
@@ -46,6 +49,13 @@ def git_state() -> dict[str, Any]:
     loaded = os.environ.setdefault(LOADED, f"{commit} {changes}".strip())
     digest = loaded.partition(" ")[2] or changes
     return {"commit": commit, "dirty": bool(changes) or loaded != commit, **({"changes": digest} if digest else {})}
+
+
+def _content(path: Path) -> str:
+    """The digest of a file; the target of a link, which may lead nowhere; nothing of a nested repository."""
+    if path.is_symlink():
+        return str(path.readlink())
+    return sha256(path) if path.is_file() else ""
 
 
 def _git(*words: str) -> str:
@@ -78,10 +88,13 @@ def _digests() -> dict[str, str]:
     folders = {package: ROOT / "gradexp" / package for package in PACKAGES}
     with suppress(UserError):  # for a package that does not exist, which is raised when a run is composed
         folders |= plugins.packages()
+    files = {folder: sorted(folder.rglob("*.py")) for folder in folders.values()}
+    folders["engine"] = ROOT / "gradexp" / "engine"
+    files[folders["engine"]] = [folders["engine"] / f"{name}.py" for name in ENGINE]
     digests = {}
     for package, folder in folders.items():
         digest = hashlib.sha256()
-        for file in sorted(folder.rglob("*.py")) if folder.is_dir() else [folder.with_suffix(".py")]:
+        for file in files[folder]:
             content, name = file.read_bytes(), file.relative_to(folder.parents[1])
             digest.update(f"{name.as_posix()} {len(content)} ".encode() + content)
         digests[package] = digest.hexdigest()[:12]

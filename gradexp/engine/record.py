@@ -8,7 +8,9 @@ import io
 import json
 import math
 import re
+import shlex
 import zlib
+from collections.abc import Iterator
 from datetime import datetime
 from functools import cache
 from pathlib import Path
@@ -22,7 +24,7 @@ from gradexp.base import typed
 from gradexp.base.errors import UserError, nearest
 from gradexp.base.files import sha256, write_atomically
 from gradexp.base.typed import FileName
-from gradexp.engine.build import FORMER
+from gradexp.engine.build import FORMER, targets
 
 # Where and how a run is executed, which is not part of its identity.
 HARDWARE = ("paths", "trainer", "logger", "launcher", "gradients", "objective")
@@ -33,6 +35,16 @@ Metric = float | None | list[float | None]  # null where a number is not finite
 RunId = Annotated[str, StringConstraints(pattern="^[0-9a-f]{12}$")]
 Moment = Annotated[str, AfterValidator(lambda text: datetime.fromisoformat(text) and text)]
 Config = dict[str, Any]
+
+
+def _command(text: str) -> str:
+    """Raises ValueError for what is no command, or what a terminal would not show as it is."""
+    if not text.isprintable() or not shlex.split(text):
+        raise ValueError("it is no command")
+    return text
+
+
+Command = Annotated[str, AfterValidator(_command)]
 lenient = with_config(ConfigDict(extra="allow", strict=True))  # tasks add facts of their own, and older records have others
 
 
@@ -115,7 +127,7 @@ class Record(TypedDict):
     git: Git
     started: Moment
     ended: Moment
-    command: NotRequired[str]  # hardware and folders aside; records before 2026-11-29 lack it
+    command: NotRequired[Command]  # hardware and folders aside; records before 2026-11-29 lack it
     data: NotRequired[dict[str, Any]]
     arrays: NotRequired[dict[str, Any]]
     attempts: NotRequired[list[dict[str, Any]]]  # origins of earlier attempts, on other machines or with other code
@@ -154,6 +166,10 @@ def contradictions(record: Config, path: Path) -> list[str]:
     """Where a record contradicts its file name, its config or its upstream runs, a line each."""
     config = record["config"]
     try:
+        for where, node in targets(config):
+            if not isinstance(node["_target_"], str):
+                raise TypeError(f"{where}._target_ is no text")
+        _ = [(run["name"], run["task"]["_target_"]) for run in nested(config)]
         computed = run_id(config)
         stated = {"experiment": config["name"], "scale": config["scale"]["name"], "seed": config["seed"]}
     except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -170,6 +186,13 @@ def contradictions(record: Config, path: Path) -> list[str]:
         if split := differing_split(record.get("data", {}), below.get("data", {})):
             wrong.append(f"its upstream {name}, {below['id']}, used other {split} images")
     return wrong
+
+
+def nested(config: Config) -> Iterator[Config]:
+    """The config, and those of the upstream runs below it."""
+    yield config
+    for below in config["upstream"].values():
+        yield from nested(below)
 
 
 def differing_split(first: Config, second: Config) -> str | None:
@@ -209,6 +232,8 @@ def _parsed(path: Path, *_state: int) -> Config:
         raise ValueError(wrong[0])
     if "record_sha256" in record and record["record_sha256"] != _digest(text):
         raise ValueError("it was changed since it was written")
+    if "sources" in record and "record_sha256" not in record:
+        raise ValueError("it was changed since it was written: its digest is missing")
     if "curves_file" in record:
         record["metrics"] |= _curves(path, record)
     record["metrics"] = judged(record["metrics"], record.get("config", {}))

@@ -4,30 +4,32 @@ from __future__ import annotations
 
 import json
 import random
+import shlex
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from gradexp.base.errors import UserError
-from gradexp.engine.build import locate, targets
-from gradexp.engine.compose import compose_run
-from gradexp.engine.ensure import ensure, is_product
+from gradexp.base.files import sha256
+from gradexp.base.texts import read_yaml
+from gradexp.engine.build import MOVED, locate, targets
+from gradexp.engine.compose import compose_run, conf_folders
+from gradexp.engine.ensure import ensure, is_product, used_digests
 from gradexp.engine.hardware import native_bf16
 from gradexp.engine.known import run_of
 from gradexp.engine.origin import SOURCES
-from gradexp.engine.record import differing_split, read_arrays, read_record
-from gradexp.engine.run import Config, Paths, Run, record_files, run_id
+from gradexp.engine.record import differing_split, nested, read_arrays, read_record
+from gradexp.engine.run import ROOT, Config, Paths, record_files, run_id
 from gradexp.engine.task import task_of
 
 # How much two machines, which round differently, may differ by: percentage points of accuracy; relative for other metrics.
 POINTS, RELATIVE = 2.0, 0.02
 LISTED = 5  # ids in a note
-# The run that verification does for itself; with its teacher it takes seconds.
-OWN = ["experiment=jacobian_distill", "method=ce_a_j", "scale=quick", "scale.width=0.04", "data.per_class=3", "optim.passes=2"]
-OWN += ["+upstream.teacher.optim.passes=1", "+upstream.teacher.scale.width=0.04"]
+OWN = ROOT / "results" / "verify"  # records of tiny runs that are kept to be repeated: docs/reliability.md has their commands
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ def verify(paths: Paths, *, sample: int, seed: int, extra: Config) -> Iterator[F
         yield from (Finding(file, what) for what in wrong)
         good += [] if wrong else [file]
     yield f"{len(good)} of {len(files)} records: complete, with correct digests and ids"
-    yield from notes(good)
+    yield from notes(good, paths)
     quick = [file for file in good if read_record(file)["scale"] == "quick"]
     if len(quick) < len(good):
         yield f"{len(good) - len(quick)} records are not repeated: only those at scale=quick take seconds"
@@ -75,6 +77,14 @@ def examine(file: Path, paths: Paths) -> Iterator[str]:
         return
     outdated = list(_outdated(record["config"]))
     yield from outdated
+    if "command" in record and not outdated:
+        try:
+            today = run_id(compose_run(shlex.split(record["command"])[2:]))
+        except UserError as error:
+            yield f"its command can't be typed today: {error}"
+        else:
+            if today != record["id"]:
+                yield f"its command makes another run today, {today}; type --id {record['id']} to do this one again"
     for name, upstream in record["upstream"].items():
         nested = record["config"]["upstream"].get(name)
         if nested is None or run_id(nested) != upstream["id"]:
@@ -91,25 +101,27 @@ def examine(file: Path, paths: Paths) -> Iterator[str]:
 
 def _outdated(config: Config) -> Iterator[str]:
     """What of a config the code of today does not have, or does differently."""
-    for where, node in targets({key: value for key, value in config.items() if key != "upstream"}):
+    for where, node in targets(config):
         try:
             locate(node["_target_"], where)
         except UserError as error:
             yield f"its config no longer resolves: {error}"
-    try:
-        today = compose_run([f"experiment={config['name']}", f"scale={config['scale']['name']}"])["task"]
-    except UserError as error:
-        yield f"its config no longer resolves: {error}"
-    else:
-        was, now = config["task"].get("version"), today.get("version")
+    for run in nested(config):
+        target, was = run["task"]["_target_"], run["task"].get("version")
+        now = _versions(conf_folders()).get(MOVED.get(target, target), was)
         if was != now:
-            yield f"the task's version of {config['name']} is {was}, today's {now}: tables no longer count it; run it again"
-    for upstream in config["upstream"].values():
-        yield from _outdated(upstream)
+            yield f"the task's version of {run['name']} is {was}, today's {now}: tables no longer count it; run it again"
 
 
-def notes(files: Sequence[Path]) -> Iterator[str]:
-    """What a reader of these records should know, though nothing is wrong: by which sources they were computed."""
+@cache
+def _versions(folders: tuple[Path, ...]) -> dict[str, int]:
+    """{class: today's version} of the tasks."""
+    tasks = [read_yaml(file) for folder in folders for file in folder.glob("task/*.yaml")]
+    return {task["_target_"]: task.get("version") for task in tasks}
+
+
+def notes(files: Sequence[Path], paths: Paths) -> Iterator[str]:
+    """What a reader of these records should know, though nothing is wrong: by which sources, and from which files."""
     dated = {file.stem: record["sources"] for file in files if "sources" in (record := read_record(file))}
     if len(dated) < len(files):
         yield f"{len(files) - len(dated)} records do not state by which sources they were computed: they are older"
@@ -119,25 +131,44 @@ def notes(files: Sequence[Path]) -> Iterator[str]:
         if packages:
             changed.setdefault(", ".join(packages), []).append(name)
     for of, names in changed.items():
-        listed = ", ".join(names[:LISTED]) + (", ..." if len(names) > LISTED else "")
-        yield f"{len(names)} records were computed by other sources of {of} than today's: {listed}"
+        yield f"{len(names)} records were computed by other sources of {of} than today's: {_listed(names)}"
+    records = {file: read_record(file) for file in files}
+    again = [file.stem for file, record in records.items() if _made_again(record, paths)]
+    if again:
+        yield f"the files of {len(again)} runs were made again on this machine, with other last bits: {_listed(again)}"
+    others = [file.stem for file, record in records.items() if _stands_on_another(file, record)]
+    if others:
+        yield f"{len(others)} records stand on another making of an upstream run than its record: {_listed(others)}"
 
 
-def repeat_own(paths: Paths, setting: Config) -> Iterator[Finding | str]:
-    """Does a tiny student and its teacher twice from nothing, and compares numbers and weights to the bit."""
-    records = []
-    for _ in range(2):
-        with tempfile.TemporaryDirectory(prefix="gradexp-verify-") as folder:
-            elsewhere = Paths(paths.data, Path(folder) / "results", Path(folder) / "outputs")
-            run = compose_run(OWN) | setting
-            trainer = setting["trainer"] | {"threads": 1, "strict": True}
-            records.append(ensure(Run(run | {"trainer": trainer}, elsewhere)))
-    first, second = records
-    differing = [name for name in ("metrics", "upstream", "product", "data") if first[name] != second[name]]
-    if differing:
-        yield Finding(Path(first["experiment"]) / first["id"], f"two runs of {' '.join(OWN)} differ in {', '.join(differing)}")
-    else:
-        yield f"a tiny student and its teacher, done twice: the same numbers and weights ({' '.join(OWN)})"
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:LISTED]) + (", ..." if len(names) > LISTED else "")
+
+
+def _made_again(record: Config, paths: Paths) -> bool:
+    if "product" not in record:
+        return False
+    file = paths.outputs / "runs" / record["experiment"] / record["id"] / record["product"]["file"]
+    return file.exists() and sha256(file) != record["product"]["sha256"]
+
+
+def _stands_on_another(file: Path, record: Config) -> bool:
+    for name, digest in used_digests(record["upstream"]).items():
+        below = record["upstream"][name]
+        with suppress(UserError):  # the upstream record is missing
+            upstream = read_record(file.parents[1] / below.get("experiment", "") / f"{below['id']}.json")
+            if upstream.get("product", {}).get("sha256", digest) != digest:
+                return True
+    return False
+
+
+def repeat_own(paths: Paths, extra: Config) -> Iterator[Finding | str]:
+    """Repeats the runs that the repository keeps for this: their numbers depend on terms, gradients, saliency and scores."""
+    for file in record_files(OWN):
+        wrong = list(repeat(file, paths, extra))
+        yield from (Finding(file, what) for what in wrong)
+        if not wrong:
+            yield f"{file.parent.name} {file.stem}, kept to be repeated: the same numbers"
 
 
 def repeat(file: Path, paths: Paths, extra: Config) -> Iterator[str]:
@@ -179,7 +210,7 @@ def alike(name: str, old: Any, new: Any) -> bool:
         return isinstance(new, list) and len(old) == len(new) and (not old or alike(name, old[-1], new[-1]))
     if old is None or new is None:
         return old is new
-    allowed = POINTS if name.startswith("test/accuracy") else RELATIVE * max(1, abs(old))
+    allowed = POINTS if name.startswith(("test/accuracy", "validation/accuracy")) else RELATIVE * max(1, abs(old))
     return bool(abs(new - old) <= allowed)
 
 

@@ -116,6 +116,8 @@ class BatchNorm(nn.BatchNorm2d):
         if mean is None or variance is None or seen is None or not self.affine or self.momentum is None:
             return super().forward(input)
         if self.training:
+            if input.numel() == input.shape[1]:  # as the stock layer; the running variance would become NaN
+                raise ValueError(f"batch normalisation in training needs more than one value per channel: {tuple(input.shape)}")
             seen.add_(1)
             y: Tensor = NormaliseBatch.apply(input, self.weight, self.bias, (mean, variance), self.momentum, self.eps)[0]
             return y

@@ -162,6 +162,8 @@ class BatchNorm(nn.BatchNorm2d):
             return super().forward(input)
         if self.training:
             count = batch_size(input) * input[0, 0].numel()
+            if count == 1:  # as the stock layer
+                raise ValueError("batch normalisation in training needs more than one value per channel")
             var, now = moments(input)
             self.num_batches_tracked.add_(1)
             mean.lerp_(now.detach().to(mean.dtype), self.momentum)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import traceback
@@ -77,7 +78,7 @@ class Train(Task):
         numbers = {name: value for name, value in metrics.items() if not isinstance(value, list)}
         close(logger, judged(numbers, run.config), {**facts, "git": git_state()})
         assemble.save_weights(run, module.student)
-        return Result(metrics, "diverged" if module.diverged else "finished", facts)
+        return Result(metrics, "diverged" if math.isnan(accuracy) else "finished", facts)
 
     def work(self, config: Config, sizes: Sizes) -> float | None:
         optim, train = config["optim"], images_of(config, sizes)[0]
