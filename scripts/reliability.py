@@ -526,6 +526,12 @@ SIGTERM, SIGUSR1, SIGUSR2 (SLURM's) and Ctrl-C, to `run.py` or to one of the pro
 The run's folder is `outputs/runs/NAME/ID`. A table's command (`make table-2.1`) passes the signal on to its runs, waits for
 their checkpoints, and ends with the same code.
 
+## Checked by `make verify`
+
+Every record and the files of its run on this disk; a sample of quick records, repeated; and the runs of `results/verify`, which
+are kept to be repeated: a changed term, gradient, saliency method or score that nobody meant to change is a finding. After an
+intended change, delete them and type the `command` of each again with `paths.results=results/verify`.
+
 ## What is trusted
 
 Trusted: the checkout, with its code and `conf/`; the data root, whose images and labels are not checked; what the user names on
@@ -535,11 +541,14 @@ users of a results folder.
 Not trusted, as they come from other people: records, configs and experiments, pictures, weights.
 
 - A record is data. The classes that its config names are built only if they are listed for their place
-  (`gradexp/engine/build.py`); `make verify` checks that its id is that of its config.
-- Configs can choose among the listed classes and set their declared parameters. They cannot name other code, configure Hydra or
-  choose a folder outside `paths`.
+  (`gradexp/engine/build.py`). Every reader of a record checks its form, that its id is that of its config, and its digest.
+- Configs can choose among the listed classes and set their declared parameters; they can also read environment variables, whose
+  values are then in the record. They cannot name other code, configure Hydra (its settings are compared with those of
+  `conf/config.yaml` before it starts) or choose a folder.
 - Weights, checkpoints and pieces are loaded without executing what they hold (`weights_only=True`), and their checksums are
   compared. A checksum recognises damage; it does not prove who wrote a file.
+- The digest of a record recognises damage and edits; it does not prove who wrote it. Records before 2026-11-29 have none; for
+  these, `git diff results/runs` shows edits.
 - Pictures are decoded by Pillow; one that cannot be read is an error of one line.
 """
 

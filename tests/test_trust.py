@@ -2,6 +2,7 @@
 
 import ast
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from gradexp.engine.compose import compose_run
 from gradexp.engine.ensure import ensure
 from gradexp.engine.record import differing_split, read_record, write_record
 from gradexp.engine.run import HARDWARE, ROOT, Paths, Run, run_id
-from gradexp.engine.verify import Finding, alike, verify
+from gradexp.engine.verify import Finding, alike, repeat_own, verify
+from gradexp.terms.jacobian import Jacobian
 
 TINY = ["scale=quick", "scale.width=0.04", "optim.passes=2", "data.per_class=3", "trainer.threads=1", "logger=none"]
 DISTILL = ["experiment=jacobian_distill", *TINY, "+upstream.teacher.optim.passes=1", "+upstream.teacher.scale.width=0.03"]
@@ -141,6 +143,21 @@ def test_verify_finds_what_is_wrong(places: list[str]) -> None:
     assert "can't be read" in findings()[0]
 
 
+def test_a_changed_term_is_noticed_by_the_runs_that_are_kept(
+    places: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for kept in ("jacobian_distill", "teacher"):
+        shutil.copytree(ROOT / "results" / "verify" / "runs" / kept, tmp_path / "kept" / "runs" / kept)
+    monkeypatch.setattr("gradexp.engine.verify.OWN", tmp_path / "kept")
+    made = run(places, "experiment=teacher", "scale=quick", "trainer.threads=1", "logger=none")
+    extra = {name: made.config[name] for name in ("trainer", "logger", "gradients")}
+    assert [str(line).split(":")[1] for line in repeat_own(made.paths, extra)] == [" the same numbers"] * 2
+    right = Jacobian.__call__
+    monkeypatch.setattr(Jacobian, "__call__", lambda *given: 1.1 * right(*given))
+    wrong = [line for line in repeat_own(made.paths, extra) if isinstance(line, Finding)]
+    assert any(line.what.startswith("train/loss/jacobian was ") for line in wrong)
+
+
 def test_a_repeat_has_the_threads_of_its_record(places: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """So has that of the teacher, which may have had others: a generation of one run gets all the cores."""
     made = run(places, *DISTILL, "method=a")
@@ -208,8 +225,11 @@ def test_images_are_compared_split_by_split() -> None:
 
 
 def test_numbers_agree_as_well_as_machines_do() -> None:
-    assert alike("test/accuracy", 60.0, 61.5)
-    assert not alike("test/accuracy", 60.0, 63.0)
+    for name in ("test/accuracy", "validation/accuracy", "test/accuracy/0.1"):
+        assert alike(name, 60.0, 61.5)
+        assert not alike(name, 60.0, 63.0)
+    assert alike("test/completeness_error", 3e-8, 9e-8)
+    assert not alike("train/loss/jacobian", 0.1, 0.11)
     assert alike("train/loss", [9.0, 1.0], [1.0, 1.01])
     assert not alike("train/loss", [1.0], [1.0, 1.0])
     assert alike("x", None, None)

@@ -27,9 +27,9 @@ from gradexp.engine.run import ROOT, Config, Paths, record_files, run_id
 from gradexp.engine.task import task_of
 
 # How much two machines, which round differently, may differ by: percentage points of accuracy; relative for other metrics.
-POINTS, RELATIVE = 2.0, 0.02
+POINTS, RELATIVE, ROUNDING = 2.0, 0.02, 1e-6  # rounding: of errors that are 0 but for it
 LISTED = 5  # ids in a note
-OWN = ROOT / "results" / "verify"  # records of tiny runs that are kept to be repeated: docs/reliability.md has their commands
+OWN = ROOT / "results" / "verify"  # records of tiny runs that are kept to be repeated (docs/reliability.md)
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,7 @@ def alike(name: str, old: Any, new: Any) -> bool:
         return isinstance(new, list) and len(old) == len(new) and (not old or alike(name, old[-1], new[-1]))
     if old is None or new is None:
         return old is new
-    allowed = POINTS if name.startswith(("test/accuracy", "validation/accuracy")) else RELATIVE * max(1, abs(old))
+    allowed = POINTS if name.startswith(("test/accuracy", "validation/accuracy")) else RELATIVE * abs(old) + ROUNDING
     return bool(abs(new - old) <= allowed)
 
 
