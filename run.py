@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 
 from gradexp import __version__
 from gradexp.engine import help
+from gradexp.engine.build import check_settings
 from gradexp.engine.compose import CONF, check_overrides, plan, refuse_copies, refuse_many_devices
 from gradexp.engine.ensure import ensure
 from gradexp.engine.exits import exit_on_errors
@@ -53,6 +54,9 @@ if __name__ == "__main__":
             main()
         else:
             refuse_copies(words, os.environ)
-            for config in check_overrides(words):
+            configs = check_overrides(words)
+            for config in configs:
+                if len(configs) > 1:  # a single run is checked when it begins
+                    check_settings(config)
                 (Paths.of(config).outputs / "hydra").mkdir(parents=True, exist_ok=True)  # else Hydra fails with a traceback
             main()

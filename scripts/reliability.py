@@ -321,6 +321,7 @@ STOPPING = {  # (who gets a signal, which, the exit code)
     "another training process": ("other rank", signal.SIGUSR1, 143),
     "the command": ("parent", signal.SIGTERM, 143),
     "the command, with Ctrl-C": ("parent", signal.SIGINT, -2),
+    "the command, as SLURM does": ("parent", signal.SIGUSR2, 143),
     "all processes": ("group", signal.SIGTERM, 143),
     "all processes, with Ctrl-C": ("group", signal.SIGINT, -2),
 }
@@ -357,12 +358,13 @@ def signalled(who: str, folder: Path) -> Trial:
     stopped = command(place, words)
     while stopped.poll() is None and not list(place.glob("outputs/runs/*/*/last.ckpt")):
         time.sleep(0.01)
-    ranks = training_processes(stopped.pid)
+    ranks, begun = training_processes(stopped.pid), time.monotonic()
     if to == "group":
         os.killpg(stopped.pid, number)
     else:
         os.kill({"parent": stopped.pid, "rank": ranks[0], "other rank": ranks[1]}[to], number)
     output, _ = stopped.communicate(timeout=60)
+    expect(time.monotonic() - begun < 10, "it took more than 10 s to stop")
     expect(stopped.returncode == expected, f"exit code {stopped.returncode}: {output}")
     expect("the checkpoint is written" in output, f"no clear message: {output}")
     expect(not list(place.glob("results/runs/*/*.json")), "a record was written")
@@ -370,7 +372,7 @@ def signalled(who: str, folder: Path) -> Trial:
     output, _ = again.communicate()
     expect(again.returncode == 0, output)
     expect(left(place) == left(folder / "whole"), "not what the undisturbed run left")
-    message = "exit code 143" if expected > 0 else "it dies of SIGINT"
+    message = "exit code 143 within 10 s" if expected > 0 else "it dies of SIGINT within 10 s"
     return Trial(
         f"{number.name} to {who}, of a training by two", 1, 1, f"{message}; a checkpoint, from which the same bytes come"
     )
@@ -415,10 +417,21 @@ def hostile(folder: Path) -> Trial:
         text = task.log.read_text()
         expect(text.startswith("error: ") and text.count("\n") == 1, f"{words}: no clear message: {text[-500:]}")
         expect(not mark.exists(), f"{words} ran a command")
-    expect(not list(folder.rglob("*.json")), "a record was written")
-    return Trial(
-        "configs that name what runs commands", len(configs), len(configs), "each is refused in a line; nothing is run"
-    )
+    theirs: dict[str, Any] = {
+        "hydra": {"callbacks": {"x": {"_target_": "torch.utils.collect_env.run", "command": f"touch {mark}"}}}
+    }
+    for name, content in {"callback": theirs, "folder": {"paths": {"results": str(folder / "elsewhere")}}}.items():
+        code = Clone(folder, name, "").root
+        text = f"# @package _global_\n{json.dumps({'defaults': ['teacher', '_self_'], **content})}\n"
+        (code / "conf" / "experiment" / "theirs.yaml").write_text(text)
+        process = command(folder, ("experiment=theirs", *TINY), root=code)
+        output, _ = process.communicate()
+        expect(process.returncode == 1 and "which only conf/config.yaml may" in output, f"{name}: {output}")
+        expect(not mark.exists(), f"{name} ran a command")
+        configs.append(name)
+    expect(not list(folder.rglob("results/runs/*/*.json")), "a record was written")
+    count = len(configs)
+    return Trial("configs and experiments that would run commands", count, count, "each is refused in a line; nothing is run")
 
 
 def edited_record(folder: Path) -> Trial:
@@ -449,9 +462,10 @@ def swapped_weights(folder: Path) -> Trial:
     for suffix in ("", ".sha256"):
         target.with_name(target.name + suffix).write_bytes(source.with_name(source.name + suffix).read_bytes())
     task = work(place, words)
-    code = finish(task)
-    expect(code != 0 or left(place).items() >= left(folder / "whole").items(), "a number of the wrong teacher was recorded")
-    return Trial("a teacher's weights swapped for another run's", 1, 1, _plain(last(task), folder))
+    expect(finish(task) == 0, last(task))
+    expect(left(place).items() >= left(folder / "whole").items(), "a number of the wrong teacher was recorded")
+    (line,) = [line for line in task.log.read_text().splitlines() if "replaced by those of another run" in line]
+    return Trial("a teacher's weights swapped for another run's", 1, 1, _plain(line, folder))
 
 
 def _weights(place: Path, *, seed: int) -> list[Path]:

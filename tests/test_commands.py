@@ -349,6 +349,12 @@ def test_tab_completes_groups_and_their_choices() -> None:
     assert done.stdout.split() == ["experiment=jacobian_distill"]
 
 
+def test_the_values_of_a_sweep_are_checked_before_its_first_run(tmp_path: Path, run_py: RunPy) -> None:
+    done = run_py("-m", "experiment=teacher", *TINY, "optim.passes=2,2.5")
+    assert (done.returncode, done.stderr) == (1, "error: optim.passes=2.5: it should be a valid integer\n")
+    assert not list(tmp_path.rglob("*.json"))
+
+
 @pytest.mark.parametrize("word", ["model=null", "scale=null", "saliency=null"])
 def test_a_group_needs_a_choice(word: str) -> None:
     with pytest.raises(UserError, match=f"{word}: Config group override must be a string"):

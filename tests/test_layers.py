@@ -18,7 +18,7 @@ from gradexp import layers
 from gradexp.engine.build import build
 from gradexp.engine.compose import compose_run
 from gradexp.engine.hardware import native_bf16
-from gradexp.layers import batch_norm, convolution
+from gradexp.layers import batch_norm, convolution, ranks
 from gradexp.models.resnet import ResNet
 from gradexp.models.vgg import VGG
 
@@ -265,6 +265,16 @@ def test_accelerate_keeps_names(caplog: pytest.LogCaptureFixture) -> None:
     assert "GroupNorm" in caplog.text
     assert "Conv2d" not in caplog.text
     assert model.state_dict().keys() == before.keys()
+
+
+def test_batch_norm_in_training_needs_two_values_a_channel() -> None:
+    """Of one value the variance is 0 / 0, which would stay in the running statistics."""
+    for layer in (nn.BatchNorm2d(3), layers.accelerate(nn.BatchNorm2d(3)), ranks.share_layers(nn.BatchNorm2d(3))):
+        layer(torch.randn(1, 3, 1, 2))
+        with pytest.raises(ValueError, match=r"more than (1|one) value"):
+            layer(torch.randn(1, 3, 1, 1))
+        assert layer.running_var.isfinite().all()
+        layer.eval()(torch.randn(1, 3, 1, 1))
 
 
 def test_batch_norm_by_running_statistics_rounds_once() -> None:

@@ -104,3 +104,12 @@ def test_null_leaves_a_default_and_choice_takes_a_group() -> None:
     assert build(node, where="optim.optimizer").keywords == {"lr": 0.1}
     with pytest.raises(UserError, match="takes no such key"):
         build({**node, "weight_dekay": None}, where="optim.optimizer")
+
+
+def test_logits_that_are_no_numbers_have_no_accuracy() -> None:
+    """Their largest is the first, which is right for a tenth of the images."""
+    batch = Batch(torch.zeros(4, 1), torch.zeros(4, dtype=torch.long), torch.arange(4), torch.zeros(4, dtype=torch.long))
+    for bias, expected in (torch.ones(2), 100.0), (torch.tensor([1.0, torch.nan]), torch.nan):
+        model = nn.Linear(1, 2)
+        model.bias = nn.Parameter(bias * torch.tensor([2.0, 1.0]))
+        assert accuracy(model, [batch], classes=2, device=torch.device("cpu")) == pytest.approx(expected, nan_ok=True)

@@ -10,6 +10,7 @@ import pytest
 
 from gradexp.base import files
 from gradexp.engine import build, ensure
+from gradexp.engine.exits import die_with_parent, exit_on_errors
 from gradexp.engine.run import Paths, Run
 from gradexp.engine.task import Result, Task, Upstream
 
@@ -109,3 +110,24 @@ def test_who_waits_names_the_holder_again_and_again(
     ensure.ensure(slow(tmp_path, "outputs" if which == "outputs" else "others"))
     holder.join()
     assert capsys.readouterr().out.count(f"waiting for process {holder.pid} on host ") > 2
+
+
+def test_a_folder_in_the_place_of_a_lock_is_one_line(tmp_path: Path) -> None:
+    run = slow(tmp_path)
+    (run.paths.outputs / "locks" / f"{run.id}.lock").mkdir(parents=True)
+    with pytest.raises(SystemExit, match=rf"error: .*{run.id}\.lock can't be written: a folder is where"), exit_on_errors():
+        ensure.ensure(run)
+
+
+@pytest.mark.parametrize("alive", [True, False])
+def test_a_process_ends_if_the_one_that_started_it_is_gone(alive: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where that one is the first process of a container, whose number is that of the process that adopts orphans."""
+    child = multiprocessing.get_context("fork").Process(target=_die_with, args=(os.getpid() if alive else 0,))
+    child.start()
+    child.join()
+    assert child.exitcode == (0 if alive else 1)
+
+
+def _die_with(parent: int) -> None:
+    os.getppid = lambda: parent
+    die_with_parent()
