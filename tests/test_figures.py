@@ -14,8 +14,10 @@ from fakes import fake_run
 from matplotlib.figure import Figure
 
 from gradexp.base.errors import UserError
+from gradexp.engine.build import locate
 from gradexp.engine.compose import plan
 from gradexp.engine.record import write_arrays, write_record
+from gradexp.engine.run import ROOT
 from gradexp.report import figures, specs
 from gradexp.report.draw.lines import curves, illustration
 
@@ -225,3 +227,18 @@ def test_figure_2_1_shows_every_curve_once_and_its_note(tmp_path: Path) -> None:
     spec = {**specs.load("figure", "2.1"), "also": ["svg"]}
     files = figures.make(spec, "quick", drawn, illustration, tmp_path / "results")
     assert "not evidence" in files[2].read_text()  # the note names what was changed after looking
+
+
+def test_rendered_figures_are_up_to_date(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The numbers and the page of a committed figure are what its committed records give."""
+    monkeypatch.setattr(figures, "_saved", lambda figure, kind: b"")
+    committed = sorted((ROOT / "results" / "figures").glob("*/*.csv"))
+    for file in committed:
+        scale, number = file.parent.name, file.stem.removeprefix("figure_").replace("_", ".")
+        spec = specs.load("figure", number)
+        gathered = figures.gather(spec, scale, plan)
+        text = figures.caption(spec, scale, gathered, plan)
+        made = figures.make(spec, scale, gathered, locate(spec["draw"], "draw"), tmp_path, text)
+        for copy in made[-2:]:
+            assert copy.read_text() == file.with_suffix(copy.suffix).read_text(), f"make figures SCALE={scale}: {copy.name}"
+    assert committed
