@@ -109,7 +109,7 @@ def test_a_record_is_shown_and_its_run_done_again_by_its_id(tmp_path: Path) -> N
     assert f"{record['metrics']['rms/jacobian']:.6g}" in shown.stdout
     answer = run_python("run.py", "--id", file.stem)
     assert answer.stdout.startswith(f"run {file.stem} finished")
-    elsewhere = [f"paths.results={tmp_path}", f"paths.outputs={tmp_path}", "logger=none"]
+    elsewhere = [f"paths.results={tmp_path}", f"paths.outputs={tmp_path}", "logger=none", "trainer.threads=1"]
     again = run_python("run.py", "--id", file.stem, *elsewhere)
     assert again.returncode == 0, again.stderr
     fresh = json.loads((tmp_path / "runs" / file.parent.name / file.name).read_text())
