@@ -12,7 +12,7 @@ from typing import Any
 from joblib import cpu_count
 
 from gradexp.base.errors import UserError
-from gradexp.engine.compose import compose_run, plan, refuse_many_devices
+from gradexp.engine.compose import compose_ahead, compose_run, plan, refuse_many_devices
 from gradexp.engine.exits import exit_on_errors
 from gradexp.engine.launchers import Failure, generations, make_launcher, missing, run_all
 from gradexp.engine.run import ROOT, Config, Paths
@@ -107,8 +107,12 @@ def make_all(kind: str, make: Make, about: str | None) -> None:
 
 def make_every(kind: str, make: Make, job: Job) -> bool:
     """Makes all tables or figures of the scale; prints the errors. Returns whether there was none."""
-    succeeded = True
-    for spec in specs.at_scale(kind, job.scale).values():
+    succeeded, every = True, specs.at_scale(kind, job.scale).values()
+    cells = [(spec, cell, seed) for spec in every for cell in specs.cells(spec, job.scale) for seed in cell.commands]
+    wanted = [cell.commands[seed] for _, cell, seed in cells]
+    wanted += [specs.command(spec, cell.row, cell.column, "paper", 0) for spec, cell, _ in cells]  # with which captions compare
+    compose_ahead(wanted, job.extra)
+    for spec in every:
         try:
             make(spec, job)
         except UserError as error:

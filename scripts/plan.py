@@ -1,5 +1,6 @@
 """make plan SCALE=cpu: which runs are missing and what they cost.   --probe measures the cost of kinds without a record."""
 
+import itertools
 import json
 import math
 import shutil
@@ -16,6 +17,7 @@ from joblib import cpu_count
 from gradexp.base.errors import UserError
 from gradexp.base.files import write_atomically
 from gradexp.engine.build import build
+from gradexp.engine.compose import compose_ahead
 from gradexp.engine.exits import exit_on_errors
 from gradexp.engine.hardware import Hardware
 from gradexp.engine.run import Config, Paths, Run, run_id
@@ -36,6 +38,7 @@ def main() -> None:
         config = shared(given.scale, given.set)
         paths, hardware = Paths.of(config), build(config["trainer"], where="trainer")
         history = known(paths, hardware)
+        compose_ahead(itertools.chain(*costs.items(given.scale).values()), given.set)
         rows = costs.build(given.scale, planner(given.set), history)
         if given.probe:
             measure([run.config | {"trainer": config["trainer"]} for run in rows.iloc[-1]["unknown"]], paths, history)

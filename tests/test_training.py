@@ -12,6 +12,7 @@ import lightning
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
+from torch import distributed
 
 from gradexp.base.errors import Stopped, UserError
 from gradexp.base.files import sha256
@@ -351,16 +352,27 @@ def test_both_gradient_backends_train_the_same_model(places: list[str]) -> None:
         assert made[0]["metrics"][name] == pytest.approx(made[1]["metrics"][name], rel=tolerance)
 
 
-@pytest.mark.parametrize(("number", "message"), [(errno.ENOSPC, "error: x can't be written: the disk is full"), (errno.EIO, 1)])
-def test_a_full_disk_is_one_line_in_each_of_several_processes(
-    number: int, message: Any, places: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(errno.ENOSPC, "why", "x"), "error: x can't be written: the disk is full"),
+        (RuntimeError("gloo: Connection closed by peer"), "another process of the training ended"),
+        (distributed.DistBackendError("NCCL error"), "another process of the training ended"),
+        (OSError(errno.EINVAL, "why", "x"), 1),
+        (RuntimeError("a mistake of ours"), 1),
+    ],
+)
+def test_an_error_in_one_of_several_processes(
+    error: Exception, message: Any, places: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    def full(*_: Any) -> None:
-        raise OSError(number, "why", "x")
+    """One line where the user can mend it or another process tells it; a traceback where the code is wrong."""
 
-    monkeypatch.setattr(train, "prepare", full)
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(train, "prepare", fail)
     monkeypatch.setattr(train, "die_with_parent", lambda: None)  # this process goes on
     with pytest.raises(SystemExit) as ended:
         train.train_part(json.dumps(run(places).config))
     assert str(ended.value.code).startswith(str(message))
-    assert ("Traceback" in capfd.readouterr().err) == (number == errno.EIO)
+    assert ("Traceback" in capfd.readouterr().err) == (message == 1)

@@ -11,7 +11,7 @@ import re
 import shlex
 import shutil
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from copy import deepcopy
 from functools import cache
@@ -26,6 +26,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from joblib import Parallel, cpu_count, delayed
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 from yaml import YAMLError
@@ -38,6 +39,7 @@ from gradexp.engine.run import HARDWARE, ROOT, Config, Paths, Run, RunConfig, ha
 
 CONF = ROOT / "conf"
 CACHE = ROOT / "outputs" / "cache" / "configs"
+FEW = 20  # configs, for which no processes are started
 STATES = 4  # of conf/ whose configs are kept
 PIXELS = ("normalise", "mean", "std", "size", "channels")  # of data: what a network must share with its upstream runs
 ELSEWHERE = {  # names that other frameworks have: ours
@@ -215,6 +217,21 @@ def _compose(overrides: tuple[str, ...]) -> Config:
         draft.write_bytes(gzip.compress(json.dumps(config).encode(), 1))
         draft.replace(file)  # without a sync: a damaged file is composed again
     return config
+
+
+def compose_ahead(commands: Iterable[Sequence[str]], extra: Sequence[str] = ()) -> None:
+    """Composes the configs of many runs on all cores and keeps them on disk, where `plan` finds them."""
+    absent = [words for words in dict.fromkeys(map(tuple, commands)) if not _cached((*words, *extra)).exists()]
+    if len(absent) > FEW and cpu_count() > 1:
+        size = math.ceil(len(absent) / (4 * cpu_count()))  # neighbours share groups, which are composed once in a process
+        parts = [absent[start : start + size] for start in range(0, len(absent), size)]
+        Parallel(cpu_count())(delayed(_plan_quietly)(part, tuple(extra)) for part in parts)
+
+
+def _plan_quietly(commands: Sequence[tuple[str, ...]], extra: tuple[str, ...]) -> None:
+    for words in commands:
+        with suppress(UserError):  # which whoever needs the run raises again
+            plan(words, extra)
 
 
 def _cached(overrides: tuple[str, ...]) -> Path:

@@ -223,7 +223,9 @@ def train_part(text: str) -> None:
         if (fix := fix_of(error)) is None:
             traceback.print_exc()
         sys.exit(f"error: {fix}" if fix else 1)
-    except Exception:
+    except Exception as error:
+        if isinstance(error, distributed.DistError) or "Connection closed by peer" in str(error):
+            sys.exit("another process of the training ended; its message tells why")
         traceback.print_exc()
         sys.exit(1)
     finally:
