@@ -88,6 +88,15 @@ def twice(op: Operation, x: Tensor) -> Tensor:
     return op.conv(torch.relu(op.conv(x)))
 
 
+def by_fourier_transform(op: Operation, x: Tensor) -> Tensor:
+    """A filter, squares, biases and gates of complex values, and operations that are not holomorphic."""
+    f = torch.fft.fft2(op.conv(x)) * torch.complex(op.weight[0, 0, 0, 0], op.bias[0])
+    f = f * f + 0.1 * f + torch.complex(op.bias, op.mean).view(-1, 1, 1)
+    f = f * f.abs().tanh() + f.conj()
+    f[:, 0] *= 1j
+    return torch.fft.ifft2(f).real + torch.fft.irfft2(torch.fft.rfft2(x).sigmoid(), s=x.shape[-2:]) + f.imag.sin()
+
+
 def also_used_raw(op: Operation, x: Tensor) -> Tensor:
     y = op.conv(x)
     return op.norm(y) + y
@@ -132,6 +141,7 @@ OPERATIONS: dict[str, Callable[[Operation, Tensor], Tensor]] = {
     "standardised weights": standardised,
     "gated": gated,
     "module called twice": twice,
+    "complex values": by_fourier_transform,
     "detached": lambda op, x: x * x.detach().sigmoid() + x.detach(),
     "detached only": lambda op, x: x + x.detach().square(),
     "chosen by the data": lambda op, x: x.exp() if float(x[0, 0, 0, 0].detach()) < 1e9 else x,
@@ -198,7 +208,7 @@ def test_the_bias_of_an_operation_is_what_finite_differences_leave(name: str, se
     torch.testing.assert_close(found - ends[0] - ends[1], expected, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", ["in place in a part", "class token and attention", "softplus", "product"])
+@pytest.mark.parametrize("name", ["in place in a part", "class token and attention", "softplus", "product", "complex values"])
 def test_full_gradients_of_any_operation_are_differentiable(name: str) -> None:
     """The derivative of the sum of all terms is that of the output: for the parameters, and for the images."""
     model, images, labels = chain(name)

@@ -148,7 +148,8 @@ def _decomposed(
             return None
         gradients[operation.name] = slope
         if operation.bias is not None:
-            product = _by_image(operation.gradient * operation.bias, len(images))
+            # torch's gradient at a complex y is df/dRe(y) + i df/dIm(y), so that the real part is the sum over both.
+            product = _by_image((operation.gradient.conj() * operation.bias).real, len(images))
             assert product is not None
             biases[operation.name] = product
     output = scalar(logits, labels, target)

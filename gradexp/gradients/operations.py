@@ -167,7 +167,7 @@ class Operations(TorchFunctionMode):
 
     def _rule(self, call: Call) -> Any:
         """The method that computes the biases of a call; None where there are none."""
-        floating = [operand for operand in call.operands if operand.is_floating_point()]
+        floating = list(filter(_is_floating, call.operands))
         varying = sum(map(self.depends, floating))
         if varying == len(floating) and (call.name in HOMOGENEOUS or (call.name in SUMS and varying == len(call.args))):
             return None
@@ -352,8 +352,12 @@ def _differentiable(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and leaf.requires_grad
 
 
+def _is_floating(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
+
+
 def _tangent(leaf: Any) -> Tensor | None:
-    return forward_ad.unpack_dual(leaf).tangent if isinstance(leaf, Tensor) and leaf.is_floating_point() else None  # type: ignore[no-untyped-call]
+    return forward_ad.unpack_dual(leaf).tangent if _is_floating(leaf) else None  # type: ignore[no-untyped-call]
 
 
 def _keep(operation: Operation, gradient: Tensor) -> None:
