@@ -1,5 +1,6 @@
 """Full-gradients of any network: each operation's bias against finite differences, completeness, and what is refused."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -255,6 +256,54 @@ def test_tokens_and_channels_last_are_planes_and_the_class_token_is_none() -> No
     assert full.planes()["norm"].shape == (2, 5, 4, 6)
 
 
+class Attending(nn.Module):
+    """Two heads over the 64 tokens of an image of 64 pixels, queries normalised: the weights have the size of the image."""
+
+    def __init__(self, fused: bool) -> None:
+        super().__init__()
+        self.stem, self.patches = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 8, 8, 8)
+        self.qkv, self.norm, self.out, self.head = nn.Linear(8, 3 * 128), nn.LayerNorm(64), nn.Linear(128, 5), nn.Linear(5, 2)
+        self.fused = fused
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.patches(functional.silu(self.stem(x))).flatten(2).transpose(1, 2)
+        q, k, v = self.qkv(tokens).view(len(x), 64, 3, 2, 64).permute(2, 0, 3, 1, 4)
+        if self.fused:
+            mixed = functional.scaled_dot_product_attention(self.norm(q), k, v)
+        else:
+            mixed = (functional.dropout((self.norm(q) @ k.mT / 8 + 1).softmax(-1), 0.0) + 0.1).tanh() @ v
+        return self.head(self.out(mixed.transpose(1, 2).flatten(2)).mean(1))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["products", "fused"])
+def test_attention_is_no_plane_of_pixels_though_it_has_the_shape_of_one(fused: bool) -> None:
+    torch.manual_seed(0)
+    model, images = Attending(fused).double().eval(), torch.randn(2, 3, 64, 64).double()
+    full = gradients.full_gradient(model, images, torch.tensor([0, 1]))
+    shapes = {name: tuple(value.shape) for name, value in full.biases.items()}
+    assert shapes["scaled_dot_product_attention" if fused else "tanh"] == (2, 2, 64, 64)
+    assert shapes["norm"] == (2, 2, 64, 64)
+    planes = {name: tuple(plane.shape[1:]) for name, plane in full.planes().items()}
+    assert planes == {
+        **{"stem": (4, 64, 64), "silu": (4, 64, 64)},
+        **{"patches": (8, 8, 8), "qkv": (384, 8, 8), "out": (5, 8, 8)},
+    }
+    assert float(full.error().max()) < 1e-12
+
+
+@pytest.mark.parametrize("name", ["swin", "swin_v2", "maxvit"])
+def test_windows_are_no_planes_and_maps_between_them_are(name: str) -> None:
+    """Four windows of four tokens have the shape of a map of four rows and columns."""
+    model, images = family(name)
+    full = gradients.full_gradient(model, images, torch.zeros(3, dtype=torch.long))
+    inside = [name for name in full.biases if re.search(r"attn\.(qkv|softmax|matmul|add)|_attention", name)]
+    assert inside
+    assert not full.planes().keys() & inside
+    if name.startswith("swin"):
+        norms = {f"features.{stage}.{block}.norm{i}" for stage in (1, 3) for block in (0, 1) for i in (1, 2)}
+        assert norms <= full.planes().keys()
+
+
 def test_images_that_share_an_axis_with_windows_or_stand_second_are_kept_apart() -> None:
     class Windows(nn.Module):
         """Windows in front of the images (w B), tokens in front of them (N, B), and rows mixed into the batch."""
@@ -283,6 +332,19 @@ def test_images_that_share_an_axis_with_windows_or_stand_second_are_kept_apart()
             alone = gradients.full_gradient(model, images[i : i + 1], torch.tensor([0, 1, 1])[i : i + 1])
             for name, values in alone.biases.items():
                 torch.testing.assert_close(whole.biases[name][i].flatten().sum(), values.sum())
+
+
+def test_images_coupled_by_batch_statistics_are_refused_and_one_alone_is_not() -> None:
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(4, track_running_stats=False)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), norm, nn.GELU(), nn.Flatten(), nn.Linear(64, 3)).double().eval()
+    images, labels = torch.randn(3, 3, 6, 6).double(), torch.tensor([0, 1, 2])
+    for method in (gradients.full_gradient, FullGrad()):
+        with pytest.raises(UserError, match=r"for an image depends on the others of its batch.*one image at a time"):
+            method(model, images, labels)
+    full = gradients.full_gradient(model, images[:1], labels[:1])
+    torch.testing.assert_close(full.output, model(images[:1])[:, 0].detach())
+    assert float(full.error()) < 1e-12
 
 
 # --- what is around a call --------------------------------------------------------------------------------

@@ -41,6 +41,8 @@ PLANAR = {  # the outputs (B, c, h, w) are planes
     *("convolve", "conv2d", "conv_transpose2d", "interpolate"),
     *("max_pool", "max_pool2d", "avg_pool2d", "adaptive_max_pool2d", "adaptive_avg_pool2d"),
 }
+MIXING = {"softmax", "matmul", "__matmul__", "bmm", "baddbmm", "einsum", "scaled_dot_product_attention"}  # never planes
+RESHAPING = {"reshape", "view", "unflatten"}  # outputs are planes where an earlier plane has their shape
 
 
 @dataclass(eq=False)
@@ -50,7 +52,7 @@ class Operation:
     kind: `affine` (convolution or linear layer), `norm` (batch normalisation by running statistics) or `other`. bias: to be
     multiplied with the gradient at the output; None for a layer without one. gradient: at the output, once a backward pass has
     reached it. channels: the bias of an affine operation, (C,). statistics: of a norm, the arguments of `norm_bias`. before:
-    of a norm, the affine operation whose output it was given.
+    of a norm, the affine operation whose output it was given. planar: whether the output lies in a plane of pixels.
     """
 
     name: str
@@ -60,6 +62,7 @@ class Operation:
     channels: Tensor | None = None
     statistics: dict[str, Any] = field(default_factory=dict)
     before: Operation | None = None
+    planar: bool = False
     uses: int = 0  # of its output, by other operations
 
 
@@ -85,6 +88,7 @@ class Operations(TorchFunctionMode):
         self.grids = {tuple(images.shape[-2:])}
         self._model, self._images, self._differentiable = model, images, differentiable
         self._dependent = {id(images): images}  # what depends on the images; kept alive, so that no id is used twice
+        self._planes, self._shapes = {id(images)}, {images.shape}  # those of them that are maps, and the shapes of these
         self._constant: set[int] = set()  # copies of tensors that did not depend on the images before a call wrote to them
         self._makers: dict[int, Operation] = {}  # by the id of the output
         self._calls: list[tuple[str, bool]] = []  # modules that are being called: name, whether it is a leaf
@@ -162,7 +166,7 @@ class Operations(TorchFunctionMode):
             operations = rule(given, outputs) if rule else [None] * len(outputs)
             for output, operation in zip(outputs, operations, strict=True):
                 if _differentiable(output):
-                    self._record(output, operation, call.name, in_place=changed is not None)
+                    self._record(output, operation, call, in_place=changed is not None)
         return returned
 
     def _rule(self, call: Call) -> Any:
@@ -251,15 +255,19 @@ class Operations(TorchFunctionMode):
                 products.append(torch.autograd.grad(sums, u, values, create_graph=True)[0] if paired else None)
         return products
 
-    def _record(self, output: Tensor, operation: Operation | None, name: str, *, in_place: bool) -> None:
-        if name in PLANAR and output.ndim == 4:
+    def _record(self, output: Tensor, operation: Operation | None, call: Call, *, in_place: bool) -> None:
+        if call.name in PLANAR and output.ndim == 4:
             self.grids.add(tuple(output.shape[-2:]))
+        if self._is_plane(output, call):
+            self._planes.add(id(output))
+            self._shapes.add(output.shape)
         base = output._base if in_place and output._is_view() else None
         for tensor in (output,) if base is None else (output, base):
             self._dependent[id(tensor)] = tensor
             self._makers.pop(id(tensor), None)
         if operation is None:
             return
+        operation.planar = id(output if base is None else base) in self._planes
         self.all.append(operation)
         self._makers[id(output)] = operation
         if base is None:
@@ -268,6 +276,16 @@ class Operations(TorchFunctionMode):
         # What changed is the tensor behind the view, and later operations may take it through any other view.
         operation.bias = _behind(operation.bias, output, base)
         base.register_hook(partial(_keep, operation))  # type: ignore[no-untyped-call]
+
+    def _is_plane(self, output: Tensor, call: Call) -> bool:
+        """Whether an output is a map of pixels, which shapes do not show: the attention of 64 tokens is (B, heads, 64, 64)."""
+        if call.name in MIXING or output.ndim not in (3, 4):
+            return False
+        if call.name in RESHAPING:
+            return output.shape in self._shapes
+        return call.name in PLANAR or any(
+            id(operand) in self._planes for operand in call.operands if operand.ndim == output.ndim
+        )
 
     def _with_copy(self, call: Call, changed: Tensor) -> Call:
         """The call with a copy of the tensor that it is going to change."""
