@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from gradexp import gradients, layers
 from gradexp.base.errors import UserError
-from gradexp.saliency import FullGrad, GradCAM, SmoothGrad
+from gradexp.saliency import FullGrad, GradCAM, IntegratedGradients, ReferenceFullGrad, SmoothGrad
 
 CHANNELS, SIZE = 4, 6
 
@@ -446,6 +446,36 @@ def test_a_sum_that_misses_the_output_is_a_warning() -> None:
     model[2] = Noisy().eval()  # type: ignore[index]
     with pytest.warns(UserWarning, match="the full-gradients of Sequential sum up to"):
         gradients.full_gradient(model, 10 * images, labels)
+
+
+class Centred(nn.Module):
+    """Normalises the images that it is given in place."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        x.sub_(0.4)
+        x /= 0.2
+        return self.model(x)  # type: ignore[no-any-return]
+
+
+def test_a_model_may_change_its_input_in_place() -> None:
+    model, images, labels = small()
+    given = images.double()
+    model, centred = model.double(), Centred(model).eval()
+    full = gradients.full_gradient(centred, given, labels)
+    assert float(full.error().max()) < 1e-12
+    assert "sub" in full.planes()
+    torch.testing.assert_close(full.output, model((given - 0.4) / 0.2)[[0, 1], labels].detach())
+    expected = gradients.input_gradient(model, (given - 0.4) / 0.2, labels) / 0.2
+    torch.testing.assert_close(gradients.input_gradient(centred, given, labels), expected)
+    methods = FullGrad(), GradCAM(layer="model.0"), SmoothGrad(samples=2), IntegratedGradients(steps=2), ReferenceFullGrad()
+    for method in methods:
+        for target in (None, 1):
+            assert method(centred, given, target).isfinite().all()
+    assert torch.equal(given, images.double())
 
 
 # --- torchvision's families -------------------------------------------------------------------------------

@@ -114,6 +114,14 @@ def test_a_map_has_the_images_size_and_the_model_stays_as_it_was(name: str, targ
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("name", ["fullgrad", "input_gradient", "integrated_gradients"])
+def test_the_classes_of_a_target_are_counted_in_the_pass_that_explains_it(name: str) -> None:
+    model, calls = net(), list[int]()
+    model.register_forward_hook(lambda _, inputs, __: calls.append(len(inputs[0])))
+    METHODS[name](model, pictures(), 2)
+    assert len(calls) == 1
+
+
 @pytest.mark.parametrize("name", DETERMINISTIC)
 def test_none_means_the_predicted_class(name: str) -> None:
     model, images = net(), pictures(5)

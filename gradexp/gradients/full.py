@@ -140,7 +140,7 @@ def _decomposed(
     images = images.detach().requires_grad_()
     met = Operations(model, images, differentiable=differentiable)
     with met.recording():
-        logits = checked_logits(model(images))
+        logits = checked_logits(model(images.clone()))  # which the model may change in place
     met.check_seen(logits)
     at_input = gradient_of(logits, images, labels, target=target, differentiable=differentiable)
     operations = [each for each in (met.all if separate else met.merged()) if each.gradient is not None]

@@ -31,7 +31,7 @@ from gradexp.base.errors import UserError
 HOMOGENEOUS = {  # op(k z) = k op(z) for k > 0, where all operands depend on the images
     *("relu", "relu_", "leaky_relu", "max_pool", "max_pool2d", "avg_pool2d", "adaptive_max_pool2d", "adaptive_avg_pool2d"),
     *("dropout", "interpolate", "mean", "sum", "cat", "chunk", "split", "unbind", "__getitem__", "contiguous", "flatten"),
-    *("unflatten", "permute", "reshape", "roll", "squeeze", "to", "transpose", "unsqueeze", "view"),
+    *("clone", "unflatten", "permute", "reshape", "roll", "squeeze", "to", "transpose", "unsqueeze", "view"),
 }
 SUMS = {"add", "add_", "sub", "sub_"}  # homogeneous where no operand is a number
 MULTILINEAR = {"mul", "mul_", "matmul", "mm", "bmm", "einsum"}  # no bias where one operand depends on the images

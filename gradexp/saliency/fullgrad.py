@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from gradexp import gradients
 from gradexp.base.ranges import Count, NonNegative
-from gradexp.gradients import FullGradient, evaluating
-from gradexp.saliency.method import Saliency, checked, predicted, value_range
+from gradexp.gradients import FullGradient
+from gradexp.saliency.method import Saliency, explaining, predicted, value_range
 from gradexp.saliency.psi import check, psi
 
 
@@ -36,21 +36,21 @@ class FullGrad(Saliency):
 
     def layers(self, model: nn.Module, images: Tensor, target: Tensor | int | None = None) -> dict[str, Tensor]:
         """The terms of the sum over layers, `input` the first; {layer: (B, 1, H, W)} (fig. 3.1)."""
-        with evaluating(model):
-            return self.of_layers(model, images, checked(model, images, target))
+        with explaining(model, images, target) as (model, labels):
+            return self.of_layers(model, images, labels)
 
     def of_layers(self, model: nn.Module, images: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
         return {name: psi(maps, self.psi, images.shape[-2:]) for name, maps in self.terms(model, images, labels).items()}
 
     def completeness_error(self, model: nn.Module, images: Tensor, target: Tensor | int | None = None) -> Tensor:
         """|sum of all full-gradients - f(x)| / |f(x)|, which Proposition 6 says is 0. (B,)."""
-        with evaluating(model):
-            return self.full_gradient(model, images, checked(model, images, target)).error()
+        with explaining(model, images, target) as (model, labels):
+            return self.full_gradient(model, images, labels).error()
 
     def share_without_place(self, model: nn.Module, images: Tensor, target: Tensor | int | None = None) -> Tensor:
         """The part of f(x) that the map can't show, relative to f(x): the bias-gradients that lie in no plane. (B,)."""
-        with evaluating(model):
-            full = self.full_gradient(model, images, checked(model, images, target))
+        with explaining(model, images, target) as (model, labels):
+            full = self.full_gradient(model, images, labels)
         return full.outside() / full.output
 
     def full_gradient(self, model: nn.Module, images: Tensor, labels: Tensor | None) -> FullGradient:
