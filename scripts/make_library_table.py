@@ -96,6 +96,7 @@ def full_gradients(name: str) -> dict[str, str]:
         full = gradients.full_gradient(model, images, torch.zeros(1, dtype=torch.long), target="top")
         error, outside = float(full.error()), float(full.outside() / full.output)
         del full
+        warnings.filterwarnings("ignore", message=".*lies in no plane")  # which is in the table
         saliency = gradexp.FullGrad()(model, images)
     drawn = (
         saliency.shape == (1, 1, SIZE, SIZE) and saliency.isfinite().all() and saliency.flatten().diff().count_nonzero() > SIZE

@@ -416,11 +416,23 @@ class Unseen(nn.Module):
 def test_what_is_no_torch_function_is_refused_by_name() -> None:
     model, images, labels = small()
     model[2] = Unseen().eval()  # type: ignore[index]
-    with pytest.raises(UserError, match=r"Square.*input of 3, is no torch function.*no autograd.Function"):
+    with pytest.raises(UserError, match=r"Square.*of 3, is no torch function that can be seen.*outside of autograd.Function"):
         gradients.full_gradient(model, images, labels)
     scripted = torch.jit.trace(small()[0], images)  # type: ignore[no-untyped-call]
-    with pytest.raises(UserError, match="is no torch function"):
+    with pytest.raises(UserError, match="is no torch function that can be seen"):
         gradients.full_gradient(nn.Sequential(scripted).eval(), images, labels)
+
+
+class Mapped(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.vmap(lambda image: image * image.tanh())(x)  # type: ignore[no-any-return]
+
+
+def test_functions_under_vmap_are_refused_and_vmap_is_named() -> None:
+    model, images, labels = small()
+    model[2] = Mapped().eval()  # type: ignore[index]
+    with pytest.raises(UserError, match=r"input of 3, is no torch function that can be seen.*torch.vmap and torch.func"):
+        gradients.full_gradient(model, images, labels)
 
 
 class Tupled(nn.Module):

@@ -1,5 +1,6 @@
 """Saliency methods: the thesis's examples by hand, completeness, sanity, and an independent FullGrad."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -402,6 +403,22 @@ def test_signed_fullgrad_and_the_linear_layers_bias_sum_up_to_the_logit() -> Non
     model, images = net(layers=[6, 7]), pictures()
     signed = METHODS["fullgrad_signed"](model, images, 3).sum((1, 2, 3))
     torch.testing.assert_close(signed + model.linear.bias[3], model(images)[:, 3])
+
+
+@pytest.mark.parametrize("kind", [FullGrad, SmoothFullGrad, SimpleFullGrad])
+def test_a_map_without_most_of_the_logit_is_a_warning(kind: type[FullGrad]) -> None:
+    model, images = net(), pictures()
+    nn.init.zeros_(model.linear.bias)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        kind()(model, images)
+        nn.init.constant_(model.linear.bias, 1e6)
+        if kind is SimpleFullGrad:  # it has no biases
+            kind()(model, images)
+    if kind is not SimpleFullGrad:
+        with pytest.warns(UserWarning, match=r"more than 90% of an output lies in no plane, .*share_without_place\(model"):
+            kind()(model, images)
+        torch.testing.assert_close(kind().share_without_place(model, images), torch.ones(3).double(), rtol=1e-3, atol=0)
 
 
 def test_completeness_error_is_rounding() -> None:

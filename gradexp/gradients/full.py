@@ -53,8 +53,13 @@ class FullGradient:
 
     def outside(self) -> Tensor:
         """The part of the output whose bias-gradients lie in no plane: those of linear layers, class tokens, windows. (B,)."""
-        inside = [_sum(plane) for plane in [self.input * self.images, *self.planes().values()]]
-        return self.total() - torch.stack(inside).sum(0)
+        planes, total = self.planes(), torch.zeros_like(_sum(self.input))
+        for name, values in self.biases.items():
+            if name not in planes:
+                total = total + _sum(values)
+            elif planes[name].numel() < values.numel():  # class tokens in front of a grid
+                total = total + _sum(values) - _sum(planes[name])
+        return total
 
     def inexact(self) -> Tensor:
         """(B,), whether `total` misses the output by more than rounding explains."""

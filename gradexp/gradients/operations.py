@@ -12,11 +12,12 @@ refuse control flow that depends on data, and a dispatch mode works below autogr
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -225,6 +226,7 @@ class Operations(TorchFunctionMode):
             tangent = torch.zeros_like(value) if id(leaf) in self._constant else value.clone()
             return forward_ad.make_dual(value, tangent)  # type: ignore[no-untyped-call]
 
+        _load_forward_mode()
         try:
             with torch.no_grad(), forward_ad.dual_level():
                 outputs = call.with_arguments(dual).outputs()
@@ -296,7 +298,7 @@ class Operations(TorchFunctionMode):
         return call.with_arguments(lambda leaf: copy if leaf is changed else leaf)
 
     def check_seen(self, operand: Tensor) -> None:
-        """Raises UserError for a value that was computed from the images by something that is no torch function."""
+        """Raises UserError for a value that was computed from the images by no torch function that can be seen."""
         if operand.grad_fn is None or self.depends(operand):
             return
         nodes, seen = [operand.grad_fn], set()
@@ -305,8 +307,9 @@ class Operations(TorchFunctionMode):
             if getattr(node, "variable", None) is self._images:
                 where = f" of {self._calls[-1][0]}" if self._calls and self._calls[-1][0] else ""
                 raise UserError(
-                    f"{operand.grad_fn.name().removesuffix('Backward')}, whose value is an input{where}, is no torch function: "
-                    f"its bias can't be computed. Write it with torch's own functions (no autograd.Function, no TorchScript)"
+                    f"{operand.grad_fn.name().removesuffix('Backward')}, whose value is an input{where}, is no torch function "
+                    f"that can be seen: its bias can't be computed. Write it with torch's own functions, outside of "
+                    f"autograd.Function, TorchScript, torch.vmap and torch.func"
                 )
             seen.add(node)
             nodes += [below for below, _ in node.next_functions if below is not None and below not in seen]
@@ -376,6 +379,14 @@ def _is_floating(leaf: Any) -> bool:
 
 def _tangent(leaf: Any) -> Tensor | None:
     return forward_ad.unpack_dual(leaf).tangent if _is_floating(leaf) else None  # type: ignore[no-untyped-call]
+
+
+@cache
+def _load_forward_mode() -> None:
+    """Loads torch's derivatives of forward mode, without the warning about torch's own code that comes with them."""
+    with warnings.catch_warnings(), forward_ad.dual_level():
+        warnings.simplefilter("ignore", FutureWarning)
+        forward_ad.make_dual(torch.zeros(()), torch.zeros(()))  # type: ignore[no-untyped-call]
 
 
 def _keep(operation: Operation, gradient: Tensor) -> None:

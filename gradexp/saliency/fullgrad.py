@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,8 @@ from gradexp.gradients import FullGradient
 from gradexp.saliency.method import Saliency, explaining, predicted, value_range
 from gradexp.saliency.psi import check, psi
 
+LARGE_SHARE = 0.9  # of an output, whose absence from the map is a warning
+
 
 @dataclass(frozen=True, kw_only=True)
 class FullGrad(Saliency):
@@ -22,7 +25,7 @@ class FullGrad(Saliency):
     For any network of torch functions (gradexp.gradients.full_gradient); tokens of a grid are a plane. psi: the steps of ψ
     (gradexp/saliency/psi.py). separate: a map a module; otherwise a convolution and its batch normalisation share one. With
     [abs, rescale, upsample] and without `separate` it is the author's code of December 2019; what he released last is
-    ReferenceFullGrad.
+    ReferenceFullGrad. Warns where more than 90 % of an output lies in no plane.
     """
 
     psi: Sequence[str] = ("abs", "rescale", "upsample")
@@ -64,6 +67,12 @@ class FullGrad(Saliency):
         return {gradients.INPUT: full.input * full.images, **full.planes(self.of_biases(full))}
 
     def of_biases(self, full: FullGradient) -> dict[str, Tensor]:
+        if (full.outside().abs() > LARGE_SHARE * full.output.abs()).any():
+            warnings.warn(
+                f"more than {LARGE_SHARE:.0%} of an output lies in no plane, on no map of {type(self).__name__}: "
+                f"share_without_place(model, images) measures it",
+                stacklevel=2,
+            )
         return full.biases
 
 
