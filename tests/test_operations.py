@@ -372,7 +372,7 @@ def test_gradients_under_modes_that_record_nothing(switch: Any) -> None:
 def test_half_precision_and_autocast_are_complete_to_their_own_rounding(dtype: torch.dtype) -> None:
     model, images, labels = small()
     with torch.autocast("cpu", dtype=dtype):
-        gradients.full_gradient(model, images, labels)  # a warning is an error in these tests
+        assert not gradients.full_gradient(model, images, labels).inexact().any()
     full = gradients.full_gradient(model.to(dtype), images.to(dtype), labels)
     assert not full.inexact().any()
 
@@ -388,13 +388,47 @@ def test_wrapped_models_are_looked_into(fast: bool) -> None:
         torch.testing.assert_close(list(biases.values()), list(expected.values()))
 
 
-def test_no_hook_and_no_mode_survives_even_an_error() -> None:
+class Failing(nn.Module):
+    """Calls a torch function whose evaluation number `last` raises."""
+
+    def __init__(self, last: int) -> None:
+        super().__init__()
+        self.last, self.calls = last, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+    @layers.backward.visible
+    def function(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        if self.calls == self.last:
+            raise RuntimeError("no memory")
+        return x.tanh()
+
+
+@pytest.mark.parametrize(("last", "error"), [(1, "^no memory"), (2, "the bias of 2 can't be computed: no memory")])
+@pytest.mark.parametrize("differentiable", [None, False, True], ids=["method", "constant", "differentiable"])
+@pytest.mark.parametrize("recording", [False, True], ids=["no_grad", "grad"])
+def test_no_hook_and_no_mode_survives_even_an_error(
+    last: int, error: str, differentiable: bool | None, recording: bool
+) -> None:
+    """Raised inside a layer, or while its operation is linearised."""
     model, images, labels = small()
-    model.append(nn.Linear(7, 2).eval())
-    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        gradients.full_gradient(model, images, labels)
+    model[2] = Failing(last).eval()  # type: ignore[index]
+    model.train(differentiable is None)
+    backends = torch.nn.attention._cur_sdpa_kernel_backends()
+    with torch.set_grad_enabled(recording):
+        with pytest.raises(Exception, match=error):
+            if differentiable is None:
+                FullGrad()(model, images, labels)
+            else:
+                gradients.full_gradient(model, images, labels, differentiable=differentiable)
+        assert torch.is_grad_enabled() == recording
     assert torch.overrides._get_current_function_mode() is None
+    assert torch.autograd.forward_ad._current_level == -1
+    assert torch.nn.attention._cur_sdpa_kernel_backends() == backends
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert all(module.training == (differentiable is None) for module in model.modules())
 
 
 class Square(torch.autograd.Function):
@@ -435,15 +469,28 @@ def test_functions_under_vmap_are_refused_and_vmap_is_named() -> None:
         gradients.full_gradient(model, images, labels)
 
 
-class Tupled(nn.Module):
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return x.flatten(1), x
+class Returning(nn.Module):
+    """Returns what a function makes of its flat input."""
+
+    def __init__(self, wrap: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.conv, self.wrap = nn.Conv2d(3, 4, 1), wrap
+
+    def forward(self, x: Tensor) -> Any:
+        return self.wrap(self.conv(x).flatten(1))
 
 
-def test_models_that_return_no_logits_are_told_what_is_wanted() -> None:
-    for call in (gradients.full_gradient, gradients.input_gradient):
-        with pytest.raises(UserError, match=r"returns a tuple, where logits \(B, K\)"):
-            call(Tupled().eval(), torch.randn(1, 3, 2, 2), torch.tensor([0]))
+@pytest.mark.parametrize(
+    ("wrap", "returned"),
+    [(lambda x: (x, x), "a tuple"), (lambda x: {"out": x}, "a dict"), (lambda x: x[0], r"a tensor \(16,\)")],
+    ids=["tuple", "dictionary", "vector"],
+)
+@pytest.mark.parametrize(
+    "call", [gradients.full_gradient, gradients.input_gradient, FullGrad(), GradCAM(), SmoothGrad(samples=2)]
+)
+def test_models_that_return_no_logits_are_told_what_is_wanted(call: Any, wrap: Any, returned: str) -> None:
+    with pytest.raises(UserError, match=rf"returns {returned}, where logits \(B, K\) are expected: wrap it"):
+        call(Returning(wrap).eval(), torch.randn(1, 3, 2, 2), torch.tensor([0]))
 
 
 class Noisy(nn.Module):
