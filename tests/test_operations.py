@@ -291,6 +291,21 @@ def test_attention_is_no_plane_of_pixels_though_it_has_the_shape_of_one(fused: b
     assert float(full.error().max()) < 1e-12
 
 
+def test_products_with_matrices_and_softmax_over_channels_of_maps_are_planes() -> None:
+    class Mixing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.weight, self.bias, self.head = nn.Conv2d(3, 4, 1), parameter(4, 5), parameter(5), nn.Linear(5, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            mixed = self.conv(x).permute(0, 2, 3, 1) @ self.weight + self.bias
+            return self.head(mixed.softmax(-1).mean((1, 2)))  # type: ignore[no-any-return]
+
+    full = gradients.full_gradient(Mixing().double().eval(), torch.randn(2, 3, 6, 7).double(), torch.tensor([0, 1]))
+    shapes = {name: tuple(plane.shape[1:]) for name, plane in full.planes().items()}
+    assert shapes == {"conv": (4, 6, 7), "add": (5, 6, 7), "softmax": (5, 6, 7)}
+
+
 @pytest.mark.parametrize("name", ["swin", "swin_v2", "maxvit"])
 def test_windows_are_no_planes_and_maps_between_them_are(name: str) -> None:
     """Four windows of four tokens have the shape of a map of four rows and columns."""

@@ -42,7 +42,7 @@ PLANAR = {  # the outputs (B, c, h, w) are planes
     *("convolve", "conv2d", "conv_transpose2d", "interpolate"),
     *("max_pool", "max_pool2d", "avg_pool2d", "adaptive_max_pool2d", "adaptive_avg_pool2d"),
 }
-MIXING = {"softmax", "matmul", "__matmul__", "bmm", "baddbmm", "einsum", "scaled_dot_product_attention"}  # never planes
+PRODUCTS = {"matmul", "__matmul__", "bmm", "baddbmm", "einsum", "scaled_dot_product_attention"}  # of two maps: no planes
 RESHAPING = {"reshape", "view", "unflatten"}  # outputs are planes where an earlier plane has their shape
 
 
@@ -281,7 +281,7 @@ class Operations(TorchFunctionMode):
 
     def _is_plane(self, output: Tensor, call: Call) -> bool:
         """Whether an output is a map of pixels, which shapes do not show: the attention of 64 tokens is (B, heads, 64, 64)."""
-        if call.name in MIXING or output.ndim not in (3, 4):
+        if output.ndim not in (3, 4) or (call.name in PRODUCTS and sum(map(self.depends, call.operands)) > 1):
             return False
         if call.name in RESHAPING:
             return output.shape in self._shapes
