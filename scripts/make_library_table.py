@@ -39,7 +39,7 @@ COLUMNS = ("architecture", "parameters", "fullgrad", "error", "outside", "accele
 SIZE = 224  # pixels, for FullGrad
 SMALL = 64  # pixels, for second derivatives; an attention over windows of fixed number needs SIZE
 SMALLER = {"inception_v3": 96, "maxvit_t": SIZE}
-EPS = torch.finfo(torch.float32).eps
+SMALLEST = 1e-7  # error that is shown: smaller ones are rounding of float32
 ROUNDING = 1e-10  # gradients so much smaller than the largest one are rounding, such as those of a bias before a normalisation
 
 
@@ -96,6 +96,7 @@ def full_gradients(name: str) -> dict[str, str]:
         full = gradients.full_gradient(model, images, torch.zeros(1, dtype=torch.long), target="top")
         error, outside = float(full.error()), float(full.outside() / full.output)
         del full
+        warnings.filterwarnings("ignore", message=".*lies in no plane")  # which is in the table
         saliency = gradexp.FullGrad()(model, images)
     drawn = (
         saliency.shape == (1, 1, SIZE, SIZE) and saliency.isfinite().all() and saliency.flatten().diff().count_nonzero() > SIZE
@@ -201,7 +202,7 @@ def table(rows: dict[str, dict[str, str]], sizes: dict[str, int]) -> list[str]:
             "Architecture": name,
             "Parameters": f"{sizes[name] / 1e6:.1f} M",
             "FullGrad": row["fullgrad"],
-            "Completeness error": f"< {EPS:.0e}" if row["error"] and float(row["error"]) < EPS else row["error"],
+            "Completeness error": f"< {SMALLEST:.0e}" if row["error"] and float(row["error"]) < SMALLEST else row["error"],
             "Without a plane": f"{100 * float(row['outside']):.1f} %" if row["outside"] else "",
             "`accelerate`": row["accelerate"],
         }

@@ -127,6 +127,17 @@ def test_maps_are_measured_against_one_forward_and_one_backward() -> None:
     assert "pip install -e '.[bench]'" in text
 
 
+def test_every_large_network_is_measured_at_its_batch_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured(name: str, _: object, *, batch: int, **__: int) -> list[saliency.Row]:
+        return [saliency.Row(name, batch, what, 1.0, 1.0, None) for what in (saliency.FORWARD_BACKWARD, "FullGrad")]
+
+    monkeypatch.setattr(saliency, "measure", measured)
+    monkeypatch.setattr(saliency, "peak_memory", lambda _, name, batch, size: batch)
+    rows = saliency.rows(steps.make_hardware("32"), quick=False)[2:]
+    assert {(row.model, row.batch) for row in rows} >= {("resnet18", 1), ("resnet18", 16), ("vgg16_bn", 8), ("vit_b_16", 8)}
+    assert all(row.peak_memory_mib == row.batch for row in rows if row.what == "FullGrad")
+
+
 def test_the_package_is_measured_after_ours_not_between(monkeypatch: pytest.MonkeyPatch) -> None:
     """It leaves the allocator in a state that the next in a round would pay for."""
     called: list[str] = []
@@ -245,4 +256,8 @@ def test_one_part_is_measured_again_and_the_others_stay(tmp_path: Path, monkeypa
     assert "10.0 %" in text and text.count("commit aaaaaaa") == text.count("commit bbbbbbb") == 1
     (tmp_path / "bench.json").write_text(json.dumps(after | {"machine": after["machine"] | {"device": "another"}}))
     with pytest.raises(UserError, match="measured with another device; measure everything again"):
+        page.run(tmp_path, quick=False, parts=["runs"])
+    del after["loops"]["rows"][0]["bare"]
+    (tmp_path / "bench.json").write_text(json.dumps(after))
+    with pytest.raises(UserError, match=r"bench.json was measured by older code; measure everything again: make bench"):
         page.run(tmp_path, quick=False, parts=["runs"])

@@ -1,6 +1,7 @@
 """Fast layers against autograd's own double backward, in float64."""
 
 import copy
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ from families import FAMILIES, family
 from make_library_table import twice_differentiable
 from tiny import randomised
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchvision.models import vgg as tv_vgg
 
@@ -275,6 +277,47 @@ def test_batch_norm_in_training_needs_two_values_a_channel() -> None:
             layer(torch.randn(1, 3, 1, 1))
         assert layer.running_var.isfinite().all()
         layer.eval()(torch.randn(1, 3, 1, 1))
+
+
+class WeightStandardised(nn.Conv2d):
+    """A subclass, as timm's StdConv2d."""
+
+
+class OwnAttention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(6, 18)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mixed(*self.qkv(x.flatten(2).transpose(1, 2)).chunk(3, -1))
+
+    def mixed(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return functional.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])
+
+
+def test_accelerate_names_subclasses_and_attention_that_it_leaves_alone(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Sequential(WeightStandardised(2, 6, 3), OwnAttention(), nn.Flatten(), nn.Linear(24, 3)).double()
+    images = torch.randn(2, 2, 4, 4, dtype=DOUBLE)
+    expected = model(images)
+    layers.accelerate(model)
+    torch.testing.assert_close(model(images), expected)
+    slow, attention = (record.getMessage() for record in caplog.records)
+    assert slow == "autograd's own double backward for WeightStandardised: exact, but slower"
+    assert re.fullmatch(r"OwnAttention calls scaled_dot_product_attention.*sdpa_kernel\(SDPBackend.MATH\)", attention)
+
+    def penalty() -> Tensor:
+        inputs = images.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(model(inputs)[:, 0].sum(), inputs, create_graph=True)
+        return gradient.square().sum()
+
+    with pytest.raises(RuntimeError, match="derivative for aten::_scaled_dot_product"):
+        penalty().backward()  # type: ignore[no-untyped-call]
+    with sdpa_kernel(SDPBackend.MATH):
+        penalty().backward()  # type: ignore[no-untyped-call]
+    caplog.clear()
+    layers.accelerate(model)
+    layers.accelerate(nn.Sequential(nn.Conv2d(2, 6, 3), nn.MultiheadAttention(6, 2)))
+    assert "Conv2d" not in caplog.text.replace("WeightStandardised", "") and "Multihead" not in caplog.text
 
 
 def test_batch_norm_by_running_statistics_rounds_once() -> None:

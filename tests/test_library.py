@@ -151,6 +151,14 @@ def test_the_table_is_that_of_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(rows) <= set(script.parameter_counts())
 
 
+@pytest.mark.parametrize(("error", "shown"), [("1.1e-07", "1.1e-07"), ("1.0e-07", "1.0e-07"), ("9.9e-08", "< 1e-07")])
+def test_an_error_of_the_table_is_not_shown_as_smaller_than_it_is(error: str, shown: str) -> None:
+    import make_library_table as script
+
+    row = {"fullgrad": "yes", "error": error, "outside": "0.1", "accelerate": "1e-12"}
+    assert f"| {shown} |" in script.table({"resnet18": row}, {"resnet18": 1})[2]
+
+
 def test_a_row_of_the_table(tmp_path: Path) -> None:
     import make_library_table as script
 

@@ -1,5 +1,6 @@
 """Full-gradients of any network: each operation's bias against finite differences, completeness, and what is refused."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch.nn import functional
 
 from gradexp import gradients, layers
 from gradexp.base.errors import UserError
-from gradexp.saliency import FullGrad, GradCAM, SmoothGrad
+from gradexp.saliency import FullGrad, GradCAM, IntegratedGradients, ReferenceFullGrad, SmoothGrad
 
 CHANNELS, SIZE = 4, 6
 
@@ -88,6 +89,15 @@ def twice(op: Operation, x: Tensor) -> Tensor:
     return op.conv(torch.relu(op.conv(x)))
 
 
+def by_fourier_transform(op: Operation, x: Tensor) -> Tensor:
+    """A filter, squares, biases and gates of complex values, and operations that are not holomorphic."""
+    f = torch.fft.fft2(op.conv(x)) * torch.complex(op.weight[0, 0, 0, 0], op.bias[0])
+    f = f * f + 0.1 * f + torch.complex(op.bias, op.mean).view(-1, 1, 1)
+    f = f * f.abs().tanh() + f.conj()
+    f[:, 0] *= 1j
+    return torch.fft.ifft2(f).real + torch.fft.irfft2(torch.fft.rfft2(x).sigmoid(), s=x.shape[-2:]) + f.imag.sin()
+
+
 def also_used_raw(op: Operation, x: Tensor) -> Tensor:
     y = op.conv(x)
     return op.norm(y) + y
@@ -132,6 +142,7 @@ OPERATIONS: dict[str, Callable[[Operation, Tensor], Tensor]] = {
     "standardised weights": standardised,
     "gated": gated,
     "module called twice": twice,
+    "complex values": by_fourier_transform,
     "detached": lambda op, x: x * x.detach().sigmoid() + x.detach(),
     "detached only": lambda op, x: x + x.detach().square(),
     "chosen by the data": lambda op, x: x.exp() if float(x[0, 0, 0, 0].detach()) < 1e9 else x,
@@ -198,7 +209,7 @@ def test_the_bias_of_an_operation_is_what_finite_differences_leave(name: str, se
     torch.testing.assert_close(found - ends[0] - ends[1], expected, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", ["in place in a part", "class token and attention", "softplus", "product"])
+@pytest.mark.parametrize("name", ["in place in a part", "class token and attention", "softplus", "product", "complex values"])
 def test_full_gradients_of_any_operation_are_differentiable(name: str) -> None:
     """The derivative of the sum of all terms is that of the output: for the parameters, and for the images."""
     model, images, labels = chain(name)
@@ -245,6 +256,69 @@ def test_tokens_and_channels_last_are_planes_and_the_class_token_is_none() -> No
     assert full.planes()["norm"].shape == (2, 5, 4, 6)
 
 
+class Attending(nn.Module):
+    """Two heads over the 64 tokens of an image of 64 pixels, queries normalised: the weights have the size of the image."""
+
+    def __init__(self, fused: bool) -> None:
+        super().__init__()
+        self.stem, self.patches = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 8, 8, 8)
+        self.qkv, self.norm, self.out, self.head = nn.Linear(8, 3 * 128), nn.LayerNorm(64), nn.Linear(128, 5), nn.Linear(5, 2)
+        self.fused = fused
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.patches(functional.silu(self.stem(x))).flatten(2).transpose(1, 2)
+        q, k, v = self.qkv(tokens).view(len(x), 64, 3, 2, 64).permute(2, 0, 3, 1, 4)
+        if self.fused:
+            mixed = functional.scaled_dot_product_attention(self.norm(q), k, v)
+        else:
+            mixed = (functional.dropout((self.norm(q) @ k.mT / 8 + 1).softmax(-1), 0.0) + 0.1).tanh() @ v
+        return self.head(self.out(mixed.transpose(1, 2).flatten(2)).mean(1))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["products", "fused"])
+def test_attention_is_no_plane_of_pixels_though_it_has_the_shape_of_one(fused: bool) -> None:
+    torch.manual_seed(0)
+    model, images = Attending(fused).double().eval(), torch.randn(2, 3, 64, 64).double()
+    full = gradients.full_gradient(model, images, torch.tensor([0, 1]))
+    shapes = {name: tuple(value.shape) for name, value in full.biases.items()}
+    assert shapes["scaled_dot_product_attention" if fused else "tanh"] == (2, 2, 64, 64)
+    assert shapes["norm"] == (2, 2, 64, 64)
+    planes = {name: tuple(plane.shape[1:]) for name, plane in full.planes().items()}
+    assert planes == {
+        **{"stem": (4, 64, 64), "silu": (4, 64, 64)},
+        **{"patches": (8, 8, 8), "qkv": (384, 8, 8), "out": (5, 8, 8)},
+    }
+    assert float(full.error().max()) < 1e-12
+
+
+def test_products_with_matrices_and_softmax_over_channels_of_maps_are_planes() -> None:
+    class Mixing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.weight, self.bias, self.head = nn.Conv2d(3, 4, 1), parameter(4, 5), parameter(5), nn.Linear(5, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            mixed = self.conv(x).permute(0, 2, 3, 1) @ self.weight + self.bias
+            return self.head(mixed.softmax(-1).mean((1, 2)))  # type: ignore[no-any-return]
+
+    full = gradients.full_gradient(Mixing().double().eval(), torch.randn(2, 3, 6, 7).double(), torch.tensor([0, 1]))
+    shapes = {name: tuple(plane.shape[1:]) for name, plane in full.planes().items()}
+    assert shapes == {"conv": (4, 6, 7), "add": (5, 6, 7), "softmax": (5, 6, 7)}
+
+
+@pytest.mark.parametrize("name", ["swin", "swin_v2", "maxvit"])
+def test_windows_are_no_planes_and_maps_between_them_are(name: str) -> None:
+    """Four windows of four tokens have the shape of a map of four rows and columns."""
+    model, images = family(name)
+    full = gradients.full_gradient(model, images, torch.zeros(3, dtype=torch.long))
+    inside = [name for name in full.biases if re.search(r"attn\.(qkv|softmax|matmul|add)|_attention", name)]
+    assert inside
+    assert not full.planes().keys() & inside
+    if name.startswith("swin"):
+        norms = {f"features.{stage}.{block}.norm{i}" for stage in (1, 3) for block in (0, 1) for i in (1, 2)}
+        assert norms <= full.planes().keys()
+
+
 def test_images_that_share_an_axis_with_windows_or_stand_second_are_kept_apart() -> None:
     class Windows(nn.Module):
         """Windows in front of the images (w B), tokens in front of them (N, B), and rows mixed into the batch."""
@@ -275,6 +349,19 @@ def test_images_that_share_an_axis_with_windows_or_stand_second_are_kept_apart()
                 torch.testing.assert_close(whole.biases[name][i].flatten().sum(), values.sum())
 
 
+def test_images_coupled_by_batch_statistics_are_refused_and_one_alone_is_not() -> None:
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(4, track_running_stats=False)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), norm, nn.GELU(), nn.Flatten(), nn.Linear(64, 3)).double().eval()
+    images, labels = torch.randn(3, 3, 6, 6).double(), torch.tensor([0, 1, 2])
+    for method in (gradients.full_gradient, FullGrad()):
+        with pytest.raises(UserError, match=r"for an image depends on the others of its batch.*one image at a time"):
+            method(model, images, labels)
+    full = gradients.full_gradient(model, images[:1], labels[:1])
+    torch.testing.assert_close(full.output, model(images[:1])[:, 0].detach())
+    assert float(full.error()) < 1e-12
+
+
 # --- what is around a call --------------------------------------------------------------------------------
 
 
@@ -300,7 +387,7 @@ def test_gradients_under_modes_that_record_nothing(switch: Any) -> None:
 def test_half_precision_and_autocast_are_complete_to_their_own_rounding(dtype: torch.dtype) -> None:
     model, images, labels = small()
     with torch.autocast("cpu", dtype=dtype):
-        gradients.full_gradient(model, images, labels)  # a warning is an error in these tests
+        assert not gradients.full_gradient(model, images, labels).inexact().any()
     full = gradients.full_gradient(model.to(dtype), images.to(dtype), labels)
     assert not full.inexact().any()
 
@@ -316,13 +403,47 @@ def test_wrapped_models_are_looked_into(fast: bool) -> None:
         torch.testing.assert_close(list(biases.values()), list(expected.values()))
 
 
-def test_no_hook_and_no_mode_survives_even_an_error() -> None:
+class Failing(nn.Module):
+    """Calls a torch function whose evaluation number `last` raises."""
+
+    def __init__(self, last: int) -> None:
+        super().__init__()
+        self.last, self.calls = last, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+    @layers.backward.visible
+    def function(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        if self.calls == self.last:
+            raise RuntimeError("no memory")
+        return x.tanh()
+
+
+@pytest.mark.parametrize(("last", "error"), [(1, "^no memory"), (2, "the bias of 2 can't be computed: no memory")])
+@pytest.mark.parametrize("differentiable", [None, False, True], ids=["method", "constant", "differentiable"])
+@pytest.mark.parametrize("recording", [False, True], ids=["no_grad", "grad"])
+def test_no_hook_and_no_mode_survives_even_an_error(
+    last: int, error: str, differentiable: bool | None, recording: bool
+) -> None:
+    """Raised inside a layer, or while its operation is linearised."""
     model, images, labels = small()
-    model.append(nn.Linear(7, 2).eval())
-    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        gradients.full_gradient(model, images, labels)
+    model[2] = Failing(last).eval()  # type: ignore[index]
+    model.train(differentiable is None)
+    backends = torch.nn.attention._cur_sdpa_kernel_backends()
+    with torch.set_grad_enabled(recording):
+        with pytest.raises(Exception, match=error):
+            if differentiable is None:
+                FullGrad()(model, images, labels)
+            else:
+                gradients.full_gradient(model, images, labels, differentiable=differentiable)
+        assert torch.is_grad_enabled() == recording
     assert torch.overrides._get_current_function_mode() is None
+    assert torch.autograd.forward_ad._current_level == -1
+    assert torch.nn.attention._cur_sdpa_kernel_backends() == backends
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert all(module.training == (differentiable is None) for module in model.modules())
 
 
 class Square(torch.autograd.Function):
@@ -344,22 +465,47 @@ class Unseen(nn.Module):
 def test_what_is_no_torch_function_is_refused_by_name() -> None:
     model, images, labels = small()
     model[2] = Unseen().eval()  # type: ignore[index]
-    with pytest.raises(UserError, match=r"Square.*input of 3, is no torch function.*no autograd.Function"):
+    with pytest.raises(UserError, match=r"Square.*of 3, is no torch function that can be seen.*outside of autograd.Function"):
         gradients.full_gradient(model, images, labels)
     scripted = torch.jit.trace(small()[0], images)  # type: ignore[no-untyped-call]
-    with pytest.raises(UserError, match="is no torch function"):
+    with pytest.raises(UserError, match="is no torch function that can be seen"):
         gradients.full_gradient(nn.Sequential(scripted).eval(), images, labels)
 
 
-class Tupled(nn.Module):
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return x.flatten(1), x
+class Mapped(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.vmap(lambda image: image * image.tanh())(x)  # type: ignore[no-any-return]
 
 
-def test_models_that_return_no_logits_are_told_what_is_wanted() -> None:
-    for call in (gradients.full_gradient, gradients.input_gradient):
-        with pytest.raises(UserError, match=r"returns a tuple, where logits \(B, K\)"):
-            call(Tupled().eval(), torch.randn(1, 3, 2, 2), torch.tensor([0]))
+def test_functions_under_vmap_are_refused_and_vmap_is_named() -> None:
+    model, images, labels = small()
+    model[2] = Mapped().eval()  # type: ignore[index]
+    with pytest.raises(UserError, match=r"input of 3, is no torch function that can be seen.*torch.vmap and torch.func"):
+        gradients.full_gradient(model, images, labels)
+
+
+class Returning(nn.Module):
+    """Returns what a function makes of its flat input."""
+
+    def __init__(self, wrap: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.conv, self.wrap = nn.Conv2d(3, 4, 1), wrap
+
+    def forward(self, x: Tensor) -> Any:
+        return self.wrap(self.conv(x).flatten(1))
+
+
+@pytest.mark.parametrize(
+    ("wrap", "returned"),
+    [(lambda x: (x, x), "a tuple"), (lambda x: {"out": x}, "a dict"), (lambda x: x[0], r"a tensor \(16,\)")],
+    ids=["tuple", "dictionary", "vector"],
+)
+@pytest.mark.parametrize(
+    "call", [gradients.full_gradient, gradients.input_gradient, FullGrad(), GradCAM(), SmoothGrad(samples=2)]
+)
+def test_models_that_return_no_logits_are_told_what_is_wanted(call: Any, wrap: Any, returned: str) -> None:
+    with pytest.raises(UserError, match=rf"returns {returned}, where logits \(B, K\) are expected: wrap it"):
+        call(Returning(wrap).eval(), torch.randn(1, 3, 2, 2), torch.tensor([0]))
 
 
 class Noisy(nn.Module):
@@ -374,6 +520,36 @@ def test_a_sum_that_misses_the_output_is_a_warning() -> None:
     model[2] = Noisy().eval()  # type: ignore[index]
     with pytest.warns(UserWarning, match="the full-gradients of Sequential sum up to"):
         gradients.full_gradient(model, 10 * images, labels)
+
+
+class Centred(nn.Module):
+    """Normalises the images that it is given in place."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        x.sub_(0.4)
+        x /= 0.2
+        return self.model(x)  # type: ignore[no-any-return]
+
+
+def test_a_model_may_change_its_input_in_place() -> None:
+    model, images, labels = small()
+    given = images.double()
+    model, centred = model.double(), Centred(model).eval()
+    full = gradients.full_gradient(centred, given, labels)
+    assert float(full.error().max()) < 1e-12
+    assert "sub" in full.planes()
+    torch.testing.assert_close(full.output, model((given - 0.4) / 0.2)[[0, 1], labels].detach())
+    expected = gradients.input_gradient(model, (given - 0.4) / 0.2, labels) / 0.2
+    torch.testing.assert_close(gradients.input_gradient(centred, given, labels), expected)
+    methods = FullGrad(), GradCAM(layer="model.0"), SmoothGrad(samples=2), IntegratedGradients(steps=2), ReferenceFullGrad()
+    for method in methods:
+        for target in (None, 1):
+            assert method(centred, given, target).isfinite().all()
+    assert torch.equal(given, images.double())
 
 
 # --- torchvision's families -------------------------------------------------------------------------------

@@ -1,10 +1,13 @@
 """Saliency methods: the thesis's examples by hand, completeness, sanity, and an independent FullGrad."""
 
+import itertools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from tiny import randomised
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -114,6 +117,14 @@ def test_a_map_has_the_images_size_and_the_model_stays_as_it_was(name: str, targ
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("name", ["fullgrad", "input_gradient", "integrated_gradients"])
+def test_the_classes_of_a_target_are_counted_in_the_pass_that_explains_it(name: str) -> None:
+    model, calls = net(), list[int]()
+    model.register_forward_hook(lambda _, inputs, __: calls.append(len(inputs[0])))
+    METHODS[name](model, pictures(), 2)
+    assert len(calls) == 1
+
+
 @pytest.mark.parametrize("name", DETERMINISTIC)
 def test_none_means_the_predicted_class(name: str) -> None:
     model, images = net(), pictures(5)
@@ -153,6 +164,36 @@ def test_maps_do_not_depend_on_what_surrounds_the_call(name: str) -> None:
     with torch.inference_mode():
         torch.testing.assert_close(explain(model, images + 0), expected)
     torch.testing.assert_close(explain(nn.DataParallel(model), images), expected)
+
+
+@pytest.mark.parametrize("name", ["fullgrad", "gradcam", "smoothgrad"])
+def test_compiled_models_are_explained_and_keep_nothing(name: str) -> None:
+    """By torch.compile, and in place."""
+    model, images = net(), pictures()
+
+    def explain(explained: Any) -> Tensor:
+        torch.manual_seed(0)
+        return METHODS[name](explained, images, 2)
+
+    expected, logits = explain(model), model(images)
+    torch.testing.assert_close(explain(torch.compile(model, backend="eager")), expected)
+    model.compile(backend="eager")
+    torch.testing.assert_close(explain(model), expected)
+    assert not model._forward_hooks and not model._forward_pre_hooks
+    model.linear = nn.Linear(model.linear.in_features, 2).double()  # fewer classes than the target that was explained
+    assert model(images).shape == (3, 2) != logits.shape
+
+
+@pytest.mark.parametrize("method", [FullGrad(), SmoothGrad(samples=4)], ids=["fullgrad", "smoothgrad"])
+def test_maps_under_autocast_are_nearly_those_in_full_precision(method: Saliency) -> None:
+    torch.manual_seed(0)
+    model, images, maps = net().float(), pictures(size=16).float(), []
+    for enabled in (False, True):
+        torch.manual_seed(1)
+        with torch.autocast("cpu", dtype=torch.float16, enabled=enabled):
+            maps.append(method(model, images, 2).flatten().float())
+    assert not torch.equal(*maps)
+    assert torch.corrcoef(torch.stack(maps))[0, 1] > 0.95
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -396,6 +437,22 @@ def test_signed_fullgrad_and_the_linear_layers_bias_sum_up_to_the_logit() -> Non
     torch.testing.assert_close(signed + model.linear.bias[3], model(images)[:, 3])
 
 
+@pytest.mark.parametrize("kind", [FullGrad, SmoothFullGrad, SimpleFullGrad])
+def test_a_map_without_most_of_the_logit_is_a_warning(kind: type[FullGrad]) -> None:
+    model, images = net(), pictures()
+    nn.init.zeros_(model.linear.bias)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        kind()(model, images)
+        nn.init.constant_(model.linear.bias, 1e6)
+        if kind is SimpleFullGrad:  # it has no biases
+            kind()(model, images)
+    if kind is not SimpleFullGrad:
+        with pytest.warns(UserWarning, match=r"more than 90% of an output lies in no plane, .*share_without_place\(model"):
+            kind()(model, images)
+        torch.testing.assert_close(kind().share_without_place(model, images), torch.ones(3).double(), rtol=1e-3, atol=0)
+
+
 def test_completeness_error_is_rounding() -> None:
     for separate in (False, True):
         method, model, images = FullGrad(psi=PSI, separate=separate), net(), pictures()
@@ -606,6 +663,25 @@ def test_reference_variants_from_their_formulas(name: str, target: int | None) -
     expected = torch.stack([reference_psi(term, 8) for term in sums]).sum(0)
     torch.manual_seed(3)
     torch.testing.assert_close(method(model, images, target), expected.detach(), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["convolutions with biases", "without"])
+def test_the_authors_full_gradients_are_ours_where_his_are_complete(bias: bool) -> None:
+    """A VGG with batch normalisation and ReLU, whose linear layers have no biases: every bias has a map."""
+    widths, stages = [3, 6, 6, 8], list[nn.Module]()
+    for inputs, outputs in itertools.pairwise(widths):
+        stages += [nn.Conv2d(inputs, outputs, 3, padding=1, bias=bias), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
+    head = (nn.MaxPool2d(2), nn.Flatten(), nn.Linear(128, 16, bias=False), nn.ReLU(), nn.Linear(16, 4, bias=False))
+    model, images, labels = randomised(nn.Sequential(*stages, *head)), pictures(), torch.tensor([0, 3, 1])
+    full = gradients.full_gradient(model, images, labels, separate=True)
+    ours = [full.input * images, *full.planes().values()]
+    theirs = ReferenceFullGrad().terms(model, images, labels)
+    assert len(ours) == len(theirs) == (7 if bias else 4)
+    for mine, reference in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, reference, rtol=1e-12, atol=1e-14)
+    logits = model(images)[torch.arange(3), labels]
+    torch.testing.assert_close(torch.stack([term.flatten(1).sum(1) for term in theirs]).sum(0), logits, rtol=1e-12, atol=1e-14)
+    assert not full.outside().any()
 
 
 def test_reference_gradcam_by_hand() -> None:

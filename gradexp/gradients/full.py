@@ -23,7 +23,7 @@ class FullGradient:
 
     images (B, C, H, W), output (B,), input: input-gradient (B, C, H, W). biases: {operation: bias-gradient f^b, that is bias
     times gradient}, gradients: {operation: the gradient alone}, both (B, ...). nonlinear: operations that are no convolution,
-    linear layer or batch normalisation. grids: sizes (h, w) of the network's maps.
+    linear layer or batch normalisation. planar: operations whose outputs are maps. grids: sizes (h, w) of the network's maps.
     """
 
     images: Tensor
@@ -32,6 +32,7 @@ class FullGradient:
     biases: dict[str, Tensor]
     gradients: dict[str, Tensor]
     nonlinear: frozenset[str] = frozenset()
+    planar: frozenset[str] = frozenset()
     grids: frozenset[tuple[int, ...]] = frozenset()
 
     def total(self) -> Tensor:
@@ -45,13 +46,20 @@ class FullGradient:
     def planes(self, values: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Those of `values` (default: the bias-gradients) that lie in a plane, as (B, c, h, w): maps and grids of tokens."""
         sizes = {tuple(self.images.shape[-2:])}.union(*map(halved, self.grids))
-        found = {name: as_plane(value, sizes) for name, value in (self.biases if values is None else values).items()}
-        return {name: plane for name, plane in found.items() if plane is not None}
+        values = self.biases if values is None else values
+        possible = {name: value for name, value in values.items() if name in self.planar or value.ndim == 3}
+        planes = {name: as_plane(value, sizes) for name, value in possible.items()}
+        return {name: plane for name, plane in planes.items() if plane is not None}
 
     def outside(self) -> Tensor:
         """The part of the output whose bias-gradients lie in no plane: those of linear layers, class tokens, windows. (B,)."""
-        inside = [_sum(plane) for plane in [self.input * self.images, *self.planes().values()]]
-        return self.total() - torch.stack(inside).sum(0)
+        planes, total = self.planes(), torch.zeros_like(_sum(self.input))
+        for name, values in self.biases.items():
+            if name not in planes:
+                total = total + _sum(values)
+            elif planes[name].numel() < values.numel():  # class tokens in front of a grid
+                total = total + _sum(values) - _sum(planes[name])
+        return total
 
     def inexact(self) -> Tensor:
         """(B,), whether `total` misses the output by more than rounding explains."""
@@ -81,8 +89,8 @@ def full_gradient(
     the output, exactly, for `target="label"` and `"top"`. images (B, C, H, W), labels (B,). differentiable: with the graph for
     a further backward pass. Works under `no_grad`, `inference_mode` and autocast.
 
-    Raises UserError for a model in train mode, and for an operation whose bias can't be computed; warns where the sum differs
-    from the output by more than rounding explains.
+    Raises UserError for a model in train mode, for an operation whose bias can't be computed, and where the output of an image
+    depends on the others of its batch; warns where the sum differs from the output by more than rounding explains.
     """
     model = plain(model)
     if model.training:
@@ -97,6 +105,7 @@ def full_gradient(
                 for i in range(len(images))
             ]
             full = _joined([part for part in parts if part is not None])
+            _check_independent(model, images, labels, target, full)
     if full.inexact().any():
         largest = sorted(full.biases, key=lambda name: -float(_sum(full.biases[name]).abs().max()))[:3]
         warnings.warn(
@@ -136,7 +145,7 @@ def _decomposed(
     images = images.detach().requires_grad_()
     met = Operations(model, images, differentiable=differentiable)
     with met.recording():
-        logits = checked_logits(model(images))
+        logits = checked_logits(model(images.clone()))  # which the model may change in place
     met.check_seen(logits)
     at_input = gradient_of(logits, images, labels, target=target, differentiable=differentiable)
     operations = [each for each in (met.all if separate else met.merged()) if each.gradient is not None]
@@ -148,13 +157,28 @@ def _decomposed(
             return None
         gradients[operation.name] = slope
         if operation.bias is not None:
-            product = _by_image(operation.gradient * operation.bias, len(images))
+            # torch's gradient at a complex y is df/dRe(y) + i df/dIm(y), so that the real part is the sum over both.
+            product = _by_image((operation.gradient.conj() * operation.bias).real, len(images))
             assert product is not None
             biases[operation.name] = product
     output = scalar(logits, labels, target)
     nonlinear = frozenset(operation.name for operation in operations if operation.kind == "other")
-    full = FullGradient(images, output, at_input, biases, gradients, nonlinear, frozenset(met.grids))
+    planar = frozenset(operation.name for operation in operations if operation.planar)
+    full = FullGradient(images, output, at_input, biases, gradients, nonlinear, planar, frozenset(met.grids))
     return full if differentiable else _constant(full)
+
+
+def _check_independent(model: nn.Module, images: Tensor, labels: Tensor, target: str, alone: FullGradient) -> None:
+    """Raises UserError where complete full-gradients of single images are those of other outputs than the batch has."""
+    with torch.no_grad():
+        together = scalar(checked_logits(model(images.clone())), labels, target)
+    tolerance = torch.finfo(together.dtype).eps ** 0.5 * together.nan_to_num().abs().max()
+    differs = (together - alone.output).abs() > tolerance
+    if differs.any() and not alone.inexact().any():
+        raise UserError(
+            f"the output of {type(model).__name__} for an image depends on the others of its batch, as with batch statistics: "
+            f"give it one image at a time, or its normalisations running statistics (track_running_stats=True)"
+        )
 
 
 def _constant(full: FullGradient) -> FullGradient:
@@ -174,8 +198,8 @@ def _joined(parts: Sequence[FullGradient]) -> FullGradient:
         }
 
     whole = [torch.cat([getattr(part, which) for part in parts]) for which in ("images", "output", "input")]
-    nonlinear = frozenset[str]().union(*(part.nonlinear for part in parts))
-    return FullGradient(whole[0], whole[1], whole[2], joined("biases"), joined("gradients"), nonlinear, parts[0].grids)
+    nonlinear, planar = (frozenset[str]().union(*(getattr(part, which) for part in parts)) for which in ("nonlinear", "planar"))
+    return FullGradient(whole[0], whole[1], whole[2], joined("biases"), joined("gradients"), nonlinear, planar, parts[0].grids)
 
 
 def _by_image(values: Tensor, batch: int) -> Tensor | None:

@@ -73,7 +73,8 @@ def input_gradient(model: nn.Module, images: Tensor, labels: Tensor, *, target: 
     """
     with differentiable_anyway():
         images = constant(images).requires_grad_()
-        return gradient_of(checked_logits(model(images)), images, labels, target=target, differentiable=False).detach()
+        logits = checked_logits(model(images.clone()))  # which the model may change in place
+        return gradient_of(logits, images, labels, target=target, differentiable=False).detach()
 
 
 @contextmanager

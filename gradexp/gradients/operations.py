@@ -12,11 +12,12 @@ refuse control flow that depends on data, and a dispatch mode works below autogr
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ from gradexp.base.errors import UserError
 HOMOGENEOUS = {  # op(k z) = k op(z) for k > 0, where all operands depend on the images
     *("relu", "relu_", "leaky_relu", "max_pool", "max_pool2d", "avg_pool2d", "adaptive_max_pool2d", "adaptive_avg_pool2d"),
     *("dropout", "interpolate", "mean", "sum", "cat", "chunk", "split", "unbind", "__getitem__", "contiguous", "flatten"),
-    *("unflatten", "permute", "reshape", "roll", "squeeze", "to", "transpose", "unsqueeze", "view"),
+    *("clone", "unflatten", "permute", "reshape", "roll", "squeeze", "to", "transpose", "unsqueeze", "view"),
 }
 SUMS = {"add", "add_", "sub", "sub_"}  # homogeneous where no operand is a number
 MULTILINEAR = {"mul", "mul_", "matmul", "mm", "bmm", "einsum"}  # no bias where one operand depends on the images
@@ -41,6 +42,8 @@ PLANAR = {  # the outputs (B, c, h, w) are planes
     *("convolve", "conv2d", "conv_transpose2d", "interpolate"),
     *("max_pool", "max_pool2d", "avg_pool2d", "adaptive_max_pool2d", "adaptive_avg_pool2d"),
 }
+PRODUCTS = {"matmul", "__matmul__", "bmm", "baddbmm", "einsum", "scaled_dot_product_attention"}  # of two maps: no planes
+RESHAPING = {"reshape", "view", "unflatten"}  # outputs are planes where an earlier plane has their shape
 
 
 @dataclass(eq=False)
@@ -50,7 +53,7 @@ class Operation:
     kind: `affine` (convolution or linear layer), `norm` (batch normalisation by running statistics) or `other`. bias: to be
     multiplied with the gradient at the output; None for a layer without one. gradient: at the output, once a backward pass has
     reached it. channels: the bias of an affine operation, (C,). statistics: of a norm, the arguments of `norm_bias`. before:
-    of a norm, the affine operation whose output it was given.
+    of a norm, the affine operation whose output it was given. planar: whether the output lies in a plane of pixels.
     """
 
     name: str
@@ -60,6 +63,7 @@ class Operation:
     channels: Tensor | None = None
     statistics: dict[str, Any] = field(default_factory=dict)
     before: Operation | None = None
+    planar: bool = False
     uses: int = 0  # of its output, by other operations
 
 
@@ -85,6 +89,7 @@ class Operations(TorchFunctionMode):
         self.grids = {tuple(images.shape[-2:])}
         self._model, self._images, self._differentiable = model, images, differentiable
         self._dependent = {id(images): images}  # what depends on the images; kept alive, so that no id is used twice
+        self._planes, self._shapes = {id(images)}, {images.shape}  # those of them that are maps, and the shapes of these
         self._constant: set[int] = set()  # copies of tensors that did not depend on the images before a call wrote to them
         self._makers: dict[int, Operation] = {}  # by the id of the output
         self._calls: list[tuple[str, bool]] = []  # modules that are being called: name, whether it is a leaf
@@ -162,12 +167,12 @@ class Operations(TorchFunctionMode):
             operations = rule(given, outputs) if rule else [None] * len(outputs)
             for output, operation in zip(outputs, operations, strict=True):
                 if _differentiable(output):
-                    self._record(output, operation, call.name, in_place=changed is not None)
+                    self._record(output, operation, call, in_place=changed is not None)
         return returned
 
     def _rule(self, call: Call) -> Any:
         """The method that computes the biases of a call; None where there are none."""
-        floating = [operand for operand in call.operands if operand.is_floating_point()]
+        floating = list(filter(_is_floating, call.operands))
         varying = sum(map(self.depends, floating))
         if varying == len(floating) and (call.name in HOMOGENEOUS or (call.name in SUMS and varying == len(call.args))):
             return None
@@ -221,6 +226,7 @@ class Operations(TorchFunctionMode):
             tangent = torch.zeros_like(value) if id(leaf) in self._constant else value.clone()
             return forward_ad.make_dual(value, tangent)  # type: ignore[no-untyped-call]
 
+        _load_forward_mode()
         try:
             with torch.no_grad(), forward_ad.dual_level():
                 outputs = call.with_arguments(dual).outputs()
@@ -251,15 +257,19 @@ class Operations(TorchFunctionMode):
                 products.append(torch.autograd.grad(sums, u, values, create_graph=True)[0] if paired else None)
         return products
 
-    def _record(self, output: Tensor, operation: Operation | None, name: str, *, in_place: bool) -> None:
-        if name in PLANAR and output.ndim == 4:
+    def _record(self, output: Tensor, operation: Operation | None, call: Call, *, in_place: bool) -> None:
+        if call.name in PLANAR and output.ndim == 4:
             self.grids.add(tuple(output.shape[-2:]))
+        if self._is_plane(output, call):
+            self._planes.add(id(output))
+            self._shapes.add(output.shape)
         base = output._base if in_place and output._is_view() else None
         for tensor in (output,) if base is None else (output, base):
             self._dependent[id(tensor)] = tensor
             self._makers.pop(id(tensor), None)
         if operation is None:
             return
+        operation.planar = id(output if base is None else base) in self._planes
         self.all.append(operation)
         self._makers[id(output)] = operation
         if base is None:
@@ -268,6 +278,16 @@ class Operations(TorchFunctionMode):
         # What changed is the tensor behind the view, and later operations may take it through any other view.
         operation.bias = _behind(operation.bias, output, base)
         base.register_hook(partial(_keep, operation))  # type: ignore[no-untyped-call]
+
+    def _is_plane(self, output: Tensor, call: Call) -> bool:
+        """Whether an output is a map of pixels, which shapes do not show: the attention of 64 tokens is (B, heads, 64, 64)."""
+        if output.ndim not in (3, 4) or (call.name in PRODUCTS and sum(map(self.depends, call.operands)) > 1):
+            return False
+        if call.name in RESHAPING:
+            return output.shape in self._shapes
+        return call.name in PLANAR or any(
+            id(operand) in self._planes for operand in call.operands if operand.ndim == output.ndim
+        )
 
     def _with_copy(self, call: Call, changed: Tensor) -> Call:
         """The call with a copy of the tensor that it is going to change."""
@@ -278,7 +298,7 @@ class Operations(TorchFunctionMode):
         return call.with_arguments(lambda leaf: copy if leaf is changed else leaf)
 
     def check_seen(self, operand: Tensor) -> None:
-        """Raises UserError for a value that was computed from the images by something that is no torch function."""
+        """Raises UserError for a value that was computed from the images by no torch function that can be seen."""
         if operand.grad_fn is None or self.depends(operand):
             return
         nodes, seen = [operand.grad_fn], set()
@@ -287,8 +307,9 @@ class Operations(TorchFunctionMode):
             if getattr(node, "variable", None) is self._images:
                 where = f" of {self._calls[-1][0]}" if self._calls and self._calls[-1][0] else ""
                 raise UserError(
-                    f"{operand.grad_fn.name().removesuffix('Backward')}, whose value is an input{where}, is no torch function: "
-                    f"its bias can't be computed. Write it with torch's own functions (no autograd.Function, no TorchScript)"
+                    f"{operand.grad_fn.name().removesuffix('Backward')}, whose value is an input{where}, is no torch function "
+                    f"that can be seen: its bias can't be computed. Write it with torch's own functions, outside of "
+                    f"autograd.Function, TorchScript, torch.vmap and torch.func"
                 )
             seen.add(node)
             nodes += [below for below, _ in node.next_functions if below is not None and below not in seen]
@@ -352,8 +373,20 @@ def _differentiable(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and leaf.requires_grad
 
 
+def _is_floating(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
+
+
 def _tangent(leaf: Any) -> Tensor | None:
-    return forward_ad.unpack_dual(leaf).tangent if isinstance(leaf, Tensor) and leaf.is_floating_point() else None  # type: ignore[no-untyped-call]
+    return forward_ad.unpack_dual(leaf).tangent if _is_floating(leaf) else None  # type: ignore[no-untyped-call]
+
+
+@cache
+def _load_forward_mode() -> None:
+    """Loads torch's derivatives of forward mode, without the warning about torch's own code that comes with them."""
+    with warnings.catch_warnings(), forward_ad.dual_level():
+        warnings.simplefilter("ignore", FutureWarning)
+        forward_ad.make_dual(torch.zeros(()), torch.zeros(()))  # type: ignore[no-untyped-call]
 
 
 def _keep(operation: Operation, gradient: Tensor) -> None:

@@ -15,9 +15,11 @@ against 3 for a cross-entropy step: a factor of 2.
 from __future__ import annotations
 
 import logging
+from types import FunctionType
 
 import torch
 from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
 
 from gradexp.layers.backward import only_inputs
 from gradexp.layers.batch_norm import BatchNorm
@@ -50,19 +52,42 @@ def accelerate(model: nn.Module) -> nn.Module:
     The layers' classes change, their parameters, buffers, hooks and names do not. Layers that torch differentiates once
     (Hardsigmoid, nn.MultiheadAttention with its fused kernels) become differentiable twice; an attention that calls
     scaled_dot_product_attention itself needs `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)` around the forward pass. On
-    a CPU, convolutions work in the channels_last layout, whatever that of the images is. Returns `model`.
+    a CPU, convolutions work in the channels_last layout, whatever that of the images is. Returns `model`. A warning names
+    the layers that stay as they are, subclasses of torch's among them, and those that call scaled_dot_product_attention.
     """
-    unknown: set[str] = set()
+    unknown, attending = set[str](), set[str]()
     for module in model.modules():
         kind = type(module)
         if kind in FAST:
             module.__class__ = FAST[kind]
             if isinstance(module, Convolution) and module.weight.device.type == "cpu":
                 module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
-        elif kind.__module__.startswith("torch.nn") and not list(module.children()) and kind not in PLAIN:
+        elif _is_left_slow(module):
             unknown.add(kind.__name__)
+        if _calls_fused_attention(kind):
+            attending.add(kind.__name__)
+    logger = logging.getLogger(__name__)
     if unknown:
-        logging.getLogger(__name__).warning(
-            "autograd's own double backward for %s: exact, but slower", ", ".join(sorted(unknown))
+        logger.warning("autograd's own double backward for %s: exact, but slower", ", ".join(sorted(unknown)))
+    if attending:
+        logger.warning(
+            "%s calls scaled_dot_product_attention, which torch differentiates once: put the forward pass of a penalty inside "
+            "torch.nn.attention.sdpa_kernel(SDPBackend.MATH)",
+            ", ".join(sorted(attending)),
         )
     return model
+
+
+def _is_left_slow(module: nn.Module) -> bool:
+    kind = type(module)
+    if kind.__module__.startswith("gradexp.layers"):
+        return False
+    return isinstance(module, tuple(FAST)) or (
+        kind.__module__.startswith("torch.nn") and not list(module.children()) and kind not in PLAIN
+    )
+
+
+def _calls_fused_attention(kind: type[nn.Module]) -> bool:
+    own = [base for base in kind.__mro__ if not base.__module__.startswith(("torch.nn", "gradexp.layers"))]
+    functions = [each for base in own for each in vars(base).values() if isinstance(each, FunctionType)]
+    return any(scaled_dot_product_attention.__name__ in function.__code__.co_names for function in functions)

@@ -11,6 +11,7 @@ import argparse
 import os
 import re
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
@@ -302,9 +303,11 @@ def explain(
     with torch.no_grad():
         logits = checked_logits(model(images))[0]
     maps = {}
-    for name, method in methods.items():
-        torch.manual_seed(0)  # for methods that add noise
-        maps[name] = method(model, images, target)[0, 0].cpu().numpy()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*lies in no plane")  # printed below
+        for name, method in methods.items():
+            torch.manual_seed(0)  # for methods that add noise
+            maps[name] = method(model, images, target)[0, 0].cpu().numpy()
     label = int(logits.argmax()) if target is None else target
     best = [f"{named(each, classifier)}: {value:.1%}" for each, value in probabilities(logits)]
     explained = f"class {named(label, classifier)}, probability {float(logits.softmax(0)[label]):.1%}"

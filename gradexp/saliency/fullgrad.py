@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,9 +11,11 @@ from torch import Tensor, nn
 
 from gradexp import gradients
 from gradexp.base.ranges import Count, NonNegative
-from gradexp.gradients import FullGradient, evaluating
-from gradexp.saliency.method import Saliency, checked, predicted, value_range
+from gradexp.gradients import FullGradient
+from gradexp.saliency.method import Saliency, explaining, predicted, value_range
 from gradexp.saliency.psi import check, psi
+
+LARGE_SHARE = 0.9  # of an output, whose absence from the map is a warning
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +25,7 @@ class FullGrad(Saliency):
     For any network of torch functions (gradexp.gradients.full_gradient); tokens of a grid are a plane. psi: the steps of ψ
     (gradexp/saliency/psi.py). separate: a map a module; otherwise a convolution and its batch normalisation share one. With
     [abs, rescale, upsample] and without `separate` it is the author's code of December 2019; what he released last is
-    ReferenceFullGrad.
+    ReferenceFullGrad. Warns where more than 90 % of an output lies in no plane.
     """
 
     psi: Sequence[str] = ("abs", "rescale", "upsample")
@@ -36,21 +39,21 @@ class FullGrad(Saliency):
 
     def layers(self, model: nn.Module, images: Tensor, target: Tensor | int | None = None) -> dict[str, Tensor]:
         """The terms of the sum over layers, `input` the first; {layer: (B, 1, H, W)} (fig. 3.1)."""
-        with evaluating(model):
-            return self.of_layers(model, images, checked(model, images, target))
+        with explaining(model, images, target) as (model, labels):
+            return self.of_layers(model, images, labels)
 
     def of_layers(self, model: nn.Module, images: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
         return {name: psi(maps, self.psi, images.shape[-2:]) for name, maps in self.terms(model, images, labels).items()}
 
     def completeness_error(self, model: nn.Module, images: Tensor, target: Tensor | int | None = None) -> Tensor:
         """|sum of all full-gradients - f(x)| / |f(x)|, which Proposition 6 says is 0. (B,)."""
-        with evaluating(model):
-            return self.full_gradient(model, images, checked(model, images, target)).error()
+        with explaining(model, images, target) as (model, labels):
+            return self.full_gradient(model, images, labels).error()
 
     def share_without_place(self, model: nn.Module, images: Tensor, target: Tensor | int | None = None) -> Tensor:
         """The part of f(x) that the map can't show, relative to f(x): the bias-gradients that lie in no plane. (B,)."""
-        with evaluating(model):
-            full = self.full_gradient(model, images, checked(model, images, target))
+        with explaining(model, images, target) as (model, labels):
+            full = self.full_gradient(model, images, labels)
         return full.outside() / full.output
 
     def full_gradient(self, model: nn.Module, images: Tensor, labels: Tensor | None) -> FullGradient:
@@ -64,6 +67,12 @@ class FullGrad(Saliency):
         return {gradients.INPUT: full.input * full.images, **full.planes(self.of_biases(full))}
 
     def of_biases(self, full: FullGradient) -> dict[str, Tensor]:
+        if (full.outside().abs() > LARGE_SHARE * full.output.abs()).any():
+            warnings.warn(
+                f"more than {LARGE_SHARE:.0%} of an output lies in no plane, on no map of {type(self).__name__}: "
+                f"share_without_place(model, images) measures it",
+                stacklevel=2,
+            )
         return full.biases
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,10 +36,8 @@ class Saliency(ABC):
         from torch's generator. Raises UserError for a target out of range, images that do not fit the model, and a
         map that is not finite.
         """
-        model = gradients.plain(model)
-        with gradients.evaluating(model), gradients.differentiable_anyway():
-            images = gradients.constant(images)
-            saliency = self.map(model, images, checked(model, images, target)).detach()
+        with gradients.differentiable_anyway(), explaining(model, images, target) as (model, labels):
+            saliency = self.map(model, gradients.constant(images), labels).detach()
         if not saliency.isfinite().all():
             raise UserError(
                 f"{type(self).__name__}: the map is not finite. Look at the model's weights (did its training "
@@ -47,6 +48,23 @@ class Saliency(ABC):
     @abstractmethod
     def map(self, model: nn.Module, images: Tensor, labels: Tensor | None) -> Tensor:
         """(B, 1, H, W); labels (B,), or None for the predicted classes. The model is in eval mode."""
+
+
+@contextmanager
+def explaining(model: nn.Module, images: Tensor, target: Tensor | int | None) -> Iterator[tuple[nn.Module, Tensor | None]]:
+    """Inside, the model is in eval mode, and its passes leave their inputs alone and are checked. -> the model, labels (B,).
+
+    The model is the one inside wrappers such as DataParallel; labels are None where the target is. Raises UserError where
+    images or target do not fit the model; classes are counted when logits are there.
+    """
+    model, labels = gradients.plain(model), checked(model, images, target)
+    with ExitStack() as stack:
+        stack.enter_context(gradients.evaluating(model))
+        if model._compiled_call_impl:  # model.compile() would keep the hooks
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(model.register_forward_pre_hook(lambda _, inputs: tuple(each.clone() for each in inputs)))
+        stack.enter_context(model.register_forward_hook(partial(_check_classes, labels)))
+        yield model, labels
 
 
 def checked(model: nn.Module, images: Tensor, target: Tensor | int | None) -> Tensor | None:
@@ -61,13 +79,13 @@ def checked(model: nn.Module, images: Tensor, target: Tensor | int | None) -> Te
     labels = torch.as_tensor(target, device=images.device)
     if labels.ndim and labels.shape != images.shape[:1]:
         raise UserError(f"target has shape {tuple(labels.shape)}: give one class, or one an image, ({len(images)},)")
-    labels = labels.expand(len(images))
-    with torch.no_grad():
-        classes = gradients.checked_logits(model(images[:1])).shape[1]
-    wrong = labels[(labels < 0) | (labels >= classes)]
-    if len(wrong):
+    return labels.expand(len(images))
+
+
+def _check_classes(labels: Tensor | None, model: nn.Module, inputs: Any, output: Any) -> None:
+    classes = gradients.checked_logits(output).shape[1]
+    if labels is not None and len(wrong := labels[(labels < 0) | (labels >= classes)]):
         raise UserError(f"target={int(wrong[0])}: the model has classes 0 to {classes - 1}")
-    return labels
 
 
 def predicted(model: nn.Module, images: Tensor, labels: Tensor | None) -> Tensor:

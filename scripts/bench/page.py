@@ -73,7 +73,10 @@ def _kept(path: Path, machine: dict[str, Any]) -> dict[str, Any]:
     if differing := [name for name in SAME if found["machine"].get(name) != machine[name]]:
         raise UserError(f"{path} was measured with another {', '.join(differing)}; measure everything again: make bench")
     there = {part: found[part] for part in ROWS if part in found}
-    return {part: {**one, "rows": [ROWS[part](**row) for row in one["rows"]]} for part, one in there.items()}
+    try:
+        return {part: {**one, "rows": [ROWS[part](**row) for row in one["rows"]]} for part, one in there.items()}
+    except TypeError:  # rows without a field, or with another
+        raise UserError(f"{path} was measured by older code; measure everything again: make bench") from None
 
 
 def markdown(machine: dict[str, Any], found: dict[str, Any], has_bf16: bool) -> str:
