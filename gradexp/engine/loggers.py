@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import time
 from typing import Any
 
 from gradexp.base.errors import UserError
+from gradexp.base.files import write_atomically
 from gradexp.engine.build import build
 from gradexp.engine.run import Run
 
 CONNECTING = 8.0  # seconds that W&B may take to answer; it would wait for 90
+AGAIN = 900.0  # seconds after which a W&B that did not answer is tried again, by whichever run
 
 
 def make_logger(run: Run) -> Any | None:
@@ -45,15 +48,17 @@ def wandb(*, run: Run, group: str, project: str) -> Any | None:
     os.environ.setdefault("WANDB_SILENT", "true")
     import wandb as library  # takes seconds
 
-    if mode == "online" and library.login(prompt=False, verify=False):
+    mark = run.paths.cache / "wandb-out-of-reach"
+    tried = mark.exists() and time.time() - mark.stat().st_mtime < AGAIN
+    if mode == "online" and not tried and library.login(prompt=False, verify=False):
         logger = _wandb_logger(run, group, project, offline=False)
         try:
             logger.experiment  # noqa: B018 (connects)
             return logger
         except Exception as error:
             why = str(error).partition("\n")[0]
-            print(f"W&B can't be reached ({why}); the runs of this process are logged offline", flush=True)
-            os.environ["WANDB_MODE"] = "offline"
+            print(f"W&B can't be reached ({why}); runs are logged offline for {AGAIN / 60:.0f} minutes", flush=True)
+            write_atomically(mark, b"")
     return _wandb_logger(run, group, project, offline=True)
 
 
