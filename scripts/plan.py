@@ -20,6 +20,7 @@ from gradexp.engine.build import build
 from gradexp.engine.compose import compose_ahead
 from gradexp.engine.exits import exit_on_errors
 from gradexp.engine.hardware import Hardware
+from gradexp.engine.record import Record
 from gradexp.engine.run import Config, Paths, Run, run_id
 from gradexp.engine.task import task_of
 from gradexp.report import costs
@@ -152,7 +153,7 @@ def probed_training(config: Config, probe: Config, history: costs.History) -> co
     return costs.Sample(costs.signature(config), size, ready + image * size + judged, rate, *facts, probe=True)
 
 
-def probed_looking(config: Config, records: Sequence[Config], history: costs.History) -> costs.Sample:
+def probed_looking(config: Config, records: Sequence[Record], history: costs.History) -> costs.Sample:
     """The sample of a run that was cut to the LADDER: total from the first, rate from the third minus the second."""
     history.learn(config, records[0]["data"])
     sizes = [task_of(record["config"]).work(record["config"], history.sizes) or 1.0 for record in records]

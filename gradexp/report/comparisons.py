@@ -14,7 +14,7 @@ from typing_extensions import TypedDict
 
 from gradexp.base.errors import UserError, nearest
 from gradexp.base.typed import check, strict
-from gradexp.engine.record import metric_of
+from gradexp.engine.record import Record, metric_of
 from gradexp.engine.run import Config, Run
 from gradexp.report import specs
 from gradexp.report.specs import Planner, Thesis, read_thesis, thesis_of
@@ -101,20 +101,22 @@ class Grid:
         return specs.setting(key, self.rows.get(cell.row, {}), self.columns.get(cell.column, {}), self.spec)
 
 
-def value_at(record: Config, metric: str, x: str | None, column: str) -> float:
+def value_at(record: Record, metric: str, x: str | None, column: str) -> float:
     """A recorded number, or the value of a curve where `x` is `column`. Raises UserError if the curve has no such x."""
     value: Any = metric_of(record, metric)
     if isinstance(value, list):
-        grid = [f"{each:g}" for each in record["metrics"].get(x, [])]
+        points: Any = record["metrics"].get(x or "", [])
+        grid = [f"{each:g}" for each in points]
         if column not in grid:
             raise UserError(f"record {record['id']}: the curve {metric} has no x {column!r}{nearest(column, grid)}")
         value = value[grid.index(column)]
     return math.nan if value is None else float(value)
 
 
-def error_of(record: Config, metric: str) -> float:
+def error_of(record: Record, metric: str) -> float:
     """Standard error inside a run: from its deviation over images or draws, or from its binomial interval (95 %)."""
-    spread, low, high = (record["metrics"].get(f"{metric}/{name}") for name in ("std", "low", "high"))
+    metrics: dict[str, Any] = record["metrics"]
+    spread, low, high = (metrics.get(f"{metric}/{name}") for name in ("std", "low", "high"))
     count = record.get("images") or record["config"].get("task", {}).get("draws")
     if spread is not None and count:
         return float(spread) / math.sqrt(count)

@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 
 from gradexp.base.errors import UserError
 from gradexp.base.files import sha256, write_atomically
-from gradexp.engine.record import metric_of, read_arrays
+from gradexp.engine.record import Record, metric_of, read_arrays
 from gradexp.engine.run import Config, Run
 from gradexp.report import provenance, specs
 from gradexp.report.specs import Planner, command, seeds_of
@@ -49,7 +49,7 @@ class Series:
         return str(self.spec["label"])
 
     @property
-    def records(self) -> list[Config]:
+    def records(self) -> list[Record]:
         return [record for run in self.runs if (record := run.record())]
 
     @property

@@ -14,13 +14,13 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
 from markupsafe import Markup
 
-from gradexp.engine.record import read_record
+from gradexp.engine.record import Record, read_record
 from gradexp.engine.run import Config, Run
 from gradexp.report import claims, figures, provenance, tables
 from gradexp.report.writing import PAGES, rendered, stem_of
@@ -203,7 +203,7 @@ def render(
         costs=costs,
         explanation=explanation,
         made_by=made_by,
-        origin=provenance.origin_of(records).sentences,
+        origin=provenance.origin_of(cast(list[Record], records)).sentences,
         data={"entries": panels.entries, "records": {record["id"]: record for record in records}},
         style=Markup((PAGES / "page.css").read_text(encoding="utf-8")),
         script=Markup(script),

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from gradexp.engine.ensure import used_digests
-from gradexp.engine.record import value_of
+from gradexp.engine.record import Clock, Record, value_of
 from gradexp.engine.run import Config, Run, identity
 from gradexp.report import specs
 from gradexp.report.specs import Planner, item_of, read_thesis
@@ -99,11 +99,11 @@ def _alternatives(values: Iterable[Any]) -> str:
     return " or ".join(dict.fromkeys("none" if value is None else str(value) for value in values))
 
 
-def records_of(runs: Iterable[Run]) -> tuple[list[Config], list[Config]]:
+def records_of(runs: Iterable[Run]) -> tuple[list[Record], list[Record]]:
     """The records of the finished runs, and of the finished runs upstream of them."""
     users = [run for run in dict.fromkeys(runs) if run.finished]
     below = [run for run in with_upstream(users) if run not in users]
-    return [run.record() or {} for run in users], [run.record() or {} for run in below]
+    return [record for run in users if (record := run.record())], [record for run in below if (record := run.record())]
 
 
 def with_upstream(runs: Iterable[Run]) -> dict[Run, None]:
@@ -118,7 +118,7 @@ def with_upstream(runs: Iterable[Run]) -> dict[Run, None]:
     return found
 
 
-def origin_of(records: Sequence[Config], below: Sequence[Config] = ()) -> Caption:
+def origin_of(records: Sequence[Record], below: Sequence[Record] = ()) -> Caption:
     """Where the numbers of these records come from; below: the records upstream of them."""
     every = [*records, *below]
     attempts = [attempt for record in every for attempt in (record, *record.get("attempts", []))]
@@ -136,7 +136,7 @@ def origin_of(records: Sequence[Config], below: Sequence[Config] = ()) -> Captio
     return Caption(rendered("origin.txt", **facts).splitlines(), rendered("details.txt", **facts).splitlines())
 
 
-def own_seconds(record: Config, known: Mapping[str, Config], clock: str) -> float:
+def own_seconds(record: Record, known: Mapping[str, Record], clock: Clock) -> float:
     """A run's seconds without those of its upstream runs; clock: `wall` or `cpu`; known: records by id.
 
     Today a run starts after its upstream runs. The seconds of the first records include upstream runs that started after them;
@@ -148,7 +148,7 @@ def own_seconds(record: Config, known: Mapping[str, Config], clock: str) -> floa
     return float(seconds[clock]) - sum(run["seconds"][clock] for run in inside)
 
 
-def _repeated(records: Sequence[Config], known: Mapping[str, Config]) -> Iterator[Config]:
+def _repeated(records: Sequence[Record], known: Mapping[str, Record]) -> Iterator[Config]:
     """The upstream runs that ran more than once, or whose record describes another file: name, id, files ({digest: users})."""
     used: dict[tuple[str, str], dict[str, list[str]]] = {}
     for record in records:
@@ -158,6 +158,6 @@ def _repeated(records: Sequence[Config], known: Mapping[str, Config]) -> Iterato
     # Records until 2026-11-25 note a teacher that was trained again; today's hold its digest.
     older = {run["id"] for record in records for run in record.get("upstream", {}).values() if "remade" in run}
     for (name, number), files in used.items():
-        recorded = known.get(number, {}).get("product", {}).get("sha256", "")[:8]
+        recorded = known[number].get("product", {}).get("sha256", "")[:8] if number in known else ""
         if len(files) > 1 or number in older or recorded not in ("", *files):
             yield {"name": name, "id": number, "files": files}

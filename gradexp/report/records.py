@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from gradexp.engine.compose import plan
-from gradexp.engine.record import metric_of, read_record
+from gradexp.engine.record import Record, metric_of, read_record
 from gradexp.engine.run import ROOT, Config, Run, record_files
 from gradexp.report import specs
 from gradexp.report.specs import Cell, Planner, Thesis, label_of, thesis_of
@@ -57,13 +57,13 @@ def records(
     return _frame([record for record in every if scale in (None, record["scale"])], curves)
 
 
-def _frame(found: Sequence[Config], curves: bool) -> pd.DataFrame:
+def _frame(found: Sequence[Record], curves: bool) -> pd.DataFrame:
     """One row a record, indexed by id."""
     rows = [{"id": record["id"], **_row(record, curves)} for record in found]
     return pd.DataFrame(rows, columns=None if rows else ["id", *HEAD]).set_index("id")
 
 
-def _row(record: Config, curves: bool) -> Config:
+def _row(record: Record, curves: bool) -> Config:
     config = {key: value for key, value in record["config"].items() if key not in HIDDEN}
     return {
         **{name: record.get(name) for name in HEAD},
@@ -111,7 +111,7 @@ def _metrics(spec: Config, cell: Cell) -> Iterator[tuple[str | None, str | None,
         yield name, spread, Thesis() if "series" in spec else thesis_of(spec, cell.row, cell.column, printed)
 
 
-def number(record: Config | None, metric: str | None) -> float:
+def number(record: Record | None, metric: str | None) -> float:
     """A recorded number; NaN without a record or metric, for a diverged run, and for a curve."""
     if record is None or metric is None:
         return math.nan

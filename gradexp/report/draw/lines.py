@@ -15,7 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
 from gradexp.base.errors import UserError, nearest
-from gradexp.engine.record import value_of
+from gradexp.engine.record import Record, value_of
 from gradexp.engine.run import Config
 from gradexp.report.figures import COLUMN_WIDTH, PALETTE, Row, Series
 from gradexp.report.specs import Thesis, read_thesis
@@ -171,7 +171,7 @@ def randomisation(spec: Config, series: Sequence[Series]) -> tuple[Figure, list[
     return figure, _rows(points, spec)
 
 
-def _over_images(label: str, record: Config, name: str, x: float) -> tuple[str, float, float, float, float, int]:
+def _over_images(label: str, record: Record, name: str, x: float) -> tuple[str, float, float, float, float, int]:
     mean, std, images = value_of(record, name), value_of(record, f"{name}/std"), record["images"]
     return label, x, mean, std, std / math.sqrt(images), images
 
