@@ -51,7 +51,8 @@ class Grid:
         self.comparable: bool = scale in self.spec.get("comparable", [scale])  # with the thesis's numbers
         rows = [row for row in specs.rows(self.spec) if row.get("panel") == panel]
         if not rows:
-            raise UserError(f"panel {panel!r}: {item} has {', '.join(self.spec.get('panels', {})) or 'none'}")
+            known = self.spec.get("panels", {}) if "series" in self.spec else {}
+            raise UserError(f"panel {panel!r}: {item} has {', '.join(known) or 'none'}")
         columns = [column for row in rows for column in specs.columns(self.spec, row) if column]
         self.rows = {row["label"]: row for row in rows}
         self.columns = {specs.label_of(column): column for column in columns}
@@ -73,7 +74,7 @@ class Grid:
 
     def values(self, cell: CellName) -> pd.DataFrame:
         """`value` and `error` (standard error inside the run, NaN if not recorded) of the finished runs, indexed by seed."""
-        metric, x = self.metric(cell), self.spec.get("x")
+        metric, x = self.metric(cell), self.spec.get("x") if "series" in self.spec else None
         records = {seed: record for seed, run in self.runs(cell).items() if (record := run.record())}
         numbers = [(value_at(record, metric, x, cell.column), error_of(record, metric)) for record in records.values()]
         return pd.DataFrame(numbers, index=list(records), columns=["value", "error"], dtype=float)

@@ -23,6 +23,7 @@ from markupsafe import Markup
 from gradexp.engine.record import Record, read_record
 from gradexp.engine.run import Config, Run
 from gradexp.report import claims, figures, provenance, tables
+from gradexp.report.specs import FigureSpec, ReportSettings
 from gradexp.report.writing import PAGES, rendered, stem_of
 
 
@@ -119,7 +120,7 @@ def sorted_sentences(caption: provenance.Caption, runs: Iterable[Run]) -> Config
 
 
 def figure_view(
-    spec: Config, series: Sequence[figures.Series], scale: str, results: Path, panels: Panels, caption: provenance.Caption
+    spec: FigureSpec, series: Sequence[figures.Series], scale: str, results: Path, panels: Panels, caption: provenance.Caption
 ) -> Config:
     """A figure as the template shows it; each of its series opens its records."""
     number, runs = str(spec["number"]), figures.runs_of(series)
@@ -167,7 +168,7 @@ def claim_views(judged: claims.Judged, panels: Panels) -> list[Config]:
     return views
 
 
-def chapters(views: Mapping[str, Sequence[Config]], settings: Config) -> list[Config]:
+def chapters(views: Mapping[str, Sequence[Config]], settings: ReportSettings) -> list[Config]:
     """The views (`tables`, `figures`, `claims`) by the chapter of their numbers; those of no chapter come last."""
     titles = {str(chapter["number"]): chapter["title"] for chapter in settings["chapters"]} | {"": "Beyond the thesis"}
     parts: dict[str, Config] = {
@@ -183,7 +184,7 @@ def render(
     scale: str,
     views: Mapping[str, Sequence[Config]],
     panels: Panels,
-    settings: Config,
+    settings: ReportSettings,
     *,
     made_by: str,
     bench: Config | None = None,

@@ -9,7 +9,7 @@ from gradexp.engine.ensure import used_digests
 from gradexp.engine.record import Clock, Record, value_of
 from gradexp.engine.run import Config, Run, identity
 from gradexp.report import specs
-from gradexp.report.specs import Planner, item_of, read_thesis
+from gradexp.report.specs import Planner, Spec, UpstreamSpec, item_of, read_thesis
 from gradexp.report.writing import rendered
 
 # A departure in one of these is none of the protocol (the scale's name, versions) or follows from another (the data set's).
@@ -25,7 +25,7 @@ class Caption(NamedTuple):
 
 
 def caption(
-    spec: Config,
+    spec: Spec,
     scale: str,
     runs: Sequence[Run],
     pairs: Sequence[tuple[Config, Config]],
@@ -37,7 +37,7 @@ def caption(
 
     pairs: (config here, config at scale=paper) of each cell; printed: whether it shows numbers of the thesis.
     """
-    departures, described = departed(pairs), tuple(spec.get("described", ()))
+    departures, described = departed(pairs), () if "series" in spec else tuple(spec.get("described", ()))
     origin = origin_of(*records_of(runs))
     text = rendered(
         "caption.txt",
@@ -55,9 +55,9 @@ def caption(
     return Caption([*text.splitlines(), *origin.sentences], origin.details, departures)
 
 
-def _upstream(spec: Config, scale: str, plan: Planner) -> Iterator[tuple[Config, Run, float | None, specs.Thesis | None]]:
+def _upstream(spec: Spec, scale: str, plan: Planner) -> Iterator[tuple[UpstreamSpec, Run, float | None, specs.Thesis | None]]:
     """The entries of `upstream`, each with its run, our number and the thesis's; None for a number that there is not."""
-    for line in spec.get("upstream", []):
+    for line in [] if "series" in spec else spec.get("upstream", []):
         if scale in line.get("scales", spec["seeds"]):
             run = plan([*line["overrides"], f"scale={scale}"])
             record = run.record()

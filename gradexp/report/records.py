@@ -15,7 +15,7 @@ from gradexp.engine.compose import plan
 from gradexp.engine.record import Record, metric_of, read_record
 from gradexp.engine.run import ROOT, Config, Run, record_files
 from gradexp.report import specs
-from gradexp.report.specs import Cell, Planner, Thesis, label_of, thesis_of
+from gradexp.report.specs import Cell, Planner, Spec, Thesis, label_of, thesis_of
 
 HEAD = ("experiment", "scale", "seed", "status", "started", "device", "precision", "parameters", "command")
 COLUMNS = ["row", "column", "panel", "part", "metric", "seed", "run", "finished", "value", "spread"]
@@ -83,7 +83,7 @@ def _flat(config: Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield from _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
 
 
-def cells(spec: Config, scale: str, plan: Planner) -> pd.DataFrame:
+def cells(spec: Spec, scale: str, plan: Planner) -> pd.DataFrame:
     """One row for each seed and metric of each cell of a table or figure, finished or not, in the order of the cells.
 
     Columns: row, column, panel; part (the number of the metric in its cell), metric; seed, run, finished; value (NaN if the run
@@ -103,7 +103,7 @@ def cells(spec: Config, scale: str, plan: Planner) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=COLUMNS).astype({"seed": "Int64", "run": object})
 
 
-def _metrics(spec: Config, cell: Cell) -> Iterator[tuple[str | None, str | None, Thesis]]:
+def _metrics(spec: Spec, cell: Cell) -> Iterator[tuple[str | None, str | None, Thesis]]:
     """(metric, spread, the thesis's number) for each number of a cell."""
     keys = ("metric", "spread", "thesis_metric")
     metric, spread, quantity = (specs.setting(key, cell.row, cell.column, spec) for key in keys)
