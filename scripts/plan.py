@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from hashlib import sha256
+from typing import Any
 
 import operations
 import torch
@@ -140,7 +141,7 @@ def probed(config: Config, paths: Paths, history: costs.History) -> costs.Sample
     return probed_looking(config, probe.in_its_own_process(probe.looking, cut, paths, threads=1), history)
 
 
-def probed_training(config: Config, probe: Config, history: costs.History) -> costs.Sample:
+def probed_training(config: Config, probe: dict[str, Any], history: costs.History) -> costs.Sample:
     """The sample of a training whose first steps were probed (scripts/probe.py).
 
     A teacher's targets count as a cost of each image: the more images a run shows, the more targets it needs.

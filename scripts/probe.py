@@ -24,7 +24,7 @@ from gradexp.tasks.train import facts_of, prepare
 WARM, STEPS = 5, 20  # the first steps allocate memory and choose algorithms
 
 
-def training(config: Config, paths: Paths) -> Config:
+def training(config: Config, paths: Paths) -> dict[str, Any]:
     """What `STEPS` steps of the run's training cost in this process, after `WARM` others.
 
     `seconds`, of the processor and of the wall clock: until the first step (`ready`, which includes a teacher's targets), for

@@ -266,7 +266,7 @@ def _held_out(name: str) -> str:
     return f"validation/{name.removeprefix('test/')}" if name.startswith("test/") else name
 
 
-def _curves(path: Path, record: Record) -> Config:
+def _curves(path: Path, record: Record) -> dict[str, Metric]:
     """The curves of a record that are in a file beside it. Raises ValueError for the file of another record."""
     file = curves_path(path)
     if record["curves_file"] != file.name:
@@ -334,7 +334,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
         return dict(stored)
 
 
-def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> Config:
+def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
     content = io.BytesIO()
     np.savez_compressed(content, allow_pickle=False, **arrays)
     write_atomically(path, content.getvalue())

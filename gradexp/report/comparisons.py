@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, NotRequired
 
 import pandas as pd
 from scipy import stats
@@ -15,11 +15,37 @@ from typing_extensions import TypedDict
 from gradexp.base.errors import UserError, nearest
 from gradexp.base.typed import check, strict
 from gradexp.engine.record import Record, metric_of
-from gradexp.engine.run import Config, Run
+from gradexp.engine.run import Run
 from gradexp.report import specs
 from gradexp.report.specs import Planner, Thesis, read_thesis, thesis_of
 
-FORMS = ("greater", "less", "near")
+Scale = Literal["paper", "cpu", "quick"]
+FORMS: tuple[Literal["greater", "less", "near"], ...] = ("greater", "less", "near")
+Except = TypedDict("Except", {"except": NotRequired[list[list[str]]]})  # a keyword, which a class can't have as a key
+
+
+@strict
+class ClaimSpec(Except):
+    """The head of conf/claims.yaml describes the keys."""
+
+    id: str
+    section: str
+    claim: str
+    item: str
+    scales: NotRequired[list[Scale]]
+    across: NotRequired[Literal["rows", "columns"]]
+    panel: NotRequired[str]
+    metric: NotRequired[str]
+    greater: NotRequired[list[Any]]  # of cells: names, numbers, CellSpecs, or lists of these
+    less: NotRequired[list[Any]]
+    near: NotRequired[list[Any]]
+    within: NotRequired[float]
+    by: NotRequired[float]
+    at: NotRequired[list[str | float]]
+    unit: NotRequired[Literal["seeds", "images"]]
+    because: NotRequired[str]
+    withheld: NotRequired[dict[Scale, str]]
+    fitted: NotRequired[dict[Scale, list[list[str]]]]
 
 
 @strict
@@ -151,7 +177,7 @@ class Pair(NamedTuple):
         return self.names == entry or any((cell.row, cell.column) == entry for _, cell in self.gap.cells)
 
 
-def pairs(spec: Config, grid: Grid) -> list[Pair]:
+def pairs(spec: ClaimSpec, grid: Grid) -> list[Pair]:
     """The comparisons of a claim. Raises UserError for names that its table or figure does not have."""
     forms = [form for form in FORMS if form in spec]
     if len(forms) != 1:
@@ -171,7 +197,7 @@ def pairs(spec: Config, grid: Grid) -> list[Pair]:
     return found
 
 
-def _positions(spec: Config, levels: list[list[Any]], grid: Grid) -> list[str]:
+def _positions(spec: ClaimSpec, levels: list[list[Any]], grid: Grid) -> list[str]:
     """The columns (`across: columns`: rows) at which cells are compared; [""] if every cell names its own."""
     if "at" in spec:
         return [str(at) for at in spec["at"]]
@@ -181,7 +207,7 @@ def _positions(spec: Config, levels: list[list[Any]], grid: Grid) -> list[str]:
     return list(known) if needed and known else [""]
 
 
-def _gaps(form: str, left: Sum, right: Sum, spec: Config) -> Iterator[tuple[str, Sum]]:
+def _gaps(form: str, left: Sum, right: Sum, spec: ClaimSpec) -> Iterator[tuple[str, Sum]]:
     """Label and what must be positive: one comparison, two for `near`."""
     if form == "near":
         within = Sum(f"{spec['within']:g}", constant=-float(spec["within"]))
@@ -194,7 +220,7 @@ def _gaps(form: str, left: Sum, right: Sum, spec: Config) -> Iterator[tuple[str,
     yield f"{left.name} {'>' if form == 'greater' else '<'} {right.name}{extra}", gap - Sum("", constant=margin)
 
 
-def _sum(node: Any, at: str, spec: Config, grid: Grid) -> Sum:
+def _sum(node: Any, at: str, spec: ClaimSpec, grid: Grid) -> Sum:
     """A cell of the file: the name of a row (`across: columns`: of a column), a number, or a CellSpec."""
     if isinstance(node, int | float):
         return Sum(f"{node:g}", constant=float(node))

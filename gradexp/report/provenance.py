@@ -148,7 +148,7 @@ def own_seconds(record: Record, known: Mapping[str, Record], clock: Clock) -> fl
     return float(seconds[clock]) - sum(run["seconds"][clock] for run in inside)
 
 
-def _repeated(records: Sequence[Record], known: Mapping[str, Record]) -> Iterator[Config]:
+def _repeated(records: Sequence[Record], known: Mapping[str, Record]) -> Iterator[dict[str, Any]]:
     """The upstream runs that ran more than once, or whose record describes another file: name, id, files ({digest: users})."""
     used: dict[tuple[str, str], dict[str, list[str]]] = {}
     for record in records:

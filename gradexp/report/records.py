@@ -63,7 +63,7 @@ def _frame(found: Sequence[Record], curves: bool) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=None if rows else ["id", *HEAD]).set_index("id")
 
 
-def _row(record: Record, curves: bool) -> Config:
+def _row(record: Record, curves: bool) -> dict[str, Any]:
     config = {key: value for key, value in record["config"].items() if key not in HIDDEN}
     return {
         **{name: record.get(name) for name in HEAD},

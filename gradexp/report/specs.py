@@ -175,8 +175,8 @@ class ReportSettings(TypedDict):
 
 
 Spec = TableSpec | FigureSpec
-Row = RowSpec | SeriesSpec
-Column = ColumnSpec | PointSpec | NoPoint
+RowOrSeries = RowSpec | SeriesSpec
+ColumnOrPoint = ColumnSpec | PointSpec | NoPoint
 KINDS: dict[str, Any] = {"table": TableSpec, "figure": FigureSpec}
 
 
@@ -227,7 +227,7 @@ def load(kind: str, number: str) -> Spec:
 
 def _check_labels(spec: Spec, where: str) -> None:
     """Raises UserError for two rows, columns or series of one label, whose cells would be taken for one another's."""
-    entries: Mapping[str, Sequence[Row | ColumnSpec]] = (
+    entries: Mapping[str, Sequence[RowOrSeries | ColumnSpec]] = (
         {"series": spec["series"]} if "series" in spec else {"rows": spec["rows"], "columns": spec["columns"]}
     )
     for name, listed in entries.items():
@@ -275,23 +275,23 @@ class Cell(NamedTuple):
     commands: the overrides of `python run.py` by seed; empty for a cell that the scale does not run.
     """
 
-    row: Row
-    column: Column
+    row: RowOrSeries
+    column: ColumnOrPoint
     commands: dict[int, list[str]]
 
 
-def rows(spec: Spec) -> list[Row]:
+def rows(spec: Spec) -> list[RowOrSeries]:
     """The rows of a table, or the series of a figure."""
     return list(spec["series"] if "series" in spec else spec["rows"])
 
 
-def columns(spec: Spec, row: Row) -> list[Column]:
+def columns(spec: Spec, row: RowOrSeries) -> list[ColumnOrPoint]:
     """The columns of a table, or the points of a figure's series; one that is empty for a series without points."""
     listed: Any = row.get("points", spec.get("points", [NoPoint()])) if "series" in spec else spec["columns"]
     return list(listed)
 
 
-def label_of(column: Column) -> str:
+def label_of(column: ColumnOrPoint) -> str:
     """The label of a table's column, or the x of a figure's point."""
     return str(column["label"]) if "label" in column else f"{column['x']:g}" if "x" in column else ""
 
@@ -313,7 +313,7 @@ def commands(spec: Spec, scale: str) -> list[list[str]]:
     return [overrides for cell in cells(spec, scale) for overrides in cell.commands.values()]
 
 
-def command(spec: Spec, row: Row, column: Column, scale: str, seed: int) -> list[str]:
+def command(spec: Spec, row: RowOrSeries, column: ColumnOrPoint, scale: str, seed: int) -> list[str]:
     """The overrides of one cell and seed. A row, a series or a column may name an experiment of its own."""
     first = [f"experiment={setting('experiment', row, column, spec)}", f"scale={scale}"]
     of_scale = spec.get("overrides_at", {}).get(scale, []) if "series" in spec else []
@@ -359,7 +359,7 @@ def item_of(spec: Spec) -> str:
     return str(spec.get("thesis", spec["number"]))
 
 
-def thesis_of(spec: Spec, row: Row, column: Column, quantity: str | None) -> Thesis:
+def thesis_of(spec: Spec, row: RowOrSeries, column: ColumnOrPoint, quantity: str | None) -> Thesis:
     """The number that the thesis prints in a table's cell; quantity: which one, if the cell has several."""
     names = [str(row.get("thesis", row["label"])), str(column.get("thesis", label_of(column)))]
     return read_thesis().get((item_of(spec), *names, *([quantity] if quantity else [])), Thesis())

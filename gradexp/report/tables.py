@@ -69,7 +69,7 @@ class Table:
         return [run for run in self.runs if not run.finished]
 
     @cached_property
-    def by_row(self) -> dict[str, list[Config]]:
+    def by_row(self) -> dict[str, list[dict[str, Any]]]:
         """{label of a row: its cells, as rows of `texts`}"""
         cells: Any = self.texts.reset_index().to_dict("records")
         return {row: list(own) for row, own in groupby(cells, key=lambda cell: cell["row"])}
@@ -116,7 +116,7 @@ def summary(cells: pd.DataFrame, spec: TableSpec, scale: str) -> pd.DataFrame:
     return numbers
 
 
-def _number(cell: pd.DataFrame) -> Config:
+def _number(cell: pd.DataFrame) -> dict[str, Any]:
     """Mean and standard deviation of the sample over finished runs; NaN if one diverged."""
     first, done = cell.iloc[0], cell[cell["finished"]]
     inside = bool(done["spread"].notna().any())
@@ -193,7 +193,7 @@ def to_csv(table: Table) -> str:
 def to_text(table: Table) -> str:
     """For the terminal: ours above, the thesis's number below in parentheses; * marks the best of a column."""
 
-    def show(cell: Config) -> str:
+    def show(cell: dict[str, Any]) -> str:
         return f"{cell['ours']}{'*' if cell['best'] else ''}" + (f"\n({cell['thesis']})" if cell["thesis"] else "")
 
     rows = [[one_line(row), *map(show, cells)] for row, cells in table.by_row.items()]
