@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,18 +19,7 @@ from gradexp.base.files import draft_of, intact, remove_drafts, remove_sealed, s
 from gradexp.engine import clocks
 from gradexp.engine.build import check_settings
 from gradexp.engine.origin import SOURCES, git_state, versions
-from gradexp.engine.record import (
-    Images,
-    Record,
-    Used,
-    differing_split,
-    faults,
-    finite,
-    judged,
-    read_record,
-    write_arrays,
-    write_record,
-)
+from gradexp.engine.record import Record, differing_split, faults, finite, judged, read_record, write_arrays, write_record
 from gradexp.engine.run import Run
 from gradexp.engine.task import Finished, Task, Upstream, task_of
 
@@ -153,11 +142,6 @@ def _execute(run: Run, task: Task, upstream: Upstream) -> Record:
     return cast(Record, record)
 
 
-def used_digests(upstream: Mapping[str, Used]) -> dict[str, str]:
-    """{name: digest of the file that was used} of a record's `upstream`."""
-    return {name: str(value) for name, below in upstream.items() for key, value in below.items() if key.endswith("_sha256")}
-
-
 def _compare(run: Run, record: Record, fresh: Record) -> None:
     """Prints how a run that was done again differs from its record, as it may on another machine."""
     old, new = record["metrics"], fresh["metrics"]
@@ -204,14 +188,14 @@ def _holding(path: Path, run: Run) -> Iterator[None]:
         lock.release()
 
 
-def check_images(run: Run, data: Mapping[str, Any]) -> None:
+def check_images(run: Run, data: Any) -> None:
     """Raises UserError where the run's record, or that of an upstream run, was made with other images.
 
     data: fingerprints of the images that the run will use.
     """
     for other in (run, *run.upstream.values()):
         record = other.record()
-        if record and (split := differing_split(cast(Images, data), record.get("data", {}))):
+        if record and (split := differing_split(data, record.get("data", {}))):
             raise UserError(
                 f"the {split} images of {data['name']} are not those of {other.name} {other.id} (fingerprint {data[split]}, "
                 f"there {record['data'][split]}); use the data root that it was made with (paths.data=FOLDER), or delete its "

@@ -10,7 +10,7 @@ import math
 import re
 import shlex
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from functools import cache
 from pathlib import Path
@@ -207,6 +207,11 @@ def nested(config: Config) -> Iterator[Config]:
     yield config
     for below in config["upstream"].values():
         yield from nested(below)
+
+
+def used_digests(upstream: Mapping[str, Used]) -> dict[str, str]:
+    """{name: digest of the file that was used} of a record's `upstream`."""
+    return {name: str(value) for name, below in upstream.items() for key, value in below.items() if key.endswith("_sha256")}
 
 
 def differing_split(first: Images, second: Images) -> Literal["train", "test"] | None:

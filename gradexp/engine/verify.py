@@ -18,11 +18,11 @@ from gradexp.base.files import sha256
 from gradexp.base.texts import read_yaml
 from gradexp.engine.build import MOVED, locate, targets
 from gradexp.engine.compose import compose_run, conf_folders
-from gradexp.engine.ensure import ensure, is_product, used_digests
+from gradexp.engine.ensure import ensure, is_product
 from gradexp.engine.hardware import native_bf16
 from gradexp.engine.known import run_of
 from gradexp.engine.origin import SOURCES
-from gradexp.engine.record import Record, differing_split, nested, read_arrays, read_record
+from gradexp.engine.record import Record, differing_split, nested, read_arrays, read_record, used_digests
 from gradexp.engine.run import ROOT, Config, Paths, record_files, run_id
 from gradexp.engine.task import task_of
 

@@ -22,7 +22,7 @@ from typing_extensions import TypedDict
 from gradexp.base.errors import UserError
 from gradexp.base.texts import read_yaml
 from gradexp.base.typed import check, strict
-from gradexp.engine.ensure import used_digests
+from gradexp.engine.record import used_digests
 from gradexp.report import specs
 from gradexp.report.comparisons import ClaimSpec, Grid, Pair, pairs
 from gradexp.report.inference import BOOTSTRAP_FROM, Estimate, estimate, estimate_over_images, holm

@@ -38,9 +38,7 @@ NOTE_HEIGHT = 0.11  # inches a line
 
 
 class SeriesAt(SeriesSpec):
-    """A series at one of its points."""
-
-    x: NotRequired[float]
+    x: NotRequired[float]  # of one of its points
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from gradexp.engine.ensure import used_digests
-from gradexp.engine.record import Clock, Record, value_of
+from gradexp.engine.record import Clock, Record, used_digests, value_of
 from gradexp.engine.run import Config, Run, identity
 from gradexp.report import specs
 from gradexp.report.specs import Planner, Spec, UpstreamSpec, item_of, read_thesis
