@@ -22,7 +22,7 @@ from gradexp.report.specs import Planner
 SETTABLE = ("trainer", "logger", "gradients", "paths")  # the parts of a config that may be set for all runs
 CLAIMS = ROOT / "conf" / "claims.yaml"
 
-Make = Callable[[dict[str, Any], "Job"], None]
+Make = Callable[[Any, "Job"], None]  # of a TableSpec or a FigureSpec
 
 
 @dataclass(frozen=True)

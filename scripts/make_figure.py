@@ -1,14 +1,13 @@
 """make figure-3.2a SCALE=cpu: run what is missing, and draw.   --render-only: run nothing."""
 
-from typing import Any
-
 from common import Job, make_all, report
 
 from gradexp.engine.build import locate
 from gradexp.report import figures, specs
+from gradexp.report.specs import FigureSpec
 
 
-def make(spec: dict[str, Any], job: Job) -> None:
+def make(spec: FigureSpec, job: Job) -> None:
     """Run what is missing, then draw and write the figure."""
     failures = job.fill(f"figure {spec['number']}", specs.commands(spec, job.scale))
     series = figures.gather(spec, job.scale, job.plan)

@@ -12,7 +12,7 @@ from gradexp.base.files import write_atomically
 from gradexp.base.texts import read_json
 from gradexp.engine.exits import exit_on_errors
 from gradexp.engine.origin import git_state
-from gradexp.engine.run import Config, Paths
+from gradexp.engine.run import Paths
 from gradexp.report import claims, costs, figures, html, specs, tables
 from gradexp.report.specs import Planner
 
@@ -53,7 +53,7 @@ def page(scale: str, paths: Paths, plan: Planner) -> str:
     )
 
 
-def measured(file: Path) -> Config:
+def measured(file: Path) -> dict[str, Any]:
     """results/bench.json. Raises UserError where it is damaged."""
     advice = "delete it, or measure again: make bench"
     bench = read_json(file, advice)

@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from hashlib import sha256
+from typing import Any
 
 import operations
 import torch
@@ -20,6 +21,7 @@ from gradexp.engine.build import build
 from gradexp.engine.compose import compose_ahead
 from gradexp.engine.exits import exit_on_errors
 from gradexp.engine.hardware import Hardware
+from gradexp.engine.record import Record
 from gradexp.engine.run import Config, Paths, Run, run_id
 from gradexp.engine.task import task_of
 from gradexp.report import costs
@@ -139,7 +141,7 @@ def probed(config: Config, paths: Paths, history: costs.History) -> costs.Sample
     return probed_looking(config, probe.in_its_own_process(probe.looking, cut, paths, threads=1), history)
 
 
-def probed_training(config: Config, probe: Config, history: costs.History) -> costs.Sample:
+def probed_training(config: Config, probe: dict[str, Any], history: costs.History) -> costs.Sample:
     """The sample of a training whose first steps were probed (scripts/probe.py).
 
     A teacher's targets count as a cost of each image: the more images a run shows, the more targets it needs.
@@ -152,7 +154,7 @@ def probed_training(config: Config, probe: Config, history: costs.History) -> co
     return costs.Sample(costs.signature(config), size, ready + image * size + judged, rate, *facts, probe=True)
 
 
-def probed_looking(config: Config, records: Sequence[Config], history: costs.History) -> costs.Sample:
+def probed_looking(config: Config, records: Sequence[Record], history: costs.History) -> costs.Sample:
     """The sample of a run that was cut to the LADDER: total from the first, rate from the third minus the second."""
     history.learn(config, records[0]["data"])
     sizes = [task_of(record["config"]).work(record["config"], history.sizes) or 1.0 for record in records]

@@ -16,6 +16,7 @@ from gradexp.engine import clocks
 from gradexp.engine.assemble import make_data
 from gradexp.engine.ensure import ensure, finish
 from gradexp.engine.launchers import start_process
+from gradexp.engine.record import Record
 from gradexp.engine.run import Config, Paths, Run
 from gradexp.evaluate.accuracy import accuracy_on_test
 from gradexp.tasks.train import facts_of, prepare
@@ -23,7 +24,7 @@ from gradexp.tasks.train import facts_of, prepare
 WARM, STEPS = 5, 20  # the first steps allocate memory and choose algorithms
 
 
-def training(config: Config, paths: Paths) -> Config:
+def training(config: Config, paths: Paths) -> dict[str, Any]:
     """What `STEPS` steps of the run's training cost in this process, after `WARM` others.
 
     `seconds`, of the processor and of the wall clock: until the first step (`ready`, which includes a teacher's targets), for
@@ -49,7 +50,7 @@ def training(config: Config, paths: Paths) -> Config:
     return {"seconds": seconds, "peak_memory_mib": clocks.peak_memory_mib(), **facts}
 
 
-def looking(configs: Sequence[Config], paths: Paths) -> list[Config]:
+def looking(configs: Sequence[Config], paths: Paths) -> list[Record]:
     """The records of these runs."""
     return [ensure(Run(config, paths)) for config in configs]
 

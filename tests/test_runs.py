@@ -381,7 +381,7 @@ def test_a_failing_run_leaves_no_record(tmp_path: Path, monkeypatch: pytest.Monk
 def test_digests_of_runs_of_one_kind_do_not_hide_each_other() -> None:
     """A judge and a model both have weights."""
     used = {"model": {"id": "a", "weights_sha256": "1"}, "judge": {"id": "b", "weights_sha256": "2"}}
-    assert ensure.used_digests(used | {"maps": {"id": "c", "maps_sha256": "3"}}) == {"model": "1", "judge": "2", "maps": "3"}
+    assert record.used_digests(used | {"maps": {"id": "c", "maps_sha256": "3"}}) == {"model": "1", "judge": "2", "maps": "3"}
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any, cast
 
 import filelock
 
@@ -18,14 +19,14 @@ from gradexp.base.files import draft_of, intact, remove_drafts, remove_sealed, s
 from gradexp.engine import clocks
 from gradexp.engine.build import check_settings
 from gradexp.engine.origin import SOURCES, git_state, versions
-from gradexp.engine.record import differing_split, faults, finite, judged, read_record, write_arrays, write_record
-from gradexp.engine.run import Config, Run
+from gradexp.engine.record import Record, differing_split, faults, finite, judged, read_record, write_arrays, write_record
+from gradexp.engine.run import Run
 from gradexp.engine.task import Finished, Task, Upstream, task_of
 
 WAITING_EVERY = 180.0  # seconds between the lines of a process that waits for another one
 
 
-def ensure(run: Run, *, product: bool = False) -> Config:
+def ensure(run: Run, *, product: bool = False) -> Record:
     """The record of a run, which is done first where it has none.
 
     product: whether the file that the run leaves for other runs must exist too. A run whose record exists but whose file was
@@ -76,14 +77,14 @@ def finish(run: Run) -> Finished:
     return Finished(run, ensure(run, product=True), run.folder / task_of(run.config).product)
 
 
-def _usable_record(run: Run, product: bool) -> Config | None:
+def _usable_record(run: Run, product: bool) -> Record | None:
     """The record, if it exists, and with it the product where that is needed."""
     record = run.record()
     usable = record and (not product or is_product(run.folder / task_of(run.config).product, record))
     return record if usable else None
 
 
-def is_product(file: Path, record: Config) -> bool:
+def is_product(file: Path, record: Record) -> bool:
     """Whether a file is what the run of a record left for other runs: it exists, is intact and not that of another run.
 
     A file beside it names its run. Before 2026-11-29 it had none, and the record decides.
@@ -103,7 +104,7 @@ def _signature(product: Path) -> Path:
     return product.with_name(f"{product.name}.run.json")
 
 
-def _execute(run: Run, task: Task, upstream: Upstream) -> Config:
+def _execute(run: Run, task: Task, upstream: Upstream) -> Record:
     """Does the work. Returns the new record; raises ValueError where it is not a valid one."""
     started, begun, git = datetime.now(UTC), clocks.read(), git_state()
     result = task(run, upstream)
@@ -138,15 +139,10 @@ def _execute(run: Run, task: Task, upstream: Upstream) -> Config:
     }
     if wrong := faults(finite(record)):
         raise ValueError(f"{run.name} {run.id} made an invalid record: {'; '.join(wrong)}")
-    return record
+    return cast(Record, record)
 
 
-def used_digests(upstream: Config) -> dict[str, str]:
-    """{name: digest of the file that was used} of a record's `upstream`."""
-    return {name: value for name, below in upstream.items() for key, value in below.items() if key.endswith("_sha256")}
-
-
-def _compare(run: Run, record: Config, fresh: Config) -> None:
+def _compare(run: Run, record: Record, fresh: Record) -> None:
     """Prints how a run that was done again differs from its record, as it may on another machine."""
     old, new = record["metrics"], fresh["metrics"]
     differing = [name for name in {**new, **old} if old.get(name) != new.get(name)]
@@ -192,7 +188,7 @@ def _holding(path: Path, run: Run) -> Iterator[None]:
         lock.release()
 
 
-def check_images(run: Run, data: Config) -> None:
+def check_images(run: Run, data: Any) -> None:
     """Raises UserError where the run's record, or that of an upstream run, was made with other images.
 
     data: fingerprints of the images that the run will use.

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from gradexp.base.errors import UserError
 from gradexp.engine.compose import compose_run
-from gradexp.engine.record import numbers_of, read_record
+from gradexp.engine.record import Record, numbers_of, read_record
 from gradexp.engine.run import HARDWARE, ROOT, Config, Paths, Run, hardware, record_files
 
 SHORTEST = 4  # characters of an id that are enough if only one record begins with them
@@ -47,13 +47,13 @@ def find_record(name: str, results: Path) -> Path:
     return files[0]
 
 
-def run_of(record: Config, setting: Config, paths: Paths) -> Run:
+def run_of(record: Record, setting: Config, paths: Paths) -> Run:
     """The run of a record, on the hardware that the config `setting` names."""
     command = tuple(shlex.split(record["command"])[2:]) if "command" in record else ()
     return Run(record["config"] | hardware(setting), paths, command)
 
 
-def show(record: Config, file: Path) -> str:
+def show(record: Record, file: Path) -> str:
     """A record as text, without the values of its curves."""
     numbers, git = numbers_of(record), record["git"]
     facts = {

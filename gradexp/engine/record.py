@@ -10,7 +10,7 @@ import math
 import re
 import shlex
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from functools import cache
 from pathlib import Path
@@ -35,6 +35,7 @@ Metric = float | None | list[float | None]  # null where a number is not finite
 RunId = Annotated[str, StringConstraints(pattern="^[0-9a-f]{12}$")]
 Moment = Annotated[str, AfterValidator(lambda text: datetime.fromisoformat(text) and text)]
 Config = dict[str, Any]
+Clock = Literal["wall", "cpu"]
 
 
 def _command(text: str) -> str:
@@ -95,12 +96,22 @@ class Git(TypedDict):
 
 
 @lenient
+class Images(TypedDict, total=False):  # a data set, and fingerprints of the images that were used
+    name: str
+    train: str
+    test: str
+    subset: str
+    train_images: int
+    test_images: int
+
+
+@lenient
 class Used(TypedDict):
     """An upstream run: its id, (NAME_sha256) the digest of its file that was used, and the fingerprints of its images."""
 
     id: RunId
     experiment: NotRequired[FileName]
-    data: NotRequired[dict[str, Any]]  # records before 2026-11-29 lack it
+    data: NotRequired[Images]  # records before 2026-11-29 lack it
 
 
 @lenient
@@ -128,7 +139,7 @@ class Record(TypedDict):
     started: Moment
     ended: Moment
     command: NotRequired[Command]  # hardware and folders aside; records before 2026-11-29 lack it
-    data: NotRequired[dict[str, Any]]
+    data: NotRequired[Images]
     arrays: NotRequired[dict[str, Any]]
     attempts: NotRequired[list[dict[str, Any]]]  # origins of earlier attempts, on other machines or with other code
     curves_file: NotRequired[FileName]
@@ -148,6 +159,7 @@ class Record(TypedDict):
     targets: NotRequired[str]  # of a teacher: `stored` (once; in bfloat16, except logits) or `live` (computed for every batch)
     images: NotRequired[int]  # over which a score is a mean
     labels: NotRequired[list[int]]  # of a gallery's images
+    names: NotRequired[list[str]]  # of these classes
     layers: NotRequired[list[str]]
     sha256: NotRequired[dict[str, str]]  # of saliency maps
     product: NotRequired[Product]  # records before 2026-11-29 lack it
@@ -162,7 +174,7 @@ def faults(record: Any) -> list[str]:
     return wrong
 
 
-def contradictions(record: Config, path: Path) -> list[str]:
+def contradictions(record: Record, path: Path) -> list[str]:
     """Where a record contradicts its file name, its config or its upstream runs, a line each."""
     config = record["config"]
     try:
@@ -179,7 +191,9 @@ def contradictions(record: Config, path: Path) -> list[str]:
         wrong.append(f"its id is {record['id']}, which is not the name of its file")
     if record["id"] != computed:
         wrong.append(f"its config has the id {computed}, not {record['id']}")
-    wrong += [f"its {key} is {record[key]}, and {value} in its config" for key, value in stated.items() if record[key] != value]
+    for key, value in stated.items():
+        if record.get(key) != value:
+            wrong.append(f"its {key} is {record.get(key)}, and {value} in its config")
     if path.parent.name != record["experiment"]:
         wrong.append(f"its experiment is {record['experiment']}, which is not the name of its folder")
     for name, below in record["upstream"].items():
@@ -195,7 +209,12 @@ def nested(config: Config) -> Iterator[Config]:
         yield from nested(below)
 
 
-def differing_split(first: Config, second: Config) -> str | None:
+def used_digests(upstream: Mapping[str, Used]) -> dict[str, str]:
+    """{name: digest of the file that was used} of a record's `upstream`."""
+    return {name: str(value) for name, below in upstream.items() for key, value in below.items() if key.endswith("_sha256")}
+
+
+def differing_split(first: Images, second: Images) -> Literal["train", "test"] | None:
     """The split, `train` or `test`, of which two runs used different images; None where there is none.
 
     first, second: `data` of records. Where images were held out of the training set, there is no test split to compare.
@@ -203,13 +222,14 @@ def differing_split(first: Config, second: Config) -> str | None:
     if first.get("name") != second.get("name"):
         return None
     held_out = any(data.get("test") == data.get("train") for data in (first, second))
-    for split in ("train",) if held_out else ("train", "test"):
+    splits: list[Literal["train", "test"]] = ["train"] if held_out else ["train", "test"]
+    for split in splits:
         if split in first and split in second and first[split] != second[split]:
             return split
     return None
 
 
-def read_record(path: Path) -> Config:
+def read_record(path: Path) -> Record:
     """A record with its curves, which may be in a compressed file beside it. Do not modify it: it is kept for the next reader.
 
     Raises UserError where it cannot be read, is not valid, was changed since it was written, or is not the record of the run
@@ -224,10 +244,10 @@ def read_record(path: Path) -> Config:
 
 
 @cache
-def _parsed(path: Path, *_state: int) -> Config:
+def _parsed(path: Path, *_state: int) -> Record:
     """A table, its caption and the page read the same records; each state of a file is parsed once in a process."""
     text = path.read_text(encoding="utf-8")
-    record = json.loads(text)
+    record: Record = json.loads(text)
     if wrong := faults(record) or contradictions(record, path):
         raise ValueError(wrong[0])
     if "record_sha256" in record and record["record_sha256"] != _digest(text):
@@ -251,7 +271,7 @@ def _held_out(name: str) -> str:
     return f"validation/{name.removeprefix('test/')}" if name.startswith("test/") else name
 
 
-def _curves(path: Path, record: Config) -> Config:
+def _curves(path: Path, record: Record) -> dict[str, Metric]:
     """The curves of a record that are in a file beside it. Raises ValueError for the file of another record."""
     file = curves_path(path)
     if record["curves_file"] != file.name:
@@ -273,7 +293,7 @@ def _digest(text: str) -> str:
     return hashlib.sha256((before + seal + after.partition('"')[2]).encode()).hexdigest()
 
 
-def metric_of(record: Config, name: str) -> float | list[float | None]:
+def metric_of(record: Record, name: str) -> float | list[float | None]:
     """A recorded number or curve; NaN for a number that a diverged run lacks. Raises UserError for an unknown name.
 
     `test/...` means `validation/...` where the run held out images.
@@ -286,7 +306,7 @@ def metric_of(record: Config, name: str) -> float | list[float | None]:
     return float("nan") if value is None else value
 
 
-def value_of(record: Config, name: str) -> float:
+def value_of(record: Record, name: str) -> float:
     """A recorded number, as `metric_of`. Raises UserError for a curve."""
     value = metric_of(record, name)
     if isinstance(value, list):
@@ -294,17 +314,17 @@ def value_of(record: Config, name: str) -> float:
     return float(value)
 
 
-def write_record(path: Path, record: Config) -> None:
+def write_record(path: Path, record: Record) -> None:
     """Writes a record: sorted keys, two-space indent, NaN as null, under 64 KiB, with the digest of its text."""
-    record = {key: value for key, value in record.items() if not key.startswith("curves_")} | {"record_sha256": ""}
-    content = as_json(record)
+    kept = {key: value for key, value in record.items() if not key.startswith("curves_")} | {"record_sha256": ""}
+    content = as_json(kept)
     if len(content) > RECORD_LIMIT:
         curves = {name: value for name, value in record["metrics"].items() if isinstance(value, list)}
         compressed = gzip.compress(as_json(curves), mtime=0)
         write_atomically(curves_path(path), compressed)
         numbers = {name: value for name, value in record["metrics"].items() if name not in curves}
         beside = {"curves_file": curves_path(path).name, "curves_sha256": hashlib.sha256(compressed).hexdigest()}
-        content = as_json({**record, "metrics": numbers, **beside})
+        content = as_json({**kept, "metrics": numbers, **beside})
     text = content.decode()
     write_atomically(path, text.replace(SEAL, SEAL + _digest(text), 1).encode())
 
@@ -319,7 +339,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
         return dict(stored)
 
 
-def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> Config:
+def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
     content = io.BytesIO()
     np.savez_compressed(content, allow_pickle=False, **arrays)
     write_atomically(path, content.getvalue())
@@ -339,7 +359,7 @@ def finite(value: Any) -> Any:
     return json.loads(json.dumps(value), parse_constant=lambda _: None)
 
 
-def objective(record: Config, direction: str) -> float | None:
+def objective(record: Record, direction: str) -> float | None:
     """The metric that the config names `objective`; for a sweeper, the worst value where the training diverged.
 
     direction: `maximize` or `minimize`, the sweeper's; anything else without a sweeper, where a missing metric is None.
@@ -356,7 +376,7 @@ def objective(record: Config, direction: str) -> float | None:
     return worst if value is None else value
 
 
-def print_summary(record: Config) -> None:
+def print_summary(record: Record) -> None:
     """Prints the last line of a run."""
     numbers = numbers_of(record)
     numbers = {name: value for name, value in numbers.items() if name.startswith(("test/", "validation/"))} or numbers
@@ -368,6 +388,6 @@ def print_summary(record: Config) -> None:
     print(f"run {record['id']} {record['status']}: {shown}", flush=True)
 
 
-def numbers_of(record: Config) -> dict[str, float | None]:
+def numbers_of(record: Record) -> dict[str, float | None]:
     """The metrics without the curves."""
     return {name: value for name, value in record["metrics"].items() if not isinstance(value, list)}

@@ -18,8 +18,8 @@ from gradexp.base.ranges import Count, Seed
 from gradexp.base.typed import FileName, check, strict
 from gradexp.engine.record import HARDWARE as HARDWARE
 from gradexp.engine.record import Config as Config
+from gradexp.engine.record import Record, read_record
 from gradexp.engine.record import identity as identity
-from gradexp.engine.record import read_record
 from gradexp.engine.record import run_id as run_id
 
 Node = dict[str, Any]  # a `_target_` and its settings, which are checked against its declared types
@@ -160,7 +160,7 @@ class Run:
     def finished(self) -> bool:
         return self.record_path.exists()
 
-    def record(self) -> Config | None:
+    def record(self) -> Record | None:
         return read_record(self.record_path) if self.finished else None
 
     @property

@@ -13,6 +13,7 @@ import numpy as np
 
 from gradexp.base.files import sha256
 from gradexp.engine.build import build
+from gradexp.engine.record import Record
 from gradexp.engine.run import Config, Run
 
 Sizes = Mapping[str, tuple[int, int]]  # {data set: (training images, test images)}
@@ -37,7 +38,7 @@ class Finished:
     """A finished upstream run, its record, and the file that it left for other runs."""
 
     run: Run
-    record: Config
+    record: Record
     product: Path
 
     @cached_property

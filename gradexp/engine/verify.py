@@ -18,11 +18,11 @@ from gradexp.base.files import sha256
 from gradexp.base.texts import read_yaml
 from gradexp.engine.build import MOVED, locate, targets
 from gradexp.engine.compose import compose_run, conf_folders
-from gradexp.engine.ensure import ensure, is_product, used_digests
+from gradexp.engine.ensure import ensure, is_product
 from gradexp.engine.hardware import native_bf16
 from gradexp.engine.known import run_of
 from gradexp.engine.origin import SOURCES
-from gradexp.engine.record import differing_split, nested, read_arrays, read_record
+from gradexp.engine.record import Record, differing_split, nested, read_arrays, read_record, used_digests
 from gradexp.engine.run import ROOT, Config, Paths, record_files, run_id
 from gradexp.engine.task import task_of
 
@@ -145,14 +145,14 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:LISTED]) + (", ..." if len(names) > LISTED else "")
 
 
-def _made_again(record: Config, paths: Paths) -> bool:
+def _made_again(record: Record, paths: Paths) -> bool:
     if "product" not in record:
         return False
     file = paths.outputs / "runs" / record["experiment"] / record["id"] / record["product"]["file"]
     return file.exists() and sha256(file) != record["product"]["sha256"]
 
 
-def _stands_on_another(file: Path, record: Config) -> bool:
+def _stands_on_another(file: Path, record: Record) -> bool:
     for name, digest in used_digests(record["upstream"]).items():
         below = record["upstream"][name]
         with suppress(UserError):  # the upstream record is missing
@@ -191,7 +191,7 @@ def repeat(file: Path, paths: Paths, extra: Config) -> Iterator[str]:
             yield f"{name} was {_short(old)}, now it is {_short(new)}"
 
 
-def _repeat(record: Config, results: Path, setting: Config, elsewhere: Paths) -> Config:
+def _repeat(record: Record, results: Path, setting: Config, elsewhere: Paths) -> Record:
     """Repeats the upstream runs of a record, then its own, each with the threads and precision that it had.
 
     With another number of threads sums are rounded differently, and a training ends elsewhere.

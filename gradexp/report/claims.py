@@ -10,10 +10,10 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal, NotRequired
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -22,55 +22,28 @@ from typing_extensions import TypedDict
 from gradexp.base.errors import UserError
 from gradexp.base.texts import read_yaml
 from gradexp.base.typed import check, strict
-from gradexp.engine.ensure import used_digests
-from gradexp.engine.run import Config
+from gradexp.engine.record import used_digests
 from gradexp.report import specs
-from gradexp.report.comparisons import Grid, Pair, pairs
+from gradexp.report.comparisons import ClaimSpec, Grid, Pair, pairs
 from gradexp.report.inference import BOOTSTRAP_FROM, Estimate, estimate, estimate_over_images, holm
 from gradexp.report.specs import Planner
 from gradexp.report.writing import csv, rendered, write_beside
 
-Scale = Literal["paper", "cpu", "quick"]
 VERDICTS = ("holds", "contradicted", "undecided", "direction only", "withheld", "not run")
 NUMBERS = ["thesis", "noise", *(field.name for field in fields(Estimate) if field.name != "n")]
 COLUMNS = ["id", "label", "in_scale", "fitted", "runs", "n", *NUMBERS]  # of Judged.comparisons
-Except = TypedDict("Except", {"except": NotRequired[list[list[str]]]})  # a keyword, which a class can't have as a key
-
-
-@strict
-class ClaimSpec(Except):
-    """The head of conf/claims.yaml describes the keys."""
-
-    id: str
-    section: str
-    claim: str
-    item: str
-    scales: NotRequired[list[Scale]]
-    across: NotRequired[Literal["rows", "columns"]]
-    panel: NotRequired[str]
-    metric: NotRequired[str]
-    greater: NotRequired[list[Any]]  # of cells: names, numbers, CellSpecs, or lists of these
-    less: NotRequired[list[Any]]
-    near: NotRequired[list[Any]]
-    within: NotRequired[float]
-    by: NotRequired[float]
-    at: NotRequired[list[str | float]]
-    unit: NotRequired[Literal["seeds", "images"]]
-    because: NotRequired[str]
-    withheld: NotRequired[dict[Scale, str]]
-    fitted: NotRequired[dict[Scale, list[list[str]]]]
 
 
 @strict
 class ClaimsFile(TypedDict):
     confidence: float
     resamples: int
-    claims: list[dict[str, Any]]
+    claims: list[dict[str, Any]]  # ClaimSpecs, of which `load` checks each
 
 
-def load(file: Path) -> Config:
+def load(file: Path) -> ClaimsFile:
     """The file of claims. Raises UserError for unknown or missing keys, no claim, and an id that occurs twice."""
-    content: Any = check(ClaimsFile, read_yaml(file), file.name)
+    content: ClaimsFile = check(ClaimsFile, read_yaml(file), file.name)
     if not content["claims"]:
         raise UserError(f"{file} holds no claim; add one, or delete the file")
     for spec in content["claims"]:
@@ -78,7 +51,7 @@ def load(file: Path) -> Config:
     for name, count in Counter(spec["id"] for spec in content["claims"]).items():
         if count > 1:
             raise UserError(f"{file.name}: the id {name} is used {count} times; rename one claim")
-    return dict(content)
+    return content
 
 
 # --- verdicts ---------------------------------------------------------------------------------------------
@@ -105,25 +78,27 @@ def read(file: Path, scale: str, plan: Planner) -> Judged:
     content = load(file)
     grids: dict[Any, Grid] = {}
     claims, comparisons = [], []
-    for spec in content["claims"]:
+    for spec in cast(list[ClaimSpec], content["claims"]):
         item = spec["item"], spec.get("panel")
         try:
             grid = grids[item] = grids.get(item) or Grid(*item, scale, plan)
             comparisons += _comparisons(spec, grid, content)
         except UserError as error:
             raise UserError(f"{file.name}, claim {spec['id']}: {error}") from None
-        texts = {key: spec.get(key, "") for key in ("claim", "because")} | {"withheld": spec.get("withheld", {}).get(scale, "")}
+        withheld: Mapping[Any, str] = spec.get("withheld", {})
+        texts = {"claim": spec["claim"], "because": spec.get("because", ""), "withheld": withheld.get(scale, "")}
         row = {key: " ".join(text.split()) for key, text in texts.items()} | {"unit": spec.get("unit", "seeds")}
-        row |= {"chapter": spec["section"].lstrip("§").partition(".")[0], "comparable": grid.comparable}
-        claims.append({key: spec[key] for key in ("id", "section", "item")} | row)
+        row |= {"chapter": spec["section"].lstrip("§").partition(".")[0]}
+        claims.append({"id": spec["id"], "section": spec["section"], "item": spec["item"], "comparable": grid.comparable} | row)
     numbers = pd.DataFrame(comparisons, columns=COLUMNS).astype(dict.fromkeys(NUMBERS, float))
     return judge(Judged(pd.DataFrame(claims).set_index("id"), numbers, content["confidence"]))
 
 
-def _comparisons(spec: Config, grid: Grid, content: Config) -> list[Config]:
+def _comparisons(spec: ClaimSpec, grid: Grid, content: ClaimsFile) -> list[dict[str, Any]]:
     """Rows of Judged.comparisons; the names of cells are checked at scales that the claim is not about, too."""
     counted = [pair for pair in pairs(spec, grid) if not pair.excepted]
-    fitted = [tuple(map(str, entry)) for entry in spec.get("fitted", {}).get(grid.scale, [])]
+    by_scale: Mapping[Any, list[list[str]]] = spec.get("fitted", {})
+    fitted = [tuple(map(str, entry)) for entry in by_scale.get(grid.scale, [])]
     for entry in fitted:
         if not any(pair.matches(entry) for pair in counted):
             raise UserError(f"fitted: there is no comparison and no cell of one {entry}")
@@ -139,7 +114,7 @@ def _comparisons(spec: Config, grid: Grid, content: Config) -> list[Config]:
     return rows
 
 
-def _compare(pair: Pair, grid: Grid, unit: str, content: Config) -> Config:
+def _compare(pair: Pair, grid: Grid, unit: str, content: ClaimsFile) -> dict[str, Any]:
     """A comparison on the seeds whose runs are finished in all its cells."""
     signs, cells = zip(*pair.gap.cells, strict=True)
     runs = [list(grid.runs(cell).values()) for cell in cells]
@@ -225,7 +200,7 @@ def explanation(found: Judged) -> list[str]:
     return [f"- {' '.join(text.format(**numbers).split())}" for text in specs.settings()["verdicts"]]
 
 
-def views(found: Judged) -> list[Config]:
+def views(found: Judged) -> list[dict[str, Any]]:
     """Claims with the rows of their comparisons, for templates."""
     rows: Any = found.comparisons.to_dict("records")
     claims: Any = found.claims.reset_index().to_dict("records")

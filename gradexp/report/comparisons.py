@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, NotRequired
 
 import pandas as pd
 from scipy import stats
@@ -14,12 +14,38 @@ from typing_extensions import TypedDict
 
 from gradexp.base.errors import UserError, nearest
 from gradexp.base.typed import check, strict
-from gradexp.engine.record import metric_of
-from gradexp.engine.run import Config, Run
+from gradexp.engine.record import Record, metric_of
+from gradexp.engine.run import Run
 from gradexp.report import specs
 from gradexp.report.specs import Planner, Thesis, read_thesis, thesis_of
 
-FORMS = ("greater", "less", "near")
+Scale = Literal["paper", "cpu", "quick"]
+FORMS: tuple[Literal["greater", "less", "near"], ...] = ("greater", "less", "near")
+Except = TypedDict("Except", {"except": NotRequired[list[list[str]]]})  # a keyword, which a class can't have as a key
+
+
+@strict
+class ClaimSpec(Except):
+    """The head of conf/claims.yaml describes the keys."""
+
+    id: str
+    section: str
+    claim: str
+    item: str
+    scales: NotRequired[list[Scale]]
+    across: NotRequired[Literal["rows", "columns"]]
+    panel: NotRequired[str]
+    metric: NotRequired[str]
+    greater: NotRequired[list[Any]]  # of cells: names, numbers, CellSpecs, or lists of these
+    less: NotRequired[list[Any]]
+    near: NotRequired[list[Any]]
+    within: NotRequired[float]
+    by: NotRequired[float]
+    at: NotRequired[list[str | float]]
+    unit: NotRequired[Literal["seeds", "images"]]
+    because: NotRequired[str]
+    withheld: NotRequired[dict[Scale, str]]
+    fitted: NotRequired[dict[Scale, list[list[str]]]]
 
 
 @strict
@@ -51,7 +77,8 @@ class Grid:
         self.comparable: bool = scale in self.spec.get("comparable", [scale])  # with the thesis's numbers
         rows = [row for row in specs.rows(self.spec) if row.get("panel") == panel]
         if not rows:
-            raise UserError(f"panel {panel!r}: {item} has {', '.join(self.spec.get('panels', {})) or 'none'}")
+            known = self.spec.get("panels", {}) if "series" in self.spec else {}
+            raise UserError(f"panel {panel!r}: {item} has {', '.join(known) or 'none'}")
         columns = [column for row in rows for column in specs.columns(self.spec, row) if column]
         self.rows = {row["label"]: row for row in rows}
         self.columns = {specs.label_of(column): column for column in columns}
@@ -73,7 +100,7 @@ class Grid:
 
     def values(self, cell: CellName) -> pd.DataFrame:
         """`value` and `error` (standard error inside the run, NaN if not recorded) of the finished runs, indexed by seed."""
-        metric, x = self.metric(cell), self.spec.get("x")
+        metric, x = self.metric(cell), self.spec.get("x") if "series" in self.spec else None
         records = {seed: record for seed, run in self.runs(cell).items() if (record := run.record())}
         numbers = [(value_at(record, metric, x, cell.column), error_of(record, metric)) for record in records.values()]
         return pd.DataFrame(numbers, index=list(records), columns=["value", "error"], dtype=float)
@@ -101,20 +128,22 @@ class Grid:
         return specs.setting(key, self.rows.get(cell.row, {}), self.columns.get(cell.column, {}), self.spec)
 
 
-def value_at(record: Config, metric: str, x: str | None, column: str) -> float:
+def value_at(record: Record, metric: str, x: str | None, column: str) -> float:
     """A recorded number, or the value of a curve where `x` is `column`. Raises UserError if the curve has no such x."""
     value: Any = metric_of(record, metric)
     if isinstance(value, list):
-        grid = [f"{each:g}" for each in record["metrics"].get(x, [])]
+        points: Any = record["metrics"].get(x or "", [])
+        grid = [f"{each:g}" for each in points]
         if column not in grid:
             raise UserError(f"record {record['id']}: the curve {metric} has no x {column!r}{nearest(column, grid)}")
         value = value[grid.index(column)]
     return math.nan if value is None else float(value)
 
 
-def error_of(record: Config, metric: str) -> float:
+def error_of(record: Record, metric: str) -> float:
     """Standard error inside a run: from its deviation over images or draws, or from its binomial interval (95 %)."""
-    spread, low, high = (record["metrics"].get(f"{metric}/{name}") for name in ("std", "low", "high"))
+    metrics: dict[str, Any] = record["metrics"]
+    spread, low, high = (metrics.get(f"{metric}/{name}") for name in ("std", "low", "high"))
     count = record.get("images") or record["config"].get("task", {}).get("draws")
     if spread is not None and count:
         return float(spread) / math.sqrt(count)
@@ -148,7 +177,7 @@ class Pair(NamedTuple):
         return self.names == entry or any((cell.row, cell.column) == entry for _, cell in self.gap.cells)
 
 
-def pairs(spec: Config, grid: Grid) -> list[Pair]:
+def pairs(spec: ClaimSpec, grid: Grid) -> list[Pair]:
     """The comparisons of a claim. Raises UserError for names that its table or figure does not have."""
     forms = [form for form in FORMS if form in spec]
     if len(forms) != 1:
@@ -168,7 +197,7 @@ def pairs(spec: Config, grid: Grid) -> list[Pair]:
     return found
 
 
-def _positions(spec: Config, levels: list[list[Any]], grid: Grid) -> list[str]:
+def _positions(spec: ClaimSpec, levels: list[list[Any]], grid: Grid) -> list[str]:
     """The columns (`across: columns`: rows) at which cells are compared; [""] if every cell names its own."""
     if "at" in spec:
         return [str(at) for at in spec["at"]]
@@ -178,7 +207,7 @@ def _positions(spec: Config, levels: list[list[Any]], grid: Grid) -> list[str]:
     return list(known) if needed and known else [""]
 
 
-def _gaps(form: str, left: Sum, right: Sum, spec: Config) -> Iterator[tuple[str, Sum]]:
+def _gaps(form: str, left: Sum, right: Sum, spec: ClaimSpec) -> Iterator[tuple[str, Sum]]:
     """Label and what must be positive: one comparison, two for `near`."""
     if form == "near":
         within = Sum(f"{spec['within']:g}", constant=-float(spec["within"]))
@@ -191,7 +220,7 @@ def _gaps(form: str, left: Sum, right: Sum, spec: Config) -> Iterator[tuple[str,
     yield f"{left.name} {'>' if form == 'greater' else '<'} {right.name}{extra}", gap - Sum("", constant=margin)
 
 
-def _sum(node: Any, at: str, spec: Config, grid: Grid) -> Sum:
+def _sum(node: Any, at: str, spec: ClaimSpec, grid: Grid) -> Sum:
     """A cell of the file: the name of a row (`across: columns`: of a column), a number, or a CellSpec."""
     if isinstance(node, int | float):
         return Sum(f"{node:g}", constant=float(node))

@@ -20,7 +20,7 @@ import pandas as pd
 
 from gradexp.base.errors import UserError
 from gradexp.base.texts import read_json
-from gradexp.engine.record import read_record
+from gradexp.engine.record import Clock, Images, Record, read_record
 from gradexp.engine.run import Config, Paths, Run, identity, record_files
 from gradexp.engine.task import Sizes, task_of
 from gradexp.report import specs
@@ -97,14 +97,14 @@ class History:
     """
 
     device: str | None = None
-    clock: str = "cpu"
+    clock: Clock = "cpu"
     samples: dict[str, list[Sample]] = field(default_factory=dict)
     sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
     counts: dict[str, Sample] = field(default_factory=dict)
     configs: dict[str, Config] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, paths: Paths, device: str | None = None, clock: str = "cpu") -> History:
+    def of(cls, paths: Paths, device: str | None = None, clock: Clock = "cpu") -> History:
         """Read the records of all scales, and the probes in outputs/probes/."""
         history = cls(device, clock)
         records = [read_record(file) for file in record_files(paths.results)]
@@ -125,7 +125,7 @@ class History:
                 raise UserError(f"{file} is not a probe; {advice}") from None
         return history
 
-    def learn(self, config: Config, data: Config) -> None:
+    def learn(self, config: Config, data: Images) -> None:
         """Note the size of a data set that was used completely."""
         settings = config.get("data", {})
         whole = all(settings.get(key) is None for key in ("per_class", "validation", "only_classes"))
@@ -155,7 +155,7 @@ class History:
         )
 
 
-def sample(record: Config, sizes: Sizes, known: Mapping[str, Config], folder: Path, clock: str = "cpu") -> Sample | None:
+def sample(record: Record, sizes: Sizes, known: Mapping[str, Record], folder: Path, clock: Clock = "cpu") -> Sample | None:
     """The sample of a record; None if its amount is unknown or it diverged.
 
     known: records by id. Disk: the content of `folder` if it still exists, otherwise the weights.
@@ -163,7 +163,7 @@ def sample(record: Config, sizes: Sizes, known: Mapping[str, Config], folder: Pa
     size = task_of(record["config"]).work(record["config"], sizes)
     if size is None or record["status"] != "finished":
         return None
-    busy, wall = (max(0.01, own_seconds(record, known, name)) for name in (clock, "wall"))
+    busy, wall = max(0.01, own_seconds(record, known, clock)), max(0.01, own_seconds(record, known, "wall"))
     speed = record.get("images_per_second")
     rate = min(busy / size, busy / wall / speed) if speed else busy / size
     kept = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache as once
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, cast
 
 import matplotlib as mpl
 import numpy as np
@@ -24,10 +24,10 @@ from matplotlib.figure import Figure
 
 from gradexp.base.errors import UserError
 from gradexp.base.files import sha256, write_atomically
-from gradexp.engine.record import metric_of, read_arrays
-from gradexp.engine.run import Config, Run
+from gradexp.engine.record import Record, metric_of, read_arrays
+from gradexp.engine.run import Run
 from gradexp.report import provenance, specs
-from gradexp.report.specs import Planner, command, seeds_of
+from gradexp.report.specs import FigureSpec, Planner, SeriesSpec, command, seeds_of
 from gradexp.report.writing import csv, rendered, stem_of, write_beside
 
 STYLE = mpl.rc_params_from_file(Path(__file__).with_name("draw") / "gradexp.mplstyle", use_default_template=False)
@@ -37,11 +37,15 @@ NOTE_WIDTH = 20  # characters of a line below a figure, for each inch of its wid
 NOTE_HEIGHT = 0.11  # inches a line
 
 
+class SeriesAt(SeriesSpec):
+    x: NotRequired[float]  # of one of its points
+
+
 @dataclass(frozen=True)
 class Series:
     """One line, bar or row of a figure: its entry in the spec, and its runs, one for each seed."""
 
-    spec: Config
+    spec: SeriesAt
     runs: tuple[Run, ...]
 
     @property
@@ -49,7 +53,7 @@ class Series:
         return str(self.spec["label"])
 
     @property
-    def records(self) -> list[Config]:
+    def records(self) -> list[Record]:
         return [record for run in self.runs if (record := run.record())]
 
     @property
@@ -76,12 +80,13 @@ class Series:
 
 Row = dict[str, Any]
 # (spec, series) -> (figure, plotted values as rows of the CSV file)
-Draw = Callable[[Config, Sequence[Series]], tuple[Figure, list[Row]]]
+Draw = Callable[[FigureSpec, Sequence[Series]], tuple[Figure, list[Row]]]
 
 
-def gather(spec: Config, scale: str, plan: Planner) -> list[Series]:
+def gather(spec: FigureSpec, scale: str, plan: Planner) -> list[Series]:
     """The figure's series with the records that exist; a series with points becomes one Series for each point."""
-    return [Series({**series, **point}, tuple(map(plan, seeds.values()))) for series, point, seeds in specs.cells(spec, scale)]
+    cells = specs.cells(spec, scale)
+    return [Series(cast(SeriesAt, {**row, **point}), tuple(map(plan, seeds.values()))) for row, point, seeds in cells]
 
 
 def runs_of(series: Sequence[Series]) -> dict[str, list[Run]]:
@@ -96,7 +101,7 @@ def missing(series: Sequence[Series]) -> list[Run]:
     return [run for one in series for run in one.runs if not run.finished]
 
 
-def caption(spec: Config, scale: str, series: Sequence[Series], plan: Planner) -> provenance.Caption:
+def caption(spec: FigureSpec, scale: str, series: Sequence[Series], plan: Planner) -> provenance.Caption:
     """The caption of a figure; series: as gathered from `spec`."""
     first = seeds_of(spec, scale)[0]
     here = [one.runs[0].config for one in series]
@@ -106,7 +111,7 @@ def caption(spec: Config, scale: str, series: Sequence[Series], plan: Planner) -
 
 
 def make(
-    spec: Config,
+    spec: FigureSpec,
     scale: str,
     series: Sequence[Series],
     draw: Draw,
@@ -122,7 +127,7 @@ def make(
         needs = f" (they need {spec['needs'][scale]})" if scale in spec.get("needs", {}) else ""
         raise UserError(f"figure {spec['number']}, scale={scale}: runs are missing{needs}; run\n{commands}")
     comparable = scale in spec.get("comparable", [scale])
-    drawn = {key: value for key, value in spec.items() if comparable or key not in ("thesis", "lines")}
+    drawn = cast(FigureSpec, {key: value for key, value in spec.items() if comparable or key not in ("thesis", "lines")})
     with mpl.rc_context(STYLE):
         figure, rows = draw(drawn, series)
         lines = _below(spec, scale, figure.get_figwidth())
@@ -136,7 +141,7 @@ def make(
 
 
 def make_once(
-    spec: Config, scale: str, series: Sequence[Series], draw: Draw, results: Path, text: provenance.Caption, *, cache: Path
+    spec: FigureSpec, scale: str, series: Sequence[Series], draw: Draw, results: Path, text: provenance.Caption, *, cache: Path
 ) -> list[Path]:
     """As `make`, but a figure whose files are those of the same records, texts and code is not drawn again.
 
@@ -165,14 +170,14 @@ def _sources() -> list[Path]:
     return sorted(file for file in Path(__file__).parent.rglob("*") if file.is_file() and file.suffix != ".pyc")
 
 
-def _below(spec: Config, scale: str, width: float) -> list[str]:
+def _below(spec: FigureSpec, scale: str, width: float) -> list[str]:
     """The lines below a picture: its notes, scale and seeds, so that a copy of the picture alone has them."""
     seeds = seeds_of(spec, scale)
     origin = f"scale={scale}, seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
     return [*(line for note in specs.notes(spec, scale) for line in textwrap.wrap(note, int(NOTE_WIDTH * width))), origin]
 
 
-def to_markdown(spec: Config, scale: str, series: Sequence[Series], text: provenance.Caption) -> str:
+def to_markdown(spec: FigureSpec, scale: str, series: Sequence[Series], text: provenance.Caption) -> str:
     names = {"number": spec["number"], "title": spec.get("title", ""), "scale": scale}
     return rendered("figure.md", **names, text=text, runs=runs_of(series))
 

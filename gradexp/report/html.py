@@ -14,16 +14,19 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
 from markupsafe import Markup
 
-from gradexp.engine.record import read_record
-from gradexp.engine.run import Config, Run
+from gradexp.engine.record import Record, read_record
+from gradexp.engine.run import Run
 from gradexp.report import claims, figures, provenance, tables
+from gradexp.report.specs import FigureSpec, ReportSettings
 from gradexp.report.writing import PAGES, rendered, stem_of
+
+View = dict[str, Any]  # what a template shows
 
 
 @dataclass
@@ -31,10 +34,10 @@ class Panels:
     """What the page's links open: entries (a cell, a series, a claim) by anchor, and the records that they show, by id."""
 
     points: int  # of a curve
-    entries: dict[str, Config] = field(default_factory=dict)
-    records: dict[str, Config] = field(default_factory=dict)
+    entries: dict[str, View] = field(default_factory=dict)
+    records: dict[str, View] = field(default_factory=dict)
 
-    def add(self, anchor: str, kind: str, title: str, facts: Config, runs: Iterable[Run]) -> None:
+    def add(self, anchor: str, kind: str, title: str, facts: View, runs: Iterable[Run]) -> None:
         """Add an entry with the records of its runs and of those upstream."""
         runs = list(runs)
         finished = [run for run in runs if run.finished]
@@ -67,7 +70,7 @@ class Panels:
             self._add_record(path.parents[1] / run["experiment"] / f"{run['id']}.json")
 
 
-def curve(values: Sequence[Any], points: int) -> Config:
+def curve(values: Sequence[Any], points: int) -> View:
     """A curve as at most `points` means of equal stretches, four digits each; null for a stretch without numbers."""
     if not all(isinstance(value, int | float | None) for value in values):
         return {"n": len(values), "y": []}
@@ -94,7 +97,7 @@ def marks(numbers: pd.DataFrame, close: float) -> np.ndarray:
     return np.select(list(conditions.values()), list(conditions), "below")
 
 
-def table_view(table: tables.Table, panels: Panels, close: float) -> Config:
+def table_view(table: tables.Table, panels: Panels, close: float) -> View:
     """A table as the template shows it; each cell opens its records or its commands."""
     last = table.numbers.drop_duplicates(tables.CELL, keep="last")
     named = iter(marks(last, close))
@@ -111,7 +114,7 @@ def table_view(table: tables.Table, panels: Panels, close: float) -> Config:
     return {"number": table.number, "table": table, "rows": rows, "counts": counts, "size": size} | sentences
 
 
-def sorted_sentences(caption: provenance.Caption, runs: Iterable[Run]) -> Config:
+def sorted_sentences(caption: provenance.Caption, runs: Iterable[Run]) -> View:
     """A caption's sentences as `notes`, which the page shows, and `origin`, about its runs, which it folds."""
     origin = provenance.origin_of(*provenance.records_of(runs)).sentences
     notes = [sentence for sentence in caption.sentences if sentence not in origin]
@@ -119,8 +122,8 @@ def sorted_sentences(caption: provenance.Caption, runs: Iterable[Run]) -> Config
 
 
 def figure_view(
-    spec: Config, series: Sequence[figures.Series], scale: str, results: Path, panels: Panels, caption: provenance.Caption
-) -> Config:
+    spec: FigureSpec, series: Sequence[figures.Series], scale: str, results: Path, panels: Panels, caption: provenance.Caption
+) -> View:
     """A figure as the template shows it; each of its series opens its records."""
     number, runs = str(spec["number"]), figures.runs_of(series)
     stem = stem_of("figure", number, scale, results)
@@ -154,7 +157,7 @@ def embedded_file(stem: Path, kind: str) -> str | None:
     return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}" if path.exists() else None
 
 
-def claim_views(judged: claims.Judged, panels: Panels) -> list[Config]:
+def claim_views(judged: claims.Judged, panels: Panels) -> list[View]:
     """Claims as the template shows them; each opens the records of the runs that it compares.
 
     standing: the verdict, or `mixed` for a claim that is not tested and whose comparisons disagree.
@@ -167,10 +170,10 @@ def claim_views(judged: claims.Judged, panels: Panels) -> list[Config]:
     return views
 
 
-def chapters(views: Mapping[str, Sequence[Config]], settings: Config) -> list[Config]:
+def chapters(views: Mapping[str, Sequence[View]], settings: ReportSettings) -> list[View]:
     """The views (`tables`, `figures`, `claims`) by the chapter of their numbers; those of no chapter come last."""
     titles = {str(chapter["number"]): chapter["title"] for chapter in settings["chapters"]} | {"": "Beyond the thesis"}
-    parts: dict[str, Config] = {
+    parts: dict[str, View] = {
         number: {"number": number, "title": title, **{kind: [] for kind in views}} for number, title in titles.items()
     }
     for kind, view in ((kind, view) for kind, listed in views.items() for view in listed):
@@ -181,13 +184,13 @@ def chapters(views: Mapping[str, Sequence[Config]], settings: Config) -> list[Co
 
 def render(
     scale: str,
-    views: Mapping[str, Sequence[Config]],
+    views: Mapping[str, Sequence[View]],
     panels: Panels,
-    settings: Config,
+    settings: ReportSettings,
     *,
     made_by: str,
-    bench: Config | None = None,
-    costs: Sequence[Config] = (),
+    bench: View | None = None,
+    costs: Sequence[View] = (),
     explanation: Sequence[str] = (),
 ) -> str:
     """The page. views: as for `chapters`; made_by: version and commit of the code; explanation: of verdicts, in Markdown."""
@@ -203,7 +206,7 @@ def render(
         costs=costs,
         explanation=explanation,
         made_by=made_by,
-        origin=provenance.origin_of(records).sentences,
+        origin=provenance.origin_of(cast(list[Record], records)).sentences,
         data={"entries": panels.entries, "records": {record["id"]: record for record in records}},
         style=Markup((PAGES / "page.css").read_text(encoding="utf-8")),
         script=Markup(script),

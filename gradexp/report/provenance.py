@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from gradexp.engine.ensure import used_digests
-from gradexp.engine.record import value_of
+from gradexp.engine.record import Clock, Record, used_digests, value_of
 from gradexp.engine.run import Config, Run, identity
 from gradexp.report import specs
-from gradexp.report.specs import Planner, item_of, read_thesis
+from gradexp.report.specs import Planner, Spec, UpstreamSpec, item_of, read_thesis
 from gradexp.report.writing import rendered
 
 # A departure in one of these is none of the protocol (the scale's name, versions) or follows from another (the data set's).
@@ -25,7 +24,7 @@ class Caption(NamedTuple):
 
 
 def caption(
-    spec: Config,
+    spec: Spec,
     scale: str,
     runs: Sequence[Run],
     pairs: Sequence[tuple[Config, Config]],
@@ -37,7 +36,7 @@ def caption(
 
     pairs: (config here, config at scale=paper) of each cell; printed: whether it shows numbers of the thesis.
     """
-    departures, described = departed(pairs), tuple(spec.get("described", ()))
+    departures, described = departed(pairs), () if "series" in spec else tuple(spec.get("described", ()))
     origin = origin_of(*records_of(runs))
     text = rendered(
         "caption.txt",
@@ -55,9 +54,9 @@ def caption(
     return Caption([*text.splitlines(), *origin.sentences], origin.details, departures)
 
 
-def _upstream(spec: Config, scale: str, plan: Planner) -> Iterator[tuple[Config, Run, float | None, specs.Thesis | None]]:
+def _upstream(spec: Spec, scale: str, plan: Planner) -> Iterator[tuple[UpstreamSpec, Run, float | None, specs.Thesis | None]]:
     """The entries of `upstream`, each with its run, our number and the thesis's; None for a number that there is not."""
-    for line in spec.get("upstream", []):
+    for line in [] if "series" in spec else spec.get("upstream", []):
         if scale in line.get("scales", spec["seeds"]):
             run = plan([*line["overrides"], f"scale={scale}"])
             record = run.record()
@@ -99,11 +98,11 @@ def _alternatives(values: Iterable[Any]) -> str:
     return " or ".join(dict.fromkeys("none" if value is None else str(value) for value in values))
 
 
-def records_of(runs: Iterable[Run]) -> tuple[list[Config], list[Config]]:
+def records_of(runs: Iterable[Run]) -> tuple[list[Record], list[Record]]:
     """The records of the finished runs, and of the finished runs upstream of them."""
     users = [run for run in dict.fromkeys(runs) if run.finished]
     below = [run for run in with_upstream(users) if run not in users]
-    return [run.record() or {} for run in users], [run.record() or {} for run in below]
+    return [record for run in users if (record := run.record())], [record for run in below if (record := run.record())]
 
 
 def with_upstream(runs: Iterable[Run]) -> dict[Run, None]:
@@ -118,7 +117,7 @@ def with_upstream(runs: Iterable[Run]) -> dict[Run, None]:
     return found
 
 
-def origin_of(records: Sequence[Config], below: Sequence[Config] = ()) -> Caption:
+def origin_of(records: Sequence[Record], below: Sequence[Record] = ()) -> Caption:
     """Where the numbers of these records come from; below: the records upstream of them."""
     every = [*records, *below]
     attempts = [attempt for record in every for attempt in (record, *record.get("attempts", []))]
@@ -136,7 +135,7 @@ def origin_of(records: Sequence[Config], below: Sequence[Config] = ()) -> Captio
     return Caption(rendered("origin.txt", **facts).splitlines(), rendered("details.txt", **facts).splitlines())
 
 
-def own_seconds(record: Config, known: Mapping[str, Config], clock: str) -> float:
+def own_seconds(record: Record, known: Mapping[str, Record], clock: Clock) -> float:
     """A run's seconds without those of its upstream runs; clock: `wall` or `cpu`; known: records by id.
 
     Today a run starts after its upstream runs. The seconds of the first records include upstream runs that started after them;
@@ -148,7 +147,7 @@ def own_seconds(record: Config, known: Mapping[str, Config], clock: str) -> floa
     return float(seconds[clock]) - sum(run["seconds"][clock] for run in inside)
 
 
-def _repeated(records: Sequence[Config], known: Mapping[str, Config]) -> Iterator[Config]:
+def _repeated(records: Sequence[Record], known: Mapping[str, Record]) -> Iterator[dict[str, Any]]:
     """The upstream runs that ran more than once, or whose record describes another file: name, id, files ({digest: users})."""
     used: dict[tuple[str, str], dict[str, list[str]]] = {}
     for record in records:
@@ -158,6 +157,6 @@ def _repeated(records: Sequence[Config], known: Mapping[str, Config]) -> Iterato
     # Records until 2026-11-25 note a teacher that was trained again; today's hold its digest.
     older = {run["id"] for record in records for run in record.get("upstream", {}).values() if "remade" in run}
     for (name, number), files in used.items():
-        recorded = known.get(number, {}).get("product", {}).get("sha256", "")[:8]
+        recorded = known[number].get("product", {}).get("sha256", "")[:8] if number in known else ""
         if len(files) > 1 or number in older or recorded not in ("", *files):
             yield {"name": name, "id": number, "files": files}

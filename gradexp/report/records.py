@@ -12,10 +12,10 @@ from typing import Any
 import pandas as pd
 
 from gradexp.engine.compose import plan
-from gradexp.engine.record import metric_of, read_record
+from gradexp.engine.record import Record, metric_of, read_record
 from gradexp.engine.run import ROOT, Config, Run, record_files
 from gradexp.report import specs
-from gradexp.report.specs import Cell, Planner, Thesis, label_of, thesis_of
+from gradexp.report.specs import Cell, Planner, Spec, Thesis, label_of, thesis_of
 
 HEAD = ("experiment", "scale", "seed", "status", "started", "device", "precision", "parameters", "command")
 COLUMNS = ["row", "column", "panel", "part", "metric", "seed", "run", "finished", "value", "spread"]
@@ -57,13 +57,13 @@ def records(
     return _frame([record for record in every if scale in (None, record["scale"])], curves)
 
 
-def _frame(found: Sequence[Config], curves: bool) -> pd.DataFrame:
+def _frame(found: Sequence[Record], curves: bool) -> pd.DataFrame:
     """One row a record, indexed by id."""
     rows = [{"id": record["id"], **_row(record, curves)} for record in found]
     return pd.DataFrame(rows, columns=None if rows else ["id", *HEAD]).set_index("id")
 
 
-def _row(record: Config, curves: bool) -> Config:
+def _row(record: Record, curves: bool) -> dict[str, Any]:
     config = {key: value for key, value in record["config"].items() if key not in HIDDEN}
     return {
         **{name: record.get(name) for name in HEAD},
@@ -83,7 +83,7 @@ def _flat(config: Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield from _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
 
 
-def cells(spec: Config, scale: str, plan: Planner) -> pd.DataFrame:
+def cells(spec: Spec, scale: str, plan: Planner) -> pd.DataFrame:
     """One row for each seed and metric of each cell of a table or figure, finished or not, in the order of the cells.
 
     Columns: row, column, panel; part (the number of the metric in its cell), metric; seed, run, finished; value (NaN if the run
@@ -103,7 +103,7 @@ def cells(spec: Config, scale: str, plan: Planner) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=COLUMNS).astype({"seed": "Int64", "run": object})
 
 
-def _metrics(spec: Config, cell: Cell) -> Iterator[tuple[str | None, str | None, Thesis]]:
+def _metrics(spec: Spec, cell: Cell) -> Iterator[tuple[str | None, str | None, Thesis]]:
     """(metric, spread, the thesis's number) for each number of a cell."""
     keys = ("metric", "spread", "thesis_metric")
     metric, spread, quantity = (specs.setting(key, cell.row, cell.column, spec) for key in keys)
@@ -111,7 +111,7 @@ def _metrics(spec: Config, cell: Cell) -> Iterator[tuple[str | None, str | None,
         yield name, spread, Thesis() if "series" in spec else thesis_of(spec, cell.row, cell.column, printed)
 
 
-def number(record: Config | None, metric: str | None) -> float:
+def number(record: Record | None, metric: str | None) -> float:
     """A recorded number; NaN without a record or metric, for a diverged run, and for a curve."""
     if record is None or metric is None:
         return math.nan

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NotRequired
+from typing import Any, Literal, NamedTuple, NotRequired, final, overload
 
 import pandas as pd
 from typing_extensions import TypedDict
@@ -16,7 +16,7 @@ from gradexp.base.errors import UserError, nearest
 from gradexp.base.texts import read_yaml
 from gradexp.base.typed import check, strict
 from gradexp.engine.plugins import conf_folders
-from gradexp.engine.run import ROOT, Config, Run
+from gradexp.engine.run import ROOT, Run
 
 Planner = Callable[[Sequence[str]], Run]
 Best = Literal["max", "min"] | None
@@ -58,6 +58,7 @@ class RowSpec(Entry, Shown):
     apart: NotRequired[bool]  # not compared with the others, such as an oracle
 
 
+@final
 @strict
 class ColumnSpec(Entry, Shown):
     label: str
@@ -77,6 +78,7 @@ class UpstreamSpec(TypedDict):
     metric: NotRequired[str]
 
 
+@final
 @strict
 class TableSpec(Item, Shown):
     comparable: list[str]  # scales whose numbers can be compared with the thesis's
@@ -92,9 +94,15 @@ class TableSpec(Item, Shown):
     upstream: NotRequired[list[UpstreamSpec]]
 
 
+@final
 @strict
 class PointSpec(Entry):
     x: float
+
+
+@final
+class NoPoint(Entry):
+    """Stands for the only point of a series that has none."""
 
 
 @strict
@@ -119,6 +127,7 @@ class LineSpec(TypedDict):
     label: str
 
 
+@final
 @strict
 class FigureSpec(Item):
     """The drawing function in gradexp/report/draw/ documents the keys after `also`."""
@@ -165,13 +174,15 @@ class ReportSettings(TypedDict):
     verdicts: list[str]
 
 
+Spec = TableSpec | FigureSpec
+RowOrSeries = RowSpec | SeriesSpec
+ColumnOrPoint = ColumnSpec | PointSpec | NoPoint
 KINDS: dict[str, Any] = {"table": TableSpec, "figure": FigureSpec}
 
 
-def settings() -> Config:
+def settings() -> ReportSettings:
     """conf/report.yaml. Raises UserError where it is damaged or lacks a key."""
-    content: Any = check(ReportSettings, read_yaml(ROOT / "conf" / "report.yaml"), "conf/report.yaml")
-    return dict(content)
+    return check(ReportSettings, read_yaml(ROOT / "conf" / "report.yaml"), "conf/report.yaml")
 
 
 def numbers(kind: str) -> list[str]:
@@ -195,7 +206,13 @@ def parts(kind: str, number: str) -> list[str]:
     return [number] if number in known else [name for name in known if name[:-1] == number] or [number]
 
 
-def load(kind: str, number: str) -> Config:
+@overload
+def load(kind: Literal["table"], number: str) -> TableSpec: ...
+@overload
+def load(kind: Literal["figure"], number: str) -> FigureSpec: ...
+@overload
+def load(kind: str, number: str) -> Spec: ...
+def load(kind: str, number: str) -> Spec:
     """The spec of a table or figure. Raises UserError if it does not exist or is not a valid TableSpec or FigureSpec."""
     files = {name: ROOT / "conf" / kind / f"{name}.yaml" for name in numbers(kind)} | own(kind)
     if number not in files:
@@ -203,41 +220,48 @@ def load(kind: str, number: str) -> Config:
     content = read_yaml(files[number])
     if content is not None and not isinstance(content, dict):
         raise UserError(f"{files[number]} is not a mapping of keys to values")
-    spec: Config = check(KINDS[kind], {"number": number, **(content or {})}, f"{kind} {number}")
+    spec: Spec = check(KINDS[kind], {"number": number, **(content or {})}, f"{kind} {number}")
     _check_labels(spec, f"{kind} {number}")
     return spec
 
 
-def _check_labels(spec: Config, where: str) -> None:
+def _check_labels(spec: Spec, where: str) -> None:
     """Raises UserError for two rows, columns or series of one label, whose cells would be taken for one another's."""
-    for entries in ("series",) if "series" in spec else ("rows", "columns"):
+    entries: Mapping[str, Sequence[RowOrSeries | ColumnSpec]] = (
+        {"series": spec["series"]} if "series" in spec else {"rows": spec["rows"], "columns": spec["columns"]}
+    )
+    for name, listed in entries.items():
         for scale in spec["seeds"]:
-            shown = Counter(
-                (entry["label"], entry.get("panel")) for entry in spec[entries] if scale in entry.get("scales", [scale])
-            )
+            shown = Counter((entry["label"], entry.get("panel")) for entry in listed if scale in entry.get("scales", [scale]))
             if twice := [label for (label, _), count in shown.items() if count > 1]:
-                raise UserError(f"{where}: two {entries} have the label {twice[0]!r}; give each its own")
+                raise UserError(f"{where}: two {name} have the label {twice[0]!r}; give each its own")
 
 
-def at_scale(kind: str, scale: str) -> dict[str, Config]:
+@overload
+def at_scale(kind: Literal["table"], scale: str) -> dict[str, TableSpec]: ...
+@overload
+def at_scale(kind: Literal["figure"], scale: str) -> dict[str, FigureSpec]: ...
+@overload
+def at_scale(kind: str, scale: str) -> Mapping[str, Spec]: ...
+def at_scale(kind: str, scale: str) -> Mapping[str, Spec]:
     """{number: spec} of the tables or figures that a scale has."""
     every = {number: load(kind, number) for number in numbers(kind)}
     return {number: spec for number, spec in every.items() if scale in spec["seeds"]}
 
 
-def seeds_of(spec: Config, scale: str) -> list[int]:
+def seeds_of(spec: Item, scale: str) -> list[int]:
     """The seeds at a scale. Raises UserError if the spec does not have the scale."""
     if scale not in spec["seeds"]:
         raise UserError(f"scale={scale}: {spec['number']} has {', '.join(spec['seeds'])}")
     return list(spec["seeds"][scale])
 
 
-def setting(key: str, *entries: Config) -> Any:
+def setting(key: str, *entries: Mapping[str, object]) -> Any:
     """The value of the first entry that has this key, otherwise None."""
     return next((entry[key] for entry in entries if key in entry), None)
 
 
-def notes(spec: Config, scale: str) -> list[str]:
+def notes(spec: Item, scale: str) -> list[str]:
     """The notes of a table or figure: the general one and that of the scale."""
     return [text for text in (spec.get("note"), spec.get("notes", {}).get(scale)) if text]
 
@@ -251,48 +275,49 @@ class Cell(NamedTuple):
     commands: the overrides of `python run.py` by seed; empty for a cell that the scale does not run.
     """
 
-    row: Config
-    column: Config
+    row: RowOrSeries
+    column: ColumnOrPoint
     commands: dict[int, list[str]]
 
 
-def rows(spec: Config) -> list[Config]:
+def rows(spec: Spec) -> list[RowOrSeries]:
     """The rows of a table, or the series of a figure."""
     return list(spec["series"] if "series" in spec else spec["rows"])
 
 
-def columns(spec: Config, row: Config) -> list[Config]:
+def columns(spec: Spec, row: RowOrSeries) -> list[ColumnOrPoint]:
     """The columns of a table, or the points of a figure's series; one that is empty for a series without points."""
-    listed: Any = row.get("points", spec.get("points", [{}])) if "series" in spec else spec["columns"]
+    listed: Any = row.get("points", spec.get("points", [NoPoint()])) if "series" in spec else spec["columns"]
     return list(listed)
 
 
-def label_of(column: Config) -> str:
+def label_of(column: ColumnOrPoint) -> str:
     """The label of a table's column, or the x of a figure's point."""
     return str(column["label"]) if "label" in column else f"{column['x']:g}" if "x" in column else ""
 
 
-def cells(spec: Config, scale: str) -> Iterator[Cell]:
+def cells(spec: Spec, scale: str) -> Iterator[Cell]:
     """All cells of a table or figure, row by row; at a scale listed in a table's `only`, the other cells have no commands."""
-    common, only = seeds_of(spec, scale), spec.get("only", {}).get(scale)
+    common, only = seeds_of(spec, scale), None if "series" in spec else spec.get("only", {}).get(scale)
     for row in rows(spec):
         for column in columns(spec, row):
             if not all(scale in entry.get("scales", [scale]) for entry in (row, column)):
                 continue
-            wanted = only is None or [row["label"], column["label"]] in only
-            seeds = column.get("seeds", {}).get(scale, common) if wanted else []
-            yield Cell(row, column, {seed: command(spec, row, column, scale, seed) for seed in seeds})
+            wanted = only is None or [row["label"], label_of(column)] in only
+            seeds = column["seeds"].get(scale, common) if "seeds" in column else common
+            yield Cell(row, column, {seed: command(spec, row, column, scale, seed) for seed in seeds if wanted})
 
 
-def commands(spec: Config, scale: str) -> list[list[str]]:
+def commands(spec: Spec, scale: str) -> list[list[str]]:
     """The overrides of every run of a table or figure."""
     return [overrides for cell in cells(spec, scale) for overrides in cell.commands.values()]
 
 
-def command(spec: Config, row: Config, column: Config, scale: str, seed: int) -> list[str]:
+def command(spec: Spec, row: RowOrSeries, column: ColumnOrPoint, scale: str, seed: int) -> list[str]:
     """The overrides of one cell and seed. A row, a series or a column may name an experiment of its own."""
     first = [f"experiment={setting('experiment', row, column, spec)}", f"scale={scale}"]
-    own = [*spec.get("overrides_at", {}).get(scale, []), *row.get("overrides", []), *column.get("overrides", [])]
+    of_scale = spec.get("overrides_at", {}).get(scale, []) if "series" in spec else []
+    own = [*of_scale, *row.get("overrides", []), *column.get("overrides", [])]
     return [*first, *own, f"seed={seed}"]
 
 
@@ -329,12 +354,12 @@ def read_thesis() -> dict[tuple[str, ...], Thesis]:
     return numbers
 
 
-def item_of(spec: Config) -> str:
+def item_of(spec: Spec) -> str:
     """The name of a table in results/thesis.csv."""
     return str(spec.get("thesis", spec["number"]))
 
 
-def thesis_of(spec: Config, row: Config, column: Config, quantity: str | None) -> Thesis:
+def thesis_of(spec: Spec, row: RowOrSeries, column: ColumnOrPoint, quantity: str | None) -> Thesis:
     """The number that the thesis prints in a table's cell; quantity: which one, if the cell has several."""
-    names = [str(entry.get("thesis", entry["label"])) for entry in (row, column)]
+    names = [str(row.get("thesis", row["label"])), str(column.get("thesis", label_of(column)))]
     return read_thesis().get((item_of(spec), *names, *([quantity] if quantity else [])), Thesis())

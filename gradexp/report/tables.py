@@ -15,7 +15,7 @@ import pandas as pd
 from gradexp.engine.run import Config, Run
 from gradexp.report import provenance, records, specs
 from gradexp.report.provenance import Caption
-from gradexp.report.specs import Planner, command
+from gradexp.report.specs import Planner, TableSpec, command, label_of
 from gradexp.report.writing import csv, one_line, printed, rendered, stem_of, write_beside
 
 CELL = ["row", "column"]
@@ -31,7 +31,7 @@ class Table:
     cells: records.cells, one row for each seed and metric of a cell; numbers: `summary`, one row for each metric of a cell.
     """
 
-    spec: Config
+    spec: TableSpec
     scale: str
     title: str
     cells: pd.DataFrame
@@ -69,7 +69,7 @@ class Table:
         return [run for run in self.runs if not run.finished]
 
     @cached_property
-    def by_row(self) -> dict[str, list[Config]]:
+    def by_row(self) -> dict[str, list[dict[str, Any]]]:
         """{label of a row: its cells, as rows of `texts`}"""
         cells: Any = self.texts.reset_index().to_dict("records")
         return {row: list(own) for row, own in groupby(cells, key=lambda cell: cell["row"])}
@@ -102,7 +102,7 @@ class Table:
         return texts
 
 
-def summary(cells: pd.DataFrame, spec: Config, scale: str) -> pd.DataFrame:
+def summary(cells: pd.DataFrame, spec: TableSpec, scale: str) -> pd.DataFrame:
     """Mean and deviation over the finished seeds of each cell.
 
     One row for each metric of each cell: row, column, part, metric; ours, std, n; planned (seeds, finished or not); thesis,
@@ -116,7 +116,7 @@ def summary(cells: pd.DataFrame, spec: Config, scale: str) -> pd.DataFrame:
     return numbers
 
 
-def _number(cell: pd.DataFrame) -> Config:
+def _number(cell: pd.DataFrame) -> dict[str, Any]:
     """Mean and standard deviation of the sample over finished runs; NaN if one diverged."""
     first, done = cell.iloc[0], cell[cell["finished"]]
     inside = bool(done["spread"].notna().any())
@@ -130,7 +130,7 @@ def _number(cell: pd.DataFrame) -> Config:
     }
 
 
-def best(numbers: pd.DataFrame, spec: Config) -> pd.Series[bool]:
+def best(numbers: pd.DataFrame, spec: TableSpec) -> pd.Series[bool]:
     """Whether a cell is the best of its column, row or table (`best_per`), if at least two of its cells are filled.
 
     The last metric of a cell decides. Rows marked `apart`, such as an oracle, do not compete.
@@ -148,7 +148,7 @@ def best(numbers: pd.DataFrame, spec: Config) -> pd.Series[bool]:
     return pd.Series(cells.isin(pd.MultiIndex.from_frame(won[CELL])), numbers.index)
 
 
-def build(spec: Config, scale: str, plan: Planner) -> Table:
+def build(spec: TableSpec, scale: str, plan: Planner) -> Table:
     """The table that `conf/table/NUMBER.yaml` describes, filled with the records that exist."""
     cells = records.cells(spec, scale, plan)
     numbers = summary(cells, spec, scale)
@@ -160,7 +160,7 @@ def build(spec: Config, scale: str, plan: Planner) -> Table:
     return Table(spec, scale, title, cells, numbers, caption)
 
 
-def _counterparts(spec: Config, scale: str, cells: pd.DataFrame, plan: Planner) -> Iterator[tuple[Config, Config]]:
+def _counterparts(spec: TableSpec, scale: str, cells: pd.DataFrame, plan: Planner) -> Iterator[tuple[Config, Config]]:
     """The config of each cell's first run, and of the same cell at scale=paper.
 
     A column that scale=paper does not have is compared with the first one that it has.
@@ -168,7 +168,7 @@ def _counterparts(spec: Config, scale: str, cells: pd.DataFrame, plan: Planner) 
     first = cells[cells["run"].notna()].drop_duplicates(CELL).set_index(CELL)
     for row, column, seeds in specs.cells(spec, scale):
         if seeds:
-            cell = first.loc[(row["label"], column["label"])]
+            cell: Any = first.loc[(row["label"], label_of(column))]
             there = next((entry for entry in [column, *spec["columns"]] if "paper" in entry.get("scales", ["paper"])), column)
             yield cell["run"].config, plan(command(spec, row, there, "paper", cell["seed"])).config
 
@@ -193,7 +193,7 @@ def to_csv(table: Table) -> str:
 def to_text(table: Table) -> str:
     """For the terminal: ours above, the thesis's number below in parentheses; * marks the best of a column."""
 
-    def show(cell: Config) -> str:
+    def show(cell: dict[str, Any]) -> str:
         return f"{cell['ours']}{'*' if cell['best'] else ''}" + (f"\n({cell['thesis']})" if cell["thesis"] else "")
 
     rows = [[one_line(row), *map(show, cells)] for row, cells in table.by_row.items()]

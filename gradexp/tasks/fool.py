@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from gradexp.base.errors import UserError
 from gradexp.base.ranges import Count, Positive
 from gradexp.data.loader import Batch
 from gradexp.engine.evaluation import Evaluation, as_bytes
+from gradexp.engine.record import Record
 from gradexp.engine.run import Run
 from gradexp.engine.task import Finished, Result, Upstream
 from gradexp.evaluate.accuracy import accuracy_on_test
@@ -50,7 +51,7 @@ class Fool(Train):
 
     def __call__(self, run: Run, upstream: Upstream) -> Result:
         training = super().__call__(run, upstream)
-        fooled = Finished(run, {"status": training.status}, run.weights)
+        fooled = Finished(run, cast(Record, {"status": training.status}), run.weights)
         evaluation = Evaluation(run, {**upstream, "fooled": fooled})
         models = {"before": evaluation.model("start"), "after": evaluation.model("fooled")}
         mask = corner(self.mask, [evaluation.data.size] * 2)

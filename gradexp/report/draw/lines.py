@@ -15,15 +15,14 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
 from gradexp.base.errors import UserError, nearest
-from gradexp.engine.record import value_of
-from gradexp.engine.run import Config
+from gradexp.engine.record import Record, value_of
 from gradexp.report.figures import COLUMN_WIDTH, PALETTE, Row, Series
-from gradexp.report.specs import Thesis, read_thesis
+from gradexp.report.specs import FigureSpec, Thesis, read_thesis
 
 REFERENCE = "#555555"  # the colour of the thesis's own numbers
 
 
-def curves(spec: Config, series: Sequence[Series]) -> tuple[Figure, list[Row]]:
+def curves(spec: FigureSpec, series: Sequence[Series]) -> tuple[Figure, list[Row]]:
     """One recorded curve for each series, over the index of its entries, from 1.
 
     spec: `metric` (a recorded list), `xlabel`, `ylabel`; `lines`: [{y, label}], horizontal lines at numbers of the thesis.
@@ -40,7 +39,7 @@ def curves(spec: Config, series: Sequence[Series]) -> tuple[Figure, list[Row]]:
     return figure, rows
 
 
-def panels(spec: Config, series: Sequence[Series]) -> tuple[Figure, list[Row]]:
+def panels(spec: FigureSpec, series: Sequence[Series]) -> tuple[Figure, list[Row]]:
     """A grid of plots: a column for each `panel` that series name, a row for each entry of `curves`.
 
     A label has the same colour in all panels.
@@ -112,7 +111,7 @@ def style(label: str) -> dict[str, Any]:
     return {"color": colour, "marker": marker, "linestyle": dashes, "markersize": 3.5, "linewidth": 1.2, **below}
 
 
-def output_change(spec: Config, series: Sequence[Series]) -> tuple[Figure, list[Row]]:
+def output_change(spec: FigureSpec, series: Sequence[Series]) -> tuple[Figure, list[Row]]:
     """`output_change@removed=...` of one run for each series on a log scale, with the standard error over images (fig. 3.2a).
 
     The legend has each curve's `output_change_area` with its 95 % interval, if it is recorded. spec: `reading`, the name of a
@@ -138,7 +137,7 @@ def output_change(spec: Config, series: Sequence[Series]) -> tuple[Figure, list[
     return figure, _rows(points, spec) + _rows(pd.DataFrame(areas.values(), columns=POINTS), spec)
 
 
-def retrained_accuracy(spec: Config, series: Sequence[Series]) -> tuple[Figure, list[Row]]:
+def retrained_accuracy(spec: FigureSpec, series: Sequence[Series]) -> tuple[Figure, list[Row]]:
     """`test/accuracy` at each point, mean and standard deviation over seeds; every curve starts at `untouched` (fig. 3.2b)."""
     rows = []
     for one in series:
@@ -156,7 +155,7 @@ def retrained_accuracy(spec: Config, series: Sequence[Series]) -> tuple[Figure, 
     return figure, _rows(pd.concat([start, rest]), spec)
 
 
-def randomisation(spec: Config, series: Sequence[Series]) -> tuple[Figure, list[Row]]:
+def randomisation(spec: FigureSpec, series: Sequence[Series]) -> tuple[Figure, list[Row]]:
     """`correlation` over `randomised` layers of one run for each series, with its standard error over images (§3.4.1)."""
     lines = []
     for one in series:
@@ -171,12 +170,12 @@ def randomisation(spec: Config, series: Sequence[Series]) -> tuple[Figure, list[
     return figure, _rows(points, spec)
 
 
-def _over_images(label: str, record: Config, name: str, x: float) -> tuple[str, float, float, float, float, int]:
+def _over_images(label: str, record: Record, name: str, x: float) -> tuple[str, float, float, float, float, int]:
     mean, std, images = value_of(record, name), value_of(record, f"{name}/std"), record["images"]
     return label, x, mean, std, std / math.sqrt(images), images
 
 
-def _by_method(spec: Config, points: pd.DataFrame, suffixes: Mapping[str, str] | None = None) -> tuple[Figure, Axes]:
+def _by_method(spec: FigureSpec, points: pd.DataFrame, suffixes: Mapping[str, str] | None = None) -> tuple[Figure, Axes]:
     """A line with a band for each series, beside its legend. suffixes: what follows a series' label there."""
     figure = Figure(figsize=(1.5 * COLUMN_WIDTH, 0.9 * COLUMN_WIDTH))
     axes = figure.subplots()
@@ -197,14 +196,14 @@ def _by_method(spec: Config, points: pd.DataFrame, suffixes: Mapping[str, str] |
     return figure, axes
 
 
-def _thesis(points: pd.DataFrame, spec: Config) -> pd.Series[float]:
+def _thesis(points: pd.DataFrame, spec: FigureSpec) -> pd.Series[float]:
     """The thesis's own values at these points, read off the author's poster; NaN where there is none."""
-    keys = [(spec.get("thesis", ""), str(label), f"{x:g}") for label, x in zip(points["series"], points["x"], strict=True)]
+    keys = [(str(spec.get("thesis", "")), str(label), f"{x:g}") for label, x in zip(points["series"], points["x"], strict=True)]
     numbers = [read_thesis().get(key, Thesis()).value for key in keys]
     return pd.Series(numbers, points.index, dtype=float)
 
 
-def _rows(points: pd.DataFrame, spec: Config) -> list[Row]:
+def _rows(points: pd.DataFrame, spec: FigureSpec) -> list[Row]:
     formats = {"mean": "{:.5g}", "std": "{:.3g}", "error": "{:.3g}"}
     texts = {name: points[name].map(form.format) for name, form in formats.items()}
     x = points["x"].map("{:g}".format).replace("nan", "area")
@@ -224,7 +223,7 @@ STUDENTS = {  # by array: panel, label, dashes, colour
 TANGENT = 0.28  # half the length of a tangent, in units of x
 
 
-def illustration(spec: Config, series: Sequence[Series]) -> tuple[Figure, list[Row]]:
+def illustration(spec: FigureSpec, series: Sequence[Series]) -> tuple[Figure, list[Row]]:
     """Two panels: a student that matches values alone; students that match slopes, explicitly and through noise."""
     arrays = series[0].arrays[0]
     figure = Figure(figsize=(2 * COLUMN_WIDTH, 0.95 * COLUMN_WIDTH))

@@ -12,8 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from gradexp.base.errors import UserError
-from gradexp.engine.run import Config
 from gradexp.report.figures import COLUMN_WIDTH, PALETTE, Row, Series
+from gradexp.report.specs import FigureSpec
 
 WIDTH = 2 * COLUMN_WIDTH
 MAP = "inferno"  # dark to bright in even steps, also in grey and for the colour-blind
@@ -23,7 +23,7 @@ CLIP = 99.5  # percentile of a map that is drawn brightest, so that one pixel do
 MOST_OVERLAID = 0.85  # largest opacity of a map over its image
 
 
-def samples(spec: Config, series: Sequence[Series]) -> tuple[Figure, list[Row]]:
+def samples(spec: FigureSpec, series: Sequence[Series]) -> tuple[Figure, list[Row]]:
     """A row of pictures for each series, below a row for each array in `above` of the first series.
 
     spec: `array`, the pictures of a series; `signed`, whether they are gradients (each is rescaled around grey);
@@ -51,7 +51,7 @@ def samples(spec: Config, series: Sequence[Series]) -> tuple[Figure, list[Row]]:
     ]
 
 
-def fooling(spec: Config, series: Sequence[Series]) -> tuple[Figure, list[Row]]:
+def fooling(spec: FigureSpec, series: Sequence[Series]) -> tuple[Figure, list[Row]]:
     """One image a row: the mask, and each gradient of `columns` in red over the image, with its mean energy in the mask.
 
     spec: `columns`: [{label, array, metric}]; further `metrics` and `thesis`, {metric: number}, for the CSV file. Only the
@@ -59,16 +59,18 @@ def fooling(spec: Config, series: Sequence[Series]) -> tuple[Figure, list[Row]]:
     """
     one, *others = series
     arrays, images = one.arrays[0], one.arrays[0]["images"]
-    heads = {"mask": "energy/uniform"} | {column["label"]: column["metric"] for column in spec["columns"]}
+    columns: Any = spec["columns"]
+    heads = {"mask": "energy/uniform"} | {column["label"]: column["metric"] for column in columns}
     titles = [f"{label}\n{one.metric(metric)[0]:.1f} %" for label, metric in heads.items()]
     figure, grid = _grid(len(images), len(heads), WIDTH / len(heads) * len(images) + 0.5, titles)
     for i, axes in enumerate(grid):
-        maps = [arrays["mask"], *(arrays[column["array"]][i] for column in spec["columns"])]
+        maps = [arrays["mask"], *(arrays[column["array"]][i] for column in columns)]
         for panel, saliency in zip(axes, maps, strict=True):
             show(panel, red_over(images[i], saliency))
     before, after = (one.metric(f"test/accuracy{when}")[0] for when in ("/before", ""))
     figure.suptitle(f"test accuracy {before:.1f} % before, {after:.1f} % after", fontsize=8)
-    printed, own = spec.get("thesis", {}), heads | {metric: metric for metric in spec["metrics"]}
+    printed: Any = spec.get("thesis", {})
+    own = heads | {metric: metric for metric in spec["metrics"]}
     listed = [(one, label, metric, printed.get(metric, "")) for label, metric in own.items()]
     listed += [(other, f"{other.label}: {metric}", metric, "") for other in others for metric in dict.fromkeys(own.values())]
     return figure, [
@@ -90,7 +92,7 @@ CHANGES = {
 }
 
 
-def shift(spec: Config, series: Sequence[Series]) -> tuple[Figure, list[Row]]:
+def shift(spec: FigureSpec, series: Sequence[Series]) -> tuple[Figure, list[Row]]:
     """(a) gradients before and after a function is added to all logits; (b) what a small sine adds to the loss (§5.2, §5.7)."""
     one = series[0]
     arrays = one.arrays[0]
@@ -130,7 +132,7 @@ class Maps(NamedTuple):
     overlay: bool = False
 
 
-def gallery(spec: Config, series: Sequence[Series]) -> tuple[Figure, list[Row]]:
+def gallery(spec: FigureSpec, series: Sequence[Series]) -> tuple[Figure, list[Row]]:
     """One image a line, one method a column, from the arrays `images` and `maps` of each series.
 
     spec: `first` and `rows` select the images; `overlay` of a series draws its maps over them.
@@ -142,12 +144,13 @@ def gallery(spec: Config, series: Sequence[Series]) -> tuple[Figure, list[Row]]:
     return _gallery(images, columns, range(spec["first"], min(spec["first"] + spec["rows"], len(images))))
 
 
-def layers(spec: Config, series: Sequence[Series]) -> tuple[Figure, list[Row]]:
+def layers(spec: FigureSpec, series: Sequence[Series]) -> tuple[Figure, list[Row]]:
     """One image a line: the image, ∇f ⊙ x, the bias-gradients of `columns` evenly spaced layers, and FullGrad."""
     (one,) = series
     (arrays,) = one.arrays
     names = one.records[0]["layers"]
-    chosen = np.linspace(1, len(names) - 1, min(spec["columns"], len(names) - 1)).round().astype(int)
+    count: Any = spec["columns"]
+    chosen = np.linspace(1, len(names) - 1, min(count, len(names) - 1)).round().astype(int)
     titles = {"∇f ⊙ x": names[0]} | {f"layer {i}": names[i] for i in chosen}
     columns = [Maps(title, name, one, arrays[f"layer/{name}"]) for title, name in titles.items()]
     columns.append(Maps("FullGrad", "sum", one, arrays["maps"]))
