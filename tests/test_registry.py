@@ -13,6 +13,7 @@ from gradexp.engine import compose, plugins
 from gradexp.engine.build import KINDS, check_settings, kind_of, locate, targets
 from gradexp.engine.compose import check_overrides, compose_run
 from gradexp.engine.ensure import ensure
+from gradexp.engine.record import write_record
 from gradexp.engine.run import ROOT, Paths, Run, run_id
 from gradexp.engine.verify import Finding, verify
 from gradexp.report import specs
@@ -90,11 +91,9 @@ def test_a_record_is_verified_without_running_what_it_names(places: list[str], t
     written = tmp_path / "executed"
     command = {"_target_": "torch.utils.collect_env.run", "command": f"touch {written}"}
     run.record_path.unlink()
-    del record["record_sha256"]  # whoever writes such a record writes a digest that fits, or none
     for name, hostile in (("logger", {**record["config"]["logger"], "group": command}), ("model", command)):
         edited = {**record["config"], name: hostile}
-        content = json.dumps({**record, "config": edited, "id": run_id(edited)})
-        run.record_path.with_stem(run_id(edited)).write_text(content)
+        write_record(run.record_path.with_stem(run_id(edited)), {**record, "config": edited, "id": run_id(edited)})
         extra = {key: config[key] for key in ("trainer", "logger", "gradients")}
         found = [line.what for line in verify(run.paths, sample=1, seed=0, extra=extra) if isinstance(line, Finding)]
         assert any("is refused" in what for what in found)

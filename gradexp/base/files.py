@@ -29,7 +29,8 @@ def _drafted(path: Path) -> Iterator[Path]:
     try:
         yield draft
     except OSError as error:
-        error.filename, error.filename2 = str(path), None
+        if error.errno is not None:
+            error.filename, error.filename2 = str(path), None
         raise
     finally:
         draft.unlink(missing_ok=True)
