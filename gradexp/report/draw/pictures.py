@@ -19,6 +19,7 @@ WIDTH = 2 * COLUMN_WIDTH
 MAP = "inferno"  # dark to bright in even steps, also in grey and for the colour-blind
 SIGNED = "RdBu_r"
 OVERLAY = "YlOrRd"
+LETTERS = 16  # of a title, for each inch of its panel
 CLIP = 99.5  # percentile of a map that is drawn brightest, so that one pixel does not darken all others
 MOST_OVERLAID = 0.85  # largest opacity of a map over its image
 
@@ -214,7 +215,9 @@ def blended(strength: np.ndarray, image: np.ndarray, colours: np.ndarray | None 
 
 def _grid(lines: int, columns: int, height: float, titles: Sequence[str] = ()) -> tuple[Figure, Any]:
     """A figure as wide as a page, and its panels (lines, columns) with titles above the first line."""
-    figure = Figure(figsize=(WIDTH, height))
+    titles = [textwrap.fill(title, int(LETTERS * WIDTH / columns)) for title in titles]
+    more_lines = max((title.count("\n") for title in titles), default=0)
+    figure = Figure(figsize=(WIDTH, height + 0.16 * more_lines))
     grid = figure.subplots(lines, columns, squeeze=False)
     figure.set_layout_engine("constrained", w_pad=0.01, h_pad=0.01, wspace=0.02, hspace=0.02)
     for axes in grid.flat:
