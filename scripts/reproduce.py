@@ -64,6 +64,8 @@ def seconds_of(text: str) -> float:
 
 def duration(seconds: float) -> str:
     """`1 h 30 min`, `12 min`, `40 s`"""
+    if math.isinf(seconds):
+        return "an unknown time"
     if seconds < 100:
         return f"{seconds:.0f} s"
     hours, minutes = divmod(round(seconds / 60), 60)

@@ -1,5 +1,6 @@
 """BUDGET=2h make reproduce: what is run first, and what happens at the end of the budget."""
 
+import math
 import multiprocessing
 import os
 import threading
@@ -60,6 +61,14 @@ def test_budgets_are_read(text: str, seconds: float) -> None:
 def test_other_budgets_are_refused(text: str) -> None:
     with pytest.raises(UserError, match="BUDGET="):
         reproduce.seconds_of(text)
+
+
+def test_every_run_has_an_estimate_where_there_is_no_record(places: list[str]) -> None:
+    """Also one on all images, of a data set that no run has counted; the runs that stand on it would never be begun."""
+    student = plan(["experiment=jacobian_distill", *TINY], places)
+    estimates = reproduce.Estimates(reproduce.shared("quick", places), [student])
+    assert all(0 < estimates.seconds(run.config, 1) < 3600 for run in (student, student.upstream["teacher"]))
+    assert reproduce.duration(math.inf) == "an unknown time"
 
 
 def test_headline_cells_come_first_then_deciding_runs_then_seeds() -> None:
