@@ -64,7 +64,7 @@ def test_the_tasks_of_an_array_really_run(tmp_path: Path, cluster: dict[str, str
 
 def test_preempted_tasks_are_queued_again_and_resume(tmp_path: Path, cluster: dict[str, str]) -> None:
     """SIGTERM in the middle of two trainings: checkpoints, exit code 143, the queue; the next call finishes both."""
-    places = f"paths.results={tmp_path}/results paths.outputs={tmp_path}/outputs trainer.checkpoint_every=0 logger=none"
+    places = f"paths.results={tmp_path}/results paths.outputs={tmp_path}/outputs trainer.checkpoint_every=0.3 logger=none"
     command = f"{sys.executable} scripts/reproduce.py 'table 2.1' --budget 20m --scale quick --workers 1 --set {places}"
 
     def preempted(condition: Callable[[], bool]) -> None:
@@ -79,10 +79,10 @@ def test_preempted_tasks_are_queued_again_and_resume(tmp_path: Path, cluster: di
     def checkpoints() -> list[Path]:
         return list(tmp_path.glob("outputs/runs/*/*/last.ckpt"))
 
-    preempted(lambda: len(checkpoints()) == 2)
+    preempted(lambda: len(checkpoints()) > 0)
     assert sorted((tmp_path / "requeued.txt").read_text().splitlines()) == ["requeue 7_0", "requeue 7_1"]
     stopped = {file.parent.name: torch.load(file, weights_only=True)["global_step"] for file in checkpoints()}
-    assert stopped  # the other task's run may have ended before the signal
+    assert stopped  # the other task may have been between two runs
 
     def records() -> dict[str, Any]:
         files = [file for name in stopped for file in tmp_path.glob(f"results/runs/*/{name}.json")]
