@@ -74,7 +74,8 @@ def steps(items: Mapping[str, Sequence[Run]], units: Mapping[str, Unit], seconds
             seen.add(unit)
             numbers = f"{unit.flops / 1e9:.2f} | {unit.bytes / 1e6:.0f} | {unit.launches} | {unit.batch:.0f}"
             time = f"{unit.precision} | {1e3 * unit.gpu_seconds * unit.batch:.1f} | {total:.1f}"
-            lines.append(f"| {item} | {unit.name} | {run.config['model']['name']} | {numbers} | {time} |")
+            name = f"{run.name} {run.config['method']['name']}"  # a unit has that of the first run of its kind
+            lines.append(f"| {item} | {name} | {run.config['model']['name']} | {numbers} | {time} |")
     return [*lines, ""]
 
 
