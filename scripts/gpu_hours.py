@@ -15,8 +15,6 @@ from gradexp.report import costs
 
 HOURS = (1, 10, 100)
 START = 20.0  # seconds that any run takes: imports, data, evaluation
-SIZES = operations.SIZES | {"cifar10": (50_000, 10_000), "cifar100": (50_000, 10_000), "mnist": (60_000, 10_000),
-                            "cifar100_source": (40_000, 8_000)}  # fmt: skip
 
 
 def main() -> None:
@@ -27,13 +25,13 @@ def main() -> None:
         kinds = {costs.signature(run.config): run.config for run in every.values()}
         units = operations.counts(kinds, operations.STORE)
         seconds = {name: seconds_of(run, units[costs.signature(run.config)]) for name, run in every.items()}
-        text = "\n".join([*head(), *steps(items, units), *hours(items, seconds), ""])
+        text = "\n".join([*head(), *steps(items, units, seconds), *hours(items, seconds), ""])
         write_atomically(ROOT / "docs" / "gpu_hours.md", text.encode())
         print(text)
 
 
 def seconds_of(run: Run, unit: Unit) -> float:
-    return START + (task_of(run.config).work(run.config, SIZES) or 0.0) * unit.gpu_seconds
+    return START + (task_of(run.config).work(run.config, operations.SIZES) or 0.0) * unit.gpu_seconds
 
 
 def head() -> list[str]:
@@ -61,21 +59,23 @@ def head() -> list[str]:
     ]
 
 
-def steps(items: Mapping[str, Sequence[Run]], units: Mapping[str, Unit]) -> list[str]:
-    """A line for each kind of training of each table."""
+def steps(items: Mapping[str, Sequence[Run]], units: Mapping[str, Unit], seconds: Mapping[str, float]) -> list[str]:
+    """A line for each kind of training of each table and of its upstream runs, with the hours of all of them together."""
     head = ["table", "training", "student", "GFLOP an image", "MB an image", "operations a step", "batch", "precision"]
-    columns = " | ".join([*head, "computed ms a step"])
-    lines = ["## The steps of each table", "", f"| {columns} |", "|---" * (len(head) + 1) + "|"]
+    columns = " | ".join([*head, "computed ms a step", "hours of the table"])
+    lines = ["## The steps of each table", "", f"| {columns} |", "|---" * (len(head) + 2) + "|"]
     for item, runs in items.items():
-        seen = set()
-        for run in runs:
+        seen, needed = set(), list(costs.needed(runs))
+        total = sum(seconds[run.id] for run in needed) / 3600
+        for run in needed:
             unit = units[costs.signature(run.config)]
             if "optim" not in run.config or not item.startswith("table") or unit in seen:
                 continue
             seen.add(unit)
             numbers = f"{unit.flops / 1e9:.2f} | {unit.bytes / 1e6:.0f} | {unit.launches} | {unit.batch:.0f}"
-            time = f"{unit.precision} | {1e3 * unit.gpu_seconds * unit.batch:.1f}"
-            lines.append(f"| {item} | {unit.name} | {run.config['model']['name']} | {numbers} | {time} |")
+            time = f"{unit.precision} | {1e3 * unit.gpu_seconds * unit.batch:.1f} | {total:.1f}"
+            name = f"{run.name} {run.config['method']['name']}"  # a unit has that of the first run of its kind
+            lines.append(f"| {item} | {name} | {run.config['model']['name']} | {numbers} | {time} |")
     return [*lines, ""]
 
 

@@ -32,7 +32,15 @@ if TYPE_CHECKING:
     from gradexp.training.classifier import Classifier
 
 META = torch.device("meta")
-SIZES = {"imagenet": (1_281_167, 50_000), "mit_scenes": (5_360, 1_340)}  # as published, where no run has counted them
+SIZES = {  # training and test images, where no run has counted them
+    "digits": (1_438, 359),
+    "mnist": (60_000, 10_000),
+    "cifar10": (50_000, 10_000),
+    "cifar100": (50_000, 10_000),
+    "cifar100_source": (40_000, 8_000),
+    "mit_scenes": (5_360, 1_340),
+    "imagenet": (1_281_167, 50_000),
+}
 REPEATS = ("steps", "samples", "copies")  # settings of saliency methods: how often they do the same
 BATCH = 64  # images at a time of runs that train nothing
 

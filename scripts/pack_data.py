@@ -91,7 +91,10 @@ def main() -> None:
         config = compose_run(["experiment=teacher", f"data={given.name}", *given.set])
         data = declare_data(config, Paths.of(config))
         if not hasattr(data, "layout") or data.only_classes is not None:
-            raise UserError(f"{given.name} can't be packed, only cifar10, cifar100 and mnist; copy photographs as a folder")
+            raise UserError(
+                f"{given.name} can't be packed: only cifar10, cifar100 and mnist are read from parquet; photographs are read "
+                f"from their files, so copy their folder (docs/data.md), and the digits come with scikit-learn"
+            )
         folder = pack(data.layout, dict(data.splits()), given.out, given.per_class, given.seeds)
         size = sum(file.stat().st_size for file in folder.glob("*.parquet")) / 2**20
         print(f"written: {folder} ({size:.0f} MiB); use it with paths.data={given.out}")

@@ -6,6 +6,7 @@ checkpoint, from which it resumes the next time. Estimates are those of make pla
 
 from __future__ import annotations
 
+import math
 import re
 import signal
 import statistics
@@ -22,7 +23,7 @@ from joblib import cpu_count
 from plan import Estimates
 from typing_extensions import TypedDict
 
-from gradexp.base.errors import STOPPED, UserError, nearest
+from gradexp.base.errors import BUSY, STOPPED, UserError, nearest
 from gradexp.base.typed import check, strict
 from gradexp.engine.compose import refuse_many_devices
 from gradexp.engine.exits import exit_on_errors
@@ -34,6 +35,7 @@ from gradexp.report.specs import Planner
 BUDGET = ROOT / "conf" / "budget.yaml"
 WARNING = 30.0  # seconds before the end at which runs are asked to write their checkpoints; a fifth of a budget under 150 s
 UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
+RETRY = 10.0  # seconds until a run that another job was doing is looked at again
 NEXT = 3  # runs that are named at the end
 
 
@@ -62,6 +64,8 @@ def seconds_of(text: str) -> float:
 
 def duration(seconds: float) -> str:
     """`1 h 30 min`, `12 min`, `40 s`"""
+    if math.isinf(seconds):
+        return "an unknown time"
     if seconds < 100:
         return f"{seconds:.0f} s"
     hours, minutes = divmod(round(seconds / 60), 60)
@@ -108,19 +112,23 @@ def _covers(entry: Deciding, item: str, cell: specs.Cell) -> bool:
 class Budget:
     """Chooses what is run next, and notes what became of it.
 
-    ranked: runs with their ranks. estimates: of costs. Seconds are of the wall clock, `slots` runs at a time.
+    ranked: runs with their ranks. estimates: of costs. Seconds are of the wall clock, `slots` runs at a time. A run whose
+    estimate is more than all `seconds` is never begun.
     """
 
     ranked: Mapping[Run, tuple[int, ...]]
     estimates: Estimates
     deadline: float  # on time.monotonic, without the time for checkpoints
     slots: int
+    seconds: float
     extra: Sequence[str] = ()
     done: list[Run] = field(default_factory=list)
     stopped: list[Run] = field(default_factory=list)
     failed: dict[Run, str] = field(default_factory=dict)
     ratios: list[float] = field(default_factory=list)  # of times to estimates
     running: dict[Run, tuple[float, float]] = field(default_factory=dict)  # {run: (start, estimate without correction)}
+    busy: dict[Run, float] = field(default_factory=dict)  # {run that another job was doing: when that was noticed}
+    blocked: bool = False  # whether a run that fits could be done once another job has finished an upstream run of it
 
     def cost(self, run: Run) -> float:
         """Seconds until a run is finished, its missing upstream runs included."""
@@ -141,18 +149,24 @@ class Budget:
 
     def choose(self) -> tuple[Run, Work] | None:
         """The most wanted run that fits into the time that is left, or an upstream run of it; None if nothing does now."""
+        self.blocked = False
         for run in self.waiting():
             if time.monotonic() + self.cost(run) > self.deadline:
                 continue
             first = self._first(run)
-            if first is not None:
-                self.running[first] = time.monotonic(), self.alone(first)
-                return first, Work((*first.overrides, *self.extra), first.folder / "log.txt")
+            if first is None:
+                continue
+            locked = _locked(first)
+            if locked or time.monotonic() - self.busy.get(first, -math.inf) < RETRY:
+                self.blocked |= first != run or not locked
+                continue
+            self.running[first] = time.monotonic(), self.alone(first)
+            return first, Work((*first.overrides, *self.extra), first.folder / "log.txt", waits=False)
         return None
 
     def _first(self, run: Run) -> Run | None:
-        """The run, or the first of its missing upstream runs; None if one of these failed or is being done already."""
-        if run in self.failed or run in self.running or run in self.stopped or _locked(run):
+        """The run, or the first of its missing upstream runs; None if one of these failed or is being done here."""
+        if run in self.failed or run in self.running or run in self.stopped:
             return None
         for below in missing(run.upstream.values()):
             return self._first(below)
@@ -161,6 +175,9 @@ class Budget:
     def note(self, run: Run, code: int) -> None:
         """After the process of a run has ended."""
         begun, estimate = self.running.pop(run)
+        if code == BUSY:  # another job took its lock first
+            self.busy[run] = time.monotonic()
+            return
         took, line = time.monotonic() - begun, last_line(run.folder / "log.txt", code)
         if run.finished:
             self.done.append(run)
@@ -182,10 +199,12 @@ class Budget:
         lines += [f"  failed: {run.command}\n    {line} (log: {run.folder / 'log.txt'})" for run, line in self.failed.items()]
         following = [run for run in self.waiting() if run not in self.stopped][:NEXT]
         lines += [f"  next: {run.command}   (about {duration(self.cost(run))})" for run in following]
-        if following and not self.done and not self.stopped:
-            least = min(self.waiting(), key=self.cost)
+        if long := [run for run in self.waiting() if self.cost(run) > self.seconds]:
+            cheapest = min(long, key=self.cost)
+            how_many = "nothing fits into the budget" if long == self.waiting() else f"longer than the budget: {len(long)}"
             lines.append(
-                f"  nothing fits into the budget; the cheapest run takes about {duration(self.cost(least))}: {least.command}"
+                f"  {how_many}, never begun in it; the cheapest run takes about {duration(self.cost(cheapest))}, "
+                f"start it by its command: {cheapest.command}"
             )
         return lines
 
@@ -207,13 +226,17 @@ def _locked(run: Run) -> bool:
 def spend(
     seconds: float, ranked: Mapping[Run, tuple[int, ...]], estimates: Estimates, *, workers: int, extra: Sequence[str] = ()
 ) -> Budget:
-    """Does the runs that fit into `seconds`; prints what it did and what comes next."""
+    """Does the runs that fit into `seconds`, and leaves to other jobs what they do; prints what it did and what comes next."""
     warning, slots = min(WARNING, seconds / 5), slots_of(workers)
     end = time.monotonic() + seconds
-    budget = Budget(ranked, estimates, end - warning, slots, extra)
+    budget = Budget(ranked, estimates, end - warning, slots, seconds - warning, extra)
     try:
-        for run, code in Local().each(budget.choose, slots, deadline=end, warning=warning):
-            budget.note(run, code)
+        while True:
+            for run, code in Local().each(budget.choose, slots, deadline=end, warning=warning):
+                budget.note(run, code)
+            if not budget.blocked or time.monotonic() + RETRY > budget.deadline:
+                break
+            time.sleep(RETRY)  # what is left stands on runs of other jobs
     finally:
         print(f"budget of {duration(seconds)}:", "\n".join(budget.summary()), flush=True)
     return budget

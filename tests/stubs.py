@@ -10,7 +10,7 @@ from types import FrameType
 class Endless:
     """Runs until SIGTERM, then leaves a checkpoint; notes how often it was begun."""
 
-    def __init__(self, overrides: tuple[str, ...], log: Path) -> None:
+    def __init__(self, overrides: tuple[str, ...], log: Path, waits: bool) -> None:
         self.log = log
 
     def __call__(self, threads: int) -> None:

@@ -1,5 +1,6 @@
 """The array job of docs/cluster.md, by a stub `sbatch` that runs the script for every task of the array."""
 
+import json
 import os
 import re
 import signal
@@ -7,9 +8,12 @@ import stat
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from gradexp.engine.run import ROOT
 
@@ -58,17 +62,35 @@ def test_the_tasks_of_an_array_really_run(tmp_path: Path, cluster: dict[str, str
     assert not (tmp_path / "requeued.txt").exists()
 
 
-def test_a_preempted_task_is_queued_again(tmp_path: Path, cluster: dict[str, str]) -> None:
-    """SIGTERM reaches the command, whose exit code 143 asks for another try."""
-    words = (
-        f"bash -c \"trap 'touch {tmp_path}/stopped; exit 143' TERM; touch {tmp_path}/ready; while true; do sleep 0.1; done\""
-    )
-    process = subprocess.Popen(["sbatch", str(script(tmp_path, words))], env=cluster, cwd=ROOT)
-    until = time.monotonic() + 30
-    while not (tmp_path / "ready").exists() and time.monotonic() < until:
-        time.sleep(0.1)
-    time.sleep(0.5)
-    process.send_signal(signal.SIGTERM)
-    process.wait(30)
-    assert (tmp_path / "stopped").exists()
+def test_preempted_tasks_are_queued_again_and_resume(tmp_path: Path, cluster: dict[str, str]) -> None:
+    """SIGTERM in the middle of two trainings: checkpoints, exit code 143, the queue; the next call finishes both."""
+    places = f"paths.results={tmp_path}/results paths.outputs={tmp_path}/outputs trainer.checkpoint_every=0.3 logger=none"
+    command = f"{sys.executable} scripts/reproduce.py 'table 2.1' --budget 20m --scale quick --workers 1 --set {places}"
+
+    def preempted(condition: Callable[[], bool]) -> None:
+        """Calls sbatch, which gets SIGTERM once the condition holds."""
+        process = subprocess.Popen(["sbatch", str(script(tmp_path, command))], env=cluster, cwd=ROOT)
+        until = time.monotonic() + 300
+        while not condition() and time.monotonic() < until and process.poll() is None:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+
+    def checkpoints() -> list[Path]:
+        return list(tmp_path.glob("outputs/runs/*/*/last.ckpt"))
+
+    preempted(lambda: len(checkpoints()) > 0)
     assert sorted((tmp_path / "requeued.txt").read_text().splitlines()) == ["requeue 7_0", "requeue 7_1"]
+    stopped = {file.parent.name: torch.load(file, weights_only=True)["global_step"] for file in checkpoints()}
+    assert stopped  # the other task may have been between two runs
+
+    def records() -> dict[str, Any]:
+        files = [file for name in stopped for file in tmp_path.glob(f"results/runs/*/{name}.json")]
+        return {file.stem: json.loads(file.read_text()) for file in files}
+
+    preempted(lambda: len(records()) == len(stopped))
+    assert stopped.keys() == records().keys()
+    for name, record in records().items():
+        assert 0 < stopped[name] < record["steps"] == record["planned_steps"]
+        (log,) = tmp_path.glob(f"outputs/runs/*/{name}/log.txt")
+        assert "stopped by SIGTERM; the checkpoint is written" in log.read_text() and "finished" in log.read_text()

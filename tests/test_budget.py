@@ -1,5 +1,9 @@
 """BUDGET=2h make reproduce: what is run first, and what happens at the end of the budget."""
 
+import math
+import multiprocessing
+import os
+import threading
 import time
 from typing import Any
 
@@ -10,6 +14,7 @@ from common import planner
 from stubs import Deaf, Endless, Failing
 
 from gradexp.base.errors import UserError
+from gradexp.engine import ensure
 from gradexp.engine.compose import plan
 from gradexp.engine.launchers import start_process
 from gradexp.engine.run import Config, Run, run_id
@@ -58,6 +63,14 @@ def test_other_budgets_are_refused(text: str) -> None:
         reproduce.seconds_of(text)
 
 
+def test_every_run_has_an_estimate_where_there_is_no_record(places: list[str]) -> None:
+    """Also one on all images, of a data set that no run has counted; the runs that stand on it would never be begun."""
+    student = plan(["experiment=jacobian_distill", *TINY], places)
+    estimates = reproduce.Estimates(reproduce.shared("quick", places), [student])
+    assert all(0 < estimates.seconds(run.config, 1) < 3600 for run in (student, student.upstream["teacher"]))
+    assert reproduce.duration(math.inf) == "an unknown time"
+
+
 def test_headline_cells_come_first_then_deciding_runs_then_seeds() -> None:
     ranked = reproduce.ranks("cpu", planner([]), ["table 2.1", "table 2.2", "table 2.5", "table 4.1"])
     order = sorted(ranked, key=lambda run: ranked[run])
@@ -95,13 +108,22 @@ def test_a_budget_too_small_for_anything(places: list[str], capsys: pytest.Captu
     budget = spend(5, [run], Guess({run: 3600}), places)
     assert not (budget.done or budget.stopped or budget.failed)
     assert not run.folder.exists()
-    assert "nothing fits into the budget; the cheapest run takes about 1 h 00 min" in capsys.readouterr().out
+    assert "nothing fits into the budget" in (out := capsys.readouterr().out)
+    assert f"takes about 1 h 00 min, start it by its command: {run.command}" in out
+
+
+def test_a_run_longer_than_the_budget_is_named_with_its_estimate(places: list[str]) -> None:
+    short, long = teacher(places), teacher(places, "seed=1")
+    budget = reproduce.Budget({long: (0,), short: (1,)}, Guess({long: 7300}), time.monotonic() + 60, 1, 60)  # type: ignore[arg-type]
+    (line,) = [line for line in budget.summary() if "longer" in line]
+    assert "longer than the budget: 1, never begun in it" in line
+    assert f"about 2 h 02 min, start it by its command: {long.command}" in line
 
 
 def test_the_most_wanted_run_that_fits_comes_first_and_its_upstream_run_before_it(places: list[str]) -> None:
     dear, student = teacher(places, "seed=1"), plan(["experiment=jacobian_distill", *TINY], places)
     below = student.upstream["teacher"]
-    budget = reproduce.Budget({dear: (0,), student: (1,)}, Guess({dear: 500, below: 40, student: 20}), 0, 1)  # type: ignore[arg-type]
+    budget = reproduce.Budget({dear: (0,), student: (1,)}, Guess({dear: 500, below: 40, student: 20}), 0, 1, 50)  # type: ignore[arg-type]
     budget.deadline = time.monotonic() + 50
     assert budget.choose() is None  # teacher and student together take 60 s
     budget.deadline = time.monotonic() + 70
@@ -138,7 +160,7 @@ def test_a_run_that_takes_three_times_its_estimate(places: list[str]) -> None:
     """What follows is expected to be late as well: it would have fitted by its own estimate."""
     first, second = teacher(places, "optim.passes=2"), teacher(places, "optim.passes=2", "seed=1")
     guess = Guess({first: 1000, second: 25})
-    budget = reproduce.Budget({first: (0,), second: (1,)}, guess, time.monotonic() + 60, 1)  # type: ignore[arg-type]
+    budget = reproduce.Budget({first: (0,), second: (1,)}, guess, time.monotonic() + 60, 1, 60)  # type: ignore[arg-type]
     assert budget.cost(second) == 25
     budget.running[first] = time.monotonic() - 60, 20.0
     first.record_path.parent.mkdir(parents=True)
@@ -153,13 +175,66 @@ def test_a_run_that_takes_three_times_its_estimate(places: list[str]) -> None:
 
 def test_a_run_that_another_process_is_doing_is_left_to_it(places: list[str]) -> None:
     runs = [teacher(places), teacher(places, "seed=1")]
-    budget = reproduce.Budget({run: (n,) for n, run in enumerate(runs)}, Guess(), time.monotonic() + 60, 1)  # type: ignore[arg-type]
+    budget = reproduce.Budget({run: (n,) for n, run in enumerate(runs)}, Guess(), time.monotonic() + 60, 1, 60)  # type: ignore[arg-type]
     lock = runs[0].paths.outputs / "locks" / f"{runs[0].id}.lock"
     lock.parent.mkdir(parents=True)
     with filelock.FileLock(lock):
         assert budget.choose()[0] == runs[1]  # type: ignore[index]
     budget.running.clear()
     assert budget.choose()[0] == runs[0]  # type: ignore[index]
+
+
+def spend_at_once(places: list[str], barrier: Any, results: Any) -> None:
+    """Spends a budget on two runs, begun at the same time as another process."""
+    runs = [teacher(places), teacher(places, "seed=1")]
+    start_process(time.sleep, 0).join()
+    barrier.wait()
+    results.put(len(spend(240, runs, Guess(), places).failed))
+
+
+def test_jobs_that_start_together_do_not_wait_for_each_other(places: list[str]) -> None:
+    """Both choose the first run before either has its lock."""
+    context = multiprocessing.get_context("spawn")
+    barrier, results = context.Barrier(2), context.Queue()
+    jobs = [context.Process(target=spend_at_once, args=(places, barrier, results)) for _ in range(2)]
+    for job in jobs:
+        job.start()
+    failed = [results.get(timeout=300) for _ in jobs]
+    for job in jobs:
+        job.join()
+    logs = [file.read_text() for file in teacher(places).folder.parent.glob("*/log.txt")]
+    assert failed == [0, 0] and len(logs) == 2 and not any("waiting for" in log for log in logs)
+
+
+def test_a_run_whose_lock_another_job_took_first_is_left_to_it(places: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was not yet locked when it was chosen. The process adds to the log of the other job's run, and another run is done."""
+    monkeypatch.setattr(reproduce, "_locked", lambda run: False)
+    monkeypatch.setattr(reproduce, "RETRY", 5.0)
+    runs = [teacher(places), teacher(places, "seed=1")]
+    log = runs[0].folder / "log.txt"
+    log.parent.mkdir(parents=True)
+    log.write_text("step 1\n")
+    with ensure._locked(runs[0]):
+        budget = spend(40, runs, Guess(), places)
+    assert budget.done == [runs[1]] and not budget.failed
+    assert log.read_text().startswith("step 1\n") and f"left to process {os.getpid()} on host" in log.read_text()
+
+
+def test_a_run_that_stands_on_that_of_another_job_is_done_after_it(places: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other job ends without the upstream run here, which is then done as well."""
+    monkeypatch.setattr(reproduce, "RETRY", 0.2)
+    monkeypatch.setattr(reproduce, "Work", Failing)
+    student = plan(["experiment=jacobian_distill", *TINY], places)
+    below = student.upstream["teacher"]
+    lock = below.paths.outputs / "locks" / f"{below.id}.lock"
+    lock.parent.mkdir(parents=True)
+    held = filelock.FileLock(lock, thread_local=False)
+    held.acquire()
+    timer = threading.Timer(2, held.release)
+    timer.start()
+    budget = spend(60, [student], Guess(), places)
+    timer.join()
+    assert set(budget.failed) == {below}
 
 
 def test_a_run_that_fails_is_reported_and_not_tried_again(

@@ -7,12 +7,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
 import wandb
 from hydra import compose, initialize_config_dir
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from gradexp.base.errors import Stopped, UserError
 from gradexp.engine import exits, loggers, origin
@@ -398,3 +401,27 @@ def test_a_default_data_folder_may_be_absent_however_it_is_written(monkeypatch: 
         assert Paths.of({"paths": {**paths, "data": data}}).data == tmp_path / "data"
     with pytest.raises(UserError, match="there is no such folder"):
         Paths.of({"paths": {**paths, "data": "elsewhere"}})
+
+
+# --- a machine without network ----------------------------------------------------------------------------
+
+
+def requirements(package: str) -> set[str]:
+    """What an installed package needs here, without its extras; names as in wheels."""
+    parsed = map(Requirement, metadata.requires(package) or [])
+    return {canonicalize_name(each.name) for each in parsed if each.marker is None or each.marker.evaluate({"extra": ""})}
+
+
+def test_the_list_of_packages_for_a_machine_without_network_is_closed() -> None:
+    """Each one's requirements are in docs/gpu_machine.txt, or come with the machine's torch, torchvision and NumPy."""
+    lines = (ROOT / "docs" / "gpu_machine.txt").read_text().splitlines()
+    listed = {canonicalize_name(Requirement(line).name) for line in lines if line and not line.startswith("#")}
+    present, left = set(), ["torch", "torchvision", "numpy"]
+    while left:
+        if (name := left.pop()) not in present:
+            present.add(name)
+            left += requirements(name) if not name.startswith(("nvidia", "cuda", "triton")) else ()
+    lacking = {name: absent for name in sorted(listed) if (absent := requirements(name) - listed - present)}
+    assert not lacking
+    pinned = {Requirement(line).name for line in (ROOT / "constraints.txt").read_text().splitlines() if line[0] != "#"}
+    assert listed <= {canonicalize_name(name) for name in pinned}

@@ -78,6 +78,15 @@ def test_a_run_that_needs_other_images_is_refused(roots: tuple[Path, Path], choi
         data.test_loader(batch_size=8, device="cpu")
 
 
+@pytest.mark.parametrize("name", ["mit_scenes", "imagenet", "digits"])
+def test_data_that_is_not_read_from_parquet_is_refused(
+    name: str, script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["pack_data.py", name, "--per-class", "1", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"only cifar10, cifar100 and mnist are read from parquet.*copy their folder"):
+        script.main()
+
+
 def test_classes_are_not_left_out_of_packed_data(roots: tuple[Path, Path]) -> None:
     with pytest.raises(UserError, match="only_classes is not for packed data"):
         digits(roots[1], per_class=5, classes=2, only_classes=[3, 4]).fingerprint()

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import signal
 from csv import DictReader
@@ -21,7 +22,7 @@ from gradexp.engine.build import build
 from gradexp.engine.compose import compose_run
 from gradexp.engine.ensure import ensure
 from gradexp.engine.hardware import Hardware, native_bf16
-from gradexp.engine.run import Paths, Run
+from gradexp.engine.run import Config, Paths, Run
 from gradexp.tasks import train
 from gradexp.training.classifier import Classifier
 from gradexp.training.optim import Optim, one_cycle, steps_down
@@ -92,6 +93,59 @@ def test_curves_have_a_point_a_pass_even_when_the_last_is_cut(places: list[str])
     record = ensure(run(places, "optim.batch_size=16", "optim.passes=null", "optim.steps=7"))  # 3 steps a pass
     assert record["steps"] == 7
     assert len(record["metrics"]["train/loss"]) == 3
+
+
+@pytest.fixture
+def reads_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Means are read as on a GPU, and only before checkpoints and at the end."""
+    monkeypatch.setattr(Classifier, "_reads_at_once", lambda _: False)
+    monkeypatch.setattr("gradexp.training.classifier.READ_EVERY", math.inf)
+
+
+def told(record: Config) -> Config:
+    """What a record has of the training's steps."""
+    return {key: record[key] for key in ("metrics", "steps", "status")}
+
+
+@pytest.mark.parametrize(
+    "words", [[], ["optim.batch_size=16", "optim.passes=null", "optim.steps=7"], ["optim.optimizer.lr=1e30", "optim.passes=20"]]
+)
+@pytest.mark.parametrize("every", [600, 0])
+def test_means_that_are_read_late_are_those_that_are_read_at_once(
+    words: list[str], every: int, places: list[str], request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of a training that diverges: it goes on until this is noticed, which is not recorded."""
+    record = ensure(run([f"{place}/0" for place in places], *words))
+    request.getfixturevalue("reads_late")
+    steps, step = [], Classifier.training_step
+    monkeypatch.setattr(Classifier, "training_step", lambda *args: steps.append(1) or step(*args))
+    late = ensure(run([f"{place}/1" for place in places], *words, f"trainer.checkpoint_every={every}"))
+    assert told(late) == told(record)
+    assert len(steps) == (20 if "optim.passes=20" in words and every else record["steps"])
+
+
+@pytest.mark.parametrize("lr", ["1e-3", "1e30"])
+def test_a_training_whose_means_are_read_late_is_interrupted(
+    lr: str, places: list[str], reads_late: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At a checkpoint after step 5, which is after the divergence: the record is the undisturbed one."""
+    words = ["optim.passes=9", f"optim.optimizer.lr={lr}"]
+    record = ensure(run([f"{place}/0" for place in places], *words))
+    step, calls = Classifier.training_step, iter([1] * 5)
+
+    def stopping(*given: Any) -> Any:
+        if not next(calls, 0):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(*given)
+
+    again = run([f"{place}/1" for place in places], *words)
+    with monkeypatch.context() as patch:
+        patch.setattr(Classifier, "training_step", stopping)
+        with pytest.raises(Stopped):
+            ensure(again)
+    state = torch.load(again.checkpoint, weights_only=True)
+    assert state["global_step"] == 6 and state["diverged"] == (lr == "1e30")
+    assert told(ensure(again)) == told(record)
 
 
 def test_losing_the_evaluation_loses_no_training(places: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 The meta device stands for a GPU: a tensor on it can't be read, and a copy from the CPU to it is seen as such.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,7 @@ from gradexp.engine.build import build
 from gradexp.engine.compose import compose_run
 from gradexp.terms import CrossEntropy, Term
 from gradexp.terms.targets import Targets
+from gradexp.training import classifier
 from gradexp.training.distillation import Distillation
 
 META = torch.device("meta")
@@ -59,7 +61,7 @@ def make_step(kind: str, model: str) -> Callable[[], None]:
     targets = Targets(layers.accelerate(teacher), with_gradient=True, layers=names)
     optim = build(compose_run(["experiment=jacobian_distill"])["optim"], where="optim")
     student = layers.accelerate(student)
-    module = Distillation(student, terms, optim, steps_per_pass=10**9, seed=0, targets=targets).train()
+    module = Distillation(student, terms, optim, steps_per_pass=1, seed=0, targets=targets).train()
     teacher.eval()
     rows = torch.arange(4)
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
@@ -74,11 +76,20 @@ def make_step(kind: str, model: str) -> Callable[[], None]:
 
 @pytest.mark.parametrize("model", ["vgg4", "resnet18"])
 @pytest.mark.parametrize("kind", gpu_check.KINDS)
-def test_a_step_does_not_wait(kind: str, model: str) -> None:
+def test_a_step_does_not_wait(kind: str, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither for the loss of a pass, which is one step here; losses are read about once a second."""
+    monkeypatch.setattr(classifier, "READ_EVERY", math.inf)
     step = make_step(kind, model)
     with Watch() as watch:
         step()
     assert not watch.seen
+
+
+def test_losses_are_read_once_in_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a tensor of the meta device can't be."""
+    monkeypatch.setattr(classifier, "READ_EVERY", 0)
+    with pytest.raises(NotImplementedError, match="meta"):
+        make_step("ce", "vgg4")()
 
 
 def test_a_wait_and_a_copy_are_seen() -> None:

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 
 STOPPED = 143  # exit code of a process that stopped on request; a shell reports the same for one that SIGTERM ended
+BUSY = 75  # exit code of a process that left its run to another process; EX_TEMPFAIL of sysexits.h
 
 
 class UserError(Exception):
@@ -17,6 +18,10 @@ class Stopped(BaseException):
     def __init__(self, message: str = "", number: int = signal.SIGTERM) -> None:
         super().__init__(message)
         self.number = number
+
+
+class BusyError(Exception):
+    """Another process is doing the run, and this one was asked not to wait for it."""
 
 
 def nearest(word: str, words: Iterable[str]) -> str:

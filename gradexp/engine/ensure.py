@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import filelock
 
-from gradexp.base.errors import UserError
+from gradexp.base.errors import BusyError, UserError
 from gradexp.base.files import draft_of, intact, remove_drafts, remove_sealed, sha256, write_atomically
 from gradexp.engine import clocks
 from gradexp.engine.build import check_settings
@@ -26,17 +26,18 @@ from gradexp.engine.task import Finished, Task, Upstream, task_of
 WAITING_EVERY = 180.0  # seconds between the lines of a process that waits for another one
 
 
-def ensure(run: Run, *, product: bool = False) -> Record:
+def ensure(run: Run, *, product: bool = False, waits: bool = True) -> Record:
     """The record of a run, which is done first where it has none.
 
     product: whether the file that the run leaves for other runs must exist too. A run whose record exists but whose file was
     deleted is done again, and keeps its record. The record is written last and atomically.
+    waits: for another process that is doing the run or an upstream run of it. Raises BusyError instead where it is false.
     """
     if (record := _usable_record(run, product)) and not (run.checkpoint.exists() or run.pieces.exists()):
         return record
-    with _locked(run):
+    with _locked(run, waits):
         if not _usable_record(run, product):
-            _do(run)
+            _do(run, waits)
         # What only an unfinished run needs; drafts are those of killed attempts, as this process holds the lock.
         remove_sealed(run.checkpoint)
         for path in (run.checkpoint, run.record_path):
@@ -45,7 +46,7 @@ def ensure(run: Run, *, product: bool = False) -> Record:
         return read_record(run.record_path)
 
 
-def _do(run: Run) -> None:
+def _do(run: Run, waits: bool) -> None:
     """Does a run, its upstream runs first, and writes its record, or compares with the one that it has."""
     record = run.record()
     if record:
@@ -62,7 +63,7 @@ def _do(run: Run) -> None:
         if not task_of(below.config).product:
             raise UserError(f"upstream.{name}: runs of experiment {below.name} leave no file for other runs")
     task.check(run)
-    fresh = _execute(run, task, {name: finish(below) for name, below in run.upstream.items()})
+    fresh = _execute(run, task, {name: finish(below, waits) for name, below in run.upstream.items()})
     if task.product:
         signature = {"run": run.id, "sha256": sha256(run.folder / task.product)}
         write_atomically(_signature(run.folder / task.product), json.dumps(signature).encode())
@@ -72,9 +73,9 @@ def _do(run: Run) -> None:
         write_record(run.record_path, fresh)
 
 
-def finish(run: Run) -> Finished:
+def finish(run: Run, waits: bool = True) -> Finished:
     """An upstream run with its record and product; it is done, or done again, where one of them is missing."""
-    return Finished(run, ensure(run, product=True), run.folder / task_of(run.config).product)
+    return Finished(run, ensure(run, product=True, waits=waits), run.folder / task_of(run.config).product)
 
 
 def _usable_record(run: Run, product: bool) -> Record | None:
@@ -154,23 +155,24 @@ def _compare(run: Run, record: Record, fresh: Record) -> None:
 
 
 @contextmanager
-def _locked(run: Run) -> Iterator[None]:
+def _locked(run: Run, waits: bool = True) -> Iterator[None]:
     """Holds the lock of the run's folder of outputs, and that of its record until this is written.
 
     Several checkouts may share a folder of results, and each then has outputs of its own.
     """
     with ExitStack() as locks:
-        locks.enter_context(_holding(run.paths.outputs / "locks" / f"{run.id}.lock", run))
+        locks.enter_context(_holding(run.paths.outputs / "locks" / f"{run.id}.lock", run, waits))
         if not run.finished:
-            locks.enter_context(_holding(run.paths.results / "runs" / ".locks" / f"{run.id}.lock", run))
+            locks.enter_context(_holding(run.paths.results / "runs" / ".locks" / f"{run.id}.lock", run, waits))
         yield
 
 
 @contextmanager
-def _holding(path: Path, run: Run) -> Iterator[None]:
+def _holding(path: Path, run: Run, waits: bool) -> Iterator[None]:
     """Holds a lock, which the operating system releases when the process ends, however it ends.
 
-    The file names the process that holds it. One that waits prints this, first and every few minutes.
+    The file names the process that holds it. One that waits prints this, first and every few minutes. Raises BusyError if the
+    lock is held and `waits` is false.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     lock, patience = filelock.FileLock(path, poll_interval=0.5), 0.0
@@ -179,6 +181,8 @@ def _holding(path: Path, run: Run) -> Iterator[None]:
             lock.acquire(timeout=patience)
         except filelock.Timeout:
             holder = path.read_text(errors="replace").strip() or "another process"
+            if not waits:
+                raise BusyError(f"{run.name} {run.id}: left to {holder}, which is doing this run") from None
             print(f"{run.name} {run.id}: waiting for {holder}, which is doing this run", flush=True)
             patience = WAITING_EVERY
     try:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
-from gradexp.base.errors import STOPPED, Stopped, UserError
+from gradexp.base.errors import BUSY, STOPPED, BusyError, Stopped, UserError
 
 FIXES = {
     errno.ENOSPC: "the disk is full; make room and type the command again, it goes on from the last checkpoint",
@@ -43,6 +43,9 @@ def exit_on_errors() -> Iterator[None]:
         if "HYDRA_FULL_ERROR" in os.environ:
             raise
         sys.exit(f"error: {error}")
+    except BusyError as error:
+        print(error, flush=True)
+        sys.exit(BUSY)
     except BrokenPipeError:  # as after `make table-2.1 | head`
         _discard_output()
         sys.exit(1)

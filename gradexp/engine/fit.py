@@ -63,7 +63,7 @@ class Training:
         stream = TrainingStream(self.loader, steps or module.total_steps, rank=hardware.rank, world=world)
         with dropout_after(module.student, self.run.config["method"].get("dropout"), self.loader.example):
             fit(module, stream, hardware, logger, self.checkpointer, self.progress, *callbacks)
-        return int(module.global_step)
+        return module.steps_done
 
     def fit_in_processes(self, part: Part) -> int:
         """Starts processes that do the steps by calling `part`, and loads the result. Returns the number of steps done."""
@@ -77,7 +77,7 @@ class Training:
         self.module.on_load_checkpoint(state)
         self.progress.load_outcome(state["callbacks"]["ProgressLine"])
         checkpointer.earlier["cpu"] = state["callbacks"]["Checkpointer"]["cpu"]  # of all processes
-        return int(state["global_step"])
+        return self.module.ended_at or int(state["global_step"])
 
 
 def fit(

@@ -32,14 +32,19 @@ PRELOADED = ["gradexp.tasks.train", "gradexp.engine.fit", "gradexp.engine.compos
 
 @dataclass(frozen=True)
 class Work:
-    """What `python run.py OVERRIDES` does, with its output in a log; called in a process of its own."""
+    """What `python run.py OVERRIDES` does, with its output in a log; called in a process of its own.
+
+    waits: for another process that is doing the run. Otherwise it ends with exit code BUSY, and adds to the other's log.
+    """
 
     overrides: tuple[str, ...]
     log: Path
+    waits: bool = True
 
     def __call__(self, threads: int | None = None) -> None:
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        output = self.log.open("w", buffering=1)  # stays open: an exit message is written after this function
+        mode = "w" if self.waits else "a"
+        output = self.log.open(mode, buffering=1)  # stays open: an exit message is written after this function
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
         sys.stdout = sys.stderr = output
@@ -49,7 +54,7 @@ class Work:
             torch.set_num_threads(threads)
         try:
             with exit_on_errors():
-                print_summary(ensure(plan(self.overrides)))
+                print_summary(ensure(plan(self.overrides), waits=self.waits))
         except KeyboardInterrupt as interrupt:  # multiprocessing would print a traceback
             die_of_interrupt(interrupt)
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning
 import torch
@@ -17,12 +18,24 @@ from gradexp.terms import Step, Term
 from gradexp.terms.targets import Targets
 from gradexp.training.optim import Optim
 
+READ_EVERY = 1.0  # seconds between two reads of a GPU's means, each of which waits for it; a pass may be a single step
+
+
+class PassSums(NamedTuple):
+    """The sums of a finished pass over its steps, still on the device. counts: of steps; step: the number of the last one."""
+
+    sums: dict[str, Tensor]
+    counts: dict[str, int]
+    step: int
+    learning_rate: float  # NaN without a logger
+
 
 class Classifier(lightning.LightningModule):
     """Trains `student` on the weighted sum of `terms`, in train mode; `targets` are those of a teacher, None without one.
 
-    `curves` gains one value per quantity after every pass over the data: its mean over the steps of the pass. A training whose
-    mean loss is not finite stops there, with `diverged` set.
+    `curves` gains one value per quantity for every pass over the data: its mean over the steps of the pass. A training whose
+    mean loss is not finite ends there, with `diverged` set and `steps_done` the steps until then. A GPU's values are read about
+    once a second, and what it did between the divergence and the next reading is not counted.
     """
 
     def __init__(
@@ -45,6 +58,9 @@ class Classifier(lightning.LightningModule):
         self.total_steps = optim.total_steps(steps_per_pass)
         self.curves: dict[str, list[float]] = {}
         self.diverged = False
+        self.ended_at: int | None = None  # steps until the divergence
+        self._finished: list[PassSums] = []  # passes whose means are not read yet
+        self._read_at = time.monotonic()
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
         self._summed = 0
@@ -56,6 +72,10 @@ class Classifier(lightning.LightningModule):
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, _: int) -> Batch:
         """Leaves row and view on the CPU: reading them there again would wait for the device."""
         return batch._replace(images=send(batch.images, device), labels=send(batch.labels, device))
+
+    def on_train_start(self) -> None:
+        if self.diverged:  # before the checkpoint that was loaded
+            self.trainer.should_stop = True
 
     def on_train_batch_start(self, batch: Batch, number: int) -> None:
         torch.manual_seed(mix(self.seed, self.global_step))  # dropout draws the same after a resume
@@ -101,24 +121,46 @@ class Classifier(lightning.LightningModule):
         self._summed += 1
 
     def _end_pass(self) -> None:
-        totals = self._totals()
-        values = torch.stack(list(totals.values())).tolist()  # one wait for the device, not one for each quantity
-        means = {name: value / self._counts[name] for name, value in zip(totals, values, strict=True)}
+        rate = self.trainer.optimizers[0].param_groups[0]["lr"] if self.logger else math.nan
+        self._finished.append(PassSums(self._totals(), self._counts, self.global_step, rate))
         self._sums, self._counts, self._summed = {}, {}, 0
-        for name, mean in means.items():
-            self.curves.setdefault(name, []).append(float(f"{mean:.5g}"))
-        self._show(means)
-        if not math.isfinite(means["train/loss"]):
-            self.diverged = True  # a result, not an error: the record's status is `diverged`
-            self.trainer.should_stop = True
+        is_last = self.global_step + 1 == self.total_steps
+        if is_last or self._reads_at_once() or time.monotonic() - self._read_at >= READ_EVERY:
+            self._read_means()
 
-    def _show(self, means: dict[str, float]) -> None:
+    def _reads_at_once(self) -> bool:
+        """Whether a pass is read when it ends. Nothing waits for that on a CPU.
+
+        Processes must stop together, and under trainer.strict a diverged training must always end with the same weights.
+        """
+        on_cpu = self._finished[-1].sums["train/loss"].device.type == "cpu"
+        return on_cpu or ranks.world() > 1 or torch.are_deterministic_algorithms_enabled()
+
+    def _read_means(self) -> None:
+        """Moves the means of finished passes into the curves, up to the divergence."""
+        sums = [value for each in self._finished for value in each.sums.values()]
+        values = iter(torch.stack(sums).tolist() if sums else ())  # one wait for the device, not one for each quantity
+        for each in self._finished:
+            means = {name: next(values) / each.counts[name] for name in each.sums}
+            for name, mean in means.items():
+                self.curves.setdefault(name, []).append(float(f"{mean:.5g}"))
+            self._show(means, each)
+            if not math.isfinite(means["train/loss"]):
+                self.diverged, self.ended_at = True, each.step + 1  # a result, not an error: the record's status is `diverged`
+                self.trainer.should_stop = True
+                break
+        self._finished, self._read_at = [], time.monotonic()
+
+    @property
+    def steps_done(self) -> int:
+        return self.global_step if self.ended_at is None else self.ended_at
+
+    def _show(self, means: dict[str, float], finished: PassSums) -> None:
         """Logs the means; a logger that fails is dropped, since the record does not depend on it."""
         if self.logger is None:
             return
         try:
-            rate = self.trainer.optimizers[0].param_groups[0]["lr"]
-            self.logger.log_metrics(means | {"learning_rate": rate}, step=self.global_step)
+            self.logger.log_metrics(means | {"learning_rate": finished.learning_rate}, step=finished.step)
         except Exception as error:
             print(f"{type(self.logger).__name__} failed ({error}); going on without it", flush=True)
             self.trainer.loggers = []  # Lightning would call it once more at the end
@@ -132,10 +174,13 @@ class Classifier(lightning.LightningModule):
     # What a resumed run needs beside parameters and optimizer.
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._read_means()
         checkpoint["curves"], checkpoint["sums"], checkpoint["diverged"] = self.curves, self._totals(), self.diverged
+        checkpoint["ended_at"] = self.ended_at
         checkpoint["counts"], checkpoint["summed"] = self._counts, self._summed
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.curves, self.diverged, sums = checkpoint["curves"], checkpoint.get("diverged", False), checkpoint["sums"]
+        self.ended_at = checkpoint.get("ended_at")  # checkpoints before 2026-11-29 lack it
         self._sums = sums if ranks.first() else {name: torch.zeros_like(value) for name, value in sums.items()}
         self._counts, self._summed = checkpoint["counts"], checkpoint["summed"]
