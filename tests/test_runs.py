@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from gradexp.base.errors import UserError
@@ -484,3 +485,20 @@ def test_every_committed_config_and_every_cell_passes_the_check() -> None:
             for cell in specs.cells(spec, scale):
                 for words in list(cell.commands.values())[:1]:
                     check(plan(words).config)
+
+
+def test_ctrl_c_while_hydra_composes_is_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
+    """OmegaConf tidies up after it, fails, and raises an error of its own."""
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        try:
+            try:
+                raise KeyboardInterrupt
+            finally:
+                None._invalidate_flags_cache()  # type: ignore[attr-defined]
+        except AttributeError as error:
+            raise HydraException from error
+
+    monkeypatch.setattr(compose_module, "_with_values", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        compose_module._composed(("experiment=teacher", "seed=123456"))

@@ -270,9 +270,11 @@ def _composed(overrides: tuple[str, ...]) -> Config:
 
 
 def _refusal(error: BaseException | None) -> UserError | None:
-    """The UserError of a resolver, which OmegaConf and Hydra wrap in their own."""
+    """The UserError of a resolver, which OmegaConf and Hydra wrap in their own; raises a Ctrl-C, which they wrap, too."""
     while error is not None and not isinstance(error, UserError):
         error = error.__cause__ or error.__context__
+        if isinstance(error, KeyboardInterrupt):
+            raise error
     return error
 
 
