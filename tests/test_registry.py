@@ -133,7 +133,7 @@ def test_an_experiment_can_not_configure_hydra(text: str, key: str, tmp_path: Pa
     (conf / "experiment" / "theirs.yaml").write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("GRADEXP_PLUGINS", "mine")
-    for function in (compose._compose, compose._by_hydra, compose._with_hydra, plugins._folder):
+    for function in (compose._compose, compose._by_hydra, compose._plain_settings, plugins._folder):
         function.cache_clear()
     with pytest.raises(UserError, match=rf"a file of conf/ sets {re.escape(key)}, which only"):
         check_overrides(["experiment=theirs", "scale=quick", "hydra.verbose=false", "paths.outputs=mine"])

@@ -286,9 +286,10 @@ def _by_hydra(overrides: tuple[str, ...]) -> DictConfig:
     from somebody else must not do so; a user may on the command line.
     """
     own = tuple(word for word in overrides if word.lstrip("+~").startswith("paths."))
-    config, plain = _with_hydra(overrides), _with_hydra(("~experiment", *own))
-    for key, value in _settings(plain).items():
-        if _settings(config)[key] != value:
+    config = _with_hydra(overrides)
+    settings, plain = _settings(config), _plain_settings(own)
+    for key in settings:
+        if settings[key] != plain.get(key):
             raise UserError(
                 f"{' '.join(overrides)}: a file of conf/ sets {key}, which only conf/config.yaml may; "
                 f"remove it there, or set it on the command line"
@@ -299,6 +300,11 @@ def _by_hydra(overrides: tuple[str, ...]) -> DictConfig:
 
 
 @cache
+def _plain_settings(overrides: tuple[str, ...]) -> dict[str, Any]:
+    """Those without an experiment."""
+    return _settings(_with_hydra(("~experiment", *overrides)))
+
+
 def _with_hydra(overrides: tuple[str, ...]) -> DictConfig:
     with _hydra():
         return compose("config", overrides=list(overrides), return_hydra_config=True)

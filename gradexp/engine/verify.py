@@ -22,7 +22,7 @@ from gradexp.engine.ensure import ensure, is_product
 from gradexp.engine.hardware import native_bf16
 from gradexp.engine.known import run_of
 from gradexp.engine.origin import SOURCES
-from gradexp.engine.record import Record, differing_split, nested, read_arrays, read_record, used_digests
+from gradexp.engine.record import Record, Used, differing_split, nested, read_arrays, read_record, used_digests
 from gradexp.engine.run import ROOT, Config, Paths, record_files, run_id
 from gradexp.engine.task import task_of
 
@@ -90,7 +90,7 @@ def examine(file: Path, paths: Paths) -> Iterator[str]:
         if nested is None or run_id(nested) != upstream["id"]:
             yield f"its upstream {name} is not the run that its config names; delete it and run again"
         with suppress(UserError):  # the upstream record is missing, or wrong itself
-            other = read_record(file.parents[1] / upstream.get("experiment", "") / f"{upstream['id']}.json")
+            other = _record_below(file, upstream)
             if split := differing_split(record.get("data", {}), other.get("data", {})):
                 yield f"its upstream {name}, {upstream['id']}, used other {split} images; delete the wrong one and run it again"
     folder = paths.outputs / "runs" / record["experiment"] / record["id"]
@@ -152,11 +152,15 @@ def _made_again(record: Record, paths: Paths) -> bool:
     return file.exists() and sha256(file) != record["product"]["sha256"]
 
 
+def _record_below(file: Path, upstream: Used) -> Record:
+    """The record of an upstream run, among the same results as `file`."""
+    return read_record(file.parents[1] / upstream.get("experiment", "") / f"{upstream['id']}.json")
+
+
 def _stands_on_another(file: Path, record: Record) -> bool:
     for name, digest in used_digests(record["upstream"]).items():
-        below = record["upstream"][name]
         with suppress(UserError):  # the upstream record is missing
-            upstream = read_record(file.parents[1] / below.get("experiment", "") / f"{below['id']}.json")
+            upstream = _record_below(file, record["upstream"][name])
             if upstream.get("product", {}).get("sha256", digest) != digest:
                 return True
     return False
