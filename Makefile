@@ -28,7 +28,7 @@ help:
 	@echo "make reproduce [SCALE=cpu] [WORKERS=2]     everything that is missing, then tables, figures, claims, report"
 	@echo "     BUDGET=2h                             also with a table or figure: the runs that fit, most wanted first"
 	@echo "make gpu-check                             whether this GPU computes what the CPU does, and how fast; 5 minutes"
-	@echo "make claims [SCALE=cpu]                    what the thesis says, and whether our records say so too"
+	@echo "make claims [SCALE=cpu]                    tests the thesis's claims on our records"
 	@echo "make report [SCALE=cpu]                    one HTML page of all of it, each number with its record"
 	@echo "make clean                                 says what deleting outputs/ would cost; CONFIRM=yes deletes it"
 

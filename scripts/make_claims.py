@@ -18,7 +18,8 @@ def main() -> None:
             files = claims.write(judged, given.scale, results)
             for row in judged.claims.itertuples():
                 print(f"{row.words:<40} {row.Index:<20} {row.claim}")
-            print(claims.tally(judged.claims["verdict"]))
+            ours = judged.claims["chapter"] == claims.OURS
+            print(claims.tally(judged.claims.loc[~ours, "verdict"]))
             print("written:", *(shown(path) for path in files))
 
 

@@ -157,7 +157,7 @@ def training(config: Config) -> Operations:
         module = make_module(config, student, teacher, example)
         rows = torch.zeros(batch, dtype=torch.long)
         images = Batch(example.expand(batch, -1, -1, -1), rows, rows, rows)
-    precision = "32" if module.full_precision else "bf16"
+    precision = "32" if module.full_precision or str(config["trainer"]["precision"]) == "32" else "bf16"
     return counted(lambda: module._loss(images).backward(), batch, precision)  # type: ignore[no-untyped-call]
 
 

@@ -202,7 +202,7 @@ def test_an_estimate_from_a_record_is_within_40_per_cent(tmp_path: Path) -> None
     to be measured: seconds, on a fast processor too.
     """
     sizes = (1, 10, 30)
-    first, small, large = (config(*STUDENT, "method=ce_a_j", *TINY, f"data.per_class={k}", "optim.passes=40") for k in sizes)
+    first, small, large = (config(*STUDENT, "method=ce_a_j", *TINY, f"data.per_class={k}", "optim.passes=20") for k in sizes)
     spent(first, at(tmp_path / "first"))
 
     def tried(number: str) -> float:

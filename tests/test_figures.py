@@ -44,11 +44,11 @@ def test_curves_are_means_over_seeds_with_a_band(tmp_path: Path) -> None:
     assert all(file.stat().st_size > 50 for file in files)
     assert "<!-- scale=quick, seeds 0, 1 -->" in files[2].read_text()  # a copy of the picture alone still says it
     rows = list(csv.DictReader(files[-2].open()))
-    assert [(row["series"], row["x"], float(row["mean"]), float(row["std"])) for row in rows] == [
-        ("a", "1", 3.0, 1.41),
-        ("a", "2", 2.0, 0.0),
-        ("b", "1", 1.0, 0.0),
-        ("b", "2", 1.0, 0.0),
+    assert [(row["series"], row["x"], row["mean"], row["std"]) for row in rows] == [
+        ("a", "1", "3", "1.41"),
+        ("a", "2", "2", "0"),
+        ("b", "1", "1", ""),
+        ("b", "2", "1", ""),
     ]
 
 

@@ -86,7 +86,7 @@ def test_a_record_in_another_records_place_is_refused(record: Path) -> None:
         (lambda content: content.update(config={}), "its config is not that of a run"),
         (lambda content: content["config"].pop("task"), "its config is not that of a run"),
         (lambda content: content["config"].update(task="x"), "its config is not that of a run"),
-        (lambda content: content["config"]["task"].update(_target_=None), "task._target_ is no text"),
+        (lambda content: content["config"]["task"].update(_target_=None), "task._target_=None should be a valid string"),
         (lambda content: content["config"]["model"].update(_target_=["a"]), "model._target_ is no text"),
         (lambda content: content["config"]["method"].update(module=7), "method.module._target_ is no text"),
         (lambda content: content["config"]["upstream"]["teacher"].pop("task"), "its config is not that of a run"),

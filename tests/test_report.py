@@ -357,7 +357,7 @@ def test_figures_claims_and_benchmark(page: str) -> None:
     assert len(data_of(page)["entries"]["claim-2.1-a"]["runs"]) == 2
     assert "table2.1530.423record" in text.replace(" ", "")
     said = [SETTINGS["bench"][part] for part in BENCH if part != "machine"]
-    assert len(said) == 5 and all(f"{caption}; commit " in text for caption in said)
+    assert len(said) == 6 and all(f"{caption}; commit " in text for caption in said)
     step = BENCH["steps"]["rows"][0]
     assert f"{step['model']}{step['precision']}{step['kind']}" in text.replace(" ", "")
     assert "Beyond the thesis" in text

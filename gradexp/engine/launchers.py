@@ -26,6 +26,9 @@ from gradexp.engine.origin import git_state
 from gradexp.engine.record import print_summary
 from gradexp.engine.run import Run
 
+POLL = 5.0  # seconds between looks at the jobs of a cluster
+REQUEUED = -1  # submitit's exit code of a job that it has queued again
+
 # A fresh interpreter takes ten seconds to import these; a process forked from a server that has imported them takes none.
 PRELOADED = ["gradexp.tasks.train", "gradexp.engine.fit", "gradexp.engine.compose"]
 
@@ -57,12 +60,6 @@ class Work:
                 print_summary(ensure(plan(self.overrides), waits=self.waits))
         except KeyboardInterrupt as interrupt:  # multiprocessing would print a traceback
             die_of_interrupt(interrupt)
-
-    def checkpoint(self) -> Any:
-        """What submitit queues again when a job is preempted: the same work, which resumes from its checkpoint."""
-        from submitit.helpers import DelayedSubmission
-
-        return DelayedSubmission(self)
 
 
 @dataclass(frozen=True)
@@ -240,9 +237,8 @@ def visible_gpus() -> list[str]:
 
 @dataclass(kw_only=True)
 class Slurm:
-    """Jobs of a SLURM array, for which the command waits. cluster: `slurm`, or `local` for submitit's local processes."""
+    """Jobs of a SLURM array, for which the command waits."""
 
-    cluster: str
     partition: str | None
     account: str | None
     gpus: Index
@@ -258,29 +254,55 @@ class Slurm:
         import submitit
 
         folder = works[0].log.parents[3] / "slurm" / "%j"
-        options = {f"{self.cluster}_max_num_timeout": self.requeues}
         try:
-            executor = submitit.AutoExecutor(folder, cluster=self.cluster, **options)
+            executor = submitit.SlurmExecutor(folder, max_num_timeout=self.requeues)
         except RuntimeError as error:
             advice = "start it on a machine where sbatch works, or use LAUNCHER=local"
             raise UserError(f"launcher=slurm: {error}; {advice}") from None
-        resources = {"gpus_per_node": self.gpus, "cpus_per_task": self.cpus, "mem_gb": self.memory_gb}
-        executor.update_parameters(name="gradexp", timeout_min=round(60 * self.hours), **resources)
-        if self.cluster == "slurm":
-            given = {"slurm_partition": self.partition, "slurm_account": self.account}
-            named = {key: value for key, value in given.items() if value is not None}
-            executor.update_parameters(slurm_array_parallelism=self.array, slurm_signal_delay_s=self.warning, **named)
+        executor.update_parameters(
+            job_name="gradexp",
+            time=round(60 * self.hours),
+            gpus_per_node=self.gpus,
+            cpus_per_task=self.cpus,
+            mem=f"{round(1024 * self.memory_gb)}MB",
+            partition=self.partition,
+            account=self.account,
+            array_parallelism=self.array,
+            signal_delay_s=self.warning,
+        )
         with executor.batch():
-            waiting = dict(enumerate([executor.submit(work) for work in works]))
+            waiting = dict(enumerate([executor.submit(Job(work.overrides, work.log)) for work in works]))
         while waiting:
             for index in [index for index, job in waiting.items() if job.done()]:
                 yield index, _code(waiting.pop(index))
-            time.sleep(5.0 if self.cluster == "slurm" else 0.2)
+            time.sleep(POLL)
+
+
+class Job(Work):
+    """Work whose result is its exit code, which submitit stores; it would store none of a process that exits."""
+
+    def __call__(self, threads: int | None = None) -> int:  # type: ignore[override]
+        try:
+            super().__call__(threads)
+        except SystemExit as error:
+            if error.code == REQUEUED:
+                raise
+            if isinstance(error.code, int):
+                return error.code
+            print(error.code, file=sys.stderr)
+            return 1
+        return 0
+
+    def checkpoint(self) -> Any:
+        """What submitit queues again when a job is preempted: the same work, which resumes from its checkpoint."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)
 
 
 def _code(job: Any) -> int:
     try:
-        return 1 if job.exception() else 0
+        return int(job.result())
     except Exception as error:  # no result: killed, or cancelled
         print(f"job {job.job_id}: {str(error).splitlines()[0]}", flush=True)
         return 1

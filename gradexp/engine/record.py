@@ -121,6 +121,26 @@ class Product(TypedDict):  # the file that a run left for other runs
 
 
 @lenient
+class ScaleShape(TypedDict):
+    name: str
+
+
+class Target(TypedDict):
+    _target_: str
+
+
+@lenient
+class RunShape(TypedDict):
+    """What every reader expects of the config in a record; engine.run.RunConfig is what today's configs have."""
+
+    name: FileName
+    seed: int
+    scale: ScaleShape
+    task: Target
+    upstream: dict[str, RunShape]
+
+
+@lenient
 class Record(TypedDict):
     """What a finished run leaves in results/runs/."""
 
@@ -177,16 +197,12 @@ def faults(record: Any) -> list[str]:
 def contradictions(record: Record, path: Path) -> list[str]:
     """Where a record contradicts its file name, its config or its upstream runs, a line each."""
     config = record["config"]
-    try:
-        for where, node in targets(config):
-            if not isinstance(node["_target_"], str):
-                raise TypeError(f"{where}._target_ is no text")
-        _ = [(run["name"], run["task"]["_target_"]) for run in nested(config)]
-        computed = run_id(config)
-        stated = {"experiment": config["name"], "scale": config["scale"]["name"], "seed": config["seed"]}
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        return [f"its config is not that of a run: {error!r}"]
-    wrong = []
+    wrong = [f"its config is not that of a run: {fault}" for fault in typed.faults(RunShape, config)]
+    wrong += [f"{where}._target_ is no text" for where, node in targets(config) if not isinstance(node["_target_"], str)]
+    if wrong:
+        return wrong
+    computed = run_id(config)
+    stated = {"experiment": config["name"], "scale": config["scale"]["name"], "seed": config["seed"]}
     if record["id"] != path.stem:
         wrong.append(f"its id is {record['id']}, which is not the name of its file")
     if record["id"] != computed:

@@ -152,7 +152,7 @@ class Run:
             return self.below
         return {name: Run(config | hardware(self.config), self.paths) for name, config in self.config["upstream"].items()}
 
-    @property
+    @cached_property
     def record_path(self) -> Path:
         return self.paths.record(self.config)
 

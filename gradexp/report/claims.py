@@ -29,9 +29,10 @@ from gradexp.report.inference import BOOTSTRAP_FROM, Estimate, estimate, estimat
 from gradexp.report.specs import Planner
 from gradexp.report.writing import csv, rendered, write_beside
 
+OURS = "ours"  # the chapter of readings and substitutes of ours, which the thesis does not claim
 VERDICTS = ("holds", "contradicted", "undecided", "direction only", "withheld", "not run")
 NUMBERS = ["thesis", "noise", *(field.name for field in fields(Estimate) if field.name != "n")]
-COLUMNS = ["id", "label", "in_scale", "fitted", "runs", "n", *NUMBERS]  # of Judged.comparisons
+COLUMNS = ["id", "label", "in_scale", "fitted", "runs", "seeds", "n", *NUMBERS]  # of Judged.comparisons
 
 
 @strict
@@ -61,11 +62,11 @@ def load(file: Path) -> ClaimsFile:
 class Judged:
     """Claims with their verdicts, and the comparisons behind them.
 
-    claims, one row each, indexed by id: section, chapter, claim, item, unit (of the sample: `seeds`, or the `images` of one
-    model), because, withheld (why this scale's numbers are not judged), comparable (with the thesis's numbers); and what
+    claims, one row each, indexed by id: section, chapter (or OURS), claim, item, unit (of the sample: `seeds`, or the `images`
+    of one model), because, withheld (why this scale's numbers are not judged), comparable (with the thesis's numbers); and what
     `judge` adds. comparisons, one row each: id, label, in_scale, fitted (its cells took part in choosing a setting: not
-    counted), thesis (the difference of the thesis's numbers), noise (standard error inside the runs), runs, and the fields of
-    Estimate (n=0: not run).
+    counted), thesis (the difference of the thesis's numbers), noise (standard error inside the runs), runs, seeds (planned),
+    and the fields of Estimate (n=0: not run).
     """
 
     claims: pd.DataFrame
@@ -88,7 +89,7 @@ def read(file: Path, scale: str, plan: Planner) -> Judged:
         withheld: Mapping[Any, str] = spec.get("withheld", {})
         texts = {"claim": spec["claim"], "because": spec.get("because", ""), "withheld": withheld.get(scale, "")}
         row = {key: " ".join(text.split()) for key, text in texts.items()} | {"unit": spec.get("unit", "seeds")}
-        row |= {"chapter": spec["section"].lstrip("§").partition(".")[0]}
+        row |= {"chapter": OURS if spec["section"].startswith(OURS) else spec["section"].lstrip("§").partition(".")[0]}
         claims.append({"id": spec["id"], "section": spec["section"], "item": spec["item"], "comparable": grid.comparable} | row)
     numbers = pd.DataFrame(comparisons, columns=COLUMNS).astype(dict.fromkeys(NUMBERS, float))
     return judge(Judged(pd.DataFrame(claims).set_index("id"), numbers, content["confidence"]))
@@ -108,7 +109,7 @@ def _comparisons(spec: ClaimSpec, grid: Grid, content: ClaimsFile) -> list[dict[
             raise UserError(f"{pair.label}: two numbers are compared; name a cell")
         printed = sum(sign * grid.thesis(cell) for sign, cell in pair.gap.cells)
         row = {"id": spec["id"], "label": pair.label, "thesis": pair.gap.constant + printed}
-        row |= {"fitted": any(map(pair.matches, fitted)), "in_scale": False, "runs": [], "n": 0}
+        row |= {"fitted": any(map(pair.matches, fitted)), "in_scale": False, "runs": [], "seeds": 0, "n": 0}
         is_counted = grid.scale in spec.get("scales", [grid.scale])
         rows.append(row | (_compare(pair, grid, spec.get("unit", "seeds"), content) if is_counted else {}))
     return rows
@@ -116,13 +117,14 @@ def _comparisons(spec: ClaimSpec, grid: Grid, content: ClaimsFile) -> list[dict[
 
 def _compare(pair: Pair, grid: Grid, unit: str, content: ClaimsFile) -> dict[str, Any]:
     """A comparison on the seeds whose runs are finished in all its cells."""
-    signs, cells = zip(*pair.gap.cells, strict=True)
+    times, cells = zip(*pair.gap.cells, strict=True)
     runs = [list(grid.runs(cell).values()) for cell in cells]
     unique = list(dict.fromkeys(itertools.chain(*runs)))
     numbers = pd.concat([grid.values(cell) for cell in cells], axis=1, join="inner")
-    gaps = pair.gap.constant + (numbers[["value"]].fillna(pair.worst) * signs).sum(axis=1, skipna=False)
-    noise = math.sqrt((numbers[["error"]].to_numpy() ** 2).sum() / len(numbers)) if len(numbers) else math.nan
-    row = {"in_scale": all(runs), "noise": noise, "runs": unique}
+    with np.errstate(invalid="ignore"):  # two diverged runs: -inf + inf
+        gaps = pair.gap.constant + (numbers[["value"]] * times).sum(axis=1, skipna=False)
+    noise = math.sqrt(((numbers[["error"]] * times).to_numpy() ** 2).sum() / len(numbers)) if len(numbers) else math.nan
+    row = {"in_scale": all(runs), "noise": noise, "runs": unique, "seeds": min(map(len, runs))}
     if not len(numbers):
         return row
     if unit == "seeds":
@@ -138,19 +140,23 @@ def judge(found: Judged) -> Judged:
 
     All comparisons of a claim must hold: once all are tested, the largest p-value supports it (an intersection-union test).
     One that fails is enough, so the smallest, times their number, opposes it. Columns: comparisons, fitted, planned (those of
-    this scale that count), run, agreeing, n (the smallest number of seeds), p_for, p_against (one-sided), p (two-sided),
-    p_holm, verdict, and words (the verdict with its direction, number of seeds or restriction to one model).
+    this scale that count), run, agreeing, opposing, n (the smallest number of seeds), seeds (planned), p_for, p_against
+    (one-sided), p (two-sided), p_holm, verdict, and words (the verdict with its direction, number of seeds or restriction to
+    one model).
     """
     in_scale = found.comparisons[found.comparisons["in_scale"]]
     counted = in_scale[~in_scale["fitted"]]
-    done = counted[counted["n"] > 0].assign(agrees=lambda frame: frame["mean"] > 0).groupby("id")
+    signs = {"agrees": lambda frame: frame["mean"] > 0, "opposes": lambda frame: frame["mean"] < 0}  # neither: NaN
+    done = counted[counted["n"] > 0].assign(**signs).groupby("id")
     counts = {
         "comparisons": found.comparisons.groupby("id").size(),
         "fitted": in_scale.groupby("id")["fitted"].sum(),
         "planned": counted.groupby("id").size(),
         "run": done.size(),
         "agreeing": done["agrees"].sum(),
+        "opposing": done["opposes"].sum(),
         "n": done["n"].min(),
+        "seeds": done["seeds"].min(),
         "tested": done["p_for"].count(),
     }
     claims = found.claims.join(pd.DataFrame(counts)).fillna(dict.fromkeys(counts, 0)).astype(dict.fromkeys(counts, int))
@@ -179,7 +185,7 @@ def _words(row: Any) -> str:
     if row.unit == "images" and row.verdict in ("holds", "contradicted"):
         return f"{row.verdict}, for this model"
     if row.verdict == "direction only":
-        return f"direction only: {({row.run: 'for', 0: 'against'}).get(row.agreeing, 'mixed')}"
+        return f"direction only: {'for' if row.agreeing == row.run else 'against' if row.opposing == row.run else 'mixed'}"
     if row.verdict == "undecided" and row.unit == "seeds":
         return f"undecided (n = {row.n})"
     return str(row.verdict)
@@ -188,10 +194,10 @@ def _words(row: Any) -> str:
 # --- files ------------------------------------------------------------------------------------------------
 
 
-def tally(verdicts: Iterable[str]) -> str:
+def tally(verdicts: Iterable[str], what: str = "claims") -> str:
     """`12 claims: 3 holds, ...`"""
     counts = Counter(verdicts)
-    return f"{counts.total()} claims: {', '.join(f'{counts[name]} {name}' for name in VERDICTS if counts[name])}."
+    return f"{counts.total()} {what}: {', '.join(f'{counts[name]} {name}' for name in VERDICTS if counts[name])}."
 
 
 def explanation(found: Judged) -> list[str]:
@@ -209,7 +215,7 @@ def views(found: Judged) -> list[dict[str, Any]]:
 
 def to_csv(found: Judged) -> str:
     """One line a claim."""
-    frame = found.claims.reset_index().rename(columns={"n": "seeds"})
+    frame = found.claims.reset_index().drop(columns="seeds").rename(columns={"n": "seeds"})
     for name in ("p", "p_holm"):
         frame[name] = frame[name].map("{:.4g}".format, na_action="ignore")
     columns = ["id", "section", "item", "claim", "verdict", "unit", "comparisons", "planned", "run", "agreeing", "seeds"]

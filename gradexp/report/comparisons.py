@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, NotRequired
@@ -20,6 +22,7 @@ from gradexp.report import specs
 from gradexp.report.specs import Planner, Thesis, read_thesis, thesis_of
 
 Scale = Literal["paper", "cpu", "quick"]
+RATES = re.compile("accuracy|gan_test")  # metrics of which more is better whatever a claim compares
 FORMS: tuple[Literal["greater", "less", "near"], ...] = ("greater", "less", "near")
 Except = TypedDict("Except", {"except": NotRequired[list[list[str]]]})  # a keyword, which a class can't have as a key
 
@@ -99,11 +102,15 @@ class Grid:
         return self._runs.get((cell.row, cell.column if self.columns else ""), {})
 
     def values(self, cell: CellName) -> pd.DataFrame:
-        """`value` and `error` (standard error inside the run, NaN if not recorded) of the finished runs, indexed by seed."""
+        """`value` and `error` (standard error inside the run, NaN if not recorded) of the finished runs, indexed by seed.
+
+        A diverged run recognises nothing: its accuracy counts as less than any number. Other metrics of it are NaN.
+        """
         metric, x = self.metric(cell), self.spec.get("x") if "series" in self.spec else None
         records = {seed: record for seed, run in self.runs(cell).items() if (record := run.record())}
-        numbers = [(value_at(record, metric, x, cell.column), error_of(record, metric)) for record in records.values()]
-        return pd.DataFrame(numbers, index=list(records), columns=["value", "error"], dtype=float)
+        numbers = [[look(record, metric, x, cell.column) for look in (value_at, error_of)] for record in records.values()]
+        found = pd.DataFrame(numbers, index=list(records), columns=["value", "error"], dtype=float)
+        return found.fillna({"value": -math.inf}) if RATES.search(metric) else found
 
     def metric(self, cell: CellName) -> str:
         """The name of the recorded metric; `{fraction}` in it stands for a column in per cent."""
@@ -140,27 +147,32 @@ def value_at(record: Record, metric: str, x: str | None, column: str) -> float:
     return math.nan if value is None else float(value)
 
 
-def error_of(record: Record, metric: str) -> float:
-    """Standard error inside a run: from its deviation over images or draws, or from its binomial interval (95 %)."""
-    metrics: dict[str, Any] = record["metrics"]
-    spread, low, high = (metrics.get(f"{metric}/{name}") for name in ("std", "low", "high"))
-    count = record.get("images") or record["config"].get("task", {}).get("draws")
-    if spread is not None and count:
-        return float(spread) / math.sqrt(count)
-    return math.nan if low is None or high is None else float(high - low) / (2 * float(stats.norm.ppf(0.975)))
+def error_of(record: Record, metric: str, x: str | None = None, column: str = "") -> float:
+    """Standard error inside a run: from its deviation over images or draws, or from its binomial interval."""
+    spread, low, high = (
+        value_at(record, name, x, column) if (name := f"{metric}/{end}") in record["metrics"] else math.nan
+        for end in ("std", "low", "high")
+    )
+    task = record["config"].get("task", {})
+    if not math.isnan(spread) and (count := record.get("images") or task.get("draws")):
+        return spread / math.sqrt(count)
+    return (high - low) / (2 * float(stats.norm.ppf((1 + task.get("confidence", 0.95)) / 2)))
 
 
 @dataclass(frozen=True)
 class Sum:
-    """Cells with their signs, and a constant."""
+    """Cells, each once with the number of times that it is added, and a constant."""
 
     name: str
     cells: tuple[tuple[int, CellName], ...] = ()
     constant: float = 0.0
 
     def __sub__(self, other: Sum) -> Sum:
-        negated = tuple((-sign, cell) for sign, cell in other.cells)
-        return Sum(f"{self.name} − {other.name}", self.cells + negated, self.constant - other.constant)
+        times: Counter[CellName] = Counter()
+        for factor, (number, cell) in [*((1, one) for one in self.cells), *((-1, one) for one in other.cells)]:
+            times[cell] += factor * number
+        cells = tuple((number, cell) for cell, number in times.items() if number)
+        return Sum(f"{self.name} − {other.name}", cells, self.constant - other.constant)
 
 
 class Pair(NamedTuple):
@@ -168,7 +180,6 @@ class Pair(NamedTuple):
 
     label: str
     gap: Sum
-    worst: float  # stands for the number of a diverged run
     names: tuple[str, ...]  # both sides, and the row or column where they are compared
     excepted: bool  # the thesis's own numbers contradict it
 
@@ -182,7 +193,6 @@ def pairs(spec: ClaimSpec, grid: Grid) -> list[Pair]:
     forms = [form for form in FORMS if form in spec]
     if len(forms) != 1:
         raise UserError(f"expected one of {', '.join(FORMS)}, got {' and '.join(forms) or 'none'}")
-    worst = math.inf if forms[0] == "less" else -math.inf
     levels = [level if isinstance(level, list) else [level] for level in spec[forms[0]]]
     excepted = {tuple(map(str, names)) for names in spec.get("except", [])}
     found = []
@@ -191,7 +201,7 @@ def pairs(spec: ClaimSpec, grid: Grid) -> list[Pair]:
             left, right = _sum(a, at, spec, grid), _sum(b, at, spec, grid)
             names = (left.name, right.name, at)
             for label, gap in _gaps(forms[0], left, right, spec):
-                found.append(Pair(label + (f", {at}" if at else ""), gap, worst, names, names in excepted))
+                found.append(Pair(label + (f", {at}" if at else ""), gap, names, names in excepted))
     if unknown := excepted - {pair.names for pair in found}:
         raise UserError(f"except: there is no comparison {unknown.pop()}")
     return found

@@ -71,11 +71,11 @@ class Series:
         return np.array(values, dtype=float)
 
     def band(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and sample standard deviation of a curve over runs (0 for a single run), (length,) each."""
+        """Mean and sample standard deviation of a curve over runs (NaN for a single run), (length,) each."""
         values = self.metric(name)
         if values.ndim < 2:
             raise UserError(f"{self.label}: expected a curve, but {name} is a number")
-        return values.mean(0), values.std(0, ddof=1) if len(values) > 1 else np.zeros(values.shape[1])
+        return values.mean(0), values.std(0, ddof=1) if len(values) > 1 else np.full(values.shape[1], np.nan)
 
 
 Row = dict[str, Any]

@@ -77,7 +77,8 @@ def departed(pairs: Iterable[tuple[Config, Config]]) -> dict[str, tuple[str, str
         for key in sorted(ours.keys() | theirs.keys()):
             if ours.get(key) != theirs.get(key):
                 changes.setdefault(key, []).append((ours.get(key), theirs.get(key)))
-    return {key: (_alternatives(x[0] for x in values), _alternatives(x[1] for x in values)) for key, values in changes.items()}
+    texts = {key: [_alternatives(key, values) for values in zip(*found, strict=True)] for key, found in changes.items()}
+    return {key: (here, paper) for key, (here, paper) in texts.items()}
 
 
 def _flat(config: Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -94,8 +95,9 @@ def _flat(config: Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{key}", value
 
 
-def _alternatives(values: Iterable[Any]) -> str:
-    return " or ".join(dict.fromkeys("none" if value is None else str(value) for value in values))
+def _alternatives(key: str, values: Iterable[Any]) -> str:
+    unset = "all" if key.rpartition(".")[2] in ("images", "per_class", "only_classes") else "not set"
+    return " or ".join(dict.fromkeys(unset if value is None else str(value) for value in values))
 
 
 def records_of(runs: Iterable[Run]) -> tuple[list[Record], list[Record]]:

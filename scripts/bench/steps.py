@@ -1,7 +1,6 @@
 """What a training step costs: against a cross-entropy step, and against stock torch in its best memory layout.
 
-All steps of a model are interleaved in one process. The limit beside each ratio counts convolutions: an implementation that
-does nothing else would reach it.
+All steps of a model are interleaved in one process. The number beside each ratio counts the multiply-adds of convolutions.
 """
 
 from __future__ import annotations
@@ -80,8 +79,7 @@ class Row:
     kind: str
     images_per_second: float
     ratio: float  # to the model's cross-entropy step
-    limit: float  # the same ratio, in convolutions
-    share: float  # limit / ratio
+    limit: float  # the same ratio, in multiply-adds of convolutions
     matrix_share: float  # of the rate of a product of two large matrices that the step's convolutions reach
     stock: float | None  # images per second of stock torch in its better layout
     stock_layout: str | None
@@ -187,7 +185,7 @@ def work(kind: Kind, model: str) -> float:
 
 
 def limit(kind: Kind, model: str) -> float:
-    """The ratio to a cross-entropy step if nothing but convolutions took time."""
+    """The ratio to a cross-entropy step, in multiply-adds of convolutions."""
     return work(kind, model) / work(KINDS[0], model)
 
 
@@ -215,8 +213,8 @@ def measure(model: str, hardware: Hardware, kinds: Sequence[Kind], *, rounds: in
         speed = BATCH / seconds[kind.name, None]
         layout = min(LAYOUTS, key=lambda name: seconds[kind.name, name]) if kind.compared else None
         stock = BATCH / seconds[kind.name, layout] if layout else None
-        shares = floor / ratio, work(kind, model) * speed / rate
-        rows.append(Row(model, hardware.precision, kind.name, speed, ratio, floor, *shares, stock, layout, peak, samples))
+        share = work(kind, model) * speed / rate
+        rows.append(Row(model, hardware.precision, kind.name, speed, ratio, floor, share, stock, layout, peak, samples))
     return rows
 
 
@@ -241,7 +239,7 @@ def markdown(rows: Sequence[Row], facts: dict[str, Any], has_bf16: bool) -> str:
         f"{facts['device']}, {facts['threads']} threads, torch {facts['versions']['torch']}, batch {facts['batch']}; medians "
         f"of {min(row.samples for row in rows)} or more interleaved steps. `make bench` measures it again.",
         "",
-        "- Ratio: to the same model's cross-entropy step. Limit: the same ratio if only convolutions took time.",
+        "- Ratio: to the time of the same model's cross-entropy step. Products: the same, of multiply-adds of convolutions.",
         "- Matrix rate: multiply-adds of the step's convolutions per second, as a share of those of a product of two 2048 x "
         "2048 matrices. Winograd's algorithm does with fewer products than are counted here.",
         "- Stock: torch's own layers and double backward pass in the memory layout that is faster for this step "
@@ -249,14 +247,14 @@ def markdown(rows: Sequence[Row], facts: dict[str, Any], has_bf16: bool) -> str:
         "a process that does three steps.",
         *([] if has_bf16 else ["- This processor has no bf16 arithmetic; only fp32 is measured."]),
         "",
-        "| model | precision | step | images/s | ratio | limit | share of the limit | matrix rate | stock | gain | MiB |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| model | precision | step | images/s | ratio | products | matrix rate | stock | gain | MiB |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         memory = "" if row.peak_memory_mib is None else str(row.peak_memory_mib)
         mark = " c" if row.stock_layout == "contiguous" else ""
         stock = f"{row.stock:.0f}{mark} | {row.images_per_second / row.stock:.2f}" if row.stock else " | "
-        numbers = f"{row.images_per_second:.0f} | {row.ratio:.2f} | {row.limit:.2f} | {100 * row.share:.0f} %"
+        numbers = f"{row.images_per_second:.0f} | {row.ratio:.2f} | {row.limit:.2f}"
         cells = [row.model, row.precision, row.kind, numbers, f"{100 * row.matrix_share:.0f} %", stock, memory]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

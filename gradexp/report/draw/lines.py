@@ -73,7 +73,7 @@ def _line(axes: Axes, one: Series, x: Any, metric: str, colour: str) -> list[Row
     if len(one.records) > 1:
         axes.fill_between(x, mean - std, mean + std, color=colour, alpha=0.2, linewidth=0)
     return [
-        {"x": f"{a:.5g}", "mean": f"{m:.5g}", "std": f"{s:.3g}", "n": len(one.records)}
+        {"x": f"{a:.5g}", "mean": f"{m:.5g}", "std": f"{s:.3g}" if len(one.records) > 1 else "", "n": len(one.records)}
         for a, m, s in zip(x, mean, std, strict=True)
     ]
 
@@ -142,7 +142,7 @@ def retrained_accuracy(spec: FigureSpec, series: Sequence[Series]) -> tuple[Figu
     rows = []
     for one in series:
         values = one.metric("test/accuracy")
-        std = float(values.std(ddof=1)) if len(values) > 1 else 0.0
+        std = float(values.std(ddof=1)) if len(values) > 1 else math.nan
         rows.append((one.label, one.spec["x"], values.mean(), std, std, len(values)))
     points = pd.DataFrame(rows, columns=POINTS)
     start, rest = points[points["series"] == BASELINE], points[points["series"] != BASELINE]
@@ -182,7 +182,7 @@ def _by_method(spec: FigureSpec, points: pd.DataFrame, suffixes: Mapping[str, st
     for label, line in points.groupby("series", sort=False):
         look = style(str(label))
         axes.plot(line["x"], line["mean"], label=f"{label}{(suffixes or {}).get(str(label), '')}", **look)
-        if line["error"].any():
+        if line["error"].notna().any():
             low, high = line["mean"] - line["error"], line["mean"] + line["error"]
             axes.fill_between(line["x"], low, high, color=look["color"], alpha=0.15, linewidth=0)
         printed = _thesis(line, spec)
@@ -205,7 +205,7 @@ def _thesis(points: pd.DataFrame, spec: FigureSpec) -> pd.Series[float]:
 
 def _rows(points: pd.DataFrame, spec: FigureSpec) -> list[Row]:
     formats = {"mean": "{:.5g}", "std": "{:.3g}", "error": "{:.3g}"}
-    texts = {name: points[name].map(form.format) for name, form in formats.items()}
+    texts = {name: points[name].map(form.format, na_action="ignore").fillna("") for name, form in formats.items()}
     x = points["x"].map("{:g}".format).replace("nan", "area")
     thesis = _thesis(points, spec).astype(object).fillna("")
     rows: list[Row] = points.assign(x=x, **texts, thesis=thesis).to_dict("records")  # type: ignore[assignment]
