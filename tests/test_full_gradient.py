@@ -14,6 +14,7 @@ from gradexp.base.errors import UserError
 from gradexp.data.loader import Batch
 from gradexp.models.resnet import ResNet
 from gradexp.models.vgg import VGG
+from gradexp.saliency import FullGrad
 from gradexp.terms import Step
 from gradexp.terms.targets import Targets
 
@@ -289,3 +290,15 @@ def test_a_step_captures_layers_in_one_forward_of_each_network() -> None:
     torch.testing.assert_close(
         step.teacher_input_gradient("label"), gradients.input_gradient(teacher, step.images, step.labels)
     )
+
+
+@pytest.mark.parametrize("make", [vgg, resnet, torchvision_vgg])
+def test_accelerated_layers_have_the_same_maps(make: Callable[[], nn.Module]) -> None:
+    """Also under the same names: a convolution and its normalisation share one map."""
+    model = randomised(make())
+    channels = next(model.parameters()).shape[1]
+    images = torch.randn(3, channels, 32, 32, dtype=torch.float64)
+    stock, ours = (FullGrad().layers(each, images) for each in (model, layers.accelerate(copy.deepcopy(model))))
+    assert list(stock) == list(ours)
+    for name, values in stock.items():
+        torch.testing.assert_close(ours[name], values, rtol=1e-9, atol=1e-12)

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +38,7 @@ class FullGradient:
 
     def total(self) -> Tensor:
         """Input term plus all bias terms: the output (Eq. 3.1). (B,)."""
-        return torch.stack(self._sums()).sum(0)
+        return torch.stack(self._sums).sum(0)
 
     def error(self) -> Tensor:
         """How far `total` is from the output, relative to it. (B,)."""
@@ -63,11 +64,11 @@ class FullGradient:
 
     def inexact(self) -> Tensor:
         """(B,), whether `total` misses the output by more than rounding explains."""
-        sums = self._sums()
-        magnitude = torch.stack([values.abs() for values in (*sums, self.output)]).sum(0)
-        difference = (torch.stack(sums).sum(0) - self.output).abs()
+        magnitude = torch.stack([values.abs() for values in (*self._sums, self.output)]).sum(0)
+        difference = (self.total() - self.output).abs()
         return self.output.isfinite() & ~(difference <= magnitude * torch.finfo(self.output.dtype).eps ** 0.5)
 
+    @cached_property
     def _sums(self) -> list[Tensor]:
         return [_sum(values) for values in [self.input * self.images, *self.biases.values()]]
 
@@ -215,4 +216,5 @@ def _by_image(values: Tensor, batch: int) -> Tensor | None:
 
 def _sum(values: Tensor) -> Tensor:
     """(B, ...) -> (B,), at least in float32."""
-    return values.flatten(1).sum(1, dtype=torch.promote_types(values.dtype, torch.float32))
+    # Not flattened, which copies a tensor in channels_last.
+    return values[..., None].sum(tuple(range(1, values.ndim + 1)), dtype=torch.promote_types(values.dtype, torch.float32))

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
+from inspect import unwrap
 from typing import Any
 
 import torch
@@ -364,7 +365,7 @@ class Call:
 
 def _named_arguments(call: Call) -> dict[str, Any]:
     """The arguments by their names, as far as these are known: those of builtin functions are not."""
-    code = getattr(call.function, "__code__", None)
+    code = getattr(unwrap(call.function), "__code__", None)
     names = code.co_varnames[: code.co_argcount] if code else ()
     return dict(zip(names, call.args, strict=False)) | call.kwargs
 
