@@ -91,6 +91,7 @@ METHODS = {
     "Grad-CAM, 4x4": ("#009E73", "d", (0, (2, 1.5))),
     "FullGrad": ("#D55E00", "o", "-"),
     "FullGrad, Eq. 3.2": ("#D55E00", "P", (0, (4, 2))),
+    "FullGrad, not rescaled": ("#D55E00", "X", (0, (6, 1.5))),
     "FullGrad, no abs": ("#D55E00", "*", (0, (1, 1.5))),
 }
 CHANGE = "output_change@removed="
