@@ -33,19 +33,19 @@ def test_convolutions_are_counted() -> None:
     assert steps.convolutions(steps.network("vgg4")) == (sum(VGG4), VGG4[0])
 
 
-def test_limits_by_hand() -> None:
+def test_products_by_hand() -> None:
     """Forward 1, input-gradient 1, its two transposed passes 2, ordinary backward 2, against 3 (§2.4: "a factor of 2")."""
     plain = 3 * sum(VGG4) - VGG4[0]
-    assert steps.limit(kind("ce"), "vgg4") == 1
-    assert steps.limit(kind("j, stored targets"), "vgg4") == pytest.approx((6 * sum(VGG4) - VGG4[0]) / plain)
-    assert steps.limit(kind("anti-score-matching"), "vgg4") == pytest.approx(2)
-    assert steps.limit(kind("fg_att, stored targets"), "vgg4") == steps.limit(kind("j, stored targets"), "vgg4")
-    assert steps.limit(kind("bias-gradient"), "vgg4") == 1  # nothing lies behind its layer
+    assert steps.products(kind("ce"), "vgg4") == 1
+    assert steps.products(kind("j, stored targets"), "vgg4") == pytest.approx((6 * sum(VGG4) - VGG4[0]) / plain)
+    assert steps.products(kind("anti-score-matching"), "vgg4") == pytest.approx(2)
+    assert steps.products(kind("fg_att, stored targets"), "vgg4") == steps.products(kind("j, stored targets"), "vgg4")
+    assert steps.products(kind("bias-gradient"), "vgg4") == 1  # nothing lies behind its layer
     vgg11, first = steps.convolutions(steps.network("vgg11"))
     last = 9 * 512 * 512 * 2**2
-    assert steps.limit(kind("bias-gradient"), "vgg11") == pytest.approx(1 + 3 * last / (3 * vgg11 - first))
+    assert steps.products(kind("bias-gradient"), "vgg11") == pytest.approx(1 + 3 * last / (3 * vgg11 - first))
     teacher, _ = steps.convolutions(steps.network("vgg9"))
-    assert steps.limit(kind("a, live teacher"), "vgg4") == pytest.approx((plain + teacher) / plain)
+    assert steps.products(kind("a, live teacher"), "vgg4") == pytest.approx((plain + teacher) / plain)
 
 
 def test_the_page_shows_every_row() -> None:

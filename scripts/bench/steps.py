@@ -79,7 +79,7 @@ class Row:
     kind: str
     images_per_second: float
     ratio: float  # to the model's cross-entropy step
-    limit: float  # the same ratio, in multiply-adds of convolutions
+    products: float  # the same ratio, in multiply-adds of convolutions
     matrix_share: float  # of the rate of a product of two large matrices that the step's convolutions reach
     stock: float | None  # images per second of stock torch in its better layout
     stock_layout: str | None
@@ -184,7 +184,7 @@ def work(kind: Kind, model: str) -> float:
     return kind.passes * all_layers + kind.late_passes * late - saved * first + kind.teacher_passes * teacher
 
 
-def limit(kind: Kind, model: str) -> float:
+def products(kind: Kind, model: str) -> float:
     """The ratio to a cross-entropy step, in multiply-adds of convolutions."""
     return work(kind, model) / work(KINDS[0], model)
 
@@ -208,13 +208,14 @@ def measure(model: str, hardware: Hardware, kinds: Sequence[Kind], *, rounds: in
         seconds, samples = medians(steps, rounds=rounds, cuda=hardware.kind == "gpu", budget=budget)
     rows = []
     for kind in kinds:
-        ratio, floor = seconds[kind.name, None] / seconds["ce", None], limit(kind, model)
+        ratio = seconds[kind.name, None] / seconds["ce", None]
         peak = peak_memory(three_steps, kind.name, model, hardware.precision) if memory else None
         speed = BATCH / seconds[kind.name, None]
         layout = min(LAYOUTS, key=lambda name: seconds[kind.name, name]) if kind.compared else None
         stock = BATCH / seconds[kind.name, layout] if layout else None
         share = work(kind, model) * speed / rate
-        rows.append(Row(model, hardware.precision, kind.name, speed, ratio, floor, share, stock, layout, peak, samples))
+        counted = products(kind, model)
+        rows.append(Row(model, hardware.precision, kind.name, speed, ratio, counted, share, stock, layout, peak, samples))
     return rows
 
 
@@ -254,7 +255,7 @@ def markdown(rows: Sequence[Row], facts: dict[str, Any], has_bf16: bool) -> str:
         memory = "" if row.peak_memory_mib is None else str(row.peak_memory_mib)
         mark = " c" if row.stock_layout == "contiguous" else ""
         stock = f"{row.stock:.0f}{mark} | {row.images_per_second / row.stock:.2f}" if row.stock else " | "
-        numbers = f"{row.images_per_second:.0f} | {row.ratio:.2f} | {row.limit:.2f}"
+        numbers = f"{row.images_per_second:.0f} | {row.ratio:.2f} | {row.products:.2f}"
         cells = [row.model, row.precision, row.kind, numbers, f"{100 * row.matrix_share:.0f} %", stock, memory]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
