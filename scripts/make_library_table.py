@@ -7,14 +7,13 @@ architecture with a row is not computed again; `--again NAME` computes its row a
 from __future__ import annotations
 
 import argparse
-import copy
 import csv
 import gc
 import io
 import math
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,7 @@ PAGE = ROOT / "docs" / "library.md"
 COLUMNS = ("architecture", "parameters", "fullgrad", "error", "outside", "accelerate")
 SIZE = 224  # pixels, for FullGrad
 SMALL = 64  # pixels, for second derivatives; an attention over windows of fixed number needs SIZE
-SMALLER = {"inception_v3": 96, "maxvit_t": SIZE}
+OTHER_SIZES = {"inception_v3": 96, "maxvit_t": SIZE, "vit_h_14": 70}
 SMALLEST = 1e-7  # error that is shown: smaller ones are rounding of float32
 ROUNDING = 1e-10  # gradients so much smaller than the largest one are rounding, such as those of a bias before a normalisation
 
@@ -106,12 +105,10 @@ def full_gradients(name: str) -> dict[str, str]:
 
 def difference(name: str, training: bool) -> float:
     """The largest difference that `accelerate` makes to a parameter's gradient of a gradient penalty, relative to its norm."""
-    size = SMALLER.get(name, SMALL)
-    stock = perturbed(network(name, size)).double()
-    fast = gradexp.accelerate(copy.deepcopy(stock)).train(training)
-    images = torch.randn(2, 3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     with sdpa_kernel(SDPBackend.MATH):
-        expected, found = (penalised(model, images) for model in (twice_differentiable(stock).train(training), fast))
+        # One after the other, so that memory holds one of two large networks.
+        expected = penalised(name, training, twice_differentiable)
+        found = penalised(name, training, gradexp.accelerate)
     smallest = ROUNDING * max(float(gradient.norm()) for gradient in expected.values())
     return max(
         float((found[key] - gradient).norm() / gradient.norm())
@@ -161,10 +158,12 @@ def twice_differentiable(model: nn.Module) -> nn.Module:
     return model
 
 
-def penalised(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
+def penalised(name: str, training: bool, prepare: Callable[[nn.Module], nn.Module]) -> dict[str, Tensor]:
     """Gradients of the parameters of a loss with a gradient penalty, relative to the input-gradient's own size."""
+    size = OTHER_SIZES.get(name, SMALL)
+    model = prepare(perturbed(network(name, size)).double()).train(training)
+    images = torch.randn(2, 3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).requires_grad_()
     torch.manual_seed(3)  # for stochastic depth
-    images = images.clone().requires_grad_()
     with only_inputs():
         logits = model(images)
         # All logits: the ReLU of one may be dead, as in SqueezeNet with random weights.
