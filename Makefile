@@ -20,7 +20,7 @@ help:
 	@echo "make test [WORKERS=2]                      linter, type checker, the whole test suite"
 	@echo "make table-2.1 [SCALE=cpu] [WORKERS=2]     run what is missing, then render and print"
 	@echo "     LAUNCHER=slurm SET='KEY=VALUE ...'    on a cluster; hardware settings, such as trainer.precision=32"
-	@echo "make verify [ARGS='--sample 3']            whether records are whole, and quick ones repeat"
+	@echo "make verify [ARGS='--sample 3']            whether records are intact, and quick ones repeat"
 	@echo "make bench [ARGS=--quick|'--part maps']    what a training step costs, to results/bench.md"
 	@echo "make figure-2.1 [SCALE=cpu] [WORKERS=2]    likewise a figure"
 	@echo "make tables figures [SCALE=cpu]            render every table and figure from records; trains nothing"
@@ -96,6 +96,6 @@ gpu-check: setup
 
 clean:
 	@du -sh outputs 2> /dev/null || { echo "outputs/ does not exist; there is nothing to delete"; exit 0; }; \
-	echo "outputs/ holds checkpoints, trained weights, saliency maps and caches; runs that stand on them would train them again."; \
+	echo "outputs/ holds checkpoints, trained weights, saliency maps and caches; runs that depend on them would train them again."; \
 	echo "Records and tables (results/) stay."; \
 	if [ "$(CONFIRM)" = yes ]; then rm -rf outputs && echo "Deleted."; else echo "To delete it: make clean CONFIRM=yes"; fi

@@ -48,9 +48,11 @@ def head() -> list[str]:
         "",
         "Assumptions:",
         "",
-        f"- A GPU of the H100 class. {speeds}; an operation follows another after {H100['bf16'].launch * 1e6:.0f} µs "
-        "at the earliest, because Python starts it. Each operation takes the longest of the three.",
-        "- Trainings compute in bf16, unless a term needs fp32 (traces of Hessians); everything else in fp32 without TF32.",
+        f"- A GPU of the H100 class. {speeds}; kernels are launched at least {H100['bf16'].launch * 1e6:.0f} µs "
+        "apart, which is what Python needs. An operation takes the longest of compute time, "
+        "memory time and this interval.",
+        "- Trainings compute in bf16, except those of Chapter 5, whose models are compared with each other and all use fp32; "
+        "everything else computes in fp32 without TF32.",
         "- Each operation reads its inputs and writes its outputs once, counted as fp32; bf16 halves most of it. "
         "A teacher's targets are computed for every batch, "
         "although stored ones save that. The optimizer and the loading of images are left out.",
@@ -60,22 +62,43 @@ def head() -> list[str]:
 
 
 def steps(items: Mapping[str, Sequence[Run]], units: Mapping[str, Unit], seconds: Mapping[str, float]) -> list[str]:
-    """A line for each kind of training of each table and of its upstream runs, with the hours of all of them together."""
-    head = ["table", "training", "student", "GFLOP an image", "MB an image", "operations a step", "batch", "precision"]
-    columns = " | ".join([*head, "computed ms a step", "hours of the table"])
-    lines = ["## The steps of each table", "", f"| {columns} |", "|---" * (len(head) + 2) + "|"]
+    """A line for each method and student of each table and of its upstream runs, in the reading with the slowest step."""
+    head = [
+        "table",
+        "hours",
+        "training",
+        "student",
+        "GFLOP per image",
+        "MB per image",
+        "operations per step",
+        "batch",
+        "precision",
+    ]
+    lines = ["## The steps of each table", "", "Hours are those of the whole table with its upstream runs.", ""]
+    lines += [f"| {' | '.join([*head, 'computed ms per step'])} |", "|---" * (len(head) + 1) + "|"]
     for item, runs in items.items():
-        seen, needed = set(), list(costs.needed(runs))
-        total = sum(seconds[run.id] for run in needed) / 3600
-        for run in needed:
-            unit = units[costs.signature(run.config)]
-            if "optim" not in run.config or not item.startswith("table") or unit in seen:
-                continue
-            seen.add(unit)
-            numbers = f"{unit.flops / 1e9:.2f} | {unit.bytes / 1e6:.0f} | {unit.launches} | {unit.batch:.0f}"
-            time = f"{unit.precision} | {1e3 * unit.gpu_seconds * unit.batch:.1f} | {total:.1f}"
-            name = f"{run.name} {run.config['method']['name']}"  # a unit has that of the first run of its kind
-            lines.append(f"| {item} | {name} | {run.config['model']['name']} | {numbers} | {time} |")
+        needed = list(costs.needed(runs))
+        slowest: dict[tuple[str, str], Unit] = {}
+        for run in needed if item.startswith("table") else ():
+            if "optim" in run.config:
+                kind, unit = (
+                    (f"{run.name} {run.config['method']['name']}", run.config["model"]["name"]),
+                    units[costs.signature(run.config)],
+                )
+                slowest[kind] = max(unit, slowest.get(kind, unit), key=lambda unit: unit.gpu_seconds * unit.batch)
+        first = [item, f"{sum(seconds[run.id] for run in needed) / 3600:.1f}"]
+        for (training, student), unit in slowest.items():
+            numbers = [
+                f"{unit.flops / 1e9:.2f}",
+                f"{unit.bytes / 1e6:.0f}",
+                f"{unit.launches}",
+                f"{unit.batch:.0f}",
+                unit.precision,
+            ]
+            lines.append(
+                f"| {' | '.join([*first, training, student, *numbers, f'{1e3 * unit.gpu_seconds * unit.batch:.1f}'])} |"
+            )
+            first = ["", ""]
     return [*lines, ""]
 
 

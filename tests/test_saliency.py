@@ -231,7 +231,7 @@ def test_another_model_gives_another_map(name: str) -> None:
 
 MISTAKES = {
     "target": (lambda: METHODS["fullgrad"](net(), pictures(), 4), "classes 0 to 3"),
-    "targets of another number": (lambda: METHODS["input_gradient"](net(), pictures(), torch.tensor([0, 1])), "one an image"),
+    "targets of another number": (lambda: METHODS["input_gradient"](net(), pictures(), torch.tensor([0, 1])), "one per image"),
     "layer without a map": (lambda: GradCAM(layer="linear")(net(), pictures()), "its output is no map"),
     "negative target": (lambda: METHODS["input_gradient"](net(), pictures(), torch.tensor([0, -1, 2])), "target=-1"),
     "grey image": (lambda: METHODS["gradcam"](net(), pictures()[:, :1]), "the model takes 3"),

@@ -90,7 +90,7 @@ def test_students_train_for_500_passes_or_4000_steps_whichever_is_longer(
 
 
 def test_curves_have_a_point_a_pass_even_when_the_last_is_cut(places: list[str]) -> None:
-    record = ensure(run(places, "optim.batch_size=16", "optim.passes=null", "optim.steps=7"))  # 3 steps a pass
+    record = ensure(run(places, "optim.batch_size=16", "optim.passes=null", "optim.steps=7"))  # 3 steps per pass
     assert record["steps"] == 7
     assert len(record["metrics"]["train/loss"]) == 3
 

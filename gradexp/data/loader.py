@@ -126,7 +126,7 @@ class Loader(ABC):
 
 
 class TensorLoader(Loader):
-    """Iterates over the images at `indices` once an epoch, normalised and augmented on the device.
+    """Iterates over the images at `indices` once per epoch, normalised and augmented on the device.
 
     crop: pad by this many black pixels and cut a random window of the original size. removed: pixels (N, 1, H, W) that
     are replaced by the colour `fill` (C,) in [0, 1] before augmentation. options: as for Loader.

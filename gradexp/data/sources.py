@@ -282,7 +282,7 @@ def _intact(folder: Path) -> bool:
 
 @lru_cache(maxsize=64)
 def _digest(file: Path, size: int, changed: int) -> str:
-    """Of the contents, computed once a process."""
+    """Of the contents, computed once per process."""
     return sha256(file)
 
 

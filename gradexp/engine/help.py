@@ -18,7 +18,7 @@ EXAMPLES = {
     "-m experiment=jacobian_distill method=ce,ce_j seed=0,1,2": "a sweep: every combination",
     "experiment=jacobian_distill --cfg job": "the config, without interpolations resolved",
     "experiment=jacobian_distill --help": "what the experiment claims, its methods, scales and cost",
-    "--show ID": "a record;  --id ID does its run again, or answers from the record",
+    "--show ID": "a record;  --id ID answers from its record, or does its run",
 }
 END = (
     'Tab completion in this shell: eval "$(python run.py --shell-completion install=bash)"; also zsh and fish.',

@@ -34,7 +34,7 @@ def none(*, run: Run, group: str) -> None:
 
 
 def csv(*, run: Run, group: str) -> Any:
-    """Curves, a line a pass, in csv/version_0/metrics.csv of the run's folder; in version_1 after a resume."""
+    """Curves, a line per pass, in csv/version_0/metrics.csv of the run's folder; in version_1 after a resume."""
     from lightning.pytorch.loggers import CSVLogger
 
     return CSVLogger(run.folder, name="csv", flush_logs_every_n_steps=1)

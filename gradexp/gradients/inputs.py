@@ -13,13 +13,13 @@ from gradexp import layers
 from gradexp.base.errors import UserError
 from gradexp.layers import ranks
 
-SCALARS = ("label", "top", "logprob")  # one number an image
+SCALARS = ("label", "top", "logprob")  # one number per image
 TARGETS = (*SCALARS, "all")
 INPUT = "input"  # the name of the images among layers
 
 
 def scalar(logits: Tensor, labels: Tensor, target: str) -> Tensor:
-    """The function whose gradient is taken, one value an image.
+    """The function whose gradient is taken, one value per image.
 
     target: `label` (logit of the correct class, §2.4.1), `top` (largest logit), `logprob` (log-probability of
     the correct class, Eq. 2.3). logits (B, K), labels (B,) -> (B,).
@@ -61,15 +61,16 @@ def gradients_of(
 
 
 def gradient_of_values(values: Tensor, images: Tensor, *, differentiable: bool) -> Tensor:
-    """Input-gradient of one value an image, computed from `images` with `images.requires_grad`. (B,) -> (B, C, H, W)."""
+    """Input-gradient of one value per image, computed from `images` with `images.requires_grad`. (B,) -> (B, C, H, W)."""
     return _gradients(values, [images], differentiable)[0]
 
 
 def input_gradient(model: nn.Module, images: Tensor, labels: Tensor, *, target: str = "label") -> Tensor:
     """Input-gradient of `model` in its present mode, as a constant.
 
-    images (B, C, H, W), labels (B,) -> (B, C, H, W), or (B, K, C, H, W) for `target="all"`. Works under `no_grad` and
-    `inference_mode`. Raises UserError for a model that does not return logits (B, K).
+    images (B, C, H, W), labels (B,) -> (B, C, H, W), or (B, K, C, H, W) for `target="all"`. target: of which output,
+    `label` (logit of `labels`), `top` (largest logit), `logprob` (log-probability of `labels`) or `all` logits. Works
+    under `no_grad` and `inference_mode`. Raises UserError for a model that does not return logits (B, K).
     """
     with differentiable_anyway():
         images = constant(images).requires_grad_()

@@ -27,7 +27,7 @@ class Estimate:
 
 
 def estimate(differences: Sequence[float], *, confidence: float, resamples: int) -> Estimate:
-    """Mean of paired differences, one a seed, positive if they agree with the claim.
+    """Mean of paired differences, one per seed, positive if they agree with the claim.
 
     p-values are Student's. From BOOTSTRAP_FROM seeds on, the interval is a percentile bootstrap of the mean at a level
     widened for few seeds (Hesterberg, 2015, "What teachers should know about the bootstrap", expanded percentile interval);

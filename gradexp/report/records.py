@@ -31,7 +31,7 @@ def records(
     results: str | Path = ROOT / "results",
     curves: bool = False,
 ) -> pd.DataFrame:
-    """All finished runs, one row a run, indexed by id.
+    """All finished runs, one row per run, indexed by id.
 
     Columns: `experiment`, `scale`, `seed`, `status`, `commit`, `dirty`, `device`, `seconds` (wall clock), `cpu_seconds`;
     every config key by its dotted name, such as `data.per_class`; `upstream.NAME`, the id of an upstream run; and every
@@ -58,7 +58,7 @@ def records(
 
 
 def _frame(found: Sequence[Record], curves: bool) -> pd.DataFrame:
-    """One row a record, indexed by id."""
+    """One row per record, indexed by id."""
     rows = [{"id": record["id"], **_row(record, curves)} for record in found]
     return pd.DataFrame(rows, columns=None if rows else ["id", *HEAD]).set_index("id")
 

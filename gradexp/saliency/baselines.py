@@ -19,7 +19,10 @@ CHUNK = 256 * 32 * 32
 
 @dataclass(frozen=True, kw_only=True)
 class InputGradient(Saliency):
-    """∇ₓf (Simonyan et al., 2013). channels: `abs`, `sum` (signed), `square` or `std`."""
+    """∇ₓf (Simonyan et al., 2013).
+
+    channels: how they are combined, `abs` (sum of absolute values), `sum` (signed), `square` (sum of squares) or `std`.
+    """
 
     channels: str = "abs"
 
@@ -39,7 +42,9 @@ class GradientTimesInput(Saliency):
 
 @dataclass(frozen=True, kw_only=True)
 class IntegratedGradients(Saliency):
-    """The integral of the input-gradient on the way from a black image, times the way (§1.4.2).
+    """The mean input-gradient on the straight path from `black` to the image, times the difference of the two (§1.4.2).
+
+    With the default black = 0, the path of a normalised image begins at the mean colour.
 
     steps: of the Gauss-Legendre quadrature. channels as for InputGradient.
     """

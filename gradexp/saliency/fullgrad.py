@@ -23,7 +23,7 @@ class FullGrad(Saliency):
     """S = ψ(∇ₓf ⊙ x) + Σ_layers Σ_channels ψ(f^b), over the operations whose biases lie in a plane (Eq. 3.2).
 
     For any network of torch functions (gradexp.gradients.full_gradient); tokens of a grid are a plane. psi: the steps of ψ
-    (gradexp/saliency/psi.py). separate: a map a module; otherwise a convolution and its batch normalisation share one. With
+    (gradexp/saliency/psi.py). separate: a map per module; otherwise a convolution and its batch normalisation share one. With
     [abs, rescale, upsample] and without `separate` it is the author's code of December 2019; what he released last is
     ReferenceFullGrad. Warns where more than 90 % of an output lies in no plane.
     """

@@ -20,7 +20,7 @@ UNITS = ("normalised", "raw")
 
 @dataclass(frozen=True, kw_only=True)
 class Saliency(ABC):
-    """One number a pixel: how much it matters to an output of the model.
+    """One number per pixel: how much it matters to an output of the model.
 
     black: what a black pixel is after the data's normalisation, a number or (C, 1, 1). std: what pixels in [0, 1] were
     divided by, likewise.
@@ -78,7 +78,7 @@ def checked(model: nn.Module, images: Tensor, target: Tensor | int | None) -> Te
         return None
     labels = torch.as_tensor(target, device=images.device)
     if labels.ndim and labels.shape != images.shape[:1]:
-        raise UserError(f"target has shape {tuple(labels.shape)}: give one class, or one an image, ({len(images)},)")
+        raise UserError(f"target has shape {tuple(labels.shape)}: give one class, or one per image, ({len(images)},)")
     return labels.expand(len(images))
 
 

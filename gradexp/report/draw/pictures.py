@@ -159,7 +159,7 @@ def layers(spec: FigureSpec, series: Sequence[Series]) -> tuple[Figure, list[Row
 
 
 def _gallery(images: np.ndarray, columns: Sequence[Maps], chosen: Iterable[int]) -> tuple[Figure, list[Row]]:
-    """The chosen images (N, C, H, W), one a line, beside their maps."""
+    """The chosen images (N, C, H, W), one per line, beside their maps."""
     lines, titles = list(chosen), ["Image", *(column.title for column in columns)]
     figure, grid = _grid(len(lines), len(titles), len(lines) * WIDTH / len(titles) + 0.22, titles)
     rows: list[Row] = []
