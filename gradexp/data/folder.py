@@ -33,7 +33,10 @@ AHEAD = 64  # images decoded before they are asked for
 
 @dataclass(frozen=True)
 class Files:
-    """Image files under `root` and their labels (N,) int64, in order of name; digests (N,) of their bytes."""
+    """Image files under `root`, ordered by a hash of their names so that the first are of all classes.
+
+    labels (N,) int64; digests (N,) of the files' bytes.
+    """
 
     root: Path
     names: np.ndarray
@@ -82,7 +85,7 @@ class FolderData(ImageData, ABC):
 
     def _open(self, split: str) -> Files:
         folder, names, labels = self.files(split)
-        order = np.argsort(names, kind="stable")
+        order = np.argsort([hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest() for name in names])
         files = Files(folder, np.asarray(names)[order], np.asarray(labels, dtype=np.int64)[order], np.empty(0))
         return checked(files, f"{self.name}-{split}", self.cache, skip=self.skip_corrupt)
 
