@@ -204,6 +204,14 @@ def test_processes_share_every_batch_of_the_same_sequence(world: int) -> None:
     assert all(torch.equal(torch.cat(part, dim=1), batch) for part, batch in zip(parts, whole[3:], strict=True))
 
 
+@pytest.mark.parametrize(
+    "layer", [nn.BatchNorm2d(3, affine=False), nn.BatchNorm2d(3, track_running_stats=False), nn.BatchNorm1d(3), nn.Dropout2d()]
+)
+def test_layers_that_would_see_the_images_of_one_process_are_refused(layer: nn.Module) -> None:
+    with pytest.raises(UserError, match=rf"layer 0, {type(layer).__name__}, can't share a batch"):
+        ranks.share_layers(nn.Sequential(layer))
+
+
 def test_more_processes_than_images_are_refused() -> None:
     with pytest.raises(UserError, match="fewer devices"):
         TrainingStream(loader(), 5, rank=0, world=COUNT + 1)
@@ -297,7 +305,7 @@ def test_a_training_that_ended_early_is_not_recorded(places: list[str], monkeypa
     monkeypatch.setattr(Training, "fit", lambda *given: whole(*given) - 1)
     with pytest.raises(RuntimeError, match=r"ended after \d+ of \d+ steps"):
         ensure(Run(config, Paths.of(config)))
-    assert not Paths.of(config).record(config).exists()
+    assert not Run(config, Paths.of(config)).finished
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="finds processes through /proc")

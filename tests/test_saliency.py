@@ -3,6 +3,7 @@
 import itertools
 import warnings
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from gradexp import gradients, layers
 from gradexp.base.errors import UserError
 from gradexp.engine.build import build
 from gradexp.engine.compose import compose_run
-from gradexp.layers import convolution
+from gradexp.layers import convolution, ranks
 from gradexp.models.resnet import ResNet
 from gradexp.models.vgg import VGG
 from gradexp.saliency import (
@@ -96,6 +97,73 @@ def point(*values: float) -> Tensor:
 
 
 # --- every method -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_layers_that_the_output_does_not_need_are_left_out(name: str) -> None:
+    """An auxiliary head that eval mode does not call, as Inception's, and tokens that no logit reads."""
+
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.uncalled, self.unread = net(), nn.Conv2d(3, 4, 3).double(), nn.Conv2d(3, 4, 3).double()
+
+        def forward(self, images: Tensor) -> Tensor:
+            self.unread(images)
+            logits: Tensor = self.body(images)
+            return logits
+
+    model, images = Heads(), pictures()
+    torch.manual_seed(1)
+    maps = METHODS[name](model, images, 1)
+    torch.manual_seed(1)
+    torch.testing.assert_close(maps, METHODS[name](model.body, images, 1))
+
+
+def test_grad_cam_of_a_layer_that_the_output_does_not_need_is_refused() -> None:
+    model = net()
+    model.aside = nn.Conv2d(3, 4, 3)  # not called
+    with pytest.raises(UserError, match="aside: the output does not depend on it"):
+        GradCAM(layer="aside")(model, pictures())
+
+
+def test_everything_works_under_inference_mode() -> None:
+    model, images = net(), pictures()
+    labels = model(images).argmax(1)
+    with torch.inference_mode():
+        inside = model(images.clone()).argmax(1)
+        for method in (FullGrad(), GradCAM(), ReferenceFullGrad(), InputGradient()):
+            torch.testing.assert_close(method(model, images.clone(), inside), method(model, images, labels))
+        for target in (inside, 2):
+            assert FullGrad().layers(model, images, target).keys() == FullGrad().layers(model, images).keys()
+            assert FullGrad().completeness_error(model, images, target).max() < 1e-9
+            assert FullGrad().share_without_place(model, images, target).isfinite().all()
+        gradient = gradients.input_gradient(model, images.clone(), inside)
+    torch.testing.assert_close(gradient, gradients.input_gradient(model, images, labels))
+
+
+def test_a_module_called_input_has_a_map_of_its_own() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 4)).double()
+    named = nn.Sequential()
+    for name, module in zip(("input", "relu", "pool", "flat", "linear"), model, strict=True):
+        named.add_module(name, module)
+    images = pictures()
+    assert list(FullGrad().layers(named, images)) == ["input", "input:2"]
+    torch.testing.assert_close(FullGrad()(named, images, 1), FullGrad()(model, images, 1))
+    reference = ReferenceFullGrad()
+    torch.testing.assert_close(reference(named, images, 1), reference(model, images, 1))
+
+
+@pytest.mark.parametrize("prepare", [layers.accelerate, ranks.share_layers])
+def test_replaced_layers_have_the_maps_of_the_stock_ones(prepare: Callable[[nn.Module], nn.Module]) -> None:
+    """Map by map: sums stay right where one operation becomes several."""
+    body = [nn.Conv2d(3, 4, 3), nn.Hardsigmoid(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU()]
+    stock = randomised(nn.Sequential(*body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 4))).double().eval()
+    images = 4 * pictures()
+    expected, found = (FullGrad().layers(model, images, 1) for model in (stock, prepare(deepcopy(stock))))
+    assert list(found) == list(expected) == ["input", "0", "1", "3"]
+    for name, maps in expected.items():
+        torch.testing.assert_close(found[name], maps)
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -97,7 +97,7 @@ def full_gradient(
     if model.training:
         raise UserError("full-gradients are those of a model in eval mode: call model.eval()")
     with _exact(model):
-        images = constant(images)
+        images, labels = constant(images), constant(labels)
         full = _decomposed(model, images, labels, target, separate, differentiable)
         if full is None or (len(images) > 1 and full.inexact().any()):
             # Images may share an axis with something else, such as windows or tokens in front of the batch.

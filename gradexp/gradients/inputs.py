@@ -15,7 +15,7 @@ from gradexp.layers import ranks
 
 SCALARS = ("label", "top", "logprob")  # one number per image
 TARGETS = (*SCALARS, "all")
-INPUT = "input"  # the name of the images among layers
+INPUT = ".input"  # the images among layers: no module can have a name with a dot in front
 
 
 def scalar(logits: Tensor, labels: Tensor, target: str) -> Tensor:
@@ -73,7 +73,7 @@ def input_gradient(model: nn.Module, images: Tensor, labels: Tensor, *, target: 
     under `no_grad` and `inference_mode`. Raises UserError for a model that does not return logits (B, K).
     """
     with differentiable_anyway():
-        images = constant(images).requires_grad_()
+        images, labels = constant(images).requires_grad_(), constant(labels)
         logits = checked_logits(model(images.clone()))  # which the model may change in place
         return gradient_of(logits, images, labels, target=target, differentiable=False).detach()
 
@@ -86,7 +86,7 @@ def differentiable_anyway() -> Iterator[None]:
 
 
 def constant(images: Tensor) -> Tensor:
-    """The images without their history. Those made under `inference_mode` are copied, because autograd refuses them."""
+    """Images, or labels, without their history. Those made under `inference_mode` are copied, because autograd refuses them."""
     return images.clone() if images.is_inference() else images.detach()
 
 

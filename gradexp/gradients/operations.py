@@ -29,6 +29,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from gradexp.base.errors import UserError
 
+IMAGES = "input"  # their name among operations
+
 # Functions by their names. Without an entry in the first four sets a bias is the same, found by a second evaluation.
 HOMOGENEOUS = {  # op(k z) = k op(z) for k > 0, where all operands depend on the images
     *("relu", "relu_", "leaky_relu", "max_pool", "max_pool2d", "avg_pool2d", "adaptive_max_pool2d", "adaptive_avg_pool2d"),
@@ -94,7 +96,7 @@ class Operations(TorchFunctionMode):
         self._constant: set[int] = set()  # copies of tensors that did not depend on the images before a call wrote to them
         self._makers: dict[int, Operation] = {}  # by the id of the output
         self._calls: list[tuple[str, bool]] = []  # modules that are being called: name, whether it is a leaf
-        self._count: Counter[str] = Counter()
+        self._count = Counter({IMAGES: 1})  # a module of this name is `input:2`
 
     @contextmanager
     def recording(self) -> Iterator[None]:

@@ -15,6 +15,11 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.autograd import Function
 from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+
+from gradexp.base.errors import UserError
+from gradexp.layers.batch_norm import normalise
 
 
 class Share(NamedTuple):
@@ -158,8 +163,7 @@ class BatchNorm(nn.BatchNorm2d):
 
     def forward(self, input: Tensor) -> Tensor:
         mean, variance = self.running_mean, self.running_var
-        if mean is None or variance is None or self.num_batches_tracked is None or self.momentum is None:
-            return super().forward(input)
+        assert mean is not None and variance is not None and self.num_batches_tracked is not None and self.momentum is not None
         if self.training:
             count = batch_size(input) * input[0, 0].numel()
             if count == 1:  # as the stock layer
@@ -169,16 +173,22 @@ class BatchNorm(nn.BatchNorm2d):
             mean.lerp_(now.detach().to(mean.dtype), self.momentum)
             variance.lerp_(var.detach().to(variance.dtype) * count / (count - 1), self.momentum)
             mean, variance = now, var
-        scale = self.weight * torch.rsqrt(variance + self.eps)
-        shift = self.bias - mean * scale
-        return torch.addcmul(shift.view(-1, 1, 1), input, scale.view(-1, 1, 1)).to(input.dtype)
+        return normalise(input, self.weight, self.bias, mean, variance, self.eps)
 
 
 def share_layers(model: nn.Module) -> nn.Module:
-    """Makes the layers of `model` that look at a whole batch do so across processes, in place. Returns `model`."""
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
+    """Makes the layers of `model` that look at a whole batch do so across processes, in place. Returns `model`.
+
+    Raises UserError for a layer that would look at the images of one process only.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.BatchNorm2d) and module.affine and module.track_running_stats and module.momentum is not None:
             module.__class__ = BatchNorm
         elif type(module) is nn.Dropout:
             module.__class__ = Dropout
+        elif isinstance(module, _BatchNorm | _DropoutNd):
+            raise UserError(
+                f"layer {name}, {type(module).__name__}, can't share a batch among processes: use nn.BatchNorm2d with "
+                f"parameters and running statistics, and nn.Dropout, or train in one process (trainer.devices=1)"
+            )
     return model

@@ -8,12 +8,19 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from gradexp.layers.backward import visible
+
 
 class Hardsigmoid(nn.Hardsigmoid):
     """nn.Hardsigmoid, whose own backward has no derivative."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return functional.hardtanh(input + 3, 0.0, 6.0) / 6
+        return hardsigmoid(input)
+
+
+@visible
+def hardsigmoid(input: Tensor) -> Tensor:
+    return functional.hardtanh(input + 3, 0.0, 6.0) / 6
 
 
 class Attention(nn.MultiheadAttention):

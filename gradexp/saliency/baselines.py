@@ -124,8 +124,10 @@ class GradCAM(Saliency):
         names = self.layers(model, images)
         with gradients.captured(model, names) as outputs:
             logits = gradients.checked_logits(model(images))
-        slopes = gradients.gradients_of(logits, outputs, classes, target="label", differentiable=False)
-        pairs = [(self.plane(outputs[name], images), self.plane(slopes[name], images)) for name in names]
+        slopes = gradients.gradients_of(logits, outputs, classes, target="label", differentiable=False) if outputs else {}
+        pairs = [(self.plane(outputs[name], images), self.plane(slopes[name], images)) for name in names if name in slopes]
+        if not pairs:
+            raise UserError(f"saliency.layer={names[0]}: the output does not depend on it; choose another layer")
         features, slope = next(((features, slope) for features, slope in pairs if slope.any()), pairs[-1])
         return upsample((slope.mean((2, 3), keepdim=True) * features).sum(1, keepdim=True).relu(), images.shape[-2:])
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from gradexp import gradients
 from gradexp.base.ranges import Count, NonNegative
 from gradexp.gradients import FullGradient
+from gradexp.gradients.operations import IMAGES
 from gradexp.saliency.method import Saliency, explaining, predicted, value_range
 from gradexp.saliency.psi import check, psi
 
@@ -64,7 +65,7 @@ class FullGrad(Saliency):
     def terms(self, model: nn.Module, images: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
         """What ψ is applied to. Biases of linear layers and class tokens lie in no plane, and are left out."""
         full = self.full_gradient(model, images, labels)
-        return {gradients.INPUT: full.input * full.images, **full.planes(self.of_biases(full))}
+        return {IMAGES: full.input * full.images, **full.planes(self.of_biases(full))}
 
     def of_biases(self, full: FullGradient) -> dict[str, Tensor]:
         if (full.outside().abs() > LARGE_SHARE * full.output.abs()).any():

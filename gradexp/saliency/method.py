@@ -36,7 +36,7 @@ class Saliency(ABC):
         from torch's generator. Raises UserError for a target out of range, images that do not fit the model, and a
         map that is not finite.
         """
-        with gradients.differentiable_anyway(), explaining(model, images, target) as (model, labels):
+        with explaining(model, images, target) as (model, labels):
             saliency = self.map(model, gradients.constant(images), labels).detach()
         if not saliency.isfinite().all():
             raise UserError(
@@ -52,13 +52,17 @@ class Saliency(ABC):
 
 @contextmanager
 def explaining(model: nn.Module, images: Tensor, target: Tensor | int | None) -> Iterator[tuple[nn.Module, Tensor | None]]:
-    """Inside, the model is in eval mode, and its passes leave their inputs alone and are checked. -> the model, labels (B,).
+    """Inside, autograd records, the model is in eval mode, and its passes leave their inputs alone and are checked.
+
+    -> the model, labels (B,).
 
     The model is the one inside wrappers such as DataParallel; labels are None where the target is. Raises UserError where
     images or target do not fit the model; classes are counted when logits are there.
     """
-    model, labels = gradients.plain(model), checked(model, images, target)
+    model = gradients.plain(model)
     with ExitStack() as stack:
+        stack.enter_context(gradients.differentiable_anyway())
+        labels = checked(model, images, target)
         stack.enter_context(gradients.evaluating(model))
         if model._compiled_call_impl:  # model.compile() would keep the hooks
             stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -76,7 +80,7 @@ def checked(model: nn.Module, images: Tensor, target: Tensor | int | None) -> Te
         raise UserError(f"the images have {images.shape[1]} channels, the model takes {first.in_channels}; convert the images")
     if target is None:
         return None
-    labels = torch.as_tensor(target, device=images.device)
+    labels = gradients.constant(torch.as_tensor(target, device=images.device))
     if labels.ndim and labels.shape != images.shape[:1]:
         raise UserError(f"target has shape {tuple(labels.shape)}: give one class, or one per image, ({len(images)},)")
     return labels.expand(len(images))

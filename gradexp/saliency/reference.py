@@ -50,9 +50,10 @@ class ReferenceFullGrad(Saliency):
         with gradients.captured(model, list(modules)) as outputs:
             logits = model(images)
         classes = logits.argmax(1) if labels is None else labels
-        values = {gradients.INPUT: images, **{name: outputs[name] for name in modules}}
+        called = {name: outputs[name] for name in modules if name in outputs}
+        values = {gradients.INPUT: images, **called}
         slopes = gradients.gradients_of(logits, values, classes, target="label", differentiable=False)
-        biases = {name: gradients.effective_bias(module) for name, module in modules.items()}
+        biases = {name: gradients.effective_bias(modules[name]) for name in called if name in slopes}
         return slopes.pop(gradients.INPUT), slopes, {name: bias.detach() for name, bias in biases.items() if bias is not None}
 
 
@@ -94,10 +95,12 @@ class ReferenceGradCAM(Saliency):
     """
 
     def map(self, model: nn.Module, images: Tensor, labels: Tensor | None) -> Tensor:
-        name = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)][-1]
+        names = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
         classes, images = predicted(model, images, labels), images.detach().requires_grad_()
-        with gradients.captured(model, [name]) as outputs:
+        with gradients.captured(model, names) as outputs:
             logits = model(images)
-        slope = gradients.gradients_of(logits, dict(outputs), classes, target="label", differentiable=False)[name]
+        slopes = gradients.gradients_of(logits, dict(outputs), classes, target="label", differentiable=False)
+        name = [name for name in names if name in slopes][-1]
+        slope = slopes[name]
         maps = (slope.mean((2, 3), keepdim=True) * outputs[name].relu()).sum(1, keepdim=True).relu()
         return upsample(maps, images.shape[-2:], align_corners=True)

@@ -16,21 +16,22 @@ class Distillation(Classifier):
     """A Classifier with a teacher; also records the mean angle in degrees between input-gradients, `train/angle` (Figure 4.1).
 
     The gradients are those that terms match. angle: the output whose gradients are compared where no term matches any, at the
-    cost of one more backward pass; None for no angle then.
+    cost of further backward passes; None for no angle then.
     """
 
     def __init__(self, *args: Any, angle: str | None = None, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.angle = None if self.needs_input_gradient else angle
-        self.needs_input_gradient |= self.angle is not None
+        self.angle = angle
+        self.needs_input_gradient |= angle is not None
 
     def observe(self, step: Step) -> dict[str, Tensor]:
         angle = self._angle(step)
         return super().observe(step) | ({} if angle is None else {"train/angle": angle})
 
     def _angle(self, step: Step) -> Tensor | None:
-        if self.angle is not None:
-            with torch.no_grad():
-                student = step.student_input_gradient(self.angle, "batch")
-            return gradients.angle(student, step.teacher_input_gradient(self.angle)).mean()
-        return step.angle()
+        matched = step.angle()
+        if matched is not None or self.angle is None:
+            return matched
+        with torch.no_grad():
+            student = step.student_input_gradient(self.angle, "batch")
+        return gradients.angle(student, step.teacher_input_gradient(self.angle)).mean()
