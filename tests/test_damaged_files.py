@@ -230,8 +230,8 @@ def test_a_piece_of_another_run_is_made_again(fault: str, tmp_path: Path) -> Non
         return item * 10
 
     mine, other = pieces("a" * 12, tmp_path / "a"), pieces("b" * 12, tmp_path / "b")
-    assert mine.each("n", [1, 2], make, count=2) == [10, 20]
-    other.each("n", [5, 6], make, count=2)
+    assert mine.each("n", [1, 2], make) == [10, 20]
+    other.each("n", [5, 6], make)
     file = mine.folder / "n_0.pt"
     if fault in ("other run", "other piece"):
         source = other.folder / "n_0.pt" if fault == "other run" else mine.folder / "n_1.pt"
@@ -245,5 +245,5 @@ def test_a_piece_of_another_run_is_made_again(fault: str, tmp_path: Path) -> Non
     else:
         files.write_sealed(file, lambda draft: torch.save({"piece": 3}, draft))
     calls.clear()
-    assert pieces("a" * 12, tmp_path / "a").each("n", [1, 2], make, count=2) == [10, 20]
+    assert pieces("a" * 12, tmp_path / "a").each("n", [1, 2], make) == [10, 20]
     assert calls == [0]

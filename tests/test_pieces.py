@@ -36,7 +36,7 @@ def squared(work: Pieces, numbers: list[int], until: int = 99) -> tuple[list[Ten
         return torch.tensor(number**2)
 
     try:
-        return work.each("squares", numbers, make, count=len(numbers)), seen
+        return work.each("squares", numbers, make), seen
     except KeyboardInterrupt:
         return [], seen
 

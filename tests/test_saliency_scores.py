@@ -278,8 +278,10 @@ def test_the_seeds_of_roar_share_their_images_and_maps() -> None:
     assert subsets[0] == subsets[1] == digits().fingerprint()["subset"] != digits(seed=1).fingerprint()["subset"]
 
 
-def test_roar_from_end_to_end(tmp_path: Path, run_py: Callable[..., "subprocess.CompletedProcess[str]"]) -> None:
-    """Teacher, maps, retraining; then killed maps go on, to the same bytes, and those of other weights do not."""
+def test_roar_from_end_to_end(
+    tmp_path: Path, run_py: Callable[..., "subprocess.CompletedProcess[str]"], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Teacher, maps, retraining; then maps that are interrupted go on, to the same bytes."""
     done = run_py("experiment=roar", *TINY, *UPSTREAM, "data.per_class=3", "optim.passes=1", "upstream.maps.saliency=random")
     assert done.returncode == 0, done.stderr
     (record,) = (json.loads(file.read_text()) for file in (tmp_path / "results/runs/roar").glob("*.json"))
@@ -292,21 +294,23 @@ def test_roar_from_end_to_end(tmp_path: Path, run_py: Callable[..., "subprocess.
     assert (np.sort(places.reshape(30, -1), axis=1) == np.arange(1024)).all()
 
     test = manifest.parent / "test.npy"
-    whole = test.read_bytes()
-    done_file = manifest.parent / "test.done"
-    weights = done_file.read_text().split()[0]
-    assert weights == f"{maps_record['id']}:{maps_record['upstream']['model']['weights_sha256']}"
+    whole, ranks_of, computed = test.read_bytes(), saliency_maps.ranks_of, list[int]()
+
+    def interrupted(*given: Any) -> Tensor:
+        computed.append(given[-2])  # the chunk's number
+        if computed == [0, 0, 1]:
+            raise KeyboardInterrupt
+        return ranks_of(*given)
+
+    monkeypatch.setattr(saliency_maps, "ranks_of", interrupted)
     config = maps_record["config"] | {"paths": compose_run(["experiment=roar", *paths(tmp_path)])["paths"]}
     run = Run(config, Paths.of(config))
-    # As if it had been killed after its first chunk, by these weights and by others.
-    for made_by, ruined in ((weights, slice(saliency_maps.CHUNK, None)), ("0" * 64, slice(None))):
-        done_file.write_text(f"{made_by} 1")
-        places = np.lib.format.open_memmap(test, mode="r+")
-        places[ruined] = -1
-        places.flush()
-        manifest.unlink()
+    manifest.unlink()
+    with pytest.raises(KeyboardInterrupt):
         ensure(run, product=True)
-        assert test.read_bytes() == whole
+    ensure(run, product=True)
+    assert computed == [0, 0, 1, 1, 2]
+    assert test.read_bytes() == whole
 
 
 def test_a_score_is_a_mean_over_images_with_its_spread(tmp_path: Path) -> None:
@@ -368,8 +372,5 @@ def test_the_first_images_are_as_many_as_asked() -> None:
     look = Evaluation.__new__(Evaluation)  # without a run
     look.data, look.hardware = digits(), SimpleNamespace(device="cpu")  # type: ignore[assignment]
     for limit, sizes in ((5, [4, 1]), (8, [4, 4]), (3, [3])):
-        batches, count = look.first_images(limit, 4)
-        assert [len(batch.images) for batch in batches] == sizes
-        assert count == len(sizes)
-    everything, _ = look.first_images(None, 100)
-    assert sum(len(batch.images) for batch in everything) == look.data.fingerprint()["test_images"]
+        assert [len(look.batch(rows).images) for rows in look.first_rows(limit, 4)] == sizes
+    assert sum(map(len, look.first_rows(None, 100))) == look.data.fingerprint()["test_images"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property, partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from gradexp.engine.clocks import Progress
 from gradexp.engine.hardware import Hardware
 from gradexp.engine.origin import git_state
 from gradexp.engine.run import Config, Run
-from gradexp.engine.task import Result, Sizes, Task, Upstream, at_most, digests_of, images_of
+from gradexp.engine.task import Result, Sizes, Task, Upstream, digests_of, images_of
 from gradexp.evaluate.accuracy import EVALUATION_BATCH
 from gradexp.evaluate.statistics import reestimate
 
@@ -85,13 +85,9 @@ class Evaluation:
     def _images(self) -> Loader:
         return self.data.test_loader(batch_size=EVALUATION_BATCH, device=self.hardware.device)
 
-    def first_images(self, limit: int | None, batch_size: int) -> tuple[Iterator[Batch], int]:
-        """The first `limit` test images (None: all) in the data set's order, which is that of a hash and so is random.
-
-        Returns the batches and their number.
-        """
-        rows = torch.split(torch.arange(min(limit or self._images.count, self._images.count)), batch_size)
-        return map(self.batch, rows), len(rows)
+    def first_rows(self, limit: int | None, size: int) -> Sequence[Tensor]:
+        """The row numbers of the first `limit` test images (None: all), in the data set's order, which is that of a hash."""
+        return torch.split(torch.arange(min(limit or self._images.count, self._images.count)), size)
 
     def result(self, metrics: dict[str, Any], arrays: Mapping[str, Any] | None = None, *, keep: Collection[str] = ()) -> Result:
         """Metrics rounded to six significant digits; NaN where the training of a model diverged.
@@ -130,11 +126,11 @@ class Pieces:
         """The fields of a record about pieces of earlier attempts: their seconds and their origins."""
         return {"earlier_seconds": self.earlier, **({"attempts": self.attempts} if self.attempts else {})}
 
-    def each(self, name: str, items: Iterable[Item], make: Callable[[int, Item], Piece], *, count: int) -> list[Piece]:
-        """make(number, item) for each of the `count` items; stored results of earlier attempts are loaded instead."""
-        files = [self.folder / f"{name}_{number}.pt" for number in range(count)]
+    def each(self, name: str, items: Sequence[Item], make: Callable[[int, Item], Piece]) -> list[Piece]:
+        """make(number, item) for each item; stored results of earlier attempts are loaded instead."""
+        files = [self.folder / f"{name}_{number}.pt" for number in range(len(items))]
         stored = [self._load(file, f"{name} {number}") for number, file in enumerate(files)]
-        progress = Progress(f"{self.title}: {name}", count, "pieces", done=sum(content is not None for content in stored))
+        progress = Progress(f"{self.title}: {name}", len(items), "pieces", done=sum(content is not None for content in stored))
         pieces = []
         for number, (file, item) in enumerate(zip(files, items, strict=True)):
             if (content := stored[number]) is not None:
@@ -188,7 +184,9 @@ class PerImageTask(EvaluationTask):
     """One whose work grows with the test images that `evaluate.images` or `task.images` asks for."""
 
     def work(self, config: Config, sizes: Sizes) -> float | None:
-        return at_most(config["evaluate" if "evaluate" in config else "task"]["images"], images_of(config, sizes)[1])
+        wanted, available = config["evaluate" if "evaluate" in config else "task"]["images"], images_of(config, sizes)[1]
+        count = wanted or available
+        return None if count is None else float(min(count, available or count))
 
     def shortened(self, config: Config, n: int) -> Config | None:
         part = "evaluate" if "evaluate" in config else "task"

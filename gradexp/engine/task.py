@@ -81,7 +81,7 @@ class Task(ABC):
         return 1.0
 
     def shortened(self, config: Config, n: int) -> Config | None:
-        """The config of the same run cut to `n` steps or 8 `n` images; None if it cannot be cut."""
+        """The config of the same run with work in proportion to `n` (steps, images, draws); None if it can't be cut."""
         return None
 
     def leaves(self, config: Config, sizes: Sizes) -> float | None:
@@ -101,9 +101,3 @@ def images_of(config: Config, sizes: Sizes) -> tuple[int | None, int | None]:
     if data.get("per_class"):
         train = data["per_class"] * len(data.get("only_classes") or range(data["classes"]))
     return train, test
-
-
-def at_most(wanted: int | None, available: int | None) -> float | None:
-    """How many images are evaluated: `wanted` (None: all) of those that are available (None: unknown)."""
-    count = wanted or available
-    return None if count is None else float(min(count, available or count))

@@ -56,7 +56,7 @@ class DiscriminativePerturbation(PerImageTask):
         def count(_: int, rows: Tensor) -> Tensor:
             return perturbation.count_correct(model, explainer, evaluation.batch(rows), seed=run.config["seed"], **options)
 
-        counts = evaluation.pieces.each("perturbed", rows, count, count=len(rows))
+        counts = evaluation.pieces.each("perturbed", rows, count)
         metrics: dict[str, Any] = perturbation.accuracies(options["fractions"], torch.stack(counts).sum(0))
         metrics["mean_accuracy"] = float(np.mean(metrics["accuracy"]))
         metrics["gradient/high_frequency"] = gradient_noise(evaluation, explainer, rows)

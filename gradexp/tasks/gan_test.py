@@ -87,4 +87,4 @@ def sample(evaluation: Evaluation, ascent: Ascent, model: nn.Module, labels: Ten
         return ascent.sample(model, classes, seeds, shape).cpu()
 
     parts = torch.split(labels, SAMPLED)
-    return torch.cat(evaluation.pieces.each("samples", parts, climb, count=len(parts))).to(labels.device)
+    return torch.cat(evaluation.pieces.each("samples", parts, climb)).to(labels.device)

@@ -45,7 +45,7 @@ class ImplicitSamples(SamplingTask):
             return tuple(images.cpu() for images in self.denoising.denoise(model, batch.images, batch.labels, seeds))
 
         rows = evaluation.rows(self.images, DENOISED)
-        parts = evaluation.pieces.each("denoised", rows, denoise, count=len(rows))
+        parts = evaluation.pieces.each("denoised", rows, denoise)
         noisy, denoised = map(torch.cat, zip(*parts, strict=True))
         clean = torch.cat([evaluation.batch(part).images.cpu() for part in rows])
         for name, images in {"noisy": noisy, "denoised": denoised}.items():

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradexp.engine.evaluation import PerImageTask
 from gradexp.engine.run import Run
 from gradexp.engine.task import Result, Upstream
 from gradexp.evaluate.model_randomisation import UNTOUCHED, layers_from_output, maps_of, randomise, rank_correlation
@@ -14,7 +15,7 @@ from gradexp.saliency.method import predicted
 from gradexp.tasks.saliency_score import SaliencyTask
 
 
-class ModelRandomisation(SaliencyTask):
+class ModelRandomisation(SaliencyTask, PerImageTask):
     """Rank correlation of maps with those of the trained model, as its layers are randomised one after another from the output.
 
     All maps are of the class that the trained model predicts, and a method draws the same noise for every model. Metrics are
@@ -27,7 +28,8 @@ class ModelRandomisation(SaliencyTask):
         if evaluation.diverged:
             return evaluation.result({})
         options, seed = run.config["evaluate"], run.config["seed"]
-        batches = [batch.images for batch in evaluation.first_images(options["images"], options["batch_size"])[0]]
+        rows = evaluation.first_rows(options["images"], options["batch_size"])
+        batches = [evaluation.batch(part).images for part in rows]
         classes = [predicted(model, images, None) for images in batches]
         groups = layers_from_output(model)
         original = maps_of(model, method, batches, classes, seed)
@@ -37,7 +39,7 @@ class ModelRandomisation(SaliencyTask):
             return rank_correlation(original, maps_of(model, method, batches, classes, seed))
 
         randomised = [groups[:count] for count in range(1, len(groups) + 1)]
-        correlations = [torch.ones(len(original)), *evaluation.pieces.each("layers", randomised, correlate, count=len(groups))]
+        correlations = [torch.ones(len(original)), *evaluation.pieces.each("layers", randomised, correlate)]
         facts = {"images": len(original), "layers": [UNTOUCHED, *(" and ".join(names) for names in groups)]}
         return Result(curves(correlations), facts={**facts, **evaluation.facts()})
 

@@ -41,7 +41,7 @@ class Noise(EvaluationTask):
                 return [nan] * draws
             return noise_accuracies(model, batches, sigma=sigma, draws=draws, **common)
 
-        accuracies = evaluation.pieces.each("noise", self.sigmas, measure, count=len(self.sigmas))
+        accuracies = evaluation.pieces.each("noise", self.sigmas, measure)
         for sigma, values in zip(self.sigmas, accuracies, strict=True):
             metrics[f"test/accuracy@noise={sigma:g}"] = round(float(np.mean(values)), 4)
             if len(values) > 1:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from gradexp.engine.evaluation import Evaluation
-from gradexp.engine.run import Config, Run
-from gradexp.engine.task import Result, Sizes, Upstream
+from gradexp.engine.run import Run
+from gradexp.engine.task import Result, Upstream
 from gradexp.saliency import Saliency
 from gradexp.tasks.saliency_score import SaliencyTask, completeness
 
@@ -40,18 +40,12 @@ class SaliencyGallery(SaliencyTask):
         errors = {f"test/{name}": float(values.max()) for name, values in completeness(method, model, images).items()}
         return Result({**errors}, arrays={"maps": scaled(maps)})
 
-    def work(self, config: Config, sizes: Sizes) -> float | None:
-        return 1.0
-
-    def shortened(self, config: Config, n: int) -> Config | None:
-        return None
-
 
 @torch.no_grad()
 def recognised(evaluation: Evaluation, model: nn.Module, count: int) -> tuple[Tensor, Tensor]:
     """The first `count` test images, in the data set's order, whose largest logit is their label's; and the labels."""
     images, labels, chosen = [], [], 0
-    for batch in evaluation.first_images(None, BATCH)[0]:
+    for batch in map(evaluation.batch, evaluation.first_rows(None, BATCH)):
         correct = model(batch.images).argmax(1) == batch.labels
         images.append(batch.images[correct])
         labels.append(batch.labels[correct])

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from gradexp.base.files import reserve, sha256, write_atomically
+from gradexp.base.files import sha256, write_atomically
 from gradexp.data.loader import Loader, mix
 from gradexp.data.removal import MANIFEST
-from gradexp.engine.clocks import Progress
 from gradexp.engine.evaluation import SHORT
 from gradexp.engine.run import Config, Run
 from gradexp.engine.task import Result, Sizes, Upstream, images_of
@@ -27,8 +26,8 @@ CHUNK = 128  # images per batch; the noise drawn for an image depends on it
 class SaliencyMaps(SaliencyTask):
     """Ranks of the pixels of all training and test images by saliency, as `train.npy` and `test.npy` in the run's folder.
 
-    Removal needs only ranks, which are exact in two bytes, and equal values are thus ordered once. An interrupted run continues
-    at its last chunk. `maps.json`, written last, has the checksums and the fingerprint of the images.
+    Removal needs only ranks, which are exact in two bytes, and equal values are thus ordered once. `maps.json`, written last,
+    has the checksums and the fingerprint of the images.
     Metrics: `maps/train` and `maps/test`, numbers of images; `test/completeness_error` of the first test batch.
     """
 
@@ -42,10 +41,10 @@ class SaliencyMaps(SaliencyTask):
             "test": data.test_loader(batch_size=CHUNK, device=device),
         }
         run.folder.mkdir(parents=True, exist_ok=True)
-        origin = f"{run.id}:{upstream['model'].digest}"
         for number, (split, loader) in enumerate(loaders.items()):
-            seed = mix(run.config["seed"], number)
-            fill(run.folder / f"{split}.npy", loader, model, method, seed, origin, f"saliency maps {run.id}, {split}")
+            ranks = partial(ranks_of, loader, model, method, mix(run.config["seed"], number))
+            chunks = evaluation.pieces.each(split, torch.split(torch.arange(loader.count), CHUNK), ranks)
+            np.save(run.folder / f"{split}.npy", torch.cat(chunks)[:, None].numpy())
         checksums = {f"{split}.npy": sha256(run.folder / f"{split}.npy") for split in loaders}
         manifest = {"sha256": checksums, "data": data.fingerprint()}
         write_atomically(run.folder / MANIFEST, json.dumps(manifest, indent=2).encode())
@@ -69,25 +68,9 @@ class SaliencyMaps(SaliencyTask):
         return None if images is None else 2 * images * config["data"]["size"] ** 2 / 2**20  # two bytes a pixel
 
 
-def fill(path: Path, loader: Loader, model: nn.Module, method: Saliency, seed: int, origin: str, title: str) -> None:
-    """Writes the ranks (N, 1, H, W) of all images to `path`, chunk by chunk.
-
-    The file with suffix `.done` holds `origin`, which names the run and its model's weights, and the number of finished chunks;
-    chunks of another origin are computed again.
-    """
-    shape = (loader.count, 1, *loader.example.shape[-2:])
-    done_file = path.with_suffix(".done")
-    noted = done_file.read_text(errors="replace") if path.exists() and done_file.exists() else ""
-    done_origin, _, count = noted.partition(" ")
-    done = int(count) if done_origin == origin and count.isdigit() else 0
-    kind = np.dtype(np.int16 if shape[-1] * shape[-2] < 2**15 else np.int32)
-    stored = np.lib.format.open_memmap(path, mode="r+" if done else "w+", dtype=kind, shape=shape)
-    reserve(path, path.stat().st_size)
-    progress = Progress(title, len(loader), "chunks", done=done)
-    for number, batch in enumerate(loader.batches(epoch=0, start=done), start=done):
-        torch.manual_seed(mix(seed, number))
-        ranks = masking.salient_ranks(model, batch.images, method, seed=mix(seed, number))
-        stored[number * CHUNK :][:CHUNK, 0] = ranks.to("cpu", torch.int32).numpy()
-        stored.flush()
-        write_atomically(done_file, f"{origin} {number + 1}".encode())
-        progress.update(number + 1)
+def ranks_of(loader: Loader, model: nn.Module, method: Saliency, seed: int, number: int, rows: Tensor) -> Tensor:
+    """The ranks (n, H, W) of the pixels of one chunk of images, in two bytes where they fit."""
+    images = loader.batch(rows, torch.zeros_like(rows)).images
+    torch.manual_seed(mix(seed, number))
+    ranks = masking.salient_ranks(model, images, method, seed=mix(seed, number))
+    return ranks.to("cpu", torch.int16 if images[0, 0].numel() < 2**15 else torch.int32)

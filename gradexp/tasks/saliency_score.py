@@ -8,16 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from gradexp.base.errors import UserError
-from gradexp.data.loader import Batch, mix
+from gradexp.data.loader import mix
 from gradexp.engine.assemble import make_saliency
 from gradexp.engine.build import build, score_node
-from gradexp.engine.evaluation import Evaluation, PerImageTask
+from gradexp.engine.evaluation import Evaluation, EvaluationTask, PerImageTask
 from gradexp.engine.run import Config, Run
 from gradexp.engine.task import Result, Upstream
 from gradexp.saliency import Saliency
 
 
-class SaliencyTask(PerImageTask):
+class SaliencyTask(EvaluationTask):
     """A task on the maps of one saliency method for one trained model."""
 
     def check_setup(self, evaluation: Evaluation) -> None:
@@ -33,7 +33,7 @@ class SaliencyTask(PerImageTask):
         return evaluation, evaluation.model("model"), make_saliency(run.config, evaluation.data, evaluation.hardware)
 
 
-class SaliencyScore(SaliencyTask):
+class SaliencyScore(SaliencyTask, PerImageTask):
     """Metrics: mean `test/NAME` and standard deviation `test/NAME/std` (N - 1) over test images of what `evaluate` measures.
 
     A model that diverged makes the run `diverged`.
@@ -49,7 +49,8 @@ class SaliencyScore(SaliencyTask):
             return evaluation.result({})
         score, black = make_score(run.config), evaluation.data.black.to(evaluation.hardware.device)
 
-        def measure(number: int, batch: Batch) -> tuple[int, dict[str, Tensor]]:
+        def measure(number: int, rows: Tensor) -> tuple[int, dict[str, Tensor]]:
+            batch = evaluation.batch(rows)
             seed = mix(run.config["seed"], number)
             torch.manual_seed(seed)  # for random maps and methods that add noise
             scores = score(model, method, batch, black=black, seed=seed)
@@ -58,8 +59,7 @@ class SaliencyScore(SaliencyTask):
             return scored, {name: values.cpu() for name, values in scores.items()}
 
         options = run.config["evaluate"]
-        batches, count = evaluation.first_images(options["images"], options["batch_size"])
-        pieces = evaluation.pieces.each("scores", batches, measure, count=count)
+        pieces = evaluation.pieces.each("scores", evaluation.first_rows(options["images"], options["batch_size"]), measure)
         images = sum(scored for scored, _ in pieces)
         if not images:
             raise UserError(f"evaluate.images={options['images']}: none of these test images can be scored; raise it")

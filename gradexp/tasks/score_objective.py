@@ -39,6 +39,6 @@ class ScoreObjective(PerImageTask):
             seed = mix(run.config["seed"], number)
             return objective_parts(model, evaluation.batch(rows), seed=seed, draws=self.draws, sigma=self.sigma)
 
-        parts = torch.cat(evaluation.pieces.each("objective", rows, measure, count=len(rows)))
+        parts = torch.cat(evaluation.pieces.each("objective", rows, measure))
         result = evaluation.result(objective(parts))
         return replace(result, facts=result.facts | {"images": len(parts)})
