@@ -415,13 +415,13 @@ def main() -> int:
         made, late = run(
             torch.device("cuda" if has_gpu else "cpu"), given.limit, lambda check: console.print(f"  {check.what}", style="dim")
         )
-    console.print(to_table(made))
-    failed = sum(check.passed is False for check in made)
-    console.print(f"{len(made)} checks, {failed} failed, {late} groups not reached; {time.monotonic() - begun:.0f} s")
-    name = torch.cuda.get_device_name() if has_gpu else "cpu"
-    facts = {"device": name, "versions": versions(), "git": git_state(), "not_reached": late}
-    content = json.dumps({**facts, "checks": [asdict(check) for check in made]}, indent=1)
-    write_atomically(ROOT / "results" / "gpu_check.json", content.encode() + b"\n")
+        console.print(to_table(made))
+        failed = sum(check.passed is False for check in made)
+        console.print(f"{len(made)} checks, {failed} failed, {late} groups not reached; {time.monotonic() - begun:.0f} s")
+        name = torch.cuda.get_device_name() if has_gpu else "cpu"
+        facts = {"device": name, "versions": versions(), "git": git_state(), "not_reached": late}
+        content = json.dumps({**facts, "checks": [asdict(check) for check in made]}, indent=1)
+        write_atomically(ROOT / "results" / "gpu_check.json", content.encode() + b"\n")
     return int(failed > 0 or late > 0)
 
 

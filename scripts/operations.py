@@ -250,14 +250,14 @@ class Unit:
 
 def counts(configs: Mapping[str, Config], store: Path = OWN) -> dict[str, Unit]:
     """The units of kinds of runs, {signature: config}; those that are not stored are counted, and stored in `store`."""
-    files = [file for file in (STORE, OWN) if file.exists()]
-    stored: dict[str, Any] = {key: unit for file in files for key, unit in json.loads(file.read_text()).items()}
+    own: dict[str, Any] = json.loads(store.read_text()) if store.exists() else {}
+    stored = json.loads(STORE.read_text()) | own
     keys = {name: sha256(name.encode()).hexdigest()[:12] for name in configs}
     missing = {name: config for name, config in configs.items() if keys[name] not in stored}
     for number, (name, config) in enumerate(missing.items(), 1):
         print(f"[{number}/{len(missing)}] counting operations of {config['name']}", flush=True)
-        stored[keys[name]] = asdict(_unit(config))
-        write_atomically(store, json.dumps(stored, indent=1, sort_keys=True).encode() + b"\n")
+        stored[keys[name]] = own[keys[name]] = asdict(_unit(config))
+        write_atomically(store, json.dumps(own, indent=1, sort_keys=True).encode() + b"\n")
     return {name: Unit(**stored[key]) for name, key in keys.items()}
 
 

@@ -49,8 +49,8 @@ def main() -> None:
         if rows.iloc[-1]["unknown"]:
             count([run.config for run in rows.iloc[-1]["unknown"]], history, hardware)
             rows = costs.build(given.scale, planner(given.set), history)
-    free = shutil.disk_usage(next(folder for folder in (paths.outputs, *paths.outputs.parents) if folder.exists())).free
-    print(costs.to_text(rows, given.scale, slots(hardware), hardware.facts()["device"], free / 2**30))
+        free = shutil.disk_usage(next(folder for folder in (paths.outputs, *paths.outputs.parents) if folder.exists())).free
+        print(costs.to_text(rows, given.scale, slots(hardware), hardware.facts()["device"], free / 2**30))
 
 
 def known(paths: Paths, hardware: Hardware) -> costs.History:

@@ -97,9 +97,10 @@ def _with_upstream(config: Config, paths: Paths, elsewhere: Paths) -> Config:
     """The config with upstream runs that are finished, which are linked into `elsewhere`, or that train for one step."""
     upstream = {name: _with_upstream(run, paths, elsewhere) for name, run in config["upstream"].items()}
     for name, run in config["upstream"].items():
-        if paths.record(run).exists() and (paths.folder(run) / "weights.pt").exists() and name != "maps":
+        here, there = Run(run, paths), Run(run, elsewhere)
+        if here.finished and here.weights.exists() and name != "maps":
             upstream[name] = run
-            for source, link in ((paths.record(run), elsewhere.record(run)), (paths.folder(run), elsewhere.folder(run))):
+            for source, link in ((here.record_path, there.record_path), (here.folder, there.folder)):
                 link.parent.mkdir(parents=True, exist_ok=True)
                 if not link.exists():
                     link.symlink_to(source)

@@ -548,9 +548,10 @@ intended change, delete them and type the `command` of each again with `paths.re
 
 ## What is trusted
 
-Trusted: the checkout, with its code and `conf/`; the data root, whose images and labels are not checked; what the user names on
-the command line, including Hydra's own options and plugins, packages in `GRADEXP_PLUGINS` and the folders of `paths`; the other
-users of a results folder.
+Trusted: the checkout, with its code and `conf/`; the data root, whose images and labels are checked for their form and get
+fingerprints in records, but are not compared with the published ones; what the user names on the command line, including
+Hydra's own options and plugins, packages in `GRADEXP_PLUGINS` and the folders of `paths`; the other users of a results
+folder.
 
 Not trusted, as they come from other people: records, configs and experiments, pictures, weights.
 

@@ -17,13 +17,13 @@ from dataclasses import dataclass, field
 from typing import NotRequired
 
 import filelock
-import yaml
 from common import arguments, planner, shared
 from joblib import cpu_count
 from plan import Estimates
 from typing_extensions import TypedDict
 
 from gradexp.base.errors import BUSY, STOPPED, UserError, nearest
+from gradexp.base.texts import read_yaml
 from gradexp.base.typed import check, strict
 from gradexp.engine.compose import refuse_many_devices
 from gradexp.engine.exits import exit_on_errors
@@ -80,8 +80,7 @@ def ranks(scale: str, plan: Planner, only: Sequence[str] = ()) -> dict[Run, tupl
 
     A rank is (which seed of its cell, group, place in the group), the groups being those of conf/budget.yaml.
     """
-    content = yaml.safe_load(BUDGET.read_text(encoding="utf-8"))
-    wanted: BudgetSpec = check(BudgetSpec, content, "conf/budget.yaml")
+    wanted: BudgetSpec = check(BudgetSpec, read_yaml(BUDGET), "conf/budget.yaml")
     known = {f"{kind} {number}": spec for kind in specs.KINDS for number, spec in specs.at_scale(kind, scale).items()}
     for item in only:
         if item not in known:

@@ -40,7 +40,7 @@ def record(paths: Paths, run: Config, cpu: float, **facts: Any) -> None:
         "id": run_id(run), "experiment": run["name"], "config": run, "status": "finished", "upstream": {}, "device": "here",
         "seconds": {"cpu": cpu, "wall": 2 * cpu}, "started": "2026-01-01T00:00:00+00:00", "peak_memory_mib": 700, "metrics": {},
     }  # fmt: skip
-    write_record(paths.record(run), content | facts)
+    write_record(Run(run, paths).record_path, content | facts)
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_rows_count_runs_once_and_say_what_is_not_known(tmp_path: Path, monkeypa
     assert [row.seconds for row in (x, y, everything)] == [60.0, 60.0, 60.0]
     assert [run.command for run in everything.unknown] == [runs[2].command]
     assert dict(everything.bases) == {"record": 2}
-    weights = paths.folder(teacher.config) / "weights.pt"
+    weights = Run(teacher.config, paths).weights
     weights.parent.mkdir(parents=True)
     weights.touch()
     assert build()["seconds"][0] == 20.0

@@ -226,7 +226,6 @@ def test_long_curves_are_means_of_stretches() -> None:
     assert html.curve([1.0, None, None, None], 2) == {"n": 4, "y": [1.0, None]}
     assert html.curve([0.123456], 2) == {"n": 1, "y": [0.1235]}
     assert html.curve([], 2) == {"n": 0, "y": [None]}
-    assert html.curve([[1, 2], [3, 4]], 2) == {"n": 2, "y": []}
 
 
 def mark(ours: float | None, thesis: float | None, **changes: Any) -> str:

@@ -1,7 +1,5 @@
 """CIFAR-10: 50,000 + 10,000 colour images of 10 classes (Krizhevsky, 2009)."""
 
-from collections.abc import Sequence
-
 from gradexp.data.dataset import ImageData
 from gradexp.data.parquet import Layout
 
@@ -19,6 +17,3 @@ class CIFAR10(ImageData):
         images=(50_000, 10_000),
         names=("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
     )
-
-    def names(self) -> Sequence[str]:
-        return self.layout.names

@@ -1,7 +1,5 @@
 """CIFAR-100: 50,000 + 10,000 colour images of 100 classes (Krizhevsky, 2009)."""
 
-from collections.abc import Sequence
-
 from gradexp.data.dataset import ImageData
 from gradexp.data.parquet import Layout
 
@@ -28,6 +26,3 @@ class CIFAR100(ImageData):
         images=(50_000, 10_000),
         names=tuple(name.replace("_", " ") for name in NAMES.split()),  # the fine labels
     )
-
-    def names(self) -> Sequence[str]:
-        return self.layout.names

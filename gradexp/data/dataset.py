@@ -105,7 +105,7 @@ class ImageData:
 
     def names(self) -> Sequence[str]:
         """Names of all classes in the order of their labels; empty where the data set has none."""
-        return ()
+        return self.layout.names if hasattr(self, "layout") else ()
 
     def class_names(self, labels: Sequence[int]) -> list[str]:
         """Names of the classes of these labels; their numbers where they have no names."""

@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from gradexp.base.errors import UserError
 
 SMALLEST = 8  # pixels on a side; below that nothing can be seen
 LARGEST = tuple(2**bits - 1 for bits in (8, 10, 12, 14, 16))  # what cameras and scanners store in 16 bits
-TRANSPOSES = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 Note = Callable[[str], object]
 
@@ -59,7 +51,9 @@ def decode(source: Path | BinaryIO, *, short: int | None = None, note: Note | No
             if note and (frames := getattr(picture, "n_frames", 1)) > 1:
                 note(f"only the first of its {frames} frames is used")
             picture.load()  # before the orientation is asked for: Pillow turns a TIFF upright while loading it
-            return _on_white(_eight_bit(_upright(picture), note))
+            with suppress(Exception):  # damaged EXIF data: the pixels are intact
+                ImageOps.exif_transpose(picture, in_place=True)
+            return _on_white(_eight_bit(picture, note))
     except UnreadableError:
         raise
     except UnidentifiedImageError:
@@ -67,14 +61,6 @@ def decode(source: Path | BinaryIO, *, short: int | None = None, note: Note | No
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error, zlib.error, ...
         reason = (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
         raise UnreadableError(reason.splitlines()[0]) from None
-
-
-def _upright(picture: Image.Image) -> Image.Image:
-    try:
-        transpose = TRANSPOSES.get(picture.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # damaged EXIF data: the pixels are intact
-        return picture
-    return picture if transpose is None else picture.transpose(transpose)
 
 
 def _eight_bit(picture: Image.Image, note: Note | None) -> Image.Image:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +13,8 @@ from gradexp.base.errors import UserError
 from gradexp.base.files import write_sealed
 from gradexp.data.dataset import ImageData
 from gradexp.engine.build import build
-from gradexp.engine.ensure import check_images
 from gradexp.engine.hardware import Hardware
+from gradexp.engine.record import differing_split
 from gradexp.engine.run import Config, Paths, Run
 from gradexp.engine.task import Finished
 from gradexp.saliency import Saliency
@@ -33,9 +34,20 @@ def declare_data(config: Config, paths: Paths) -> ImageData:
 
 
 def make_data(run: Run) -> ImageData:
-    """The run's data set. Raises UserError for missing files, too small classes, or other images than upstream runs used."""
+    """The run's data set.
+
+    Raises UserError for missing files, too small classes, and other images than the run's record or its upstream runs have.
+    """
     data = declare_data(run.config, run.paths)
-    check_images(run, data.fingerprint())
+    found: Any = data.fingerprint()
+    for other in (run, *run.upstream.values()):
+        record = other.record()
+        if record and (split := differing_split(found, record.get("data", {}))):
+            raise UserError(
+                f"the {split} images of {found['name']} are not those of {other.name} {other.id} (fingerprint {found[split]}, "
+                f"there {record['data'][split]}); use the data root that it was made with (paths.data=FOLDER), or delete its "
+                f"record and its folder of outputs to make it again from these images"
+            )
     return data
 
 

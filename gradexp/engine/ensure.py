@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import filelock
 
@@ -19,7 +19,7 @@ from gradexp.base.files import draft_of, intact, remove_drafts, remove_sealed, s
 from gradexp.engine import clocks
 from gradexp.engine.build import check_settings
 from gradexp.engine.origin import SOURCES, git_state, versions
-from gradexp.engine.record import Record, differing_split, faults, finite, judged, read_record, write_arrays, write_record
+from gradexp.engine.record import Record, faults, finite, judged, read_record, write_arrays, write_record
 from gradexp.engine.run import Run
 from gradexp.engine.task import Finished, Task, Upstream, task_of
 
@@ -190,18 +190,3 @@ def _holding(path: Path, run: Run, waits: bool) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def check_images(run: Run, data: Any) -> None:
-    """Raises UserError where the run's record, or that of an upstream run, was made with other images.
-
-    data: fingerprints of the images that the run will use.
-    """
-    for other in (run, *run.upstream.values()):
-        record = other.record()
-        if record and (split := differing_split(data, record.get("data", {}))):
-            raise UserError(
-                f"the {split} images of {data['name']} are not those of {other.name} {other.id} (fingerprint {data[split]}, "
-                f"there {record['data'][split]}); use the data root that it was made with (paths.data=FOLDER), or delete its "
-                f"record and its folder of outputs to make it again from these images"
-            )

@@ -118,7 +118,7 @@ def generations(runs: Sequence[Run]) -> list[list[Run]]:
 
 
 def last_line(log: Path, code: int) -> str:
-    lines = log.read_text().splitlines() if log.exists() else []
+    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
     if code < 0:  # its last line is about its progress
         return f"killed by signal {-code}; its last output: {lines[-1] if lines else 'none'}"
     return lines[-1] if lines else f"it ended with exit code {code} and printed nothing"

@@ -22,7 +22,7 @@ LOADED = "GRADEXP_COMMIT"
 VERSIONED = ("torch", "torchvision", "lightning", "hydra-core", "numpy", "gradexp")
 # Modules of the engine that decide numbers; the others of it do not.
 ENGINE = ("assemble", "evaluation", "fit", "hardware")
-PACKAGES = ("data", "evaluate", "gradients", "layers", "models", "saliency", "sampling", "tasks", "terms", "training")
+PACKAGES = ("data", "evaluate", "gradients", "layers", "models", "saliency", "sampling.py", "tasks", "terms", "training")
 
 
 def git_state() -> dict[str, Any]:
@@ -88,7 +88,7 @@ def _digests() -> dict[str, str]:
     folders = {package: ROOT / "gradexp" / package for package in PACKAGES}
     with suppress(UserError):  # for a package that does not exist, which is raised when a run is composed
         folders |= plugins.packages()
-    files = {folder: sorted(folder.rglob("*.py")) for folder in folders.values()}
+    files = {folder: [folder] if folder.is_file() else sorted(folder.rglob("*.py")) for folder in folders.values()}
     folders["engine"] = ROOT / "gradexp" / "engine"
     files[folders["engine"]] = [folders["engine"] / f"{name}.py" for name in ENGINE]
     digests = {}

@@ -90,13 +90,6 @@ class Paths:
             )
         return cls(**folders)
 
-    def record(self, config: Config) -> Path:
-        return self.results / "runs" / check(FileName, config["name"], "name") / f"{run_id(config)}.json"
-
-    def folder(self, config: Config) -> Path:
-        """The folder of a run's checkpoint, weights and logs, which can all be deleted and made again."""
-        return self.outputs / "runs" / check(FileName, config["name"], "name") / run_id(config)
-
     @property
     def cache(self) -> Path:
         return self.outputs / "cache"
@@ -130,10 +123,10 @@ class Run:
     def __hash__(self) -> int:
         return hash(self.id)
 
-    @property
+    @cached_property
     def name(self) -> str:
         """The name of its experiment."""
-        return str(self.config["name"])
+        return str(check(FileName, self.config["name"], "name"))
 
     @property
     def command(self) -> str:
@@ -152,9 +145,9 @@ class Run:
             return self.below
         return {name: Run(config | hardware(self.config), self.paths) for name, config in self.config["upstream"].items()}
 
-    @cached_property
+    @property
     def record_path(self) -> Path:
-        return self.paths.record(self.config)
+        return self.paths.results / "runs" / self.name / f"{self.id}.json"
 
     @property
     def finished(self) -> bool:
@@ -165,7 +158,8 @@ class Run:
 
     @property
     def folder(self) -> Path:
-        return self.paths.folder(self.config)
+        """The folder of its checkpoint, weights and logs, which can all be deleted and made again."""
+        return self.paths.outputs / "runs" / self.name / self.id
 
     @property
     def weights(self) -> Path:

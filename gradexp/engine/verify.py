@@ -8,7 +8,7 @@ import shlex
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ def verify(paths: Paths, *, sample: int, seed: int, extra: Config) -> Iterator[F
     files = record_files(paths.results)
     good: list[Path] = []
     for file in files:
-        wrong = list(examine(file, replace(paths, results=file.parents[2])))
+        wrong = list(examine(file, paths.outputs))
         yield from (Finding(file, what) for what in wrong)
         good += [] if wrong else [file]
     yield f"{len(good)} of {len(files)} records: complete, with correct digests and ids"
@@ -59,14 +59,11 @@ def verify(paths: Paths, *, sample: int, seed: int, extra: Config) -> Iterator[F
     repeatable = [file for file in quick if read_record(file).get("precision") != "bf16" or native_bf16("cpu")]
     if sample and len(repeatable) < len(quick):
         yield f"{len(quick) - len(repeatable)} quick records are not repeated: this processor has no bf16 arithmetic"
-    for file in random.Random(seed).sample(repeatable, min(sample, len(repeatable))):
-        wrong = list(repeat(file, paths, extra))
-        yield from (Finding(file, what) for what in wrong)
-        if not wrong:
-            yield f"{file.parent.name} {file.stem}: repeated, the same numbers"
+    chosen = random.Random(seed).sample(repeatable, min(sample, len(repeatable)))
+    yield from repeated(chosen, paths, extra, "repeated")
 
 
-def examine(file: Path, paths: Paths) -> Iterator[str]:
+def examine(file: Path, outputs: Path) -> Iterator[str]:
     """What is wrong with one record and the files on this disk, beyond what every reader checks, without repeating it."""
     try:
         record = read_record(file)
@@ -93,7 +90,7 @@ def examine(file: Path, paths: Paths) -> Iterator[str]:
             other = _record_below(file, upstream)
             if split := differing_split(record.get("data", {}), other.get("data", {})):
                 yield f"its upstream {name}, {upstream['id']}, used other {split} images; delete the wrong one and run it again"
-    folder = paths.outputs / "runs" / record["experiment"] / record["id"]
+    folder = outputs / "runs" / record["experiment"] / record["id"]
     product = "" if outdated else task_of(record["config"]).product
     if product and (folder / product).exists() and not is_product(folder / product, record):
         yield f"{folder / product} is damaged or of another run; delete {folder}"
@@ -168,11 +165,15 @@ def _stands_on_another(file: Path, record: Record) -> bool:
 
 def repeat_own(paths: Paths, extra: Config) -> Iterator[Finding | str]:
     """Repeats the runs that the repository keeps for this: their numbers depend on terms, gradients, saliency and scores."""
-    for file in record_files(OWN):
+    return repeated(record_files(OWN), paths, extra, "kept to be repeated")
+
+
+def repeated(files: Sequence[Path], paths: Paths, extra: Config, which: str) -> Iterator[Finding | str]:
+    for file in files:
         wrong = list(repeat(file, paths, extra))
         yield from (Finding(file, what) for what in wrong)
         if not wrong:
-            yield f"{file.parent.name} {file.stem}, kept to be repeated: the same numbers"
+            yield f"{file.parent.name} {file.stem}, {which}: the same numbers"
 
 
 def repeat(file: Path, paths: Paths, extra: Config) -> Iterator[str]:

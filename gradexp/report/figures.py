@@ -24,8 +24,8 @@ from matplotlib.figure import Figure
 
 from gradexp.base.errors import UserError
 from gradexp.base.files import sha256, write_atomically
-from gradexp.engine.record import Record, metric_of, read_arrays
-from gradexp.engine.run import Run
+from gradexp.engine.record import Record, curves_path, metric_of, read_arrays
+from gradexp.engine.run import ROOT, Run
 from gradexp.report import provenance, specs
 from gradexp.report.specs import FigureSpec, Planner, SeriesSpec, command, seeds_of
 from gradexp.report.writing import csv, rendered, stem_of, write_beside
@@ -149,7 +149,8 @@ def make_once(
     """
     stem = stem_of("figure", spec["number"], scale, results)
     kept = cache / "figures" / f"{sha256_of(str(stem))}.json"
-    records = [sha256(run.record_path) for one in series for run in one.runs if run.finished]  # they hold the arrays' digests
+    paths = [run.record_path for one in series for run in one.runs if run.finished]  # records hold the digests of arrays
+    records = [sha256(file) for path in paths for file in (path, curves_path(path)) if file.exists()]
     state = sha256_of([spec, scale, text, records, [sha256(file) for file in _sources()], mpl.__version__])
     with suppress(OSError, ValueError):
         before = json.loads(kept.read_text())
@@ -166,8 +167,9 @@ def sha256_of(value: Any) -> str:
 
 @once
 def _sources() -> list[Path]:
-    """The files of the code that draws."""
-    return sorted(file for file in Path(__file__).parent.rglob("*") if file.is_file() and file.suffix != ".pyc")
+    """The files of the code that draws, and the thesis's numbers, which it draws."""
+    code = sorted(file for file in Path(__file__).parent.rglob("*") if file.is_file() and file.suffix != ".pyc")
+    return [*code, ROOT / "results" / "thesis.csv"]
 
 
 def _below(spec: FigureSpec, scale: str, width: float) -> list[str]:

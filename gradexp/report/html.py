@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 from markupsafe import Markup
 
-from gradexp.engine.record import Record, read_record
+from gradexp.engine.record import Record
 from gradexp.engine.run import Run
 from gradexp.report import claims, figures, provenance, tables
 from gradexp.report.specs import FigureSpec, ReportSettings
@@ -42,8 +42,8 @@ class Panels:
         runs = list(runs)
         finished = [run for run in runs if run.finished]
         for run in provenance.with_upstream(finished):
-            self._add_record(run.record_path)
-            self.records[run.id]["command"] = self.records[run.id]["command"] or run.command
+            if record := run.record():
+                self.records[run.id] = _record_view(record, self.points) | {"command": run.command}
         shown = [(label, text) for label, text in facts.items() if text]
         todo = [run.command for run in runs if not run.finished]
         self.entries[anchor] = {
@@ -54,26 +54,19 @@ class Panels:
             "todo": todo,
         }
 
-    def _add_record(self, path: Path) -> None:
-        """Add a record and those of its upstream runs, each with curves of at most `points` points."""
-        if path.stem in self.records or not path.exists():
-            return
-        record = read_record(path)
-        curves = {name: value for name, value in record["metrics"].items() if isinstance(value, list)}
-        self.records[path.stem] = {
-            "command": None,
-            **{key: value for key, value in record.items() if key not in ("metrics", "curves_file")},
-            "numbers": {name: value for name, value in record["metrics"].items() if name not in curves},
-            "curves": {name: curve(value, self.points) for name, value in curves.items()},
-        }
-        for run in record.get("upstream", {}).values():
-            self._add_record(path.parents[1] / run["experiment"] / f"{run['id']}.json")
+
+def _record_view(record: Record, points: int) -> View:
+    """A record with its numbers apart from its curves, which have at most `points` points."""
+    curves = {name: value for name, value in record["metrics"].items() if isinstance(value, list)}
+    return {
+        **{key: value for key, value in record.items() if key not in ("metrics", "curves_file")},
+        "numbers": {name: value for name, value in record["metrics"].items() if name not in curves},
+        "curves": {name: curve(value, points) for name, value in curves.items()},
+    }
 
 
 def curve(values: Sequence[Any], points: int) -> View:
     """A curve as at most `points` means of equal stretches, four digits each; null for a stretch without numbers."""
-    if not all(isinstance(value, int | float | None) for value in values):
-        return {"n": len(values), "y": []}
     stretches = np.array_split(np.array(values, dtype=float), min(points, len(values)) or 1)
     finite = [part[np.isfinite(part)] for part in stretches]
     return {"n": len(values), "y": [float(f"{part.mean():.4g}") if len(part) else None for part in finite]}

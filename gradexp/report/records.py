@@ -33,13 +33,15 @@ def records(
 ) -> pd.DataFrame:
     """All finished runs, one row per run, indexed by id.
 
-    Columns: `experiment`, `scale`, `seed`, `status`, `commit`, `dirty`, `device`, `seconds` (wall clock), `cpu_seconds`;
-    every config key by its dotted name, such as `data.per_class`; `upstream.NAME`, the id of an upstream run; and every
-    metric by its name, such as `test/accuracy`. NaN for what a run does not have.
+    Columns: `experiment`, `scale`, `seed`, `status`, `started`, `device`, `precision`, `parameters`, `command`, `commit`,
+    `dirty`, `seconds` (wall clock), `cpu_seconds`; every config key by its dotted name, such as `data.per_class`;
+    `upstream.NAME`, the id of an upstream run; and every metric by its name, such as `test/accuracy`. NaN for what a run does
+    not have.
 
     table, figure: only the runs behind this table or figure at `scale` (default `cpu`), missing ones included, one row for
-    each metric that a cell shows; further columns come first: `row`, `column` (of a figure: its series, and the point on its
-    x-axis), `panel`, `metric`, `value`, `thesis` (the number that the thesis prints) and `finished`.
+    each metric that a cell shows, numbered from 0; further columns come first: `row`, `column` (of a figure: its series, and
+    the point on its x-axis), `panel`, `metric`, `seed`, `finished`, `value`, `thesis` (the number that the thesis prints; NaN
+    for figures) and `id`.
     curves: whether metrics that are lists are columns, too. results: the folder that contains `runs/`.
 
     Raises UserError for an unknown table, figure or scale, and for a record that can't be read.
