@@ -24,7 +24,7 @@ help:
 	@echo "make bench [ARGS=--quick|'--part maps']    what a training step costs, to results/bench.md"
 	@echo "make figure-2.1 [SCALE=cpu] [WORKERS=2]    likewise a figure"
 	@echo "make tables figures [SCALE=cpu]            render every table and figure from records; trains nothing"
-	@echo "make plan [SCALE=cpu] [ARGS=--probe]       what is missing, and its hours, memory and disk on this machine"
+	@echo "make plan [SCALE=cpu]                      what is missing, and its hours, memory and disk on this machine"
 	@echo "make reproduce [SCALE=cpu] [WORKERS=2]     everything that is missing, then tables, figures, claims, report"
 	@echo "     BUDGET=2h                             also with a table or figure: the runs that fit, most wanted first"
 	@echo "make gpu-check                             whether this GPU computes what the CPU does, and how fast; 5 minutes"
@@ -71,7 +71,7 @@ figures: setup
 	@$(BIN)/python scripts/make_figure.py --scale $(SCALE) --render-only --set $(SET)
 
 plan: setup
-	@$(BIN)/python scripts/plan.py --scale $(SCALE) $(ARGS) --set $(RUN_SET)
+	@$(BIN)/python scripts/plan.py --scale $(SCALE) --set $(RUN_SET)
 
 # What is missing of every table and figure, then all of the pages; goes on where something failed, and says so at the end.
 reproduce: setup

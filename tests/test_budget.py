@@ -93,7 +93,7 @@ def test_only_the_named_table() -> None:
 
 def test_every_cell_of_the_order_exists() -> None:
     """A misspelt item, row or column of conf/budget.yaml would be ignored."""
-    wanted: Any = reproduce.yaml.safe_load(reproduce.BUDGET.read_text())
+    wanted: Any = reproduce.read_yaml(reproduce.BUDGET)
     names = {f"{kind} {number}" for kind in specs.KINDS for number in specs.numbers(kind)}
     assert {*wanted["headline"], *(entry["item"] for entry in wanted["deciding"])} <= names
     for entry in wanted["deciding"]:

@@ -1,13 +1,11 @@
 """What a plan counts, and how near its estimates come to what runs then cost."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import plan as plan_script
-import probe
 import pytest
 
 from gradexp.engine.build import build
@@ -101,17 +99,13 @@ def test_a_teacher_that_was_trained_inside_a_run_is_not_its_own_cost(tmp_path: P
     assert cost.seconds == 30.0
 
 
-def test_the_nearest_records_decide_and_probes_only_where_there_is_none() -> None:
+def test_the_nearest_records_decide() -> None:
     run = config(*STUDENT, "method=ce", "data.per_class=10")  # 6,000 images
     name, common = costs.signature(run), {"memory_mib": 1.0, "disk_mib": 1.0, "device": "here"}
     far = [Sample(name, 10.0, 10.0, 1.0, **common)] * 3
     near = [Sample(name, 6000.0 + i, (6000.0 + i) * rate, rate, **common) for i, rate in enumerate((2, 2, 2, 3, 9))]
-    probed = Sample(name, 6000.0, 3.0, 1 / 6000, **common, probe=True)
-    history = History(samples={name: [*far, *near, probed]})
+    history = History(samples={name: [*far, *near]})
     assert history.cost(run).seconds == 12000  # type: ignore[union-attr]
-    only = History(samples={name: [probed]}).cost(run)
-    assert only is not None
-    assert (only.basis, only.seconds) == ("probe", 3.0)
 
 
 def test_processors_of_one_name_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,31 +206,5 @@ def test_an_estimate_from_a_record_is_within_40_per_cent(tmp_path: Path) -> None
         assert sum(map(len, history.samples.values())) == 2  # it and its teacher
         estimate = history.cost(large)
         return ratio(estimate, spent(large, paths))
-
-    assert_near(tried)
-
-
-@pytest.mark.parametrize("words", [[*STUDENT, "method=ce_j", "data.per_class=20", "optim.passes=20", *TINY]], ids=["training"])
-def test_an_estimate_from_a_probe_is_within_40_per_cent(tmp_path: Path, words: Sequence[str]) -> None:
-    """The probe and the run in one process, one after the other."""
-
-    def tried(number: str) -> float:
-        run, history, folder = config(*words), History(), tmp_path / number
-        history.add(plan_script.probed_training(run, probe.training(run, at(folder / "probe")), history))
-        return ratio(history.cost(run), spent(run, at(folder / "run")))
-
-    assert_near(tried)
-
-
-def test_an_estimate_from_a_cut_run_is_within_40_per_cent(tmp_path: Path) -> None:
-    words = ["experiment=pixel_perturbation", "scale=quick", "saliency=integrated_gradients", "saliency.steps=8"]
-    words += ["evaluate.images=200", "+upstream.model.optim.passes=1", "scale.width=0.1", "trainer.threads=1"]
-
-    def tried(number: str) -> float:
-        run, history, paths = config(*words), History(), at(tmp_path / number)
-        cut = [task_of(run).shortened(run, n) for n in plan_script.LADDER]
-        records = probe.looking([one for one in cut if one], paths)
-        history.add(plan_script.probed_looking(run, records, history))
-        return ratio(history.cost(run), spent(run, paths))
 
     assert_near(tried)

@@ -13,9 +13,8 @@ from gradexp.base.errors import UserError
 from gradexp.base.texts import read_json, read_yaml
 from gradexp.data.removal import Removal
 from gradexp.engine import compose
-from gradexp.engine.run import ROOT, Paths
+from gradexp.engine.run import ROOT
 from gradexp.report import claims, specs
-from gradexp.report.costs import History
 
 NOT_YAML = {
     "a tab": b"rows:\n\t- a\n",
@@ -134,27 +133,17 @@ NOT_JSON = [b"", b"{", b"[]", b"null", b"3", b"\xff\xfe\x00", b"[" * 100000]
 
 @pytest.mark.parametrize("content", NOT_JSON, ids=lambda content: ascii(content[:8]))
 def test_json_that_is_none(content: bytes, tmp_path: Path) -> None:
-    file = tmp_path / "outputs" / "probes" / "x.json"
-    file.parent.mkdir(parents=True)
+    file = tmp_path / "bench.json"
     file.write_bytes(content)
     (tmp_path / "maps.json").write_bytes(content)
     readers = {
         "make bench": lambda: read_json(file, "measure again: make bench"),
-        "delete it: make plan": lambda: History.of(Paths(tmp_path, tmp_path, tmp_path / "outputs")),
         "the maps are computed again": lambda: Removal(fraction=0.5).open(tmp_path, {}),
     }
     for words, read in readers.items():
         with pytest.raises(UserError, match=words) as error:
             read()
         one_line(error)
-
-
-@pytest.mark.parametrize("content", ["{}", '{"sample": {}}', '{"sample": {"a": 1}, "sizes": {}}', '{"sample": 3}'])
-def test_probes_of_another_form(content: str, tmp_path: Path) -> None:
-    (tmp_path / "probes").mkdir()
-    (tmp_path / "probes" / "x.json").write_text(content)
-    with pytest.raises(UserError, match="is not a probe; delete it"):
-        History.of(Paths(tmp_path, tmp_path, tmp_path))
 
 
 @pytest.mark.parametrize("sha256", [{}, None, [], {"train.npy": "0"}, {"../x": "0"}])

@@ -31,7 +31,6 @@ from gradexp.evaluate.statistics import reestimate
 Statistics = Annotated[int, Ge(2)] | None  # training images for new statistics of batch normalisation
 Item = TypeVar("Item")
 Piece = TypeVar("Piece")  # tensors on the CPU, numbers, and containers of these
-SHORT = 8  # images for each n of Task.shortened
 
 
 class Evaluation:
@@ -187,10 +186,6 @@ class PerImageTask(EvaluationTask):
         wanted, available = config["evaluate" if "evaluate" in config else "task"]["images"], images_of(config, sizes)[1]
         count = wanted or available
         return None if count is None else float(min(count, available or count))
-
-    def shortened(self, config: Config, n: int) -> Config | None:
-        part = "evaluate" if "evaluate" in config else "task"
-        return config | {part: config[part] | {"images": SHORT * n}}
 
 
 def _nan(value: Any) -> Any:

@@ -53,25 +53,34 @@ class Training:
     checkpointer: Checkpointer
     progress: ProgressLine
 
-    def fit(self, logger: Any, *callbacks: lightning.Callback, steps: int | None = None) -> int:
-        """Does this process's part of the steps, from the last checkpoint if there is one. Returns the number of steps done.
-
-        steps: None for all of the training; a probe does a few.
-        """
+    def fit(self, logger: Any) -> int:
+        """Does this process's part of the steps, from the last checkpoint if there is one. Returns the number of steps done."""
         hardware, module = self.hardware, self.module
         world = hardware.together if hardware.is_part else 1
-        stream = TrainingStream(self.loader, steps or module.total_steps, rank=hardware.rank, world=world)
+        stream = TrainingStream(self.loader, module.total_steps, rank=hardware.rank, world=world)
         with dropout_after(module.student, self.run.config["method"].get("dropout"), self.loader.example):
-            fit(module, stream, hardware, logger, self.checkpointer, self.progress, *callbacks)
+            fit(module, stream, hardware, logger, self.checkpointer, self.progress)
         return module.steps_done
 
     def fit_in_processes(self, part: Part) -> int:
-        """Starts processes that do the steps by calling `part`, and loads the result. Returns the number of steps done."""
+        """Starts processes that do the steps by calling `part`, and loads the result. Returns the number of steps done.
+
+        Raises Stopped after a signal, UserError where a process failed.
+        """
         run, hardware, checkpointer = self.run, self.hardware, self.checkpointer
         if checkpointer.usable():
             kept = torch.load(checkpointer.path, weights_only=True, map_location="cpu")
             checkpointer.load_state_dict(kept["callbacks"]["Checkpointer"])
-        train_together(run, part, devices=hardware.devices, nodes=hardware.num_nodes)
+        text = json.dumps(run.config | {"paths": {name: str(folder) for name, folder in asdict(run.paths).items()}})
+        while True:
+            with keeping_handlers(SIGNALS) as before:
+                if (nodes := hardware.num_nodes) == 1:
+                    number = launch(part, text, hardware.devices)
+                else:
+                    number = _launch_everywhere(part, text, hardware.devices, nodes)
+            if number is None:
+                break
+            call_handler(number, before[number], run.checkpoint)
         state = torch.load(checkpointer.path, weights_only=True, map_location="cpu")
         self.module.load_state_dict(state["state_dict"])
         self.module.on_load_checkpoint(state)
@@ -113,20 +122,6 @@ def fit(
                 raise KeyboardInterrupt from None
             raise
     hardware.place(module.student)  # Lightning leaves it on the CPU
-
-
-def train_together(run: Run, part: Part, *, devices: int, nodes: int) -> None:
-    """Trains with `devices` processes on each of `nodes` machines.
-
-    Raises Stopped after a signal, UserError where a process failed.
-    """
-    text = json.dumps(run.config | {"paths": {name: str(folder) for name, folder in asdict(run.paths).items()}})
-    while True:
-        with keeping_handlers(SIGNALS) as before:
-            number = launch(part, text, devices) if nodes == 1 else _launch_everywhere(part, text, devices, nodes)
-        if number is None:
-            return
-        call_handler(number, before[number], run.checkpoint)
 
 
 def launch(part: Part, text: str, devices: int, nodes: int = 1, endpoint: str = "localhost:0") -> int | None:

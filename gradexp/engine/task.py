@@ -80,10 +80,6 @@ class Task(ABC):
         """How many images a run processes; 1 if all runs of the task cost the same, None if the data set's size is unknown."""
         return 1.0
 
-    def shortened(self, config: Config, n: int) -> Config | None:
-        """The config of the same run with work in proportion to `n` (steps, images, draws); None if it can't be cut."""
-        return None
-
     def leaves(self, config: Config, sizes: Sizes) -> float | None:
         """How many MiB a run leaves in its folder; None if that is unknown beforehand."""
         return None

@@ -1,8 +1,7 @@
 """The missing runs of tables and figures, and an estimate of their cost on this machine.
 
 Estimates come from records of similar runs (same task, networks, loss terms, method and image size), scaled by the number of
-images that they process, from probes, which are such runs cut short (scripts/probe.py), or else from operation counts
-(scripts/operations.py), which are marked with ~.
+images that they process, or else from operation counts (scripts/operations.py), which are marked with ~.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ from typing import Any
 import pandas as pd
 
 from gradexp.base.errors import UserError
-from gradexp.base.texts import read_json
 from gradexp.engine.record import Clock, Images, Record, read_record
 from gradexp.engine.run import Config, Paths, Run, identity, record_files
 from gradexp.engine.task import Sizes, task_of
@@ -72,7 +70,6 @@ class Sample:
     memory_mib: float
     disk_mib: float
     device: str
-    probe: bool = False
 
     def at(self, amount: float) -> float:
         return max(0.0, self.seconds - self.rate * self.amount) + self.rate * amount
@@ -80,7 +77,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Cost:
-    """An estimate. seconds: of one processor; basis: `record`, `record elsewhere` (of another machine), `probe` or `count`."""
+    """An estimate. seconds: of one processor; basis: `record`, `record elsewhere` (of another machine) or `count`."""
 
     seconds: float
     memory_mib: float
@@ -105,7 +102,7 @@ class History:
 
     @classmethod
     def of(cls, paths: Paths, device: str | None = None, clock: Clock = "cpu") -> History:
-        """Read the records of all scales, and the probes in outputs/probes/."""
+        """Read the records of all scales."""
         history = cls(device, clock)
         records = [read_record(file) for file in record_files(paths.results)]
         for record in records:
@@ -116,13 +113,6 @@ class History:
             if learned := sample(record, history.sizes, known, folder, clock):
                 history.add(learned)
                 history.configs[learned.signature] = record["config"]
-        for file in sorted(paths.outputs.glob("probes/*.json")):
-            probe = read_json(file, advice := "delete it: make plan measures again with ARGS=--probe")
-            try:
-                history.add(Sample(**probe["sample"]))
-                history.sizes |= {name: tuple(size) for name, size in probe["sizes"].items() if name not in history.sizes}
-            except (KeyError, TypeError, AttributeError):
-                raise UserError(f"{file} is not a probe; {advice}") from None
         return history
 
     def learn(self, config: Config, data: Images) -> None:
@@ -143,9 +133,8 @@ class History:
         if size is None or not similar:
             return None
         here = [sample for sample in similar if self.device in (None, sample.device)]
-        candidates = [sample for sample in here if not sample.probe] or here or similar
-        near = sorted(candidates, key=lambda sample: abs(math.log(sample.amount / size)))[:NEAREST]
-        basis = "count" if similar is counted else "probe" if near[0].probe else "record" if here else "record elsewhere"
+        near = sorted(here or similar, key=lambda sample: abs(math.log(sample.amount / size)))[:NEAREST]
+        basis = "count" if similar is counted else "record" if here else "record elsewhere"
         disk = task_of(config).leaves(config, self.sizes)
         return Cost(
             seconds=statistics.median(sample.at(size) for sample in near),
@@ -253,7 +242,7 @@ def to_frame(rows: pd.DataFrame, slots: int) -> pd.DataFrame:
 def _texts(row: Any, slots: int) -> dict[str, str]:
     least = "≥ " if row.unknown else ""  # sums leave out runs of unknown cost
     least += "~" if "count" in row.bases else ""
-    names = {"record elsewhere": "records elsewhere", "record": "records", "probe": "probes", "count": "counts"}
+    names = {"record elsewhere": "records elsewhere", "record": "records", "count": "counts"}
     known = ", ".join(f"{count} {basis if count == 1 else names[basis]}" for basis, count in sorted(row.bases.items()))
     unknown = f"{len(row.unknown)} unknown" if row.unknown else ""
     return {

@@ -37,12 +37,6 @@ class SamplingTask(EvaluationTask):
     def work(self, config: Config, sizes: Sizes) -> float | None:
         return float(self.samples * self.sampling.steps)
 
-    def shortened(self, config: Config, n: int) -> Config | None:
-        task = config["task"]
-        ascents = {name: task[name] | {"steps": n} for name in ("sampling", "denoising") if name in task}
-        counts = {name: min(task[name], SAMPLED) for name in ("samples", "images") if name in task}
-        return config | {"task": task | ascents | counts}
-
 
 @dataclass(kw_only=True)
 class GANTest(SamplingTask):

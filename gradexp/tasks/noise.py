@@ -51,6 +51,3 @@ class Noise(EvaluationTask):
     def work(self, config: Config, sizes: Sizes) -> float | None:
         test = images_of(config, sizes)[1]
         return None if test is None else float(test * (1 + self.draws * (len(self.sigmas) - 1)))
-
-    def shortened(self, config: Config, n: int) -> Config | None:
-        return config | {"task": config["task"] | {"draws": n, "sigmas": self.sigmas[:2]}}

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from gradexp.base.files import sha256, write_atomically
 from gradexp.data.loader import Loader, mix
 from gradexp.data.removal import MANIFEST
-from gradexp.engine.evaluation import SHORT
 from gradexp.engine.run import Config, Run
 from gradexp.engine.task import Result, Sizes, Upstream, images_of
 from gradexp.evaluate import masking
@@ -56,12 +55,6 @@ class SaliencyMaps(SaliencyTask):
     def work(self, config: Config, sizes: Sizes) -> float | None:
         train, test = images_of(config, sizes)
         return None if train is None or test is None else float(train + test)
-
-    def shortened(self, config: Config, n: int) -> Config | None:
-        """Maps of a few test images, scored instead of stored."""
-        score = {"_target_": "gradexp.tasks.saliency_score.SaliencyScore"}
-        evaluate = {"_target_": "gradexp.evaluate.pixel_perturbation.PixelPerturbation", "fractions": [0.5], "order": "least"}
-        return config | {"task": score, "evaluate": evaluate | {"fill": "black", "images": SHORT * n, "batch_size": CHUNK}}
 
     def leaves(self, config: Config, sizes: Sizes) -> float | None:
         images = self.work(config, sizes)
