@@ -191,6 +191,18 @@ def test_the_teachers_largest_logit_is_matched_in_both_networks() -> None:
     assert angle.item() == pytest.approx(gradients.angle(*pair).mean().item(), rel=1e-5)
 
 
+def test_the_angle_is_between_gradients_that_terms_have_read() -> None:
+    """Bias-gradients with batch statistics come with an input-gradient that no term reads."""
+    student, teacher = net(0).train(), net(1)
+    alone, beside = (Step(batch(), student, Targets(teacher, with_gradient=True), differentiable_input=True) for _ in range(2))
+    beside.student_layer_gradients("label", "batch")
+    angles = []
+    for one in (alone, beside):
+        jacobian(student_bn="running")(one)
+        angles.append(one.angle())
+    assert angles[0] == angles[1] is not None
+
+
 def test_running_statistics_leave_the_student_as_it_was() -> None:
     student = net(0).train()
     before = copy.deepcopy(student.state_dict())

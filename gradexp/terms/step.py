@@ -44,7 +44,8 @@ class Step:
         self.labels = batch.labels
         self.student_layers = student_layers
         self.student_biases = {layer.name: layer for layer in student_biases}
-        self._student_gradients: dict[tuple[str, str], dict[str, Tensor]] = {}
+        self._input_gradients: dict[tuple[str, str], Tensor] = {}  # those that terms have read
+        self._layer_gradients: dict[tuple[str, str], dict[str, Tensor]] = {}
         self._teacher_gradients: dict[str, Tensor] = {}
 
     # The student
@@ -60,14 +61,14 @@ class Step:
 
     def student_input_gradient(self, target: str, student_bn: str) -> Tensor:
         """Differentiable: (B, C, H, W), or the full Jacobian (B, K, C, H, W) for `all`."""
-        if target != "all":
-            return self.student_layer_gradients(target, student_bn)[gradients.INPUT]
         key = (target, student_bn)
-        if key not in self._student_gradients:
+        if key not in self._input_gradients and target == "all":
             logits, differentiable = self._forward(student_bn)[0], torch.is_grad_enabled()
             jacobian = gradients.gradient_of(logits, self.images, self.labels, target=target, differentiable=differentiable)
-            self._student_gradients[key] = {gradients.INPUT: jacobian}
-        return self._student_gradients[key][gradients.INPUT]
+            self._input_gradients[key] = jacobian
+        elif key not in self._input_gradients:
+            self._input_gradients[key] = self.student_layer_gradients(target, student_bn)[gradients.INPUT]
+        return self._input_gradients[key]
 
     def student_layer_gradients(self, target: str, student_bn: str) -> dict[str, Tensor]:
         """Gradients at all of `student_layers` and, with a differentiable input, at gradients.INPUT, in one backward pass.
@@ -75,15 +76,15 @@ class Step:
         Differentiable: {layer: (B, c, h, w)}.
         """
         key = (target, student_bn)
-        if key not in self._student_gradients:
+        if key not in self._layer_gradients:
             logits, features = self._forward(student_bn)
             values = {gradients.INPUT: self.images} if self.images.requires_grad else {}
             values |= {layer: features[layer] for layer in self.student_layers}
             scalar, labels = self._scalar(target)
-            self._student_gradients[key] = gradients.gradients_of(
+            self._layer_gradients[key] = gradients.gradients_of(
                 logits, values, labels, target=scalar, differentiable=torch.is_grad_enabled()
             )
-        return self._student_gradients[key]
+        return self._layer_gradients[key]
 
     def student_bias(self, layer: str, student_bn: str) -> Tensor:
         """The effective bias of one of `student_biases` (gradients.effective_bias), differentiable: (c,)."""
@@ -173,8 +174,8 @@ class Step:
     def angle(self) -> Tensor | None:
         """Mean angle in degrees between the input-gradients of student and teacher that terms have read; None for none."""
         angles = [
-            gradients.angle(values[gradients.INPUT].detach(), self._teacher_gradients[target])
-            for (target, _), values in self._student_gradients.items()
+            gradients.angle(gradient.detach(), self._teacher_gradients[target])
+            for (target, _), gradient in self._input_gradients.items()
             if target in self._teacher_gradients
         ]
         return torch.stack(angles).mean() if angles else None
