@@ -7,6 +7,7 @@ import json
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -113,7 +114,8 @@ def judged(sources: Sequence[Run], claim: str = "A beats CE.") -> claims.Judged:
 
 def render(results: Path, scale: str = "cpu", spec: dict[str, Any] = SPEC, words: str = "") -> str:
     """A page with one table, one drawn figure, one without its runs, a claim and a benchmark."""
-    panels, planner = html.Panels(points=100), at(results, fake_plan)
+    teacher = fake_plan(["experiment=teacher", f"scale={scale}"])
+    panels, planner = html.Panels(points=100), at(results, lambda words: replace(fake_plan(words), below={"teacher": teacher}))
     table = tables.build(spec, scale, planner)
     filled = [run for run in table.runs if run.finished]
     drawn = {"number": "2.1", "title": f"Fits {words}"}, [figures.Series({"label": f"fit {words}"}, tuple(filled[:1]))]

@@ -173,10 +173,12 @@ class EvaluationTask(Task):
     def check(self, run: Run) -> None:
         self.check_setup(Evaluation(run, {}))
 
-    def check_setup(self, look: Evaluation) -> None:
+    def check_setup(self, evaluation: Evaluation) -> None:
         """As `check`, given the run's data and hardware; its models may not be trained yet."""
-        if self.unit_pixels and look.data.normalise != "none":
-            raise UserError(f"data.normalise={look.data.normalise}: sampling clips pixels to [0, 1]; use data.normalise=none")
+        if self.unit_pixels and evaluation.data.normalise != "none":
+            raise UserError(
+                f"data.normalise={evaluation.data.normalise}: sampling clips pixels to [0, 1]; use data.normalise=none"
+            )
 
 
 class PerImageTask(EvaluationTask):

@@ -83,8 +83,8 @@ def examine(file: Path, outputs: Path) -> Iterator[str]:
             if today != record["id"]:
                 yield f"its command makes another run today, {today}; type --id {record['id']} to do this one again"
     for name, upstream in record["upstream"].items():
-        nested = record["config"]["upstream"].get(name)
-        if nested is None or run_id(nested) != upstream["id"]:
+        named = record["config"]["upstream"].get(name)
+        if named is None or run_id(named) != upstream["id"]:
             yield f"its upstream {name} is not the run that its config names; delete it and run again"
         with suppress(UserError):  # the upstream record is missing, or wrong itself
             other = _record_below(file, upstream)
