@@ -159,7 +159,9 @@ def _decomposed(
         gradients[operation.name] = slope
         if operation.bias is not None:
             # torch's gradient at a complex y is df/dRe(y) + i df/dIm(y), so that the real part is the sum over both.
-            product = _by_image((operation.gradient.conj() * operation.bias).real, len(images))
+            in_place = operation.kind == "other" and not differentiable  # the bias is the operation's own, and as large
+            multiply = operation.bias.mul_ if in_place else operation.bias.mul
+            product = _by_image(multiply(operation.gradient.conj()).real, len(images))
             assert product is not None
             biases[operation.name] = product
     output = scalar(logits, labels, target)

@@ -155,8 +155,12 @@ class Operations(TorchFunctionMode):
             return function(*args, **kwargs)
         call = Call(function, getattr(function, "__name__", str(function)), args, kwargs, operands)
         changed = call.changed()
-        rule = self._rule(call)
-        given = call if changed is None or rule != self._linearise else self._with_copy(call, changed)
+        rule, given = self._rule(call), call
+        if changed is not None and rule == self._linearise:
+            if aside := call.aside():  # before its operand is changed
+                rule = partial(self._linearise, products=self._products(aside))
+            else:
+                given = self._with_copy(call, changed)
         versions = [operand._version for operand in dependent]
         returned = function(*args, **kwargs)
         if changed is None and versions != [operand._version for operand in dependent]:
@@ -180,7 +184,7 @@ class Operations(TorchFunctionMode):
         if varying == len(floating) and (call.name in HOMOGENEOUS or (call.name in SUMS and varying == len(call.args))):
             return None
         if varying > 1:
-            return self._linearise
+            return partial(self._multilinear, factors=varying) if call.name in MULTILINEAR else self._linearise
         if call.name in MULTILINEAR or (call.name in DIVISIONS and self.depends(call.args[0]) and not call.kwargs):
             return None
         if call.name in AFFINE:
@@ -202,31 +206,46 @@ class Operations(TorchFunctionMode):
         bias = norm_bias(**statistics).view(-1, *[1] * (outputs[0].ndim - 2))
         return [Operation(self._name(call.name), "norm", bias, statistics=statistics, before=before)]
 
-    def _linearise(self, call: Call, outputs: list[Any]) -> list[Operation | None]:
+    def _multilinear(self, call: Call, outputs: list[Any], factors: int) -> list[Operation | None]:
+        """b = y - J z = (1 - n) y of a product of n factors that depend on the images."""
+        return [self._other(call, (1 - factors) * self._value(outputs[0]))]
+
+    def _linearise(self, call: Call, outputs: list[Any], products: list[Tensor | None] | None = None) -> list[Operation | None]:
         """b = y - J z of any operation."""
+        operations: list[Operation | None] = []
+        for output, product in zip(outputs, products or self._products(call), strict=True):
+            operations.append(None)
+            if _differentiable(output):
+                value = self._value(output)
+                operations[-1] = self._other(call, value.clone() if product is None else value - product)
+        return operations
+
+    def _value(self, output: Tensor) -> Tensor:
+        return output if self._differentiable else output.detach()
+
+    def _other(self, call: Call, bias: Tensor) -> Operation | None:
+        """The operation with this bias; None where it is 0."""
+        # A column is enough for most, and reading all of it takes as long as computing it.
+        some = (bias.ndim and bias[..., 0].any()) or bias.any()
+        return Operation(self._name(call.name), "other", bias) if some else None
+
+    def _products(self, call: Call) -> list[Tensor | None]:
+        """J z for each output."""
         try:
-            products = self._by_reverse_mode(call) if self._differentiable else self._by_forward_mode(call)
+            return self._by_reverse_mode(call) if self._differentiable else self._by_forward_mode(call)
         except RuntimeError as error:
             why = str(error).splitlines()[0]
             raise UserError(f"the bias of {self._name(call.name)} can't be computed: {why}") from None
-        operations: list[Operation | None] = []
-        for output, product in zip(outputs, products, strict=True):
-            operations.append(None)
-            if _differentiable(output):
-                value = output if self._differentiable else output.detach()
-                bias = value.clone() if product is None else value - product
-                if bias.any():
-                    operations[-1] = Operation(self._name(call.name), "other", bias)
-        return operations
 
     def _by_forward_mode(self, call: Call) -> list[Tensor | None]:
-        """J z for each output: the operation is evaluated once more, on dual numbers whose tangent is the operand itself."""
+        """The operation is evaluated once more, on dual numbers whose tangent is the operand itself."""
+        in_place = call.changed() is not None
 
         def dual(leaf: Any) -> Any:
             if not self.depends(leaf):
                 return leaf
             value = leaf.detach()
-            tangent = torch.zeros_like(value) if id(leaf) in self._constant else value.clone()
+            tangent = torch.zeros_like(value) if id(leaf) in self._constant else value.clone() if in_place else value
             return forward_ad.make_dual(value, tangent)  # type: ignore[no-untyped-call]
 
         _load_forward_mode()
@@ -238,7 +257,7 @@ class Operations(TorchFunctionMode):
             return [product if product is None else product.detach() for product in self._by_reverse_mode(call)]
 
     def _by_reverse_mode(self, call: Call) -> list[Tensor | None]:
-        """The same, differentiable: d/du <J'u, z>, which is J z, at u = 0."""
+        """Differentiable: d/du <J'u, z>, which is J z, at u = 0."""
         operands, changed = list[Tensor](), call.changed()
 
         def copied(leaf: Any) -> Any:  # what is in the network may be changed in place later
@@ -353,6 +372,11 @@ class Call:
             assert isinstance(first, Tensor)
             return first
         return None
+
+    def aside(self) -> Call | None:
+        """The same call of a function with an argument `inplace`, with a result of its own; None for other calls."""
+        arguments = _named_arguments(self)
+        return replace(self, args=(), kwargs=arguments | {"inplace": False}) if arguments.get("inplace") else None
 
     def statistics(self) -> dict[str, Any] | None:
         """Of a batch normalisation by running statistics: its input, and what `norm_bias` takes. None for other calls."""
