@@ -1,5 +1,6 @@
 """Full-gradients of any network: each operation's bias against finite differences, completeness, and what is refused."""
 
+import copy
 import re
 from collections.abc import Callable
 from typing import Any
@@ -568,6 +569,16 @@ def test_full_gradients_are_complete_on_every_family(name: str) -> None:
         found = method(model, images.float())
         assert found.shape == (3, 1, *images.shape[-2:])
         assert len(found.unique()) > 99
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in ("inception", "vgg")])  # for their time
+def test_accelerated_families_have_the_same_maps(name: str) -> None:
+    """Under the same names in the same order."""
+    model, images = family(name)
+    stock, fast = (FullGrad().layers(each, images) for each in (model, layers.accelerate(copy.deepcopy(model))))
+    assert list(stock) == list(fast)
+    for layer, values in stock.items():
+        torch.testing.assert_close(fast[layer], values, rtol=1e-7, atol=1e-9)  # torch's Hardsigmoid has a slope of float32(1/6)
 
 
 @pytest.mark.parametrize(("name", "layer"), [("vit", "encoder.layers.encoder_layer_1.ln_1"), ("swin", "norm")])

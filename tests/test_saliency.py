@@ -1,5 +1,6 @@
 """Saliency methods: the thesis's examples by hand, completeness, sanity, and an independent FullGrad."""
 
+import copy
 import itertools
 import warnings
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from gradexp import gradients, layers
 from gradexp.base.errors import UserError
 from gradexp.engine.build import build
 from gradexp.engine.compose import compose_run
-from gradexp.layers import convolution, ranks
+from gradexp.layers import convolution, dense, ranks, winograd
 from gradexp.models.resnet import ResNet
 from gradexp.models.vgg import VGG
 from gradexp.saliency import (
@@ -215,6 +216,27 @@ def test_a_frozen_models_weights_cost_nothing(name: str, monkeypatch: pytest.Mon
         asked.append(any(wants_w or wants_b for _, wants_w, wants_b in masks))
     torch.testing.assert_close(maps[0], maps[1], rtol=0, atol=0)
     assert asked == [name in ("integrated_gradients", "smoothgrad", "smoothgrad_squared"), False]  # Captum's gradients
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "random"])
+def test_maps_of_an_accelerated_network_are_those_of_the_stock_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float32, on channels_last images, with both convolutions of our own, against float64; noise is the same in both."""
+    chosen, faster = set[Any](), convolution._faster
+    monkeypatch.setattr(convolution, "_faster", lambda *given: [module := faster(*given), chosen.add(module)][0])
+    monkeypatch.setattr(torch, "randn_like", lambda values: torch.randn(values.shape).to(values))
+    monkeypatch.setattr(torch, "normal", lambda mean, std: mean + std * torch.randn(std.shape).to(std))
+    fast = net(layers=[64, "M", 128, "M", 128]).float().requires_grad_(False)
+    nn.init.uniform_(fast.linear.weight, 0.1, 1)  # the positive part that Grad-CAM takes must not be empty
+    stock = copy.deepcopy(fast).double()
+    layers.accelerate(fast.to(memory_format=torch.channels_last))
+    images, maps = pictures(64).float().contiguous(memory_format=torch.channels_last), []
+    for model, given in ((fast, images), (stock, images.double().contiguous())):
+        torch.manual_seed(1)
+        maps.append(METHODS[name](model, given).flatten(1).double())
+    errors = (maps[0] - maps[1]).norm(dim=1) / maps[1].norm(dim=1)
+    assert chosen >= {dense, winograd}
+    assert errors.quantile(0.9) < 1e-5
+    assert errors.max() < 0.1  # in some image, rounding may switch a ReLU
 
 
 @pytest.mark.parametrize("name", METHODS)
