@@ -869,6 +869,26 @@ def test_variants_of_fullgrad() -> None:
     torch.testing.assert_close(METHODS["simple_fullgrad"](plain, images, 0), zero)
 
 
+@pytest.mark.filterwarnings("ignore:more than 90% of an output")
+def test_smooth_fullgrad_by_hand() -> None:
+    """Noise is a part of each image's own range, terms are averaged before ψ, and the class is that of the clean image."""
+    model, images = net(), pictures()
+    images[1], images[2] = 7 * images[1], images[2] - 3
+    model.linear.bias.data -= model(images).mean(0)  # so that noise changes predictions
+    labels = model(images).argmax(1)
+    spans = torch.stack([image.max() - image.min() for image in images]).view(3, 1, 1, 1)
+    torch.manual_seed(2)
+    copies = [images + 0.8 * spans * torch.randn_like(images) for _ in range(4)]
+    assert any(not torch.equal(model(noisy).argmax(1), labels) for noisy in copies)
+    fulls = [gradients.full_gradient(model, noisy, labels) for noisy in copies]
+    biases = [[full.biases[f"features.norm{number}"] for full in fulls] for number in (1, 2, 3)]
+    terms = [torch.stack(each).mean(0) for each in ([full.input * full.images for full in fulls], *biases)]
+    expected = [functional.interpolate(term.abs().sum(1, keepdim=True), size=(8, 8), mode="bilinear") for term in terms]
+    torch.manual_seed(2)
+    found = SmoothFullGrad(psi=["abs", "upsample"], separate=False, samples=4, sigma=0.8)(model, images)
+    torch.testing.assert_close(found, torch.stack(expected).sum(0))
+
+
 def test_simple_fullgrad_has_no_map_behind_an_activation() -> None:
     """A softplus has an implicit bias, so that full-gradients look behind it; simple FullGrad looks before activations only."""
     model, images = Mixed().double().eval(), pictures()
