@@ -9,6 +9,7 @@ import pytest
 import torch
 import torchvision
 from families import FAMILIES, family
+from tiny import randomised
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -391,6 +392,23 @@ def test_half_precision_and_autocast_are_complete_to_their_own_rounding(dtype: t
         assert not gradients.full_gradient(model, images, labels).inexact().any()
     full = gradients.full_gradient(model.to(dtype), images.to(dtype), labels)
     assert not full.inexact().any()
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["half", "autocast"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_full_gradients_in_half_precision_are_those_of_float64(dtype: torch.dtype, autocast: bool) -> None:
+    """Term by term, without a max-pool, which rounding would make choose among equal numbers."""
+    model, images, labels = small()
+    model[3] = nn.AvgPool2d(2)  # type: ignore[index, operator]
+    precision = torch.float32 if autocast else dtype
+    model, images = randomised(model).to(precision), images.to(precision)
+    with torch.autocast("cpu", dtype=dtype, enabled=autocast):
+        half = gradients.full_gradient(model, images, labels, separate=True)
+    exact = gradients.full_gradient(model.double(), images.double(), labels, separate=True)
+    assert list(half.biases) == list(exact.biases) == ["0", "1", "2", "5"]
+    for name, values in [("input", exact.input), *exact.biases.items()]:
+        found = half.input if name == "input" else half.biases[name]
+        assert (found - values).norm() < 0.02 * values.norm(), name
 
 
 @pytest.mark.parametrize("fast", [False, True], ids=["stock", "fast"])

@@ -293,6 +293,19 @@ def test_models_in_half_precision_are_explained(name: str, dtype: torch.dtype) -
     assert maps.shape == (len(pictures()), 1, *pictures().shape[-2:])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", DETERMINISTIC)
+def test_maps_in_half_precision_are_those_of_float64(name: str, dtype: torch.dtype) -> None:
+    """Of a smooth network: rounding would switch ReLUs, and choose among equal numbers in a max-pool."""
+    model, images = net(layers=[6, 8, 8], activation=nn.Softplus), pictures().to(dtype)
+    nn.init.uniform_(model.linear.weight, 0.1, 1)  # the positive part that Grad-CAM takes must not be empty
+    half = METHODS[name](model.to(dtype), images, 2).flatten(1).double()
+    exact = METHODS[name](model.double(), images.double(), 2).flatten(1)
+    assert (half - exact).norm() < 0.05 * exact.norm()
+    for one, other in zip(half, exact, strict=True):
+        assert torch.corrcoef(torch.stack([one, other]))[0, 1] > 0.99
+
+
 def test_the_usual_defaults() -> None:
     assert FullGrad() == FullGrad(psi=("abs", "rescale", "upsample"), separate=False)
     assert SmoothGrad() == SmoothGrad(samples=50, sigma=0.15, channels="abs")
