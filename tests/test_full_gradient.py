@@ -219,6 +219,22 @@ def test_captured_outputs_stay_what_they_were_and_hooks_go() -> None:
     assert not any(module._forward_hooks for module in model.modules())
 
 
+def test_squares_and_channel_sums_of_bf16_numbers_are_those_of_float32() -> None:
+    """512 terms, which bf16 would round to 8 bits; float64 stays what it is."""
+    values = torch.randn(2, 512, 3, 3).bfloat16()
+    exact = values.double()
+    functions: list[tuple[Callable[[Tensor], Tensor], Tensor]] = [
+        (lambda z: gradients.precise(z).square(), exact.square()),
+        (gradients.channel_sum, exact.sum(1)),
+        (lambda z: gradients.attention_map(z, 1), exact.abs().sum(1)),
+        (gradients.attention_map, exact.square().sum(1)),
+    ]
+    for function, expected in functions:
+        assert function(values).dtype == torch.float32
+        torch.testing.assert_close(function(values).double(), expected, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(function(exact), expected, rtol=1e-14, atol=1e-12)
+
+
 def test_hooks_go_when_the_forward_fails() -> None:
     model = randomised(vgg())
     with pytest.raises(UserError, match="halves"), gradients.captured(model, ["features.norm1"]):

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -21,7 +22,21 @@ from gradexp.engine.ensure import ensure
 from gradexp.engine.run import Paths, Run
 from gradexp.gradients import inputs
 from gradexp.models.vgg import VGG
-from gradexp.terms import Attention, BiasDecay, BiasGradient, CrossEntropy, FullGradient, Jacobian, Step, Term
+from gradexp.terms import (
+    Activations,
+    Attention,
+    AttentionJacobian,
+    BiasDecay,
+    BiasGradient,
+    CrossEntropy,
+    Fooling,
+    FullGradient,
+    GradientNorm,
+    Jacobian,
+    SoftTargets,
+    Step,
+    Term,
+)
 from gradexp.terms.maps import resized
 from gradexp.terms.targets import Targets
 from gradexp.training.dropout import dropout_after
@@ -359,6 +374,61 @@ def test_parameter_gradients_through_double_backward(name: str, student_bn: str,
     exact = sum((g * d).sum().item() for g, d in zip(found, directions, strict=True) if g is not None)
     slope = (loss(1e-6) - loss(-1e-6)).item() / 2e-6
     assert exact == pytest.approx(slope, rel=1e-5, abs=1e-8)
+
+
+# --- mixed precision --------------------------------------------------------------------------------------
+
+
+def step_in(dtype: torch.dtype) -> Any:
+    """What terms read of a step, as bf16 numbers in `dtype`; images and parameters are in float32, as under autocast."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.BatchNorm2d(64))
+    nn.init.normal_(model[0].bias)
+    logits, maps, features, gradient, layer_gradient = (
+        [torch.randn(4, *shape).bfloat16().to(dtype) for _ in range(2)]
+        for shape in ((99,), (8, 8), (64, 8, 8), (3, 8, 8), (64, 8, 8))
+    )
+    return SimpleNamespace(
+        labels=torch.arange(4),
+        images=gradients.precise(gradient[0]),
+        student=model,
+        student_logits=logits[0],
+        teacher_logits=logits[1],
+        student_features=lambda *_: features[0],
+        teacher_features=lambda *_: features[1],
+        student_input_gradient=lambda *_: gradient[0],
+        teacher_input_gradient=lambda *_: gradient[1],
+        student_feature_gradient=lambda *_: gradient[0],
+        teacher_feature_gradient=lambda *_: gradient[1],
+        student_layer_gradients=lambda *_: {"0": layer_gradient[0]},
+        teacher_map=lambda *_: maps[1],
+    )
+
+
+PAIR: dict[str, Any] = {"student_layers": ["0"], "teacher_layers": ["0"]}
+READS: dict[str, Callable[[], Term]] = {
+    "cross_entropy": lambda: CrossEntropy(weight=1),
+    "activations": lambda: Activations(weight=1, reduction="sum"),
+    "soft_targets": lambda: SoftTargets(weight=1, temperature=2),
+    "gradient_norm": lambda: GradientNorm(weight=1, reduction="sum", target="label", student_bn="batch"),
+    "jacobian": lambda: Jacobian(weight=1, reduction="sum", target="label", student_bn="batch"),
+    "unsquared jacobian": lambda: Jacobian(weight=1, reduction="norm", target="label", student_bn="batch"),
+    "attention_jacobian": lambda: AttentionJacobian(weight=1, level=1, window="none", student_bn="batch", **PAIR),
+    "fooling": lambda: Fooling(weight=1, mask=3, target="label", student_bn="batch"),
+    "full_gradient": lambda: full_gradient(**PAIR),
+    "attention": lambda: attention(power=2, **PAIR),
+    "absolute attention": lambda: attention(power=1, **PAIR),
+    "bias_gradient": lambda: bias_gradient(layer="0", bias="explicit", noise="channel"),
+    "bias_gradient by position": lambda: bias_gradient(layer="0", bias="explicit", noise="position"),
+}
+
+
+@pytest.mark.parametrize("name", READS)
+def test_terms_of_bf16_numbers_are_computed_in_float32(name: str) -> None:
+    """A loss that is rounded to 8 bits has lost what training changes."""
+    half, exact = READS[name]()(step_in(torch.bfloat16)), READS[name]()(step_in(torch.float64))
+    assert half.dtype == torch.float32
+    assert half.item() == pytest.approx(exact.item(), rel=1e-5)
 
 
 # --- Proposition 10 and dropout ---------------------------------------------------------------------------
