@@ -250,6 +250,24 @@ def test_fooling_is_zero_for_the_mask_and_does_not_depend_on_scale() -> None:
     assert fooling(-7 * flat) == pytest.approx(fooling(flat))
 
 
+@pytest.mark.parametrize("target", ["label", "top"])
+def test_fooling_is_equation_5_7_of_the_class_of_each_image(target: str) -> None:
+    """Every class has a picture of its own; labels and predictions differ from each other and from image to image."""
+    pictures = torch.randn(CLASSES, 2, 4, 4, dtype=torch.float64)
+    images, classes = pictures.roll(1, 0), {"label": [1, 0, 1], "top": [2, 0, 1]}
+    assert Linear(pictures)(images).argmax(1).tolist() == classes["top"]
+    data = batch()._replace(images=images, labels=torch.tensor(classes["label"]))
+    term = Fooling(weight=1, mask=2, target=target, student_bn="batch")
+    found = term(Step(data, Linear(pictures), differentiable_input=True))
+    distances = []
+    for label in classes[target]:
+        size = pictures[label].abs().sum(0)
+        mask = torch.zeros(4, 4)
+        mask[:2, :2] = 1 / 4
+        distances.append((size / size.sum() - mask).square().sum())
+    assert found.item() == pytest.approx(torch.stack(distances).mean().item(), rel=1e-12)
+
+
 def test_a_mask_larger_than_the_image_is_an_error() -> None:
     with pytest.raises(UserError, match="a side from 1 to 4"):
         fooling(torch.ones(CLASSES, 2, 4, 4, dtype=torch.float64), mask=5)
