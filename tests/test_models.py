@@ -86,6 +86,22 @@ def test_a_flattened_map_needs_the_size_of_the_images() -> None:
         tiny(head="pool")
 
 
+@pytest.mark.parametrize("head", ["average", "flatten"])
+def test_dropout_is_of_the_linear_layers_input(head: str) -> None:
+    """On averaged features, one number of a mask for each image and channel; none in eval mode."""
+    model, images = tiny(head=head, size=8, dropout=0.4).train(), torch.randn(6, 3, 8, 8)
+    features = model.features(images)
+    hidden = features.mean((2, 3)) if head == "average" else features.flatten(1)
+    torch.manual_seed(3)
+    found = model(images)
+    torch.manual_seed(3)
+    mask = torch.nn.functional.dropout(torch.ones_like(hidden), 0.4)
+    torch.testing.assert_close(found, torch.nn.functional.linear(hidden * mask, model.linear.weight, model.linear.bias))
+    assert 0 < (mask == 0).sum() < mask.numel()
+    model.eval()
+    torch.testing.assert_close(model(images), model(images), rtol=0, atol=0)
+
+
 def test_width_scales_channels() -> None:
     assert [m.out_channels for m in tiny(width=0.5).modules() if isinstance(m, torch.nn.Conv2d)] == [2, 4]
     assert [m.out_channels for m in tiny(width=0.01).modules() if isinstance(m, torch.nn.Conv2d)] == [1, 1]

@@ -259,11 +259,10 @@ def test_fooling_is_equation_5_7_of_the_class_of_each_image(target: str) -> None
     data = batch()._replace(images=images, labels=torch.tensor(classes["label"]))
     term = Fooling(weight=1, mask=2, target=target, student_bn="batch")
     found = term(Step(data, Linear(pictures), differentiable_input=True))
-    distances = []
+    mask, distances = torch.zeros(4, 4), []
+    mask[:2, :2] = 1 / 4
     for label in classes[target]:
         size = pictures[label].abs().sum(0)
-        mask = torch.zeros(4, 4)
-        mask[:2, :2] = 1 / 4
         distances.append((size / size.sum() - mask).square().sum())
     assert found.item() == pytest.approx(torch.stack(distances).mean().item(), rel=1e-12)
 
