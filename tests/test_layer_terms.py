@@ -60,8 +60,8 @@ def value(term: Term, student: nn.Module, teacher: nn.Module | None = None, data
     data = data or batch()
     term.resolve_layers(student, teacher, data.images[:1])
     live = Targets(copy.deepcopy(teacher), with_gradient=True, layers=term.teacher_layers) if teacher else None
-    step = Step(data, student, live, student_layers=term.student_layers, student_biases=term.student_biases)
-    return term(step)
+    reads: dict[str, Any] = {"student_layers": term.student_layers, "student_biases": term.student_biases}
+    return term(Step(data, student, live, differentiable_input=term.needs_input_gradient, **reads))
 
 
 def full_gradient(**changes: Any) -> FullGradient:
@@ -72,6 +72,11 @@ def full_gradient(**changes: Any) -> FullGradient:
 
 def attention(**changes: Any) -> Attention:
     return Attention(weight=1, **{"student_layers": PLACES, "teacher_layers": PLACES, "squared": True, **changes})
+
+
+def attention_jacobian(**changes: Any) -> AttentionJacobian:
+    options = {"level": 2, "window": 2, "student_bn": "batch", "student_layers": PLACES, "teacher_layers": PLACES}
+    return AttentionJacobian(weight=1, **{**options, **changes})
 
 
 # --- layers by their place --------------------------------------------------------------------------------
@@ -294,6 +299,22 @@ def test_input_gradients_of_a_student_in_train_mode(training: bool) -> None:
     assert found.item() == pytest.approx(sum((mine[i] - theirs[i]).square().sum().item() for i in range(4)) / 4, rel=1e-10)
 
 
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_the_attention_jacobian_of_a_student_in_train_mode(training: bool) -> None:
+    """Eq. 2.9 at the teacher's largest pooled pixel; the gradient is through the statistics of the whole batch."""
+    student, teacher, data, maps = net(0).train(training), net(1, (7, "M", 3)), batch(), []
+    images = data.images.clone().requires_grad_()
+    for model in (student, teacher):
+        squares = plainly(model, images).outputs["features.norm2"].square().sum(1)
+        maps.append(squares.unfold(1, 2, 1).unfold(2, 2, 1).mean((3, 4)).flatten(1))
+    largest = maps[1].argmax(1)
+    assert not (largest == maps[0].argmax(1)).all()
+    mine, theirs = (torch.autograd.grad(each[torch.arange(4), largest].sum(), images)[0] for each in maps)
+    distances = [(one / one.norm() - other / other.norm()).square().sum() for one, other in zip(mine, theirs, strict=True)]
+    found = value(attention_jacobian(), student, teacher, data)
+    assert found.item() == pytest.approx(torch.stack(distances).mean().item(), rel=1e-10)
+
+
 def test_an_unknown_power_is_an_error() -> None:
     with pytest.raises(UserError, match=r"power=3: it must be 1 \(absolute values\) or 2 \(squares\)"):
         attention(power=3)
@@ -349,13 +370,15 @@ def test_maps_without_common_sizes_are_errors() -> None:
 
 @pytest.mark.parametrize("fast", [False, True], ids=["stock", "fast"])
 @pytest.mark.parametrize("student_bn", ["batch", "running"])
-@pytest.mark.parametrize("name", ["full_gradient", "times_bias", "bias_gradient"])
+@pytest.mark.parametrize("name", ["full_gradient", "times_bias", "bias_gradient", "attention_jacobian", "fooling"])
 def test_parameter_gradients_through_double_backward(name: str, student_bn: str, fast: bool) -> None:
     """Against finite differences along a random direction of all parameters, through batch statistics too."""
     terms: dict[str, Callable[[], Term]] = {
         "full_gradient": lambda: full_gradient(student_bn=student_bn),
         "times_bias": lambda: full_gradient(student_bn=student_bn, times_bias=True),
         "bias_gradient": lambda: bias_gradient(layer="block 2", student_bn=student_bn),
+        "attention_jacobian": lambda: attention_jacobian(student_bn=student_bn),
+        "fooling": lambda: Fooling(weight=1, mask=3, target="label", student_bn=student_bn),
     }
     student, teacher = net(0).train(), net(1)
     if fast:
@@ -413,7 +436,7 @@ READS: dict[str, Callable[[], Term]] = {
     "gradient_norm": lambda: GradientNorm(weight=1, reduction="sum", target="label", student_bn="batch"),
     "jacobian": lambda: Jacobian(weight=1, reduction="sum", target="label", student_bn="batch"),
     "unsquared jacobian": lambda: Jacobian(weight=1, reduction="norm", target="label", student_bn="batch"),
-    "attention_jacobian": lambda: AttentionJacobian(weight=1, level=1, window="none", student_bn="batch", **PAIR),
+    "attention_jacobian": lambda: attention_jacobian(level=1, **PAIR),
     "fooling": lambda: Fooling(weight=1, mask=3, target="label", student_bn="batch"),
     "full_gradient": lambda: full_gradient(**PAIR),
     "attention": lambda: attention(power=2, **PAIR),
