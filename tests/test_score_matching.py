@@ -221,6 +221,24 @@ def test_a_relu_network_is_refused() -> None:
     score().check(net())
 
 
+def test_dropout_between_the_two_passes_of_the_taylor_estimator_is_refused() -> None:
+    """It would draw two masks, whose difference is multiplied by 2/sigma^2. One pass has one mask, and eval mode none."""
+    model = VGG(name="t", layers=[4], width=1, channels=2, classes=CLASSES, dropout=0.5, activation=softplus).double()
+    with pytest.raises(UserError, match=r"^ScoreMatching: .* two masks; set model\.dropout=null.*$"):
+        score().check(model)
+    with pytest.raises(UserError, match=r"^AntiScoreMatching: .* two masks; .*$"):
+        AntiScoreMatching(weight=1, ceiling=1000, estimator="taylor", sigma=0.01, target="label").check(model)
+    score(estimator="hutchinson").check(model)
+    score(student_bn="running").check(model)
+    values = []
+    for probability in (0.5, 0.0):
+        model.dropout.p = probability
+        torch.manual_seed(3)
+        values.append(score(student_bn="running")(Step(batch(), model, differentiable_input=True)))
+    torch.testing.assert_close(*values)
+    score().check(model)
+
+
 # --- fooling ----------------------------------------------------------------------------------------------
 
 

@@ -9,6 +9,7 @@ from gradexp.terms.step import Step
 from gradexp.terms.term import Term
 
 FLAT = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.Hardtanh)
+DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
 class HessianTrace(Term):
@@ -17,7 +18,8 @@ class HessianTrace(Term):
     estimator: `taylor` (Eq. 5.9, noise of standard deviation sigma) or `hutchinson` (exact products with the Hessian).
     target: the output f, see gradients.scalar. student_bn: `batch` statistics, where the noisy images have their own
     (gradients.taylor_trace), or `running` statistics, those of the density that is evaluated after training.
-    Raises UserError for a sigma that is not positive and, before training, for a network of ReLUs.
+    Raises UserError for a sigma that is not positive and, before training, for a network of ReLUs and, with `taylor` and batch
+    statistics, for one with dropout.
     """
 
     full_precision = True  # Eq. 5.9 multiplies the difference of two logits by 2/sigma²: in bf16 only rounding would be left
@@ -35,6 +37,13 @@ class HessianTrace(Term):
             raise UserError(
                 f"{type(self).__name__}: the Hessian of a ReLU network is zero almost everywhere; take a softplus network, "
                 "model=resnet18 or model=vgg11_softplus"
+            )
+        if self.estimator == "hutchinson" or self.student_bn == "running":  # one forward pass, or eval mode
+            return
+        if any(isinstance(module, DROPOUT) and module.p > 0 for module in student.modules()):
+            raise UserError(
+                f"{type(self).__name__}: the taylor estimator takes the difference of two passes, in which dropout draws two "
+                "masks; set model.dropout=null, or take the hutchinson estimator or student_bn=running"
             )
 
     def trace(self, step: Step) -> Tensor:
