@@ -3,7 +3,9 @@
 import copy
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -436,27 +438,54 @@ LAYER = "features.norm1"
 MAPS = [Map("attention", LAYER), Map("absolute", LAYER), Map("gradient", LAYER, "label")]
 
 
-def stored(folder: Path, teacher: nn.Module, maps: list[Map] = MAPS) -> tuple[TensorLoader, Targets, StoredTargets]:
-    images = np.random.default_rng(0).integers(0, 256, (10, 2, 6, 6), dtype=np.uint8)
+def stored(
+    folder: Path, teacher: nn.Module, maps: list[Map] = MAPS, *, count: int = 10, steps: int = 12, **changes: Any
+) -> tuple[TensorLoader, Targets, StoredTargets]:
+    images = np.random.default_rng(0).integers(0, 256, (count, 2, 6, 6), dtype=np.uint8)
     statistics = {"mean": torch.full((2,), 0.5), "std": torch.full((2,), 0.3)}
-    options = {"batch_size": 4, "shuffle": True, "flip": True, "crop": 1}
-    loader = TensorLoader(Split(images, np.arange(10) % CLASSES), np.arange(10), **statistics, **options)
+    options = {"batch_size": 4, "shuffle": True, "flip": True, "crop": 1, **changes}
+    loader = TensorLoader(Split(images, np.arange(count) % CLASSES), np.arange(count), **statistics, **options)
     live = Targets(teacher.float(), with_gradient=True, layers=[LAYER])
-    return loader, live, StoredTargets(live, loader, 12, folder, target="label", maps=maps)
+    return loader, live, StoredTargets(live, loader, steps, folder, target="label", maps=maps)
 
 
-def test_stored_targets_are_the_live_ones(tmp_path: Path) -> None:
-    loader, live, kept = stored(tmp_path / "targets", net(1))
+@pytest.mark.parametrize(
+    ("changes", "images"),
+    [
+        ({}, 40),
+        ({"steps": 2}, 8),
+        ({"steps": 5}, 18),
+        ({"count": 9}, 54),
+        ({"count": 9, "steps": 3}, 13),
+        ({"flip": False, "crop": 0, "steps": 5}, 18),
+        ({"shuffle": False}, 40),
+    ],
+    ids=str,
+)
+def test_stored_targets_are_the_live_ones(tmp_path: Path, changes: dict[str, Any], images: int) -> None:
+    """Also where a training ends within a pass, and where a lone image joins the batch before it."""
+    loader, live, kept = stored(tmp_path / "targets", net(1), **changes)
     seen = 0
-    for batch in TrainingStream(loader, 12):
+    for batch in TrainingStream(loader, changes.get("steps", 12)):
         torch.testing.assert_close(kept.logits(batch), live.logits(batch), rtol=1e-5, atol=1e-5)
         gradient = live.input_gradient(batch, "label")
         torch.testing.assert_close(kept.input_gradient(batch, "label").float(), gradient, rtol=2**-8, atol=1e-6)
         for wanted in MAPS:
             torch.testing.assert_close(kept.map(batch, wanted).float(), live.map(batch, wanted), rtol=2**-8, atol=1e-5)
         seen += len(batch.row)
-    assert seen == 40
-    assert len(kept.keys) <= 40
+    assert seen == images
+    assert len(kept.keys) <= seen
+
+
+def test_targets_that_are_not_stored_are_an_error(tmp_path: Path) -> None:
+    """And not those of the next view, or of the last one."""
+    loader, _, kept = stored(tmp_path / "targets", net(1), steps=1)
+    rows, views = kept.keys // loader.views, kept.keys % loader.views
+    for other in (rows, views + 1), (rows, views - 1), (rows[-1:], views[-1:] + 1), (rows + loader.count, views):
+        batch = loader.batch(rows[: len(other[0])], views[: len(other[0])])._replace(row=other[0], view=other[1])
+        for read in (kept.logits, partial(kept.input_gradient, target="label"), partial(kept.map, wanted=MAPS[0])):
+            with pytest.raises(RuntimeError, match="targets has no teacher targets"):
+                read(batch)
 
 
 def test_stored_targets_are_computed_once_and_shared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -33,7 +33,8 @@ class StoredTargets(Targets):
     so that they do not depend on which run computed them or how often it was interrupted.
 
     target: the output whose input-gradient is stored; None for none. maps: the layer maps that are stored. Anything else is
-    computed as `live` does. Raises UserError for a folder with another teacher's values.
+    computed as `live` does. Raises UserError for a folder with another teacher's values, and RuntimeError for a batch that no
+    step shows.
     """
 
     kind = "stored"  # in records
@@ -77,7 +78,10 @@ class StoredTargets(Targets):
         return self._read(name, batch) if name in self.stored else super().map(batch, wanted)
 
     def _read(self, name: str, batch: Batch) -> Tensor:
-        slots = torch.searchsorted(self.keys, self.loader.key(batch.row, batch.view))
+        keys = self.loader.key(batch.row, batch.view)  # on the CPU, so that no device is waited for
+        slots = torch.searchsorted(self.keys, keys).clamp(max=len(self.keys) - 1)
+        if not torch.equal(self.keys[slots], keys):
+            raise RuntimeError(f"a batch shows views of images for which {self.folder} has no teacher targets")
         return send(self.stored[name][slots], batch.images.device)
 
     def _values(self, start: int, end: int, names: Iterable[str]) -> dict[str, Tensor]:
