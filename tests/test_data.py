@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 from gradexp.base.errors import UserError
 from gradexp.data import sources, subsets
@@ -303,6 +304,18 @@ def test_a_stream_can_be_taken_up_anywhere() -> None:
         second = TrainingStream(loader(split(), shuffle=True, flip=True), 8)
         second.load_state_dict({"step": stop})
         assert [batch.row.tolist() for batch in second] == whole[stop:]
+
+
+@pytest.mark.parametrize("options", [{}, {"flip": True}, {"crop": 1}, {"flip": True, "crop": 2}, {"shuffle": False}], ids=str)
+@pytest.mark.parametrize("count", [3, 8, 9, 10])  # less than a batch, whole batches, a lone image, a rest of two
+def test_the_views_that_are_foretold_are_those_that_are_shown(count: int, options: dict[str, Any]) -> None:
+    """After any number of steps, in the middle of a pass too; each key is of one image and one view."""
+    images = loader(split(count), **{"shuffle": True, **options})
+    for steps in range(1, 3 * len(images) + 1):
+        shown = {pair for batch in TrainingStream(images, steps) for pair in zip(*map(Tensor.tolist, batch[2:4]), strict=True)}
+        keys = images.visited(steps)
+        assert [(key // images.views, key % images.views) for key in keys.tolist()] == sorted(shown)
+        assert torch.equal(images.key(keys // images.views, keys % images.views), keys)
 
 
 # --- data sets --------------------------------------------------------------------------------------------
