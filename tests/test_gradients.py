@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,12 @@ from gradexp import gradients
 from gradexp.base.errors import UserError
 from gradexp.data.loader import Batch, TensorLoader, TrainingStream
 from gradexp.data.sources import Split
+from gradexp.engine.assemble import make_terms
+from gradexp.engine.build import build
+from gradexp.engine.compose import compose_run
+from gradexp.engine.run import Paths, Run
 from gradexp.models.vgg import VGG
+from gradexp.tasks import train
 from gradexp.terms import Activations, AntiScoreMatching, CrossEntropy, GradientNorm, Jacobian, ScoreMatching, SoftTargets, Step
 from gradexp.terms.targets import Map, Targets
 from gradexp.training.targets import StoredTargets
@@ -486,6 +492,30 @@ def test_targets_that_are_not_stored_are_an_error(tmp_path: Path) -> None:
         for read in (kept.logits, partial(kept.input_gradient, target="label"), partial(kept.map, wanted=MAPS[0])):
             with pytest.raises(RuntimeError, match="targets has no teacher targets"):
                 read(batch)
+
+
+def test_stored_targets_have_the_precision_of_the_steps(places: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are computed under autocast where the steps are, and each precision has a folder of its own."""
+    config = compose_run(["experiment=jacobian_distill", "method=ce_a_j", *places])
+    images, half = np.random.default_rng(0).integers(0, 256, (10, 2, 6, 6), dtype=np.uint8), torch.full((2,), 0.5)
+    loader = TensorLoader(Split(images, np.arange(10) % CLASSES), np.arange(10), batch_size=5, mean=half, std=half)
+    teacher, batch = nn.Sequential(nn.Flatten(), nn.Linear(72, CLASSES)), next(iter(loader))
+    monkeypatch.setattr(train, "_load_teacher", lambda *_: teacher)
+    finished: Any = SimpleNamespace(run=SimpleNamespace(id="0" * 12), digest="1" * 64)
+    folders = set[Path]()
+    for precision in ("32", "bf16"):
+        contexts = [torch.autocast("cpu", torch.bfloat16, enabled=precision == name) for name in ("bf16", "32")]
+        hardware: Any = SimpleNamespace(store_gib=1, precision=precision, autocast=lambda contexts=contexts: contexts[0])
+        parts = build(config["optim"], where="optim"), loader, hardware
+        module = train.make_module(Run(config, Paths.of(config)), {"teacher": finished}, teacher, make_terms(config), *parts)
+        assert isinstance(module.targets, StoredTargets)
+        distances = []
+        for context in contexts:  # that of the steps, and the other one
+            with context:
+                distances.append((module.targets.logits(batch) - Targets(teacher, with_gradient=False).logits(batch)).norm())
+        assert distances[0] < 0.1 * distances[1]
+        folders.add(module.targets.folder)
+    assert len(folders) == 2
 
 
 def test_stored_targets_are_computed_once_and_shared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
