@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,9 @@ from gradexp.engine.ensure import ensure
 from gradexp.engine.fit import Training
 from gradexp.engine.run import ROOT, Paths, Run
 from gradexp.layers import ranks
-from gradexp.terms.targets import Targets
 from gradexp.training.classifier import Classifier
 from gradexp.training.dropout import dropout_after
+from gradexp.training.targets import make_targets
 
 WORLD, COUNT, SIZE = 2, 7, 16
 
@@ -58,13 +58,15 @@ METHODS |= {
     "gradient_norm, dropout": ["experiment=teacher", "model=vgg4", "method=gradient_norm", "model.dropout=0.25"],
     "effective bias": ["experiment=bias_gradient", "model=vgg4", "method.terms.bias_gradient.bias=effective"],
     "hutchinson": ["experiment=score_matching", "method.terms.score_matching.estimator=hutchinson"],
+    "fg_att, stored targets": METHODS["fg_att"],
 }
 
 
 def loader(classes: int = 10, size: int = SIZE) -> TensorLoader:
+    """Images are in float64, as the statistics are."""
     generator = torch.Generator().manual_seed(5)
     images = torch.randint(256, (COUNT, 3, size, size), generator=generator, dtype=torch.uint8).numpy()
-    half = torch.full((3,), 0.5)
+    half = torch.full((3,), 0.5, dtype=torch.float64)
     split = Split(images, (torch.arange(COUNT) % classes).numpy())
     return TensorLoader(split, range(COUNT), batch_size=COUNT, mean=half, std=half, shuffle=True, flip=True, crop=2, seed=3)
 
@@ -74,8 +76,11 @@ def size_of(words: list[str]) -> int:
     return 2 * SIZE if "experiment=jacobian_transfer" in words else SIZE
 
 
-def classifier(words: list[str]) -> tuple[Classifier, dict[str, Any] | None]:
-    """A random student and teacher in float64, their batch statistics far from the stored ones."""
+def classifier(words: list[str], folder: Path | None) -> tuple[Classifier, TensorLoader, dict[str, Any] | None]:
+    """The method's module, with a random student and teacher in float64, their batch statistics far from the stored ones.
+
+    folder: where the teacher's targets are stored, None for live ones.
+    """
     config = compose_run([*words, "scale=quick", "scale.width=0.04", "data.channels=3"])
     torch.manual_seed(7)
     upstream = config["upstream"].get("teacher", {}) if "Transfer" in config["method"]["module"] else {}
@@ -87,16 +92,20 @@ def classifier(words: list[str]) -> tuple[Classifier, dict[str, Any] | None]:
         if isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.weight, 1, 0.3)
             nn.init.normal_(module.bias, 0, 0.3)
-    terms = make_terms(config)
-    example = torch.zeros(1, 3, size_of(words), size_of(words), dtype=torch.float64)
+    classes = min(10, *(head.out_features for head in student.modules() if isinstance(head, nn.Linear)))
+    terms, images = make_terms(config), loader(classes, size_of(words))
     for term in terms.values():
-        term.resolve_layers(student, teacher if term.needs_teacher else None, example)
-    names = [layer for term in terms.values() for layer in term.teacher_layers]
+        term.resolve_layers(student, teacher if term.needs_teacher else None, images.example.double())
     layers.accelerate(student)
-    targets = Targets(teacher, with_gradient=True, layers=names)
-    optim = build(config["optim"], where="optim")
-    module = Classifier(student, terms, optim, steps_per_pass=2, seed=0, targets=targets)
-    return module.train(), config["method"].get("dropout")
+    options: dict[str, Any] = {"optim": build(config["optim"], where="optim"), "steps_per_pass": 2, "seed": 0}
+    if "teacher" in config["upstream"]:
+        angle, steps = config["method"].get("angle"), 2 * images.views  # so many that storing pays
+        stored: dict[str, Any] = {"store_gib": 1 if folder else 0, "cache": folder, "autocast": nullcontext(), "origin": []}
+        options |= {"angle": angle} if angle else {}
+        options["targets"] = make_targets(teacher, list(terms.values()), images, steps, angle=angle, **stored)
+        assert options["targets"].kind == ("stored" if folder else "live")
+    module = build({"_target_": config["method"]["module"]}, where="module", student=student, terms=terms, **options)
+    return module.train(), images, config["method"].get("dropout")
 
 
 class Stepping(nn.Module):
@@ -111,12 +120,10 @@ class Stepping(nn.Module):
         return self.module.training_step(batch, 0)
 
 
-def gradients(words: list[str], rank: int, world: int) -> dict[str, Tensor]:
-    """Parameter gradients, batch statistics and loss of one step on this process's part of the batch."""
-    module, where = classifier(words)
-    classes = min(10, *(head.out_features for head in module.student.modules() if isinstance(head, nn.Linear)))
-    batch = next(loader(classes, size_of(words)).batches(0, rank=rank, world=world))
-    batch = batch._replace(images=batch.images.double())
+def gradients(words: list[str], folder: Path | None, rank: int, world: int) -> dict[str, Tensor]:
+    """Parameter gradients, batch statistics and curves of one step on this process's part of the batch."""
+    module, images, where = classifier(words, folder)
+    batch = next(images.batches(0, rank=rank, world=world))
     stepping: nn.Module = Stepping(module)
     if world > 1:
         ranks.share_layers(module.student)
@@ -125,7 +132,7 @@ def gradients(words: list[str], rank: int, world: int) -> dict[str, Tensor]:
         stepping(batch).backward()
     found = {name: value.grad for name, value in module.student.named_parameters() if value.grad is not None}
     found |= {name: value.double() for name, value in module.student.named_buffers()}
-    return found | {"loss": module._totals()["train/loss"].double()}
+    return found | {name: value.double() for name, value in module._totals().items()}
 
 
 def _rank(rank: int, place: str, work: Callable[[int], Any], results: Any) -> None:
@@ -150,20 +157,23 @@ def in_two_processes(place: Path, work: Callable[[int], Any]) -> list[Any]:
 
 
 def test_gradients_of_every_method_are_those_of_one_process(tmp_path: Path) -> None:
-    """In float64, on a batch that two processes can't halve: 7 images, 4 and 3."""
-    single = {name: gradients(words, 0, 1) for name, words in METHODS.items()}
+    """And so are curves. In float64, on a batch that two processes can't halve: 7 images, 4 and 3."""
+
+    def of_all(rank: int, world: int) -> dict[str, dict[str, Tensor]]:
+        folder = tmp_path / f"targets of {world}"
+        return {name: gradients(words, folder if "stored" in name else None, rank, world) for name, words in METHODS.items()}
 
     def work(rank: int) -> dict[str, dict[str, Any]]:
-        return {
-            name: {key: value.numpy() for key, value in gradients(words, rank, WORLD).items()}
-            for name, words in METHODS.items()
-        }
+        return {name: {key: value.numpy() for key, value in found.items()} for name, found in of_all(rank, WORLD).items()}
+
+    single = of_all(0, 1)
+    assert {name for name in single if "train/angle" in single[name]} >= {"ce_a_j", "ce_a_10", "fg_att, stored targets"}
 
     for found in in_two_processes(tmp_path / "meet", work):
         for method, expected in single.items():
             assert found[method].keys() == expected.keys(), method
             for name, value in expected.items():
-                tolerance = 1e-6 if name == "loss" else 1e-12  # curves are kept in float32
+                tolerance = 1e-6 if name.startswith("train/") else 1e-12  # curves are kept in float32
                 distance = (torch.as_tensor(found[method][name]) - value).norm()
                 assert distance <= tolerance * (1 + value.norm()), f"{method}: {name}"
 
