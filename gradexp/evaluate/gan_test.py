@@ -1,7 +1,6 @@
 """GAN-test: accuracy of an independent classifier on class-conditional samples (Shmelkov et al., 2018; §5.5.1)."""
 
 import torch
-from scipy.stats import binomtest
 from torch import Tensor, nn
 
 from gradexp.evaluate.accuracy import EVALUATION_BATCH
@@ -18,6 +17,8 @@ def gan_test(judge: nn.Module, samples: Tensor, labels: Tensor, *, confidence: f
         return dict.fromkeys(("gan_test", "gan_test/low", "gan_test/high"), float("nan"))
     batches = zip(torch.split(samples, EVALUATION_BATCH), torch.split(labels, EVALUATION_BATCH), strict=True)
     correct = sum(int((judge(images).argmax(1) == classes).sum()) for images, classes in batches)
+    from scipy.stats import binomtest  # which takes a second to import
+
     interval = binomtest(correct, len(labels)).proportion_ci(confidence_level=confidence, method="exact")
     percents = {"gan_test": correct / len(labels), "gan_test/low": interval.low, "gan_test/high": interval.high}
     return {name: round(100 * float(value), 4) for name, value in percents.items()}

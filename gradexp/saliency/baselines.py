@@ -1,11 +1,13 @@
-"""The methods that FullGrad is compared with (thesis §1.4, §3.5). Captum does the work where there is any."""
+"""The methods that FullGrad is compared with (thesis §1.4, §3.5).
+
+Captum does the work where there is any. It is imported where it is used, as it takes a second and draws with matplotlib.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
-from captum import attr
 from torch import Tensor, nn
 
 from gradexp import gradients
@@ -53,6 +55,8 @@ class IntegratedGradients(Saliency):
     channels: str = "abs"
 
     def map(self, model: nn.Module, images: Tensor, labels: Tensor | None) -> Tensor:
+        from captum import attr
+
         baseline = torch.as_tensor(self.black, device=images.device, dtype=images.dtype).expand(images.shape)
         attributions = attr.IntegratedGradients(model).attribute(
             images,
@@ -81,6 +85,8 @@ class SmoothGrad(Saliency):
     power = 1
 
     def map(self, model: nn.Module, images: Tensor, labels: Tensor | None) -> Tensor:
+        from captum import attr
+
         # Captum's noise has one standard deviation for the whole batch: so the noise is added in units of each
         # image's range, and the model is given the images in their own units again.
         precise = gradients.precise(images)  # Captum draws noise in float32 at least
