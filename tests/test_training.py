@@ -1,10 +1,12 @@
 """The training loop, in process: schedules, lengths, and what survives an interruption."""
 
+import copy
 import errno
 import json
 import math
 import os
 import signal
+from collections.abc import Callable
 from csv import DictReader
 from pathlib import Path
 from typing import Any
@@ -13,14 +15,18 @@ import lightning
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
-from torch import distributed
+from torch import Tensor, distributed, nn
+from torch.nn import functional
 
 from gradexp.base.errors import Stopped, UserError
 from gradexp.base.files import sha256
+from gradexp.data.loader import Batch, TrainingStream
 from gradexp.engine import loggers
+from gradexp.engine.assemble import make_model
 from gradexp.engine.build import build
 from gradexp.engine.compose import compose_run
 from gradexp.engine.ensure import ensure
+from gradexp.engine.fit import Training
 from gradexp.engine.hardware import Hardware, native_bf16
 from gradexp.engine.run import Config, Paths, Run
 from gradexp.tasks import train
@@ -93,6 +99,66 @@ def test_curves_have_a_point_a_pass_even_when_the_last_is_cut(places: list[str])
     record = ensure(run(places, "optim.batch_size=16", "optim.passes=null", "optim.steps=7"))  # 3 steps per pass
     assert record["steps"] == 7
     assert len(record["metrics"]["train/loss"]) == 3
+
+
+def train_by_hand(student: nn.Module, loss: Callable[[Batch], Tensor], stream: TrainingStream) -> list[float]:
+    """Adam, weight decay 0.1 added to the gradient, rate 1e-3 and a tenth of it from half of the steps on. -> all losses."""
+    parameters, losses = list(student.train().parameters()), []
+    means, squares = ([torch.zeros_like(each) for each in parameters] for _ in range(2))
+    for step, batch in enumerate(stream, start=1):
+        value, rate = loss(batch), 1e-4 if (step - 1) / stream.steps >= 0.5 else 1e-3
+        losses.append(value.item())
+        slopes = torch.autograd.grad(value, parameters)
+        for parameter, slope, mean, square in zip(parameters, slopes, means, squares, strict=True):
+            slope = slope + 0.1 * parameter.detach()
+            mean.mul_(0.9).add_(0.1 * slope)
+            square.mul_(0.999).add_(0.001 * slope**2)
+            parameter.data -= rate * mean / (1 - 0.9**step) / ((square / (1 - 0.999**step)).sqrt() + 1e-8)
+    return losses
+
+
+@pytest.mark.parametrize("method", ["ce", "ce_a_j"])
+def test_a_training_is_the_loop_that_is_written_out_here(
+    method: str, places: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The losses of three passes, of 3, 3 and 1 steps, and the weights at the end; with and without a teacher."""
+    words = ["experiment=jacobian_distill", *TINY, f"method={method}", "gradients.backend=autograd", "trainer.precision=32"]
+    words += ["optim.batch_size=16", "optim.passes=null", "optim.steps=7", "optim.schedule.at=[0.5]"]
+    words += ["optim.optimizer.weight_decay=0.1"]
+    if method == "ce_a_j":
+        words += ["method.terms.activations.weight=2", "method.terms.jacobian.weight=20"]
+        words += ["+upstream.teacher.optim.passes=1", "+upstream.teacher.scale.width=0.03"]
+    begun, fitted = [], Training.fit
+
+    def fit(training: Training, logger: Any) -> int:
+        begun.append((copy.deepcopy(training.module.student), training.loader))
+        return fitted(training, logger)
+
+    monkeypatch.setattr(Training, "fit", fit)
+    config = compose_run([*words, *places])
+    made = Run(config, Paths.of(config))
+    record, (student, loader) = ensure(made), begun[-1]  # the teacher was trained first
+    teachers = [make_model(below).eval() for below in made.upstream.values()]
+    for teacher, below in zip(teachers, made.upstream.values(), strict=True):
+        teacher.load_state_dict(torch.load(below.weights, weights_only=True))
+
+    def loss(batch: Batch) -> Tensor:
+        images = batch.images.detach().requires_grad_()
+        logits, total = student(images), torch.zeros(())
+        for teacher in teachers:
+            both = logits, teacher(images)
+            chosen = [values.gather(1, batch.labels[:, None]).sum() for values in both]
+            mine, its = (torch.autograd.grad(values, images, create_graph=True)[0] for values in chosen)
+            total = 2 * (both[0] - both[1].detach()).square().mean() + 20 * (mine - its).square().sum() / len(images)
+        return total + functional.cross_entropy(logits, batch.labels)
+
+    losses = train_by_hand(student, loss, TrainingStream(loader, 7))
+    passes = [sum(losses[:3]) / 3, sum(losses[3:6]) / 3, losses[6]]
+    assert record["metrics"]["train/loss"] == pytest.approx(passes, rel=2e-4)
+    for name, value in torch.load(made.weights, weights_only=True).items():
+        torch.testing.assert_close(
+            student.state_dict()[name], value, rtol=1e-3, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 @pytest.fixture
