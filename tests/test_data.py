@@ -352,6 +352,21 @@ def test_raw_pixels_stay_between_0_and_1(tmp_path: Path) -> None:
     assert 0 <= batch.images.min() <= batch.images.max() <= 1
 
 
+@pytest.mark.parametrize("normalise", ["standard", "none"])
+def test_black_is_what_the_loader_makes_of_a_black_image(
+    tmp_path: Path, normalise: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In each channel, whose mean and deviation are its own."""
+    coloured = (split().images // np.array([1, 2, 4])[:, None, None]).astype(np.uint8)
+    made = {"train": Split(coloured, np.arange(10)), "test": Split(np.zeros((1, 3, 6, 6), np.uint8), np.arange(1))}
+    monkeypatch.setattr(Digits, "splits", lambda _: made)
+    data = digits(tmp_path, normalise=normalise)
+    (batch,) = data.test_loader(batch_size=1, device="cpu")
+    assert data.black.shape == (3, 1, 1)
+    torch.testing.assert_close(batch.images, data.black.expand(1, 3, 6, 6))
+    assert len(data.black.unique()) == (3 if normalise == "standard" else 1)
+
+
 def test_a_validation_split_takes_the_place_of_the_test_set(tmp_path: Path) -> None:
     whole, held = digits(tmp_path).fingerprint(), digits(tmp_path, validation=0.2, per_class=5).fingerprint()
     assert held["test"] == whole["train"]  # cut from the training set

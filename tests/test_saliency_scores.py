@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from fakes import upstream_of
 from PIL import Image
 from torch import Tensor, nn
 
@@ -21,6 +22,7 @@ from gradexp.data.digits import Digits
 from gradexp.data.loader import Batch, TensorLoader
 from gradexp.data.removal import MANIFEST, Removal
 from gradexp.data.sources import Split
+from gradexp.engine.assemble import make_saliency
 from gradexp.engine.compose import compose_run, plan
 from gradexp.engine.ensure import ensure
 from gradexp.engine.evaluation import Evaluation
@@ -143,6 +145,18 @@ def test_removed_pixels_are_black_in_the_images_units() -> None:
     method = Given(maps={None: [0.1, 0.2, 0.3, 0.4]})
     found = test(Weights(1, 2, 3, 4), method, batch([1.0] * 4), black=torch.full((1, 1, 1), -0.5), seed=0)
     assert float(found["output_change@removed=0.25"]) == pytest.approx(0.15)
+
+
+def test_a_method_is_given_the_black_and_the_deviation_of_the_images() -> None:
+    """Those of an image of zeros and one of 255s behind the loader."""
+    data, hardware = digits(), SimpleNamespace(device="cpu")
+    extremes = Split(np.repeat(np.uint8([0, 255]), 3).reshape(2, 3, 1, 1), np.arange(2))
+    mean, std = data.colours
+    (seen,) = TensorLoader(extremes, np.arange(2), batch_size=2, mean=mean, std=std)
+    config = compose_run(["experiment=pixel_perturbation", "scale=quick", "saliency=integrated_gradients"])
+    method = make_saliency(config, data, hardware)  # type: ignore[arg-type]
+    torch.testing.assert_close(method.black, seen.images[0])
+    torch.testing.assert_close(1 / method.std, seen.images[1] - seen.images[0])
 
 
 def test_digit_flip_by_hand() -> None:
@@ -324,6 +338,31 @@ def test_a_score_is_a_mean_over_images_with_its_spread(tmp_path: Path) -> None:
     assert record["metrics"]["test/completeness_error"] < 1e-4
     assert record["metrics"]["test/output_change@removed=0.1/std"] > 0
     assert set(record["upstream"]) == {"model"}
+
+
+def test_a_record_has_the_mean_and_the_deviation_of_all_images(tmp_path: Path) -> None:
+    """Of 64 and 6 images, the tenth of whose pixels with the smallest gradients becomes black: |f(perturbed) / f(x) - 1|."""
+    words = ["experiment=pixel_perturbation", *TINY, "saliency=input_gradient", "+upstream.model.optim.passes=1"]
+    words += [
+        "+upstream.model.data.per_class=4",
+        "evaluate.images=70",
+        "evaluate.fractions=[0.1]",
+        "evaluate.readings=null",
+        *paths(tmp_path),
+    ]
+    config = compose_run(words)
+    run = Run(config, Paths.of(config))
+    metrics = ensure(run)["metrics"]
+    look = Evaluation(run, upstream_of(run))
+    model, images = look.model("model"), look.batch(torch.arange(70)).images.requires_grad_()
+    output, top = model(images).max(1)
+    slopes = torch.autograd.grad(output.sum(), images)[0].abs().sum(1, keepdim=True)
+    least = slopes <= slopes.flatten(1).kthvalue(102).values.view(-1, 1, 1, 1)
+    mean, std = look.data.colours
+    after = model(torch.where(least, (-mean / std).view(3, 1, 1), images)).gather(1, top[:, None])[:, 0]
+    change = (after / output - 1).abs().detach().numpy()
+    name = "test/output_change@removed=0.1"
+    assert (metrics[name], metrics[f"{name}/std"]) == pytest.approx((change.mean(), change.std(ddof=1)), rel=1e-3)
 
 
 def test_a_score_of_a_model_that_diverged_is_diverged(tmp_path: Path) -> None:
