@@ -55,6 +55,16 @@ def test_one_record_holds_every_sigma(places: list[str]) -> None:
     assert metrics["test/accuracy@noise=0"] == run.upstream["model"].record()["metrics"]["test/accuracy"]  # type: ignore[index]
 
 
+def test_a_sigma_has_the_mean_and_the_deviation_of_its_own_draws(places: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of accuracies 100 sigma plus 0, 1 and 4, whose deviation (draws - 1) is the square root of 13/3."""
+    told = lambda *_, sigma, draws, **__: [100 * sigma + draw**2 for draw in range(draws)]
+    monkeypatch.setattr("gradexp.tasks.noise.noise_accuracies", told)
+    config = compose_run(["experiment=noise_robustness", *TINY, *SMALL, "task.sigmas=[0.4,0,0.1]", *places])
+    metrics = ensure(Run(config, Paths.of(config)))["metrics"]
+    expected = {"0.4": 40 + 5 / 3, "0.4/std": math.sqrt(13 / 3), "0": 0, "0.1": 10 + 5 / 3, "0.1/std": math.sqrt(13 / 3)}
+    assert metrics == pytest.approx({f"test/accuracy@noise={name}": value for name, value in expected.items()}, abs=1e-4)
+
+
 def test_a_model_that_diverged_gives_nan(places: list[str]) -> None:
     huge = ["+upstream.model.optim.optimizer.lr=1e30", "upstream.model.optim.passes=3"]
     config = compose_run(["experiment=noise_robustness", *TINY, *SMALL, *huge, *places])
