@@ -14,6 +14,7 @@ import torch
 import torchvision
 from fakes import upstream_of
 from PIL import Image
+from scipy import stats
 from torch import Tensor, nn
 
 from gradexp.base.errors import UserError
@@ -325,6 +326,26 @@ def test_roar_from_end_to_end(
     ensure(run, product=True)
     assert computed == [0, 0, 1, 1, 2]
     assert test.read_bytes() == whole
+
+
+def test_stored_ranks_are_those_of_the_images_in_the_loaders_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On both sides of a chunk's end, and last: the order of |gradient| of the predicted logit of that very image."""
+    monkeypatch.setattr(saliency_maps, "CHUNK", 64)
+    words = ["experiment=saliency_maps", *TINY, "saliency=input_gradient", "data.per_class=13", *paths(tmp_path)]
+    config = compose_run([*words, "+upstream.model.optim.passes=1", "+upstream.model.scale.width=0.04"])
+    run = Run(config, Paths.of(config))
+    ensure(run)
+    look = Evaluation(run, upstream_of(run))
+    model, device = look.model("model"), look.hardware.device
+    plain = {"train": look.data.train_loader(batch_size=999, device=device, augment=False)}
+    for split, loader in {**plain, "test": look.data.test_loader(batch_size=999, device=device)}.items():
+        (batch,), stored = loader, np.load(run.folder / f"{split}.npy")
+        assert len(stored) == len(batch.images) > 128
+        rows = [0, 63, 64, len(stored) - 1]
+        images = batch.images[rows].requires_grad_()  # together: of a lone image, rounding decides other ties of max-pooling
+        slopes = torch.autograd.grad(model(images).max(1).values.sum(), images)[0].abs().sum(1)
+        for row, slope in zip(rows, slopes, strict=True):
+            assert stats.spearmanr(stored[row].flatten(), slope.flatten()).statistic > 0.99, (split, row)
 
 
 def test_a_score_is_a_mean_over_images_with_its_spread(tmp_path: Path) -> None:
