@@ -140,6 +140,25 @@ def test_curves_of_a_diverged_model_are_nan_over_the_axis_that_was_asked(
 # --- looking at models ------------------------------------------------------------------------------------
 
 
+class Pixels(nn.Module):
+    """Logit k rests on one red pixel of the first row, number `places[k]`."""
+
+    def __init__(self, *places: int) -> None:
+        super().__init__()
+        self.places = places
+
+    def forward(self, images: Tensor) -> Tensor:
+        return 100 * images[:, 0, 0, self.places]
+
+
+def test_the_judge_tells_what_samples_of_the_model_show(places: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Samples of class k have a white pixel k, which this judge takes for another class from 5 on: 7 of 12 are recognised."""
+    networks = {"model": Pixels(*range(10)).eval(), "judge": Pixels(0, 1, 2, 3, 4, 6, 7, 8, 9, 5).eval()}
+    monkeypatch.setattr(Evaluation, "model", lambda _, name, **__: networks[name])
+    record, _ = done(places, "experiment=gan_test", *MODEL_AND_JUDGE)
+    assert record["metrics"]["gan_test"] == pytest.approx(100 * 7 / 12, abs=1e-3)
+
+
 def test_gan_test_records_its_interval_and_leaves_no_samples(places: list[str]) -> None:
     made = run(places, "experiment=gan_test", *MODEL_AND_JUDGE)
     metrics = ensure(made)["metrics"]
@@ -492,6 +511,39 @@ def test_the_explained_class_is_the_one_that_the_perturbed_model_predicts() -> N
         count_correct(Watched(perturbed), Rows(explainer), data, **how)  # type: ignore[arg-type]
         left = seen[-1].flatten(1).nonzero()  # all pixels went but the one that the explained logit rests on
         assert left[:, 1].tolist() == [kept, kept]
+
+
+def test_pixels_are_removed_by_the_explainer_and_judged_by_the_model(
+    places: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two linear networks: the record against a loop over images and pixels, and the gallery's gradients."""
+    slopes = {name: torch.randn(10, 3 * 32 * 32) for name in ("model", "explainer")}
+
+    class Linear(nn.Module):
+        def __init__(self, name: str) -> None:
+            super().__init__()
+            self.slopes = slopes[name]
+
+        def forward(self, images: Tensor) -> Tensor:
+            return images.flatten(1) @ self.slopes.T
+
+    monkeypatch.setattr(Evaluation, "model", lambda _, name, **__: Linear(name).eval())
+    words = [*shrunk("model", "explainer"), "task.replacement=0.5", "task.fractions={from:0.1,to:0.5,count:2}"]
+    made = run(places, "experiment=discriminative_pixel_perturbation", *words)
+    record = ensure(made)
+    (batch,) = Evaluation(made, upstream_of(made)).batches(40, 40)
+    right = []
+    for image, label in zip(batch.images, batch.labels, strict=True):
+        top = (slopes["model"] @ image.flatten()).argmax()
+        order = slopes["explainer"][top].view(3, -1).std(0).argsort()
+        for count in (102, 512):
+            changed = image.flatten(1).clone()
+            changed[:, order[:count]] = 0.5
+            right.append((slopes["model"] @ changed.flatten()).argmax() == label)
+    expected = 100 * torch.stack(right).view(40, 2).double().mean(0)
+    assert record["metrics"]["accuracy"] == pytest.approx(expected.tolist())
+    shown = slopes["explainer"][batch.labels[:8]].view(-1, 3, 32, 32)
+    np.testing.assert_allclose(read_arrays(made.record_path)["gradients"], shown, rtol=1e-3)
 
 
 def test_the_three_gradients_of_figure_5_5_against_equation_5_6() -> None:
