@@ -39,6 +39,7 @@ from gradexp.terms import (
 )
 from gradexp.terms.maps import resized
 from gradexp.terms.targets import Targets
+from gradexp.training.distillation import Distillation
 from gradexp.training.dropout import dropout_after
 
 PLACES = ["block 1", "block 2"]
@@ -696,6 +697,22 @@ def test_stored_and_live_targets_train_the_same_student(places: list[str]) -> No
         if isinstance(curve, list):  # their last passes differ by what Adam makes of bf16's rounding
             assert curve[:2] == pytest.approx(live["metrics"][name][:2], rel=2e-2), name
     assert kept["metrics"]["angle"] == kept["metrics"]["train/angle"][-1]
+
+
+def test_the_angle_is_between_gradients_of_the_labels_logits() -> None:
+    """Figure 4.1 where no term matches gradients: the student in train mode, the teacher in eval mode; a mean over images."""
+    student, teacher, data = net(0).train(), net(1), batch()
+    copies, optim = [copy.deepcopy(student), copy.deepcopy(teacher)], SimpleNamespace(total_steps=lambda _: 1)
+    live = Targets(teacher, with_gradient=True)
+    options: dict[str, Any] = {"steps_per_pass": 1, "seed": 0, "targets": live, "angle": "label"}
+    module = Distillation(student, {"cross_entropy": CrossEntropy(weight=1)}, optim, **options)
+    step = Step(data, student, live, differentiable_input=module.needs_input_gradient)
+    module.terms["cross_entropy"](step)
+    found = module.observe(step)["train/angle"]
+    images = data.images.clone().requires_grad_()
+    slopes = [torch.autograd.grad(each(images)[range(4), data.labels].sum(), images)[0].flatten(1) for each in copies]
+    angles = [torch.acos(mine @ its / mine.norm() / its.norm()).rad2deg() for mine, its in zip(*slopes, strict=True)]
+    torch.testing.assert_close(found, torch.stack(angles).mean())
 
 
 @pytest.mark.parametrize("method", ["ce_a_10", "att"])
