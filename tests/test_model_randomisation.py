@@ -1,5 +1,6 @@
 """Model randomisation: which layers, what they become, and what is left of the maps."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from scipy import stats
 from torch import nn
 
+from gradexp import layers
 from gradexp.base.errors import UserError
 from gradexp.engine.compose import compose_run
 from gradexp.engine.ensure import ensure
@@ -64,6 +66,24 @@ def test_randomised_parameters_do_not_depend_on_earlier_randomisations() -> None
     same, differ = zip(*((torch.equal(a, b), not torch.equal(a, c)) for a, b, c in pairs), strict=True)
     assert all(same)
     assert any(differ)
+
+
+def test_randomised_parameters_do_not_depend_on_the_layout_of_the_weights() -> None:
+    """Accelerated convolutions have theirs in channels_last, and keep it; torch 2.14's draw in the logical order themselves."""
+
+    class Direct(nn.Conv2d):
+        """Draws into its weight, as torch's convolutions did before."""
+
+        def reset_parameters(self) -> None:
+            nn.init.uniform_(self.weight)
+
+    stock = nn.Sequential(trained().features, Direct(5, 4, 3))
+    fast = layers.accelerate(copy.deepcopy(stock)).to(memory_format=torch.channels_last)
+    for model in (stock, fast):
+        randomise(model, layers_from_output(model), seed=3)
+    for name, value in fast.named_parameters():
+        assert torch.equal(value, stock.get_parameter(name)), name
+        assert value.ndim < 4 or value.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_rank_correlation_is_spearmans_of_absolute_values() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,12 +68,18 @@ def layers_from_output(model: nn.Module) -> list[list[str]]:
 def randomise(model: nn.Module, groups: list[list[str]], seed: int) -> None:
     """Resets the parameters of the modules of `groups`, in place; a normalisation is reset to the identity.
 
-    The parameters drawn for a group depend only on the seed and its position in `groups`.
+    The parameters drawn for a group depend only on the seed and its position in `groups`, not on their memory layout.
     """
     for position, names in enumerate(groups):
         torch.manual_seed(mix(seed, position))
         for name in names:
-            model.get_submodule(name).reset_parameters()  # type: ignore[operator]
+            module: Any = model.get_submodule(name)
+            stored = [(parameter, parameter.data) for parameter in module.parameters()]
+            for parameter, values in stored:
+                parameter.data = values.contiguous()  # torch draws in the order of memory
+            module.reset_parameters()
+            for parameter, values in stored:
+                parameter.data = values.copy_(parameter.data)
 
 
 def rank_correlation(first: Tensor, second: Tensor) -> Tensor:
