@@ -1,21 +1,24 @@
 """Model randomisation: which layers, what they become, and what is left of the maps."""
 
 import copy
-from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
+from fakes import upstream_of
 from scipy import stats
-from torch import nn
+from torch import Tensor, nn
 
 from gradexp import layers
 from gradexp.base.errors import UserError
 from gradexp.engine.compose import compose_run
 from gradexp.engine.ensure import ensure
+from gradexp.engine.evaluation import Evaluation
 from gradexp.engine.record import read_record
 from gradexp.engine.run import Paths, Run
-from gradexp.evaluate.model_randomisation import layers_from_output, randomise, rank_correlation
+from gradexp.evaluate.model_randomisation import layers_from_output, randomisation_correlations, randomise, rank_correlation
 from gradexp.models.vgg import VGG
+from gradexp.saliency import Saliency
 
 
 def trained() -> nn.Module:
@@ -100,13 +103,56 @@ def test_rank_correlation_is_spearmans_of_absolute_values() -> None:
     assert float(found[3]) == 0  # of a constant map nothing is left
 
 
-def test_from_end_to_end(tmp_path: Path) -> None:
+def tiny(places: list[str], *words: str) -> Run:
+    shape = ["scale=quick", "scale.width=0.04", "logger=none", "trainer.threads=1", "+upstream.model.optim.passes=1"]
+    shape += ["+upstream.model.scale.width=0.04", "+upstream.model.data.per_class=4"]
+    config = compose_run(
+        ["experiment=model_randomisation", *shape, "evaluate.images=6", "evaluate.batch_size=4", *words, *places]
+    )
+    return Run(config, Paths.of(config))
+
+
+class Noting(Saliency):
+    """Notes the classes that are explained, and the last layer of the network."""
+
+    seen: ClassVar[list[tuple[Tensor, Tensor]]] = []
+
+    def map(self, model: nn.Module, images: Tensor, labels: Tensor | None) -> Tensor:
+        assert labels is not None
+        self.seen.append((labels, model.linear.weight.clone()))  # type: ignore[operator, union-attr]
+        return images.sum(1, keepdim=True)
+
+
+def check_noted(model: nn.Module, *batches: Tensor) -> None:
+    """All maps were of the classes that `model` predicts, and only the first of each batch were of `model` itself."""
+    classes = [model(images).argmax(1) for images in batches]
+    assert len(Noting.seen) == (1 + len(layers_from_output(model))) * len(batches)
+    for number, (labels, weight) in enumerate(Noting.seen):
+        assert torch.equal(labels, classes[number % len(batches)])
+        assert torch.equal(weight, model.linear.weight) == (number < len(batches))  # type: ignore[arg-type, union-attr]
+
+
+def test_a_run_explains_the_classes_that_the_trained_network_predicts(
+    places: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Noting, "seen", [])
+    monkeypatch.setattr("gradexp.tasks.saliency_score.make_saliency", lambda *_: Noting())
+    run = tiny(places)
+    ensure(run)
+    look = Evaluation(run, upstream_of(run))
+    check_noted(look.model("model"), look.batch(torch.arange(4)).images, look.batch(torch.arange(4, 6)).images)
+
+
+def test_a_call_explains_the_classes_that_the_trained_network_predicts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Noting, "seen", [])
+    model, images = trained(), torch.randn(5, 3, 4, 4)
+    randomisation_correlations(model, images, Noting(), batch_size=3, seed=1)
+    check_noted(model, *images.split(3))
+
+
+def test_from_end_to_end(places: list[str]) -> None:
     """Noisy copies are the same for all models: SmoothGrad of an unchanged model would correlate perfectly with itself."""
-    words = ["experiment=model_randomisation", "scale=quick", "scale.width=0.04", "logger=none", "trainer.threads=1"]
-    words += ["saliency=smoothgrad", "saliency.samples=2", "evaluate.images=6", "evaluate.batch_size=4"]
-    words += ["+upstream.model.optim.passes=1", f"paths.results={tmp_path}/results", f"paths.outputs={tmp_path}/outputs"]
-    config = compose_run(words)
-    run = Run(config, Paths.of(config))
+    run = tiny(places, "saliency=smoothgrad", "saliency.samples=2")
     record = ensure(run)
     metrics = record["metrics"]
     assert record["images"] == 6
