@@ -594,6 +594,28 @@ def test_a_common_shift_moves_logit_gradients_alone() -> None:
     torch.testing.assert_close(moved, expected)
 
 
+def test_a_run_of_shift_shows_what_it_measured(places: list[str]) -> None:
+    """All eight images: logit-gradients move by the picture, the first image without its mean; loss-gradients stay."""
+    made = run(places, "experiment=shift", *shrunk("model"), "task.images=8", "task.shown=8", "task.amplitude=3")
+    metrics, arrays = ensure(made)["metrics"], read_arrays(made.record_path)
+    look = Evaluation(made, upstream_of(made))
+    model, (batch,) = look.model("model").double(), look.batches(9, 9)
+    first, images, labels = batch.images[0], batch.images[1:].double().requires_grad_(), batch.labels[1:]
+    picture, logits = (first - first.mean()).numpy(), model(images)
+    loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+    logit, gradient = (
+        torch.autograd.grad(value, images, retain_graph=True)[0].numpy() for value in (logits[range(8), labels].sum(), loss)
+    )
+    expected = {"picture": picture[None], "logit_before": logit, "logit_after": logit + 3 * picture}
+    for name, values in {**expected, "loss_before": gradient, "loss_after": gradient}.items():
+        np.testing.assert_allclose(arrays[name], values, rtol=1e-4, atol=1e-6 * np.abs(values).max(), err_msg=name)
+    np.testing.assert_array_equal(arrays["images"], (255 * batch.images[1:]).round().numpy())
+    assert metrics["shift/logit_gradient_change"] == pytest.approx(3 * np.abs(picture).max() / np.abs(logit).max(), rel=1e-4)
+    assert max(metrics["shift/loss_change"], metrics["shift/loss_gradient_change"]) < 1e-9
+    assert metrics["sine/gradient_bound"] == pytest.approx([1e-3 * m * 3072 for m in metrics["sine/frequency"]])
+    assert 0 < max(metrics["sine/loss_change"]) <= 1e-3 * (1 + 1e-6)
+
+
 def test_a_small_sine_moves_loss_gradients_within_its_bound() -> None:
     model, data = net(), batch()
     size = data.images[0].numel()
