@@ -95,7 +95,7 @@ def full_gradients(name: str) -> dict[str, str]:
         full = gradients.full_gradient(model, images, torch.zeros(1, dtype=torch.long), target="top")
         error, outside = float(full.error()), float(full.outside() / full.output)
         del full
-        warnings.filterwarnings("ignore", message=".*lies in no plane")  # which is in the table
+        warnings.filterwarnings("ignore", message=".*no spatial location")  # which is in the table
         saliency = gradexp.FullGrad()(model, images)
     drawn = (
         saliency.shape == (1, 1, SIZE, SIZE) and saliency.isfinite().all() and saliency.flatten().diff().count_nonzero() > SIZE
@@ -202,7 +202,7 @@ def table(rows: dict[str, dict[str, str]], sizes: dict[str, int]) -> list[str]:
             "Parameters": f"{sizes[name] / 1e6:.1f} M",
             "FullGrad": row["fullgrad"],
             "Completeness error": f"< {SMALLEST:.0e}" if row["error"] and float(row["error"]) < SMALLEST else row["error"],
-            "Without a plane": f"{100 * float(row['outside']):.1f} %" if row["outside"] else "",
+            "Without location": f"{100 * float(row['outside']):.1f} %" if row["outside"] else "",
             "`accelerate`": row["accelerate"],
         }
         for name, row in sorted(rows.items())

@@ -71,9 +71,7 @@ def main() -> None:
                     axes.set_title(name, fontsize=9)
         figure.savefig(ROOT / "docs" / "saliency.jpg", dpi=110, pil_kwargs={"quality": 88})
     error, outside = FullGrad().completeness_error(model, inputs), FullGrad().share_without_place(model, inputs)
-    print(
-        f"docs/saliency.jpg; completeness error {float(error.max()):.0e}, of the logit {float(outside.max()):.1%} in no plane"
-    )
+    print(f"docs/saliency.jpg; completeness error {float(error.max()):.0e}; {float(outside.max()):.1%} without location")
 
 
 if __name__ == "__main__":

@@ -209,7 +209,7 @@ def test_published_weights_explain_a_photograph_at_its_own_size(
     said = capsys.readouterr().out
     assert "class 0 (tench), probability" in said
     assert said.count("completeness error") == 2
-    assert "of the logit lies in no plane" in said
+    assert "has no spatial location" in said
     drawn = np.asarray(Image.open(photo.with_name("photo_fullgrad_input_gradient_fullgrad_signed.png")).convert("RGB"))
     left, top = 25, drawn.shape[0] - 25 - 2 * 500 - 2 * 25  # margins are a line of 25 pixels
     assert drawn.shape[1] == 4 * (520 + 25) + 25

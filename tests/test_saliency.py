@@ -551,7 +551,7 @@ def test_a_map_without_most_of_the_logit_is_a_warning(kind: type[FullGrad]) -> N
         if kind is SimpleFullGrad:  # it has no biases
             kind()(model, images)
     if kind is not SimpleFullGrad:
-        with pytest.warns(UserWarning, match=r"more than 90% of an output lies in no plane, .*share_without_place\(model"):
+        with pytest.warns(UserWarning, match=r"more than 90% of an output has no spatial .*share_without_place\(model"):
             kind()(model, images)
         torch.testing.assert_close(kind().share_without_place(model, images), torch.ones(3).double(), rtol=1e-3, atol=0)
 
@@ -568,7 +568,7 @@ def test_completeness_error_is_rounding() -> None:
 
 
 def test_fullgrad_of_a_linear_model() -> None:
-    """|w ⊙ x|; the one bias lies in no plane."""
+    """|w ⊙ x|; the one bias has no spatial location."""
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 2)).double()
     images = pictures()
     expected = (model[1].weight[1].view(3, 8, 8) * images).abs().sum(1, keepdim=True)

@@ -45,7 +45,7 @@ class FullGradient:
         return (self.total() - self.output).abs() / self.output.abs()
 
     def planes(self, values: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """Those of `values` (default: the bias-gradients) that lie in a plane, as (B, c, h, w): maps and grids of tokens."""
+        """Those of `values` (default: the bias-gradients) of maps and token grids, as (B, c, h, w)."""
         sizes = {tuple(self.images.shape[-2:])}.union(*map(halved, self.grids))
         values = self.biases if values is None else values
         possible = {name: value for name, value in values.items() if name in self.planar or value.ndim == 3}
@@ -53,7 +53,7 @@ class FullGradient:
         return {name: plane for name, plane in planes.items() if plane is not None}
 
     def outside(self) -> Tensor:
-        """The part of the output whose bias-gradients lie in no plane: those of linear layers, class tokens, windows. (B,)."""
+        """The part of the output whose bias-gradients have no spatial location: those of linear layers, class tokens. (B,)."""
         planes, total = self.planes(), torch.zeros_like(_sum(self.input))
         for name, values in self.biases.items():
             if name not in planes:

@@ -56,7 +56,7 @@ class Operation:
     kind: `affine` (convolution or linear layer), `norm` (batch normalisation by running statistics) or `other`. bias: to be
     multiplied with the gradient at the output; None for a layer without one. gradient: at the output, once a backward pass has
     reached it. channels: the bias of an affine operation, (C,). statistics: of a norm, the arguments of `norm_bias`. before:
-    of a norm, the affine operation whose output it was given. planar: whether the output lies in a plane of pixels.
+    of a norm, the affine operation whose output it was given. planar: whether the output is a map over pixels.
     """
 
     name: str

@@ -304,7 +304,7 @@ def explain(
         logits = checked_logits(model(images))[0]
     maps = {}
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*lies in no plane")  # printed below
+        warnings.filterwarnings("ignore", message=".*no spatial location")  # printed below
         for name, method in methods.items():
             torch.manual_seed(0)  # for methods that add noise
             maps[name] = method(model, images, target)[0, 0].cpu().numpy()
@@ -318,7 +318,7 @@ def explain(
         if isinstance(method, FullGrad):
             error = float(method.completeness_error(model, images, target))
             share = float(method.share_without_place(model, images, target))
-            print(f"{name}: completeness error {error:.1e} of the logit; {share:.1%} of the logit lies in no plane, on no map")
+            print(f"{name}: completeness error {error:.1e} of the logit; {share:.1%} has no spatial location")
     print(f"{explained}, logit {float(logits[label]):.2f}; written: {out}", flush=True)
 
 

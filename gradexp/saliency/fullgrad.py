@@ -21,12 +21,12 @@ LARGE_SHARE = 0.9  # of an output, whose absence from the map is a warning
 
 @dataclass(frozen=True, kw_only=True)
 class FullGrad(Saliency):
-    """S = ψ(∇ₓf ⊙ x) + Σ_layers Σ_channels ψ(f^b), over the operations whose biases lie in a plane (Eq. 3.2).
+    """S = ψ(∇ₓf ⊙ x) + Σ_layers Σ_channels ψ(f^b), over the operations whose outputs are maps (Eq. 3.2).
 
-    For any network of torch functions (gradexp.gradients.full_gradient); tokens of a grid are a plane. psi: the steps of ψ
+    For any network of torch functions (gradexp.gradients.full_gradient); a grid of tokens is a map. psi: the steps of ψ
     (gradexp/saliency/psi.py). separate: a map per module; otherwise a convolution and its batch normalisation share one. With
     [abs, rescale, upsample] and without `separate` it is the author's code of December 2019; what he released last is
-    ReferenceFullGrad. Warns where more than 90 % of an output lies in no plane.
+    ReferenceFullGrad. Warns where more than 90 % of an output has no spatial location.
     """
 
     psi: Sequence[str] = ("abs", "rescale", "upsample")
@@ -52,7 +52,7 @@ class FullGrad(Saliency):
             return self.full_gradient(model, images, labels).error()
 
     def share_without_place(self, model: nn.Module, images: Tensor, target: Tensor | int | None = None) -> Tensor:
-        """The part of f(x) that the map can't show, relative to f(x): the bias-gradients that lie in no plane. (B,)."""
+        """The part of f(x) that the map can't show, relative to f(x): the bias-gradients without spatial location. (B,)."""
         with explaining(model, images, target) as (model, labels):
             full = self.full_gradient(model, images, labels)
         return full.outside() / full.output
@@ -63,14 +63,14 @@ class FullGrad(Saliency):
         return gradients.full_gradient(model, images, labels, target=target, separate=self.separate)
 
     def terms(self, model: nn.Module, images: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
-        """What ψ is applied to. Biases of linear layers and class tokens lie in no plane, and are left out."""
+        """What ψ is applied to. Biases of linear layers and class tokens have no spatial location, and are left out."""
         full = self.full_gradient(model, images, labels)
         return {IMAGES: full.input * full.images, **full.planes(self.of_biases(full))}
 
     def of_biases(self, full: FullGradient) -> dict[str, Tensor]:
         if (full.outside().abs() > LARGE_SHARE * full.output.abs()).any():
             warnings.warn(
-                f"more than {LARGE_SHARE:.0%} of an output lies in no plane, on no map of {type(self).__name__}: "
+                f"more than {LARGE_SHARE:.0%} of an output has no spatial location and is on no map of {type(self).__name__}: "
                 f"share_without_place(model, images) measures it",
                 stacklevel=2,
             )
