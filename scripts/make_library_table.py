@@ -12,6 +12,7 @@ import gc
 import io
 import math
 import re
+import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -105,16 +106,17 @@ def full_gradients(name: str) -> dict[str, str]:
 
 def difference(name: str, training: bool) -> float:
     """The largest difference that `accelerate` makes to a parameter's gradient of a gradient penalty, relative to its norm."""
-    with sdpa_kernel(SDPBackend.MATH):
-        # One after the other, so that memory holds one of two large networks.
-        expected = penalised(name, training, twice_differentiable)
-        found = penalised(name, training, gradexp.accelerate)
-    smallest = ROUNDING * max(float(gradient.norm()) for gradient in expected.values())
-    return max(
-        float((found[key] - gradient).norm() / gradient.norm())
-        for key, gradient in expected.items()
-        if float(gradient.norm()) > smallest
-    )
+    with sdpa_kernel(SDPBackend.MATH), tempfile.TemporaryDirectory() as folder:
+        # One after the other, the first one's gradients on disk: memory holds one of two large networks.
+        torch.save(penalised(name, training, twice_differentiable), file := Path(folder) / "expected.pt")
+        gc.collect()
+        found, expected = penalised(name, training, gradexp.accelerate), torch.load(file, mmap=True)
+        smallest = ROUNDING * max(float(gradient.norm()) for gradient in expected.values())
+        return max(
+            float((found[key] - gradient).norm() / gradient.norm())
+            for key, gradient in expected.items()
+            if float(gradient.norm()) > smallest
+        )
 
 
 def network(name: str, size: int = SIZE) -> nn.Module:
