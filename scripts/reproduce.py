@@ -82,6 +82,7 @@ def ranks(scale: str, plan: Planner, only: Sequence[str] = ()) -> dict[Run, tupl
     """
     wanted: BudgetSpec = check(BudgetSpec, read_yaml(BUDGET), "conf/budget.yaml")
     known = {f"{kind} {number}": spec for kind in specs.KINDS for number, spec in specs.at_scale(kind, scale).items()}
+    known |= {item: spec for item in only if item not in known and (spec := _own(item)) and scale in spec["seeds"]}
     for item in only:
         if item not in known:
             raise UserError(f"scale={scale} has no {item}{nearest(item, known)}")
@@ -97,6 +98,12 @@ def ranks(scale: str, plan: Planner, only: Sequence[str] = ()) -> dict[Run, tupl
                 rank = (0, 1, number) if decides and position else (position, *place)
                 ranked[run] = min(rank, ranked.get(run, rank))
     return ranked
+
+
+def _own(item: str) -> specs.Spec | None:
+    """A table or figure of a package of the user's own; None for another one."""
+    kind, _, number = item.partition(" ")
+    return specs.load(kind, number) if number in specs.own(kind) else None
 
 
 def _covers(entry: Deciding, item: str, cell: specs.Cell) -> bool:

@@ -29,7 +29,7 @@ def call_handler(number: int, handler: Any, checkpoint: Path) -> None:
     if callable(handler) and handler is not signal.default_int_handler:
         handler(number, None)
         return
-    written = "the checkpoint is written, and the same command resumes from it"
+    written = "the same command resumes from the last checkpoint"
     after = written if checkpoint.exists() else "there is no checkpoint yet; the same command starts the training again"
     raise Stopped(f"stopped by {signal.Signals(number).name}; {after}", number)
 

@@ -1,4 +1,7 @@
-"""The base of tasks that evaluate trained models, and their long work in pieces: a killed run resumes after its last piece."""
+"""The base of tasks that evaluate trained models, and their long work in pieces: a killed run resumes after its last piece.
+
+A signal ends the process at once, as it ends any; the piece in work is lost.
+"""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ EXAMPLES = {
     "experiment=jacobian_distill method=ce_j data.per_class=5": "another method and training set",
     "-m experiment=jacobian_distill method=ce,ce_j seed=0,1,2": "a sweep: every combination",
     "experiment=jacobian_distill --cfg job": "the config, without interpolations resolved",
-    "experiment=jacobian_distill --help": "what the experiment claims, its methods, scales and cost",
+    "experiment=jacobian_distill --help": "what the experiment claims, its scales and cost",
     "--show ID": "a record;  --id ID answers from its record, or does its run",
 }
 END = (

@@ -1,4 +1,4 @@
-"""Gradients of a classifier: at its input, at its layers, and full-gradients; fast or differentiable, as they are asked for."""
+"""Gradients of a classifier: at its input, at its layers, and full-gradients; as constants or differentiable."""
 
 from gradexp.gradients.capture import as_plane, attention_map, captured, channel_sum, evaluating, halved, precise
 from gradexp.gradients.full import FullGradient, full_gradient, plain

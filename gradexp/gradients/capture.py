@@ -72,18 +72,21 @@ def precise(values: Tensor) -> Tensor:
     return values if values.dtype == torch.float64 else values.float()
 
 
-TOKENS = 8  # at most so many tokens without a place (class, registers) in front of those of a grid
+EXTRA_TOKENS = 8  # at most so many tokens without a place (class, registers) in front of those of a grid
 
 
 def as_plane(values: Tensor, sizes: Collection[tuple[int, ...]]) -> Tensor | None:
-    """(B, c, h, w), (B, h, w, c) or (B, N, c) with N tokens -> (B, c, h, w). None for what lies in none of these sizes."""
+    """(B, c, h, w), (B, h, w, c) or (B, N, c) with N tokens -> (B, c, h, w); None for values of other sizes (h, w).
+
+    Of the sizes that fit N tokens, the one that leaves the fewest, at most EXTRA_TOKENS, in front of the grid.
+    """
     if values.ndim == 4 and tuple(values.shape[2:]) in sizes:
         return values
     if values.ndim == 4 and tuple(values.shape[1:3]) in sizes:
         return values.permute(0, 3, 1, 2)
     if values.ndim == 3:
         extra = {size: values.shape[1] - math.prod(size) for size in sizes}
-        fitting = [size for size in extra if 0 <= extra[size] <= TOKENS]
+        fitting = [size for size in extra if 0 <= extra[size] <= EXTRA_TOKENS]
         if fitting:
             size = min(fitting, key=lambda size: extra[size])
             return values[:, extra[size] :].transpose(1, 2).unflatten(2, size)  # type: ignore[no-untyped-call]
@@ -91,7 +94,7 @@ def as_plane(values: Tensor, sizes: Collection[tuple[int, ...]]) -> Tensor | Non
 
 
 def halved(grid: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """The grid, and those of every second row and column of it, again and again; one position alone is no plane."""
+    """Yields (h, w), (⌈h/2⌉, ⌈w/2⌉), ..., the sizes of a grid that strides of 2 leave; without (1, 1), which is no map."""
     h, w = grid
     while h * w > 1:
         yield h, w

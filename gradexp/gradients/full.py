@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gradexp.base.errors import UserError
 from gradexp.gradients.capture import as_plane, halved
-from gradexp.gradients.inputs import checked_logits, constant, differentiable_anyway, gradient_of, scalar
+from gradexp.gradients.inputs import SCALARS, checked_logits, constant, differentiable_anyway, gradient_of, scalar
 from gradexp.gradients.operations import Operations
 
 
@@ -41,7 +41,7 @@ class FullGradient:
         return torch.stack(self._sums).sum(0)
 
     def error(self) -> Tensor:
-        """How far `total` is from the output, relative to it. (B,)."""
+        """How far `total` is from the output, relative to it; infinite for an output of 0. (B,)."""
         return (self.total() - self.output).abs() / self.output.abs()
 
     def planes(self, values: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -63,7 +63,7 @@ class FullGradient:
         return total
 
     def inexact(self) -> Tensor:
-        """(B,), whether `total` misses the output by more than rounding explains."""
+        """Whether `total` misses the output by more than rounding explains; (B,) bool."""
         magnitude = torch.stack([values.abs() for values in (*self._sums, self.output)]).sum(0)
         difference = (self.total() - self.output).abs()
         return self.output.isfinite() & ~(difference <= magnitude * torch.finfo(self.output.dtype).eps ** 0.5)
@@ -86,14 +86,17 @@ def full_gradient(
 
     Any network of torch functions: the biases are those of `gradexp.gradients.operations`. An operation is named by its module,
     and by its function where the module has several; the second call of a module is `name:2`. A batch normalisation and the
-    layer in front of it share one bias, under the name of the normalisation; `separate` keeps both. The sum over everything is
-    the output, exactly, for `target="label"` and `"top"`. images (B, C, H, W), labels (B,). differentiable: with the graph for
-    a further backward pass. Works under `no_grad`, `inference_mode` and autocast.
+    layer in front of it share one bias, under the name of the normalisation; `separate` keeps both. The sum over everything
+    is the output, exactly, for `target="label"` and `"top"`, which ignores `labels`. images (B, C, H, W), labels (B,), the
+    classes that are explained. differentiable: with the graph for a further backward pass. Works under `no_grad`,
+    `inference_mode` and autocast.
 
     Raises UserError for a model in train mode, for an operation whose bias can't be computed, and where the output of an image
     depends on the others of its batch; warns where the sum differs from the output by more than rounding explains.
     """
     model = plain(model)
+    if target not in SCALARS:
+        raise UserError(f"target={target}: full-gradients have one of {', '.join(SCALARS)}")
     if model.training:
         raise UserError("full-gradients are those of a model in eval mode: call model.eval()")
     with _exact(model):
@@ -142,7 +145,7 @@ def _exact(model: nn.Module) -> Iterator[None]:
 def _decomposed(
     model: nn.Module, images: Tensor, labels: Tensor, target: str, separate: bool, differentiable: bool
 ) -> FullGradient | None:
-    """None where it is not clear which part of a bias-gradient belongs to which image."""
+    """The full-gradient, by one backward pass; None where it is not clear which part of it belongs to which image."""
     images = images.detach().requires_grad_()
     met = Operations(model, images, differentiable=differentiable)
     with met.recording():

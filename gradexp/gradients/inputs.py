@@ -15,7 +15,7 @@ from gradexp.layers import ranks
 
 SCALARS = ("label", "top", "logprob")  # one number per image
 TARGETS = (*SCALARS, "all")
-INPUT = ".input"  # the images among layers: no module can have a name with a dot in front
+INPUT = ".input"  # the images among modules, whose names have no dot in front
 
 
 def scalar(logits: Tensor, labels: Tensor, target: str) -> Tensor:
@@ -30,7 +30,7 @@ def scalar(logits: Tensor, labels: Tensor, target: str) -> Tensor:
         return logits.max(dim=1).values
     if target == "logprob":
         return logits.log_softmax(dim=1).gather(1, labels[:, None])[:, 0]
-    raise UserError(f"target={target}: it is one of {', '.join(TARGETS)}")
+    raise UserError(f"target={target}: here it is one of {', '.join(SCALARS)}")
 
 
 def gradient_of(logits: Tensor, images: Tensor, labels: Tensor, *, target: str, differentiable: bool) -> Tensor:
@@ -99,10 +99,11 @@ def checked_logits(output: Any) -> Tensor:
 
 
 def loss_gradient(model: nn.Module, images: Tensor, labels: Tensor, *, temperature: float) -> Tensor:
-    """Input-gradient of the cross-entropy of softmax(logits / temperature) (Eq. 5.6), as a constant. -> (B, C, H, W).
+    """Input-gradient of the cross-entropy of softmax(logits / temperature) (Eq. 5.6), as a constant.
 
-    It is Σ_j p_j (∇f_j - ∇f_y) / temperature, and computed as that. With the p_y - 1 of the ordinary form, which rounds
-    where p_y is near 1, a function added to all logits would show in the gradients of confident images.
+    images (B, C, H, W), labels (B,) -> (B, C, H, W). It is Σ_j p_j (∇f_j - ∇f_y) / temperature, and computed as that. With
+    the p_y - 1 of the ordinary form, which rounds where p_y is near 1, a function added to all logits would show in the
+    gradients of confident images.
     """
     with torch.enable_grad():
         images = images.detach().requires_grad_()
@@ -115,9 +116,9 @@ def loss_gradient(model: nn.Module, images: Tensor, labels: Tensor, *, temperatu
 def taylor_trace(model: nn.Module, images: Tensor, logits: Tensor, labels: Tensor, *, sigma: float, target: str) -> Tensor:
     """One-sample Taylor estimate of the trace of the Hessian (Eq. 5.9): 2/sigma^2 (f(x + v) - f(x)), v ~ N(0, sigma^2).
 
-    logits = model(images); the noisy images are a second pass in the model's present mode. In train mode they have batch
-    statistics of their own, so that the estimate is not that of the network in eval mode, and they enter its running
-    statistics. -> (B,).
+    images (B, C, H, W), logits = model(images), labels (B,); the noisy images are a second pass in the model's present mode.
+    In train mode they have batch statistics of their own, so that the estimate is not that of the network in eval mode,
+    and they enter its running statistics. -> (B,).
     """
     noisy = model(images + sigma * ranks.normal_like(images))
     return 2 / sigma**2 * (scalar(noisy, labels, target) - scalar(logits, labels, target))

@@ -36,10 +36,10 @@ class _Call:
 
 
 def effective_bias(module: nn.Module, before: nn.Module | None = None, features: Tensor | None = None) -> Tensor | None:
-    """What a layer adds to its output, (C,): explicit and implicit biases merged; None where there are none.
+    """What a layer adds to its output, (c,): explicit and implicit biases merged; None where there are none.
 
     module: a convolution or linear layer: its bias b. A batch normalisation: beta - gamma (mean - b) / sqrt(var + eps),
-    with b the bias of the layer `before` it, where given. features: that layer's output (B, C, ...), for the batch's
+    with b the bias of the layer `before` it, where given. features: that layer's output (B, c, ...), for the batch's
     statistics; running statistics without. Differentiable in all of these.
     """
     own: Tensor | None = getattr(before or module, "bias", None)
@@ -55,7 +55,10 @@ def effective_bias(module: nn.Module, before: nn.Module | None = None, features:
 
 
 def biases_of(model: nn.Module) -> dict[str, Tensor]:
-    """{`explicit`: all bias parameters, `implicit`: -gamma mean / sqrt(var + eps) of batch normalisations} (§3.4). (N,)."""
+    """{`explicit`: all bias parameters, `implicit`: -gamma mean / sqrt(var + eps) of batch normalisations} (§3.4).
+
+    Each (N,), of all N channels of such layers together.
+    """
     explicit, implicit = [], []
     for module in model.modules():
         if isinstance(module, (*AFFINE, *NORMS)) and module.bias is not None:

@@ -29,9 +29,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from gradexp.base.errors import UserError
 
-IMAGES = "input"  # their name among operations
+IMAGES = "input"  # their name among operations, as FullGrad.layers has it
 
-# Functions by their names. Without an entry in the first four sets a bias is the same, found by a second evaluation.
+# Functions by their names, torch's and those of gradexp.layers (convolve, normalise). The first four sets only save time: the
+# bias of any other function is found by evaluating it once more.
 HOMOGENEOUS = {  # op(k z) = k op(z) for k > 0, where all operands depend on the images
     *("relu", "relu_", "leaky_relu", "max_pool", "max_pool2d", "avg_pool2d", "adaptive_max_pool2d", "adaptive_avg_pool2d"),
     *("dropout", "interpolate", "mean", "sum", "cat", "chunk", "split", "unbind", "__getitem__", "contiguous", "flatten"),

@@ -1,4 +1,4 @@
-"""Saliency maps: method(model, images, target=None) -> (B, 1, H, W). FullGrad is ours; Captum gives the baselines."""
+"""Saliency maps: method(model, images, target=None) -> (B, 1, H, W). FullGrad, and what it is compared with."""
 
 from gradexp.saliency.baselines import (
     GradCAM,

@@ -52,12 +52,10 @@ class Saliency(ABC):
 
 @contextmanager
 def explaining(model: nn.Module, images: Tensor, target: Tensor | int | None) -> Iterator[tuple[nn.Module, Tensor | None]]:
-    """Inside, autograd records, the model is in eval mode, and its passes leave their inputs alone and are checked.
+    """Yields the model without wrappers such as DataParallel, and labels (B,), None for a target of None.
 
-    -> the model, labels (B,).
-
-    The model is the one inside wrappers such as DataParallel; labels are None where the target is. Raises UserError where
-    images or target do not fit the model; classes are counted when logits are there.
+    Inside, the model is in eval mode and autograd records; the model is given copies of its inputs, and its outputs must be
+    logits (B, K) with a class for each label. Raises UserError for images or a target that do not fit.
     """
     model = gradients.plain(model)
     with ExitStack() as stack:
@@ -101,7 +99,7 @@ def predicted(model: nn.Module, images: Tensor, labels: Tensor | None) -> Tensor
 
 
 def value_range(images: Tensor, units: str, method: Saliency) -> Tensor:
-    """The range of values of each image, which the noise of SmoothGrad is a part of; 1 for a constant image.
+    """The range of values of each image, of which SmoothGrad's sigma is a fraction; 1 for a constant image.
 
     units: `normalised`: largest minus smallest value of the normalised image, over all channels: (B, 1, 1, 1). `raw`: the
     range of its pixels in [0, 1], in the units of each normalised channel: (B, C, 1, 1). The two differ because channels

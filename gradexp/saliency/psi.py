@@ -28,8 +28,8 @@ def psi(maps: Tensor, steps: Sequence[str], size: Sequence[int]) -> Tensor:
     """Σ_c ψ(maps_c) with ψ the composition of `steps`. (B, C, h, w) -> (B, 1, H, W).
 
     rescale: to [0, 1] over all channels of an image's layer, as in all released code of the author; rescale_channels: each
-    channel, as Eq. 3.2 is written. Both are affine and upsampling is linear, so that channels are summed before either: no
-    tensor of C maps is ever made at the images' size. A constant map becomes 0.
+    channel, as Eq. 3.2 is written. Upsampling is linear, so that channels are summed before it: no tensor of C maps is ever
+    made at the images' size. A constant map becomes 0.
     """
     if "abs" in steps:
         maps = maps.abs()

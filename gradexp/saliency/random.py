@@ -1,4 +1,4 @@
-"""The baseline that knows nothing."""
+"""Random maps, the lower bound of any comparison."""
 
 from __future__ import annotations
 

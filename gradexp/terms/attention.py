@@ -13,7 +13,7 @@ class Attention(MatchMaps):
     """Distance between attention maps A = Σ_channels |z|^power, each divided by its norm (Eq. 2.8).
 
     power: 1, absolute values (§4.4.1), or 2, squares (Eq. 2.7).
-    squared: Eq. 2.8 is the distance itself; common code, and Chapter 4 here, squares it.
+    squared: false for the distance itself, as Eq. 2.8 is printed; true for its square, as in common code and Chapter 4 here.
     Sum over the pairs of layers, which must have equal spatial sizes; mean over the batch.
     """
 

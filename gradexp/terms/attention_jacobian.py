@@ -17,10 +17,12 @@ class AttentionJacobian(Term):
     """Squared distance between the input-gradients of one attention pixel, each divided by its norm (Eq. 2.9).
 
     The attention maps (Eq. 2.7) of one pair of layers are averaged over a square window with stride 1 (§2.6.3, §2.12.2). The
-    pixel is the teacher's largest, for both networks (§2.5.2). Sum over image pixels; mean over the batch. Where the student's
-    batch statistics couple the images, its gradient is that of the whole batch's sum, as in the author's code.
-    level: which pair of layers, counted from 1 (Table 2.4). window: see window_size.
-    student_bn: the student's batch normalisation uses `batch` or `running` statistics.
+    pixel is the teacher's largest, for both networks (§2.5.2). Sum over image pixels; mean over the batch. With batch
+    statistics, the student's pixel of one image depends on the other images, too: its gradient is that of the sum of all
+    pixels, as in the author's code.
+    student_layers, teacher_layers: pairs of layers, of which only number `level`, counted from 1, is used (Table 2.4).
+    window: side of the square, see window_size. student_bn: the student's batch normalisation uses `batch` or `running`
+    statistics.
     """
 
     needs_teacher = True
@@ -69,7 +71,7 @@ def pooled(maps: Tensor, window: str | int) -> Tensor:
 def window_size(window: str | int, size: int) -> int:
     """Width in pixels of an averaging window on a map that is `size` pixels wide (Table 2.5).
 
-    window: `full`, `none` (one pixel), `s/N` (a fraction of the size, rounded down, at least one pixel) or a number of pixels.
+    window: `full`, `none` (one pixel), `s/N` (the size divided by N, rounded down, at least one pixel) or a number of pixels.
     Raises UserError for any other word and for a window larger than the map.
     """
     word, named = str(window), {"full": size, "none": 1}

@@ -32,8 +32,8 @@ class Fooling(Term):
 
 def unsigned_saliency(gradient: Tensor) -> Tensor:
     """Magnitude of a gradient, summed over channels and divided by its sum over pixels (§5.7.2). (B, C, H, W) -> (B, H, W)."""
-    size = gradient.abs().sum(1)
-    return size / size.sum((1, 2), keepdim=True).clamp(min=torch.finfo(size.dtype).tiny)
+    magnitude = gradient.abs().sum(1)
+    return magnitude / magnitude.sum((1, 2), keepdim=True).clamp(min=torch.finfo(magnitude.dtype).tiny)
 
 
 def corner(side: int, size: Sequence[int], device: torch.device | None = None) -> Tensor:

@@ -12,8 +12,9 @@ from gradexp.terms.targets import Map
 class FullGradient(MatchMaps):
     """Distance between bias-gradients summed over channels, each divided by its norm (Eq. 4.3, §4.2).
 
+    This is the bias part of a full-gradient (the result class is gradients.FullGradient); Jacobian matches input-gradients.
     The gradient with respect to a layer's bias is the gradient at its output. The smaller map of a pair is resized to the
-    larger. Sum over the pairs of layers; mean over the batch. Input-gradients are matched by Jacobian.
+    larger. Sum over the pairs of layers; mean over the batch.
     times_bias: multiply by the effective bias, which gives f^b of §3.4; the teacher's maps are then not stored.
     target: the output whose gradient is taken, see gradients.scalar. student_bn: `batch` or `running` statistics.
     """

@@ -13,10 +13,11 @@ class Jacobian(Term):
 
     target: the output whose gradient is taken, see gradients.scalar: `all` is the proposition's full Jacobian, the others
     approximate it (§2.4.1); `top` is the teacher's largest logit, for both networks.
+    The proposition's σ² is the weight. Gradients are (B, C, H, W), for `all` (B, K, C, H, W).
     reduction: `sum` (the proposition's) or `mean` over pixels (and classes), or `norm`, the distance unsquared (§4.4.1); mean
     over the batch. student_bn: the student's batch normalisation uses `batch` or `running` statistics.
     head: a layer of the student that has the teacher's classes, used instead of its logits (LwF, §2.5.1); labels are of other
-    classes, so `target` must be `top`.
+    classes, so `target` must be `top`; UserError otherwise.
     """
 
     needs_teacher = True

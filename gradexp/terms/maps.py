@@ -21,7 +21,7 @@ class MatchMaps(Term, ABC):
 
     student_layers, teacher_layers: the pairs, as names of modules or rules such as `block 2` (gradients.find_layer).
     squared: whether the distance is squared. resizes: whether the smaller map of a pair is resized to the larger.
-    Raises UserError, before training, for pairs whose spatial sizes differ otherwise.
+    Raises UserError, before training, for pairs of other spatial sizes than that allows.
     """
 
     needs_teacher = True
@@ -60,7 +60,7 @@ class MatchMaps(Term, ABC):
 
     def distance(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Mean over the batch of the distance between two maps of norm 1: (B, h, w) and (B, h', w') -> scalar."""
-        size = max(student.shape[1:], teacher.shape[1:])
+        size = max(student.shape[1:], teacher.shape[1:])  # one contains the other, which resolve_layers checked
         units = [functional.normalize(resized(maps, size).flatten(1), dim=1) for maps in (student, teacher.to(student))]
         difference = units[0] - units[1]
         return (difference.square().sum(1) if self.squared else torch.linalg.vector_norm(difference, dim=1)).mean()

@@ -22,9 +22,10 @@ class Step:
     differentiable_input: whether a term needs the student's input-gradient. student_layers: names of the student's modules
     whose outputs, or the gradients at them, terms read. student_biases: layers whose effective bias terms read.
 
-    Every method of the student takes `target`, the output whose gradient is taken (gradients.scalar), and `student_bn`:
-    `batch` runs the student in its present mode, which in training means the statistics of the batch, and gradients are then
-    those of the sum over the batch; `running` runs it in eval mode, where images do not influence each other.
+    `target` is the output whose gradient is taken (gradients.scalar). `student_bn`, the statistics of the student's batch
+    normalisation: `batch` runs the student in its present mode, which in training means the statistics of the batch, and
+    gradients are then those of the sum over the batch; `running` runs it in eval mode, where images do not influence each
+    other.
     The target `top` is the class of the teacher's largest logit, for both networks, so that gradients of the same output are
     matched; without a teacher it is the student's own.
     """
@@ -78,6 +79,8 @@ class Step:
         key = (target, student_bn)
         if key not in self._layer_gradients:
             logits, features = self._forward(student_bn)
+            if not (self.images.requires_grad or self.student_layers):
+                raise ValueError("a term reads the input-gradient: pass Step(..., differentiable_input=True)")
             values = {gradients.INPUT: self.images} if self.images.requires_grad else {}
             values |= {layer: features[layer] for layer in self.student_layers}
             scalar, labels = self._scalar(target)

@@ -27,10 +27,10 @@ class Map(NamedTuple):
 
 
 class Targets:
-    """Logits, features and gradients of a frozen teacher in eval mode, as constants; a batch needs one forward pass.
+    """Logits, features and gradients of a teacher, as constants; the values of one Batch object need one forward pass.
 
-    with_gradient: keep the graph of the forward pass, for gradients. layers: names of the modules whose outputs, or the
-    gradients at them, will be read.
+    The teacher is put into eval mode and frozen, in place. with_gradient: keep the graph of the forward pass, for gradients.
+    layers: names of the modules whose outputs, or the gradients at them, will be read.
     """
 
     kind = "live"  # in records: computed for every batch

@@ -17,7 +17,7 @@ class Term(nn.Module, ABC):
 
     A subclass declares what it reads, so that a step computes it once for all terms:
     needs_teacher: whether the step must have a teacher.
-    gradient_target: the output whose gradient it reads, see gradients.scalar (`attention` for an attention pixel); None: none.
+    gradient_target: the output whose gradient it reads, see gradients.scalar (`attention` for an attention pixel), or None.
     needs_input_gradient: whether that includes the gradient at the input, not only at layers.
     student_layers, teacher_layers: the modules whose outputs, or the gradients at them, it reads.
     teacher_maps: all that it reads of `teacher_layers`, if that can be stored before training.

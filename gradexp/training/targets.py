@@ -150,7 +150,7 @@ def make_targets(
     layers = list(dict.fromkeys(layer for term in terms for layer in term.teacher_layers))
     with_gradient = bool(gradient_targets) or any(term.gradient_target for term in terms)
     live = Targets(teacher, with_gradient=with_gradient, layers=layers)
-    unstorable = any(term.teacher_layers and not term.teacher_maps for term in terms)
+    unstorable = any(term.teacher_layers and not term.teacher_maps for term in terms)  # such as an AttentionJacobian
     if len(gradient_targets) > 1 or "all" in gradient_targets or unstorable:
         return live
     maps = list(dict.fromkeys(layer_map for term in terms for layer_map in term.teacher_maps))
