@@ -17,7 +17,7 @@ from gradexp.base.errors import UserError
 from gradexp.engine import ensure
 from gradexp.engine.compose import plan
 from gradexp.engine.launchers import start_process
-from gradexp.engine.run import Config, Run, run_id
+from gradexp.engine.run import ROOT, Config, Run, run_id
 from gradexp.report import specs
 
 TINY = ["scale=quick", "scale.width=0.04", "data.per_class=3", "trainer.threads=1", "logger=none"]
@@ -89,6 +89,15 @@ def test_only_the_named_table() -> None:
     assert {run.name for run in ranked} == {"jacobian_distill"}
     with pytest.raises(UserError, match=r"has no table 2\.9"):
         reproduce.ranks("quick", planner([]), ["table 2.9"])
+
+
+def test_a_table_of_ones_own_is_done_where_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    planned, file = planner([]), ROOT / "conf" / "table" / "2.1.yaml"
+    wanted = reproduce.ranks("quick", planned, ["table 2.1"])
+    monkeypatch.setattr(reproduce.specs, "own", lambda kind: {"mine": file} if kind == "table" else {})
+    assert reproduce.ranks("quick", planned, ["table mine"]).keys() == wanted.keys()
+    with pytest.raises(UserError, match="scale=quick has no table yours"):
+        reproduce.ranks("quick", planned, ["table yours"])
 
 
 def test_every_cell_of_the_order_exists() -> None:

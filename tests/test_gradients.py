@@ -75,7 +75,7 @@ def test_all_stacks_the_gradient_of_every_logit() -> None:
 
 
 def test_an_unknown_target_is_an_error_that_lists_the_targets() -> None:
-    with pytest.raises(UserError, match="label, top, logprob$"):
+    with pytest.raises(UserError, match=r"label, top, logprob$"):
         gradients.scalar(torch.zeros(1, 2), torch.zeros(1, dtype=torch.long), "loss")
 
 
