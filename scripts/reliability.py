@@ -532,13 +532,14 @@ SIGTERM, SIGUSR1, SIGUSR2 (SLURM's) and Ctrl-C, to `run.py` or to one of the pro
 
 | when it comes | exit code | what is left, and what the same command does next |
 |---|---|---|
-| while Python imports, or between two trainings | the signal's | nothing new; it begins there |
+| while Python imports, or before the first step | the signal's | what was there, and finished chunks of targets |
 | in a training | 143; Ctrl-C: SIGINT's | `last.ckpt` in the run's folder, written after the step; it resumes |
-| in an evaluation of a trained model | the signal's | finished pieces in the run's folder; it does the others |
-| while the record is written | the signal's | the record, or none; it answers, or resumes from the last checkpoint |
+| in an evaluation of a trained model | the signal's, at once | finished pieces in the run's folder; it does the others |
+| after the last step | the signal's | the record, or none; it answers, or resumes from the last regular checkpoint |
 
-The run's folder is `outputs/runs/NAME/ID`. A table's command (`make table-2.1`) passes the signal on to its runs, waits for
-their checkpoints, and ends with the same code.
+The run's folder is `outputs/runs/NAME/ID`. Processes that train together have 30 s after a signal; one whose step takes longer
+is killed, and the last regular checkpoint is what remains. A table's command (`make table-2.1`) passes the signal on to its
+runs, waits for their checkpoints, and ends with the same code.
 
 ## Checked by `make verify`
 
