@@ -366,7 +366,7 @@ def signalled(who: str, folder: Path) -> Trial:
     output, _ = stopped.communicate(timeout=60)
     expect(time.monotonic() - begun < 10, "it took more than 10 s to stop")
     expect(stopped.returncode == expected, f"exit code {stopped.returncode}: {output}")
-    expect("the checkpoint is written" in output, f"no clear message: {output}")
+    expect("the same command resumes from the last checkpoint" in output, f"no clear message: {output}")
     expect(not list(place.glob("results/runs/*/*.json")), "a record was written")
     again = command(place, words)
     output, _ = again.communicate()

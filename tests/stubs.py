@@ -22,7 +22,7 @@ class Endless:
 
     def stop(self, number: int, frame: FrameType | None) -> None:
         self.log.with_name("last.ckpt").touch()
-        self.log.write_text("stopped by SIGTERM; the checkpoint is written\n")
+        self.log.write_text("stopped by SIGTERM; the same command resumes from the last checkpoint\n")
         sys.exit(143)
 
 

@@ -127,7 +127,7 @@ def test_preempted_tasks_are_queued_again_and_resume(tmp_path: Path, cluster: di
     for name, record in records().items():
         assert 0 < stopped[name] < record["steps"] == record["planned_steps"]
         (log,) = tmp_path.glob(f"outputs/runs/*/{name}/log.txt")
-        assert "stopped by SIGTERM; the checkpoint is written" in log.read_text()
+        assert "stopped by SIGTERM; the same command resumes from the last checkpoint" in log.read_text()
 
 
 def test_jobs_through_submitit(tmp_path: Path, places: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

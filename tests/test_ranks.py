@@ -294,7 +294,7 @@ def test_a_signal_to_any_process_stops_all_with_a_checkpoint(places: list[str], 
         os.kill(training_processes(process.pid)[rank], signal.SIGTERM)
         output, _ = process.communicate(timeout=120)
         assert process.returncode == 143, output
-        assert "stopped by SIGTERM; the checkpoint is written" in output
+        assert "stopped by SIGTERM; the same command resumes from the last checkpoint" in output
         assert not list((tmp_path / "results").rglob("*.json"))
     record = ensure(plan([word for word in words if word != "trainer=ddp"] + ["trainer.devices=1"]))
     assert record["steps"] == record["planned_steps"]

@@ -284,7 +284,7 @@ def test_a_signal_stops_a_training_at_any_moment(moment: str, places: list[str],
     again = [f"{word}-again" for word in places]
     with monkeypatch.context() as patch:
         patch.setattr(Classifier, moment, signalled)
-        with pytest.raises(Stopped, match="the checkpoint is written"):
+        with pytest.raises(Stopped, match="the same command resumes from the last checkpoint"):
             ensure(run(again))
     assert not run(again).finished
     assert ensure(run(again))["metrics"] == undisturbed["metrics"]
