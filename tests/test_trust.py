@@ -151,7 +151,7 @@ def test_a_changed_term_is_noticed_by_the_runs_that_are_kept(
     monkeypatch.setattr("gradexp.engine.verify.OWN", tmp_path / "kept")
     made = run(places, "experiment=teacher", "scale=quick", "trainer.threads=1", "logger=none")
     extra = {name: made.config[name] for name in ("trainer", "logger", "gradients")}
-    assert [str(line).split(":")[1] for line in repeat_own(made.paths, extra)] == [" the same numbers"] * 2
+    assert [str(line).split(":")[1] for line in repeat_own(made.paths, extra)] == [" the same numbers"] * 3
     right = Jacobian.__call__
     monkeypatch.setattr(Jacobian, "__call__", lambda *given: 1.1 * right(*given))
     wrong = [line for line in repeat_own(made.paths, extra) if isinstance(line, Finding)]
