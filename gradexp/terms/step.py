@@ -63,12 +63,13 @@ class Step:
     def student_input_gradient(self, target: str, student_bn: str) -> Tensor:
         """Differentiable: (B, C, H, W), or the full Jacobian (B, K, C, H, W) for `all`."""
         key = (target, student_bn)
-        if key not in self._input_gradients and target == "all":
-            logits, differentiable = self._forward(student_bn)[0], torch.is_grad_enabled()
-            jacobian = gradients.gradient_of(logits, self.images, self.labels, target=target, differentiable=differentiable)
-            self._input_gradients[key] = jacobian
-        elif key not in self._input_gradients:
-            self._input_gradients[key] = self.student_layer_gradients(target, student_bn)[gradients.INPUT]
+        if key not in self._input_gradients:
+            if target == "all":
+                logits, recorded = self._forward(student_bn)[0], torch.is_grad_enabled()
+                gradient = gradients.gradient_of(logits, self.images, self.labels, target=target, differentiable=recorded)
+            else:
+                gradient = self.student_layer_gradients(target, student_bn)[gradients.INPUT]
+            self._input_gradients[key] = gradient
         return self._input_gradients[key]
 
     def student_layer_gradients(self, target: str, student_bn: str) -> dict[str, Tensor]:
