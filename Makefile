@@ -21,7 +21,7 @@ help:
 	@echo "make table-2.1 [SCALE=cpu] [WORKERS=2]     run what is missing, then render and print"
 	@echo "     LAUNCHER=slurm SET='KEY=VALUE ...'    on a cluster; hardware settings, such as trainer.precision=32"
 	@echo "make verify [ARGS='--sample 3']            whether records are intact, and quick ones repeat"
-	@echo "make bench [ARGS=--quick|'--part maps']    what a training step costs, to results/bench.md"
+	@echo "make bench [ARGS=--quick|'--part maps']    what a training step costs, to results/bench"
 	@echo "make figure-2.1 [SCALE=cpu] [WORKERS=2]    likewise a figure"
 	@echo "make tables figures [SCALE=cpu]            render every table and figure from records; trains nothing"
 	@echo "make plan [SCALE=cpu]                      what is missing, and its hours, memory and disk on this machine"

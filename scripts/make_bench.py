@@ -1,6 +1,6 @@
-"""make bench: what a training step costs, written to results/bench.md.
+"""make bench: what a training step costs, written to results/bench.
 
---quick: VGG-4 alone, printed, within a minute.   --part maps: one part of the page again, the others as they are.
+--quick: VGG-4 alone, printed, within a minute.   --part maps: one part of this machine's page again, the others as they are.
 """
 
 import argparse

@@ -40,7 +40,7 @@ def page(scale: str, paths: Paths, plan: Planner) -> str:
         figure_views.append(html.figure_view(spec, series, scale, paths.results, panels, caption))
     judged = claims.read(CLAIMS, scale, plan)
     plan_rows: Any = costs.to_frame(costs.build(scale, plan, costs.History.of(paths)), cpu_count()).to_dict("records")
-    bench, git = paths.results / "bench.json", git_state()
+    git = git_state()
     return html.render(
         scale,
         {"tables": table_views, "figures": figure_views, "claims": html.claim_views(judged, panels)},
@@ -48,13 +48,13 @@ def page(scale: str, paths: Paths, plan: Planner) -> str:
         settings,
         made_by=f"gradexp {__version__}, commit {(git['commit'] or 'none')[:8]}{' (dirty)' if git['dirty'] else ''}",
         explanation=claims.explanation(judged),
-        bench=measured(bench) if bench.exists() else None,
+        bench=[measured(file) for file in sorted((paths.results / "bench").glob("*.json"))],
         costs=plan_rows,
     )
 
 
 def measured(file: Path) -> dict[str, Any]:
-    """results/bench.json. Raises UserError where it is damaged."""
+    """A file of results/bench. Raises UserError where it is damaged."""
     advice = "delete it, or measure again: make bench"
     bench = read_json(file, advice)
     if not all(isinstance(part, dict) and (name == "machine" or "rows" in part) for name, part in bench.items()):

@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from gradexp.engine import fit as steps_of_training
 from gradexp.engine.clocks import peak_memory_mib
 from gradexp.layers import ranks
 
+MACHINE = {"device": "AMD EPYC 9.5 (AVX512, bf16)", "threads": 2}
 VGG4 = (27 * 64 * 32**2, 9 * 64 * 128 * 16**2, 9 * 128 * 512 * 8**2)
 
 
@@ -229,10 +231,11 @@ def test_what_is_measured_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(runs, "measure", lambda **_: runs.Row(7, 3.0, 10.0, 12.0))
     quick = page.run(tmp_path, quick=True)
     assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(steps, "make_hardware", lambda _: SimpleNamespace(kind="cpu", facts=lambda: MACHINE))
     text = page.run(tmp_path, quick=False)
-    assert (tmp_path / "bench.md").read_text() == text
+    assert (tmp_path / "bench" / "amd-epyc-9.5-avx512-bf16-2-threads.md").read_text() == text
     assert "10.0 %" in text and "1.20 times" in text and "1.20 times" not in quick
-    found = json.loads((tmp_path / "bench.json").read_text())
+    found = json.loads((tmp_path / "bench" / "amd-epyc-9.5-avx512-bf16-2-threads.json").read_text())
     assert found["steps"]["rows"][0]["images_per_second"] == 100
     assert found["runs"]["rows"] == [{"passes": 7, "one_step": 3.0, "alone": 10.0, "beside": 12.0}]
 
@@ -246,18 +249,19 @@ def test_one_part_is_measured_again_and_the_others_stay(tmp_path: Path, monkeypa
         page.run(tmp_path, quick=False, parts=["runs"])
     monkeypatch.setattr(page, "ROWS", {"loops": loops.Row, "runs": runs.Row})
     page.run(tmp_path, quick=False, parts=["loops", "runs"])
-    before = json.loads((tmp_path / "bench.json").read_text())
+    (file,) = (tmp_path / "bench").glob("*.json")
+    before = json.loads(file.read_text())
     commit["commit"] = "b" * 40
     monkeypatch.setattr(runs, "measure", lambda **_: runs.Row(7, 4.0, 10.0, 12.0))
     text = page.run(tmp_path, quick=False, parts=["runs"])
-    after = json.loads((tmp_path / "bench.json").read_text())
+    after = json.loads(file.read_text())
     assert after["loops"] == before["loops"] and after["loops"]["commit"] == "a" * 40
     assert after["runs"]["rows"][0]["one_step"] == 4 and after["runs"]["commit"] == "b" * 40
     assert "10.0 %" in text and text.count("commit aaaaaaa") == text.count("commit bbbbbbb") == 1
-    (tmp_path / "bench.json").write_text(json.dumps(after | {"machine": after["machine"] | {"device": "another"}}))
-    with pytest.raises(UserError, match="measured with another device; measure everything again"):
+    file.write_text(json.dumps(after | {"machine": after["machine"] | {"batch": 7}}))
+    with pytest.raises(UserError, match="measured with another batch; measure everything again"):
         page.run(tmp_path, quick=False, parts=["runs"])
     del after["loops"]["rows"][0]["bare"]
-    (tmp_path / "bench.json").write_text(json.dumps(after))
-    with pytest.raises(UserError, match=r"bench.json was measured by older code; measure everything again: make bench"):
+    file.write_text(json.dumps(after))
+    with pytest.raises(UserError, match=r"threads.json was measured by older code; measure everything again: make bench"):
         page.run(tmp_path, quick=False, parts=["runs"])

@@ -235,6 +235,21 @@ def test_squares_and_channel_sums_of_bf16_numbers_are_those_of_float32() -> None
         torch.testing.assert_close(function(exact), expected, rtol=1e-14, atol=1e-12)
 
 
+def test_the_gradient_of_a_sum_is_converted_before_it_is_expanded() -> None:
+    """Converted afterwards, it is a tensor in contiguous layout, which spoils that of what it is added to."""
+    values = torch.randn(2, 5, 3, 4).bfloat16().to(memory_format=torch.channels_last).requires_grad_()
+    (gradient,) = torch.autograd.grad(gradients.channel_sum(values), values, torch.randn(2, 3, 4))
+    assert gradient.dtype == torch.bfloat16 and gradient.stride(1) == 0
+    assert (gradient + values).is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_derivatives_of_a_sum(dim: int) -> None:
+    values = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda z: gradients.precise_sum(z.sin(), dim), values)
+    assert torch.autograd.gradgradcheck(lambda z: gradients.precise_sum(z.sin(), dim), values)
+
+
 def test_hooks_go_when_the_forward_fails() -> None:
     model = randomised(vgg())
     with pytest.raises(UserError, match="halves"), gradients.captured(model, ["features.norm1"]):

@@ -1,6 +1,6 @@
 """Gradients of a classifier: at its input, at its layers, and full-gradients; as constants or differentiable."""
 
-from gradexp.gradients.capture import as_plane, attention_map, captured, channel_sum, evaluating, halved, precise
+from gradexp.gradients.capture import as_plane, attention_map, captured, channel_sum, evaluating, halved, precise, precise_sum
 from gradexp.gradients.full import FullGradient, full_gradient, plain
 from gradexp.gradients.inputs import (
     INPUT,
@@ -57,6 +57,7 @@ __all__ = [
     "loss_gradient",
     "plain",
     "precise",
+    "precise_sum",
     "scalar",
     "taylor_trace",
 ]

@@ -64,7 +64,27 @@ def attention_map(features: Tensor, power: int = 2) -> Tensor:
 
 def channel_sum(values: Tensor) -> Tensor:
     """Sum over channels, at least in float32. (B, c, h, w) -> (B, h, w)."""
-    return values.sum(1, dtype=values.dtype if values.dtype == torch.float64 else torch.float32)
+    return precise_sum(values, 1)
+
+
+def precise_sum(values: Tensor, dim: int) -> Tensor:
+    """Sum over a dimension (not counted from the end), at least in float32."""
+    total: Tensor = PreciseSum.apply(values, dim)
+    return total
+
+
+class PreciseSum(torch.autograd.Function):
+    """The backward pass of `values.sum(dim, dtype=torch.float32)` expands the gradient and then converts it, which stores it
+    in contiguous layout; adding it to values in channels_last is several times slower. Here it is converted first."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, dim: int) -> Tensor:
+        ctx.shape, ctx.dtype, ctx.dim = values.shape, values.dtype, dim
+        return values.sum(dim, dtype=torch.promote_types(values.dtype, torch.float32))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient.to(ctx.dtype).unsqueeze(ctx.dim).expand(ctx.shape), None
 
 
 def precise(values: Tensor) -> Tensor:

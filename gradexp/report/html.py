@@ -182,7 +182,7 @@ def render(
     settings: ReportSettings,
     *,
     made_by: str,
-    bench: View | None = None,
+    bench: Sequence[View] = (),
     costs: Sequence[View] = (),
     explanation: Sequence[str] = (),
 ) -> str:

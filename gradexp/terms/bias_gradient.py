@@ -2,7 +2,7 @@ from torch import Tensor, nn
 
 from gradexp.base.errors import choose
 from gradexp.base.ranges import NonNegative
-from gradexp.gradients import SCALARS, precise
+from gradexp.gradients import SCALARS, precise, precise_sum
 from gradexp.terms.layer_bias import LayerBias
 from gradexp.terms.maps import map_size
 from gradexp.terms.step import Step
@@ -33,7 +33,6 @@ class BiasGradient(LayerBias):
         map_size(student, self.layer, images)
 
     def forward(self, step: Step) -> Tensor:
-        gradient = precise(step.student_layer_gradients(self.target, self.student_bn)[self.layer]).flatten(2)
-        if self.noise == "channel":
-            gradient = gradient.sum(2, keepdim=True)
+        gradient = step.student_layer_gradients(self.target, self.student_bn)[self.layer].flatten(2)
+        gradient = precise_sum(gradient, 2)[..., None] if self.noise == "channel" else precise(gradient)
         return reduce((self.bias(step).view(-1, 1) * gradient).square(), self.reduction)

@@ -1,9 +1,10 @@
-"""The whole benchmark: results/bench.md and bench.json."""
+"""The whole benchmark: a page and its numbers in results/bench for each machine."""
 
 from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Collection
 from dataclasses import asdict
 from pathlib import Path
@@ -24,13 +25,13 @@ ROWS: dict[str, type[Any]] = {  # of each part of the page
     "photographs": photographs.Row,
     "runs": runs.Row,
 }
-SAME = ("device", "threads", "batch", "versions")  # what the parts of one page have in common
+SAME = ("batch", "versions")  # what the parts of one machine's page have in common
 
 
 def run(results: Path, *, quick: bool, parts: Collection[str] = ROWS) -> str:
-    """Measures, writes bench.md and bench.json (not for `quick`), and returns the Markdown.
+    """Measures, writes bench/MACHINE.md and MACHINE.json (not for `quick`), and returns the Markdown.
 
-    parts: those to measure; the others stay as they are in bench.json, which must be of the same machine and versions.
+    parts: those to measure; the others stay as they are in MACHINE.json, which must be of the same versions.
     """
     hardware = steps.make_hardware("32")
     has_bf16 = native_bf16(hardware.kind)
@@ -39,7 +40,9 @@ def run(results: Path, *, quick: bool, parts: Collection[str] = ROWS) -> str:
         precisions = precisions[-1:]  # what a run takes here: `trainer.precision=auto`
         parts = ("steps", "maps", "photographs")
     machine = {**hardware.facts(), "precision": precisions, "batch": steps.BATCH, "versions": versions()}
-    kept = {} if set(parts) == set(ROWS) or quick else _kept(results / "bench.json", machine)
+    name = re.sub("[^a-z0-9.]+", "-", f"{machine['device']} {machine['threads']} threads".lower())
+    numbers, page = (results / "bench" / f"{name}.{suffix}" for suffix in ("json", "md"))
+    kept = {} if set(parts) == set(ROWS) or quick else _kept(numbers, machine)
     measures: dict[str, Callable[[], list[Any]]] = {
         "steps": lambda: _steps(precisions, quick=quick),
         "networks": lambda: networks.rows(rounds=3),
@@ -53,8 +56,8 @@ def run(results: Path, *, quick: bool, parts: Collection[str] = ROWS) -> str:
     text = markdown(machine, found, has_bf16)
     if not quick:
         plain = {part: {**one, "rows": [asdict(row) for row in one["rows"]]} for part, one in found.items()}
-        write_atomically(results / "bench.json", (json.dumps({"machine": machine, **plain}, indent=2) + "\n").encode())
-        write_atomically(results / "bench.md", text.encode())
+        write_atomically(numbers, (json.dumps({"machine": machine, **plain}, indent=2) + "\n").encode())
+        write_atomically(page, text.encode())
     return text
 
 
