@@ -18,7 +18,7 @@ from gradexp.engine.record import write_record
 from gradexp.engine.run import ROOT, run_id
 from gradexp.report import claims, specs
 from gradexp.report.claims import Judged
-from gradexp.report.comparisons import Grid, pairs
+from gradexp.report.comparisons import CellName, Grid, pairs
 from gradexp.report.inference import estimate
 
 pytestmark = pytest.mark.usefixtures("sample_records")
@@ -278,8 +278,18 @@ def test_a_cell_that_occurs_twice_has_twice_its_error(tmp_path: Path) -> None:
     assert found.comparisons["noise"].tolist() == [pytest.approx(math.sqrt(1 + 4 + 1) / 10)]
 
 
-@pytest.mark.parametrize(("digest", "suffix"), [("a", ""), ("b", " (the model was trained more than once)")])
-def test_images_of_one_model_are_a_sample_of_their_own(digest: str, suffix: str, tmp_path: Path) -> None:
+def test_numbers_of_a_figure_are_those_of_its_first_series() -> None:
+    """Figure 5.5's numbers are of the model whose logit-gradients are fooled."""
+    fooled, attempt = (CellName(row, "", "energy/loss/after") for row in ("VGG-11", "VGG-11, loss-gradients"))
+    cells = Grid("figure 5.5", None, "cpu", plan)
+    assert cells.thesis(fooled) == 48.14 and math.isnan(cells.thesis(attempt))
+
+
+@pytest.mark.parametrize(
+    ("digest", "suffix", "verdict"),
+    [("a", "", "holds, for this model"), ("b", " (the model was trained more than once)", "direction only: for")],
+)
+def test_images_of_one_model_are_a_sample_of_their_own(digest: str, suffix: str, verdict: str, tmp_path: Path) -> None:
     for saliency, mean in (("random", 0.8), ("input_gradient", 0.3)):
         words = ["experiment=mnist_pixel_perturbation", "scale=quick", f"saliency={saliency}", "seed=0"]
         names = [f"test/output_change@removed={fraction}" for fraction in (0.5, 0.7, 0.9)]
@@ -296,7 +306,7 @@ def test_images_of_one_model_are_a_sample_of_their_own(digest: str, suffix: str,
     }
     over_images = read(tmp_path, [spec | {"at": ["RF = 0.5"], "unit": "images"}])
     over_seeds = read(tmp_path, [spec | {"at": ["RF = 0.5"]}])
-    assert only(over_images).words == "holds, for this model"
+    assert only(over_images).words == verdict
     assert only(over_seeds).verdict == "direction only"
     assert over_images.comparisons["label"].tolist() == [f"Gradient < Random, RF = 0.5{suffix}"]
     assert "table 3.2, over images; another setting" in claims.to_markdown(over_images, "quick")

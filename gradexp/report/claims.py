@@ -130,9 +130,11 @@ def _compare(pair: Pair, grid: Grid, unit: str, content: ClaimsFile) -> dict[str
     if unit == "seeds":
         found = estimate(gaps.tolist(), confidence=content["confidence"], resamples=content["resamples"])
         return {**row, **asdict(found)}
+    mean = float(gaps.mean())
     models = {str(used_digests(record.get("upstream", {}))) for run in unique if (record := run.record())}
-    label = pair.label + (" (the model was trained more than once)" if len(models) > 1 else "")
-    return {**row, **asdict(estimate_over_images(float(gaps.mean()), noise, content["confidence"])), "label": label}
+    if len(models) > 1:  # how much these differ is not known
+        return {**row, **asdict(Estimate(mean, n=1)), "label": f"{pair.label} (the model was trained more than once)"}
+    return {**row, **asdict(estimate_over_images(mean, noise, content["confidence"]))}
 
 
 def judge(found: Judged) -> Judged:

@@ -122,8 +122,8 @@ class Grid:
     def thesis(self, cell: CellName) -> float:
         """The number that the thesis prints in this cell; NaN if it prints none."""
         item: Any = self.spec.get("thesis", self.spec["number"])
-        if isinstance(item, dict):
-            return float(item.get(cell.metric or "", math.nan))
+        if isinstance(item, dict):  # of metrics, in the first series
+            return float(item.get(cell.metric or "", math.nan)) if cell.row == next(iter(self.rows)) else math.nan
         if "series" in self.spec:
             return read_thesis().get((item, cell.row, cell.column), Thesis()).value
         quantity = self._setting("thesis_metric", cell)
@@ -172,7 +172,7 @@ class Sum:
         for factor, (number, cell) in [*((1, one) for one in self.cells), *((-1, one) for one in other.cells)]:
             times[cell] += factor * number
         cells = tuple((number, cell) for cell, number in times.items() if number)
-        return Sum(f"{self.name} − {other.name}", cells, self.constant - other.constant)
+        return Sum(f"({self.name}) − ({other.name})", cells, self.constant - other.constant)
 
 
 class Pair(NamedTuple):
