@@ -341,4 +341,4 @@ def test_the_command_draws_a_map_of_a_trained_network(tmp_path: Path, places: li
     assert "completeness error" in done.stdout
     assert Image.open(tmp_path / "photo_fullgrad.png").size[0] > 1000
     wrong = run_python(*words, "--target", "10", *tiny)
-    assert wrong.stderr.strip() == "error: target=10: the model has classes 0 to 9"
+    assert wrong.stderr.strip() == "error: there is no class 10: the model has classes 0 to 9"

@@ -24,6 +24,7 @@ from gradexp.engine.build import build
 from gradexp.engine.compose import compose_run
 from gradexp.engine.run import Paths, Run
 from gradexp.models.vgg import VGG
+from gradexp.saliency import GradCAM, InputGradient, ReferenceFullGrad
 from gradexp.tasks import train
 from gradexp.terms import Activations, AntiScoreMatching, CrossEntropy, GradientNorm, Jacobian, ScoreMatching, SoftTargets, Step
 from gradexp.terms.targets import Map, Targets
@@ -63,6 +64,53 @@ def test_input_gradient_is_the_slope(target: str) -> None:
     gradient = gradients.input_gradient(model, data.images, data.labels, target=target)
     slope = finite_difference(lambda x: gradients.scalar(model(x), data.labels, target).sum().detach(), data.images)
     torch.testing.assert_close(gradient, slope, rtol=1e-6, atol=1e-8)
+
+
+@torch.no_grad()
+def detached(images: Tensor) -> Tensor:
+    return images.flatten(1)[:, :4]
+
+
+PICTURES = torch.zeros(2, 2, 8, 8)
+CALLS = [gradients.input_gradient, gradients.full_gradient, InputGradient(), GradCAM(), ReferenceFullGrad()]
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize(
+    ("images", "labels", "message"),
+    [
+        (PICTURES, torch.tensor([1]), r"labels have shape \(1,\): give one class, or one per image, \(2,\)"),
+        (PICTURES, torch.tensor([0.0, 1.0]), "labels are torch.float32; give classes"),
+        (PICTURES, torch.tensor([0, CLASSES]), f"no class {CLASSES}: the model has classes 0 to {CLASSES - 1}"),
+        (PICTURES, "cat", "labels are a str; give one class"),
+        (PICTURES.byte(), 0, r"images are torch.uint8, which has no gradients: give images.float\(\)"),
+        (PICTURES.numpy(), 0, "images are a ndarray; give a tensor"),
+    ],
+)
+def test_images_and_labels_that_do_not_fit_are_told(call: Any, images: Any, labels: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        call(net(0).float().eval(), images, labels)
+
+
+@pytest.mark.parametrize("call", [call for call in CALLS if not isinstance(call, GradCAM)])
+def test_a_model_that_records_nothing_is_told(call: Any) -> None:
+    class Probe(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 3)
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.linear(detached(images))  # type: ignore[no-any-return]
+
+    with pytest.raises(UserError, match="does not depend on the images by differentiable operations: look for no_grad, detach"):
+        call(Probe().eval(), torch.randn(2, 3, 8, 8), 1)
+
+
+def test_one_class_for_all_images() -> None:
+    model, images = net(0).eval(), batch().images
+    one = gradients.input_gradient(model, images, 2)
+    assert torch.equal(one, gradients.input_gradient(model, images, torch.full((len(images),), 2)))
+    assert torch.equal(one, gradients.input_gradient(model, images, torch.full((len(images),), 2, dtype=torch.int32)))
 
 
 def test_all_stacks_the_gradient_of_every_logit() -> None:

@@ -12,11 +12,12 @@ from families import FAMILIES, family
 from make_library_table import twice_differentiable
 from tiny import randomised
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchvision.models import vgg as tv_vgg
 
-from gradexp import layers
+from gradexp import gradients, layers
 from gradexp.engine.build import build
 from gradexp.engine.compose import compose_run
 from gradexp.engine.hardware import native_bf16
@@ -267,6 +268,55 @@ def test_accelerate_keeps_names(caplog: pytest.LogCaptureFixture) -> None:
     assert "GroupNorm" in caplog.text
     assert "Conv2d" not in caplog.text
     assert model.state_dict().keys() == before.keys()
+
+
+class OneByOne(nn.Module):
+    """Takes the images of a batch one after another, as (C, H, W)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.pool, self.linear = nn.Conv2d(2, 6, 3), nn.MaxPool2d(2), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([self.linear(self.pool(functional.silu(self.conv(image))).mean((1, 2))) for image in x])
+
+
+def test_maps_without_a_batch_agree_with_autograd() -> None:
+    model = OneByOne().double()
+    agree(model, 8, torch.contiguous_format)
+    with pytest.raises(ValueError, match="expected 4D input"):
+        layers.accelerate(nn.BatchNorm2d(3))(torch.randn(3, 4, 4))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_compiled_network_has_torchs_second_derivatives(training: bool) -> None:
+    """A traced Function loses the graph of its gradient, and with it a part of the derivative of a penalty."""
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Softplus(), nn.MaxPool2d(2), nn.Conv2d(4, 4, 3)),
+        *(nn.Softplus(), nn.Flatten(), nn.Linear(16, 3)),
+    )
+    model, images = randomised(model).double().train(training), torch.randn(3, 3, 10, 10, dtype=DOUBLE)
+    compiled = torch.compile(layers.accelerate(copy.deepcopy(model)), backend="eager")
+    expected, found = penalised(model, images.clone()), penalised(compiled, images.clone())
+    for name, value in expected.items():
+        torch.testing.assert_close(found.get(name, found.get(f"_orig_mod.{name}")), value, rtol=1e-9, atol=1e-11)
+
+
+def test_the_gradient_of_a_weight_that_is_computed_from_the_images_is_not_skipped() -> None:
+    """`only_inputs` skips gradients of parameters; this weight is none."""
+
+    class Hyper(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            weight = self.conv.weight * (1 + x.square().mean())
+            return functional_call(self.conv, {"weight": weight, "bias": self.conv.bias}, (x,)).mean((2, 3))  # type: ignore[no-any-return]
+
+    model, images = Hyper().double(), torch.randn(2, 3, 6, 6, dtype=DOUBLE)
+    expected = gradients.input_gradient(copy.deepcopy(model), images, 1)
+    torch.testing.assert_close(gradients.input_gradient(layers.accelerate(model), images, 1), expected)
 
 
 def test_batch_norm_in_training_needs_two_values_a_channel() -> None:

@@ -8,6 +8,7 @@ import torch
 from fakes import upstream_of
 from scipy import stats
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from gradexp import layers
 from gradexp.base.errors import UserError
@@ -54,6 +55,12 @@ def test_layers_go_from_the_output_to_the_input_with_their_normalisations() -> N
 
     with pytest.raises(UserError, match=r"Bare .* no reset_parameters"):
         layers_from_output(nn.Sequential(Bare()))
+    pruned = nn.Sequential(nn.Conv2d(1, 2, 3))
+    prune.l1_unstructured(pruned[0], "weight", 0.5)
+    with pytest.raises(UserError, match=r"Conv2d \(0\) can't be randomised: its weight is computed .* prune.remove"):
+        layers_from_output(pruned)
+    prune.remove(pruned[0], "weight")
+    assert layers_from_output(pruned) == [["0"]]
 
 
 def test_randomised_parameters_do_not_depend_on_earlier_randomisations() -> None:

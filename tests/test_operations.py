@@ -12,6 +12,7 @@ from families import FAMILIES, family
 from tiny import randomised
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from gradexp import gradients, layers
 from gradexp.base.errors import UserError
@@ -501,6 +502,109 @@ def test_functions_under_vmap_are_refused_and_vmap_is_named() -> None:
     model[2] = Mapped().eval()  # type: ignore[index]
     with pytest.raises(UserError, match=r"input of 3, is no torch function that can be seen.*torch.vmap and torch.func"):
         gradients.full_gradient(model, images, labels)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        for part in self.model:  # type: ignore[attr-defined]
+            x = checkpoint(part, x, use_reentrant=False)
+        return x
+
+
+def checkpointed() -> tuple[nn.Sequential, Tensor, Tensor]:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Softplus(), nn.GELU(), nn.Flatten(), nn.Linear(64, 3))
+    return randomised(model).double().eval(), torch.randn(2, 3, 6, 6, dtype=torch.float64), torch.tensor([0, 2])
+
+
+@pytest.mark.parametrize("differentiable", [False, True])
+def test_parts_under_checkpoint_have_the_same_full_gradients(differentiable: bool) -> None:
+    """And derivatives: checkpoint counts what is saved, and biases save tensors, too."""
+    model, images, labels = checkpointed()
+    found = []
+    for each in (model, Checkpointed(model).eval()):
+        full = gradients.full_gradient(each, images, labels, differentiable=differentiable)
+        values = [full.input, *full.biases.values()]
+        if differentiable:
+            values += torch.autograd.grad(sum(value.square().sum() for value in values), list(model.parameters()))
+        found.append(values)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-12, atol=1e-12)
+
+
+class NonLocal(nn.Module):
+    """Attention between pixels: (B, c, h w) on its way, whose second dimension is no pixel's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.q, self.k, self.v = nn.Conv2d(3, 16, 4, 4), *(nn.Conv2d(16, 16, 1) for _ in range(3))
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        q, k, v = (functional.gelu(f(x).flatten(2)) for f in (self.q, self.k, self.v))
+        weights = (q.transpose(1, 2) @ k).softmax(-1)
+        tokens = (x + (v @ weights.transpose(1, 2)).view_as(x)).flatten(2).transpose(1, 2)
+        return self.head(torch.tanh(tokens).mean(1))  # type: ignore[no-any-return]
+
+
+def test_channels_and_queries_of_a_flattened_map_are_no_tokens() -> None:
+    """16 channels might be the tokens of 4 x 4 pixels, and 64 queries those of 8 x 8."""
+    full = gradients.full_gradient(NonLocal().double().eval(), torch.randn(2, 3, 32, 32, dtype=torch.float64), 1)
+    assert float(full.error().max()) < 1e-9
+    assert {"gelu", "gelu:2", "gelu:3", "softmax", "matmul", "matmul:2"} < set(full.biases)
+    assert set(full.planes()) == {"stem", "q", "k", "v", "tanh"}
+    assert full.planes()["tanh"].shape == (2, 16, 8, 8)
+
+
+class Cropped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.linear = nn.Conv2d(3, 6, 3, padding=2), nn.BatchNorm2d(6), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(functional.softplus(self.norm(self.conv(x)[..., 2:-3, 2:-3])).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+def test_a_map_whose_size_comes_from_a_crop_keeps_its_terms() -> None:
+    full = gradients.full_gradient(randomised(Cropped()).eval(), torch.randn(2, 3, 12, 12, dtype=torch.float64), 1)
+    assert {"norm", "softplus"} < set(full.planes())
+
+
+class Stepped(nn.Module):
+    """Its slope is 1, by a straight-through estimator; its value is a whole number."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + (x.floor() - x).detach() + 0 * x.floor()
+
+
+def test_operations_without_a_slope_have_differentiable_full_gradients() -> None:
+    model, images, labels = checkpointed()
+    model[2] = Stepped().eval()
+    full = gradients.full_gradient(model, images, labels, differentiable=True)
+    assert float(full.error().max()) < 1e-12
+
+
+def test_operators_that_know_no_dual_numbers_are_not_guessed() -> None:
+    """Without a tangent, J z would count as 0, and the bias be the whole output."""
+    deformed = torchvision.ops.DeformConv2d(3, 4, 3).double()
+    moved = torch.randn(2, 18, 4, 4, dtype=torch.float64)
+
+    class Deformed(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return deformed(x, moved).mean((2, 3))  # type: ignore[no-any-return]
+
+    with pytest.raises(UserError, match=r"the bias of .* can't be computed: .*deform_conv2d"):
+        gradients.full_gradient(Deformed().eval(), checkpointed()[1], 1)
+
+
+def test_torchscript_is_refused_by_name() -> None:
+    scripted = torch.jit.script(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()))
+    for call in (gradients.full_gradient, FullGrad(), GradCAM()):
+        with pytest.raises(UserError, match="the model is TorchScript, which can't be looked into"):
+            call(scripted.eval(), torch.randn(1, 3, 4, 4), 0)
 
 
 class Returning(nn.Module):

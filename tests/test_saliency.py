@@ -336,7 +336,7 @@ MISTAKES = {
     "target": (lambda: METHODS["fullgrad"](net(), pictures(), 4), "classes 0 to 3"),
     "targets of another number": (lambda: METHODS["input_gradient"](net(), pictures(), torch.tensor([0, 1])), "one per image"),
     "layer without a map": (lambda: GradCAM(layer="linear")(net(), pictures()), "its output is no map"),
-    "negative target": (lambda: METHODS["input_gradient"](net(), pictures(), torch.tensor([0, -1, 2])), "target=-1"),
+    "negative target": (lambda: METHODS["input_gradient"](net(), pictures(), torch.tensor([0, -1, 2])), "no class -1"),
     "grey image": (lambda: METHODS["gradcam"](net(), pictures()[:, :1]), "the model takes 3"),
     "no batch": (lambda: METHODS["gradcam"](net(), pictures()[0]), r"takes \(B, C, H, W\)"),
     "too small": (lambda: METHODS["smoothgrad"](net(), pictures(size=1)), "at least 4 pixels"),
@@ -351,6 +351,44 @@ MISTAKES = {
     "psi": (lambda: FullGrad(psi=["rescale", "abs", "upsample"], separate=False), r"\[abs, rescale, upsample\]"),
     "channels": (lambda: InputGradient(channels="max")(net(), pictures()), "abs, sum, square, std"),
 }
+
+
+class Coloured(nn.Module):
+    """Makes three channels of the one it is given, and its first module is not the one that sees the images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.auxiliary, self.net = nn.Conv2d(8, 2, 1), net()
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.net(images.repeat(1, 3, 1, 1))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("name", DETERMINISTIC)
+def test_a_network_may_convert_its_images(name: str) -> None:
+    assert METHODS[name](Coloured(), pictures()[:, :1], 1).isfinite().all()
+
+
+class Merging(nn.Linear):
+    """Puts its weights together in eval mode, and takes them apart in train mode, as layers of LoRA do."""
+
+    merged = False
+
+    def train(self, mode: bool = True) -> "Merging":
+        super().train(mode)
+        if self.merged == mode:
+            self.weight.data.mul_(0.5 if mode else 2)
+            self.merged = not mode
+        return self
+
+
+def test_modules_that_work_in_train_are_told_of_it_afterwards() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.Flatten(), Merging(216, 4)).train()
+    model[0].eval()
+    before = model[2].weight.clone()
+    FullGrad()(model, torch.randn(2, 3, 8, 8))
+    assert (model[2].merged, model[2].training, model[0].training) == (False, True, False)
+    assert torch.equal(model[2].weight, before)
 
 
 @pytest.mark.parametrize("name", MISTAKES)
@@ -455,6 +493,9 @@ def test_the_last_map_of_any_network() -> None:
     bare = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3), nn.BatchNorm2d(5), nn.Flatten()).double().eval()
     assert gradients.last_features(bare, pictures(), 1) == "3"
     assert gradients.last_features(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()).double(), pictures(), 1) == "0"
+    scaled = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.PReLU(), nn.Flatten()).double()
+    assert gradients.last_features(scaled, pictures(), 1) == "2"
+    assert gradients.last_features(scaled[:2], pictures(), 1) == "1"
 
 
 @pytest.mark.parametrize("scale", ["cpu", "quick"])

@@ -50,7 +50,7 @@ def maps_of(model: nn.Module, method: Saliency, batches: Sequence[Tensor], class
 def layers_from_output(model: nn.Module) -> list[list[str]]:
     """Names of the modules with parameters, from output to input, a normalisation in one group with the layer before it.
 
-    Raises UserError for a module without `reset_parameters`.
+    Raises UserError for a module without `reset_parameters`, and for one whose weight is computed from other parameters.
     """
     groups: list[list[str]] = []
     for name, module in model.named_modules():
@@ -58,6 +58,11 @@ def layers_from_output(model: nn.Module) -> list[list[str]]:
             continue
         if not hasattr(module, "reset_parameters"):
             raise UserError(f"{type(module).__name__} ({name}) can't be randomised: it has no reset_parameters")
+        if "weight" in vars(module):  # not where parameters are
+            raise UserError(
+                f"{type(module).__name__} ({name}) can't be randomised: its weight is computed from other parameters; make it "
+                f"one with prune.remove, remove_weight_norm or remove_spectral_norm of torch.nn.utils"
+            )
         if isinstance(module, NORMS) and groups:
             groups[-1].append(name)
         else:

@@ -20,7 +20,7 @@ def explain_func(method: Saliency) -> Callable[..., np.ndarray]:
     """
 
     def explain(model: nn.Module, inputs: Any, targets: Any, **_: Any) -> np.ndarray:
-        parameter = next(model.parameters())
+        parameter = next(model.parameters(), torch.empty(0))
         images = torch.as_tensor(inputs).to(parameter)
         labels = torch.as_tensor(targets).to(parameter.device, torch.long)
         maps: np.ndarray = method(model, images, labels).cpu().numpy()

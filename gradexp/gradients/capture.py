@@ -16,12 +16,16 @@ from gradexp.base.errors import UserError, nearest
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside, the model is in eval mode; afterwards each of its modules is in the mode that it had."""
+    """Inside, the model is in eval mode; afterwards each of its modules is in the mode that it had.
+
+    `model.train` is called for what some modules do in it: those of LoRA put their weights together and take them apart.
+    """
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         yield
     finally:
+        model.train(modes[model])
         for module, training in modes.items():
             module.training = training
 

@@ -14,7 +14,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gradexp.base.errors import UserError
 from gradexp.gradients.capture import as_plane, halved
-from gradexp.gradients.inputs import SCALARS, checked_logits, constant, differentiable_anyway, gradient_of, scalar
+from gradexp.gradients.inputs import (
+    SCALARS,
+    check_classes,
+    checked_images,
+    checked_labels,
+    checked_logits,
+    differentiable_anyway,
+    gradient_of,
+    scalar,
+)
 from gradexp.gradients.operations import Operations
 
 
@@ -24,7 +33,8 @@ class FullGradient:
 
     images (B, C, H, W), output (B,), input: input-gradient (B, C, H, W). biases: {operation: bias-gradient f^b, that is bias
     times gradient}, gradients: {operation: the gradient alone}, both (B, ...). nonlinear: operations that are no convolution,
-    linear layer or batch normalisation. planar: operations whose outputs are maps. grids: sizes (h, w) of the network's maps.
+    linear layer or batch normalisation. planar: operations whose outputs are maps, or may be tokens. grids: sizes (h, w) of the
+    network's maps.
     """
 
     images: Tensor
@@ -48,7 +58,7 @@ class FullGradient:
         """Those of `values` (default: the bias-gradients) of maps and token grids, as (B, c, h, w)."""
         sizes = {tuple(self.images.shape[-2:])}.union(*map(halved, self.grids))
         values = self.biases if values is None else values
-        possible = {name: value for name, value in values.items() if name in self.planar or value.ndim == 3}
+        possible = {name: value for name, value in values.items() if name in self.planar}
         planes = {name: as_plane(value, sizes) for name, value in possible.items()}
         return {name: plane for name, plane in planes.items() if plane is not None}
 
@@ -76,7 +86,7 @@ class FullGradient:
 def full_gradient(
     model: nn.Module,
     images: Tensor,
-    labels: Tensor,
+    labels: Tensor | int,
     *,
     target: str = "label",
     separate: bool = False,
@@ -87,12 +97,13 @@ def full_gradient(
     Any network of torch functions: the biases are those of `gradexp.gradients.operations`. An operation is named by its module,
     and by its function where the module has several; the second call of a module is `name:2`. A batch normalisation and the
     layer in front of it share one bias, under the name of the normalisation; `separate` keeps both. The sum over everything
-    is the output, exactly, for `target="label"` and `"top"`, which ignores `labels`. images (B, C, H, W), labels (B,), the
-    classes that are explained. differentiable: with the graph for a further backward pass. Works under `no_grad`,
-    `inference_mode` and autocast.
+    is the output, exactly, for `target="label"` and `"top"`, which ignores `labels`. images (B, C, H, W), labels (B,) or one
+    class for all, the classes that are explained. differentiable: with the graph for a further backward pass. Works under
+    `no_grad`, `inference_mode` and autocast.
 
-    Raises UserError for a model in train mode, for an operation whose bias can't be computed, and where the output of an image
-    depends on the others of its batch; warns where the sum differs from the output by more than rounding explains.
+    Raises UserError for images or labels that don't fit, for a model in train mode, for an operation whose bias can't be
+    computed, and where the output of an image depends on the others of its batch; warns where the sum differs from the output
+    by more than rounding explains.
     """
     model = plain(model)
     if target not in SCALARS:
@@ -100,7 +111,8 @@ def full_gradient(
     if model.training:
         raise UserError("full-gradients are those of a model in eval mode: call model.eval()")
     with _exact(model):
-        images, labels = constant(images), constant(labels)
+        images = checked_images(images)
+        labels = checked_labels(labels, images)
         full = _decomposed(model, images, labels, target, separate, differentiable)
         if full is None or (len(images) > 1 and full.inexact().any()):
             # Images may share an axis with something else, such as windows or tokens in front of the batch.
@@ -151,6 +163,8 @@ def _decomposed(
     with met.recording():
         logits = checked_logits(model(images.clone()))  # which the model may change in place
     met.check_seen(logits)
+    if target != "top":
+        check_classes(labels, logits)
     at_input = gradient_of(logits, images, labels, target=target, differentiable=differentiable)
     operations = [each for each in (met.all if separate else met.merged()) if each.gradient is not None]
     biases, gradients = dict[str, Tensor](), dict[str, Tensor]()

@@ -16,6 +16,10 @@ from gradexp.layers import ranks
 SCALARS = ("label", "top", "logprob")  # one number per image
 TARGETS = (*SCALARS, "all")
 INPUT = ".input"  # the images among modules, whose names have no dot in front
+NO_PATH = (
+    "the model's output does not depend on the images by differentiable operations: look for no_grad, detach or quantised "
+    "layers in its forward pass"
+)
 
 
 def scalar(logits: Tensor, labels: Tensor, target: str) -> Tensor:
@@ -57,6 +61,8 @@ def gradients_of(
     with torch.enable_grad():
         output = scalar(logits, labels, target)
     slopes = _gradients(output, list(values.values()), differentiable, allow_unused=True)
+    if any(name == INPUT and slope is None for name, slope in zip(values, slopes, strict=True)):
+        raise UserError(NO_PATH)
     return {name: slope for name, slope in zip(values, slopes, strict=True) if slope is not None}
 
 
@@ -65,16 +71,20 @@ def gradient_of_values(values: Tensor, images: Tensor, *, differentiable: bool) 
     return _gradients(values, [images], differentiable)[0]
 
 
-def input_gradient(model: nn.Module, images: Tensor, labels: Tensor, *, target: str = "label") -> Tensor:
+def input_gradient(model: nn.Module, images: Tensor, labels: Tensor | int, *, target: str = "label") -> Tensor:
     """Input-gradient of `model` in its present mode, as a constant.
 
-    images (B, C, H, W), labels (B,) -> (B, C, H, W), or (B, K, C, H, W) for `target="all"`. target: of which output,
-    `label` (logit of `labels`), `top` (largest logit), `logprob` (log-probability of `labels`) or `all` logits. Works
-    under `no_grad` and `inference_mode`. Raises UserError for a model that does not return logits (B, K).
+    images (B, C, H, W), labels (B,) or one class for all -> (B, C, H, W), or (B, K, C, H, W) for `target="all"`. target: of
+    which output, `label` (logit of `labels`), `top` (largest logit), `logprob` (log-probability of `labels`) or `all` logits.
+    Works under `no_grad` and `inference_mode`. Raises UserError for images that are no tensor of floating point, labels that
+    are no classes of the model, and a model that does not return logits (B, K), or by no differentiable operations.
     """
     with differentiable_anyway():
-        images, labels = constant(images).requires_grad_(), constant(labels)
+        images = checked_images(images).requires_grad_()
+        labels = checked_labels(labels, images)
         logits = checked_logits(model(images.clone()))  # which the model may change in place
+        if target in ("label", "logprob"):
+            check_classes(labels, logits)
         return gradient_of(logits, images, labels, target=target, differentiable=False).detach()
 
 
@@ -88,6 +98,34 @@ def differentiable_anyway() -> Iterator[None]:
 def constant(images: Tensor) -> Tensor:
     """Images, or labels, without their history. Those made under `inference_mode` are copied, because autograd refuses them."""
     return images.clone() if images.is_inference() else images.detach()
+
+
+def checked_images(images: Any) -> Tensor:
+    """Images without their history. Raises UserError unless they are a tensor of floating point."""
+    if not isinstance(images, Tensor):
+        raise UserError(f"images are a {type(images).__name__}; give a tensor (B, C, H, W)")
+    if not images.is_floating_point():
+        raise UserError(f"images are {images.dtype}, which has no gradients: give images.float(), scaled as the model expects")
+    return constant(images)
+
+
+def checked_labels(labels: Any, images: Tensor) -> Tensor:
+    """Classes (B,), given as one for all images or one for each. Raises UserError for anything else."""
+    try:
+        classes = constant(torch.as_tensor(labels, device=images.device))
+    except (TypeError, ValueError, RuntimeError):
+        raise UserError(f"labels are a {type(labels).__name__}; give one class, or a tensor of one per image") from None
+    if classes.is_floating_point() or classes.is_complex() or classes.dtype == torch.bool:
+        raise UserError(f"labels are {classes.dtype}; give classes, which are whole numbers")
+    if classes.ndim and classes.shape != images.shape[:1]:
+        raise UserError(f"labels have shape {tuple(classes.shape)}: give one class, or one per image, ({len(images)},)")
+    return classes.long().expand(len(images))
+
+
+def check_classes(labels: Tensor, logits: Tensor) -> None:
+    """Raises UserError for a label that is no class of the logits (B, K)."""
+    if len(wrong := labels[(labels < 0) | (labels >= logits.shape[1])]):
+        raise UserError(f"there is no class {int(wrong[0])}: the model has classes 0 to {logits.shape[1] - 1}")
 
 
 def checked_logits(output: Any) -> Tensor:
@@ -169,7 +207,10 @@ def _gradients(
 ) -> tuple[Any, ...]:
     # The sum keeps one backward pass for the whole batch. In train mode, batch statistics couple the images:
     # this is then the gradient of the batch's sum, as in the author's code.
+    if not values.requires_grad:
+        raise UserError(NO_PATH)
     with torch.enable_grad(), layers.only_inputs():
-        return torch.autograd.grad(
-            values.sum(), inputs, create_graph=differentiable, retain_graph=True, allow_unused=allow_unused
-        )
+        slopes = torch.autograd.grad(values.sum(), inputs, create_graph=differentiable, retain_graph=True, allow_unused=True)
+    if not allow_unused and any(slope is None for slope in slopes):
+        raise UserError(NO_PATH)
+    return slopes

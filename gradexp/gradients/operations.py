@@ -15,7 +15,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from inspect import unwrap
@@ -43,9 +43,11 @@ MULTILINEAR = {"mul", "mul_", "matmul", "mm", "bmm", "einsum"}  # no bias where 
 DIVISIONS = {"div", "div_"}  # no bias where the numerator alone depends on them
 AFFINE = {"linear", "convolve", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"}
 PLANAR = {  # the outputs (B, c, h, w) are planes
-    *("convolve", "conv2d", "conv_transpose2d", "interpolate"),
+    *("convolve", "conv2d", "conv_transpose2d", "interpolate", "pixel_shuffle", "pixel_unshuffle"),
+    *("batch_norm", "normalise", "instance_norm", "group_norm"),
     *("max_pool", "max_pool2d", "avg_pool2d", "adaptive_max_pool2d", "adaptive_avg_pool2d"),
 }
+TURNING = {"transpose", "permute", "movedim", "moveaxis", "swapaxes", "swapdims", "linear", "__get__"}  # rows may become tokens
 PRODUCTS = {"matmul", "__matmul__", "bmm", "baddbmm", "einsum", "scaled_dot_product_attention"}  # of two maps: no planes
 RESHAPING = {"reshape", "view", "unflatten"}  # outputs are planes where an earlier plane has their shape
 
@@ -57,7 +59,8 @@ class Operation:
     kind: `affine` (convolution or linear layer), `norm` (batch normalisation by running statistics) or `other`. bias: to be
     multiplied with the gradient at the output; None for a layer without one. gradient: at the output, once a backward pass has
     reached it. channels: the bias of an affine operation, (C,). statistics: of a norm, the arguments of `norm_bias`. before:
-    of a norm, the affine operation whose output it was given. planar: whether the output is a map over pixels.
+    of a norm, the affine operation whose output it was given. planar: whether the output is a map over pixels, or may be the
+    tokens of one.
     """
 
     name: str
@@ -94,6 +97,7 @@ class Operations(TorchFunctionMode):
         self._model, self._images, self._differentiable = model, images, differentiable
         self._dependent = {id(images): images}  # what depends on the images; kept alive, so that no id is used twice
         self._planes, self._shapes = {id(images)}, {images.shape}  # those of them that are maps, and the shapes of these
+        self._rows = set[int]()  # (B, n, m) whose second dimension is that of channels, or of an attention's queries
         self._constant: set[int] = set()  # copies of tensors that did not depend on the images before a call wrote to them
         self._makers: dict[int, Operation] = {}  # by the id of the output
         self._calls: list[tuple[str, bool]] = []  # modules that are being called: name, whether it is a leaf
@@ -104,6 +108,8 @@ class Operations(TorchFunctionMode):
         """Inside, operations are recorded. All hooks are removed at exit."""
         with ExitStack() as stack:
             for name, module in self._model.named_modules():
+                if "ScriptModule" in type(module).__name__:
+                    raise UserError(f"{name or 'the model'} is TorchScript, which can't be looked into: give its source")
                 stack.callback(module.register_forward_pre_hook(partial(self._enter, name)).remove)
                 stack.callback(module.register_forward_hook(self._leave, always_call=True).remove)
             stack.enter_context(self)
@@ -172,7 +178,8 @@ class Operations(TorchFunctionMode):
         if any(map(_differentiable, outputs)):
             for maker in {self._makers[id(operand)] for operand in dependent if id(operand) in self._makers}:
                 maker.uses += 1
-            operations = rule(given, outputs) if rule else [None] * len(outputs)
+            with _no_checkpoint():
+                operations = rule(given, outputs) if rule else [None] * len(outputs)
             for output, operation in zip(outputs, operations, strict=True):
                 if _differentiable(output):
                     self._record(output, operation, call, in_place=changed is not None)
@@ -252,8 +259,10 @@ class Operations(TorchFunctionMode):
         _load_forward_mode()
         try:
             with torch.no_grad(), forward_ad.dual_level():
-                outputs = call.with_arguments(dual).outputs()
-                return [_tangent(leaf) for leaf in outputs]
+                tangents = [_tangent(leaf) for leaf in call.with_arguments(dual).outputs()]
+            if not any(tangent is not None for tangent in tangents):
+                raise NotImplementedError  # an operator of an extension, which knows no dual numbers
+            return tangents
         except NotImplementedError:
             return [product if product is None else product.detach() for product in self._by_reverse_mode(call)]
 
@@ -275,7 +284,8 @@ class Operations(TorchFunctionMode):
                     continue
                 u = torch.zeros_like(output, requires_grad=True)
                 slopes = torch.autograd.grad(output, operands, u, create_graph=True, allow_unused=True)
-                paired = [(slope, z) for slope, z in zip(slopes, operands, strict=True) if slope is not None]
+                found = zip(slopes, operands, strict=True)
+                paired = [(slope, z) for slope, z in found if slope is not None and slope.requires_grad]
                 sums, values = [slope for slope, _ in paired], [z for _, z in paired]
                 products.append(torch.autograd.grad(sums, u, values, create_graph=True)[0] if paired else None)
         return products
@@ -286,13 +296,16 @@ class Operations(TorchFunctionMode):
         if self._is_plane(output, call):
             self._planes.add(id(output))
             self._shapes.add(output.shape)
+        if output.ndim == 3 and self._has_rows(output, call):
+            self._rows.add(id(output))
         base = output._base if in_place and output._is_view() else None
         for tensor in (output,) if base is None else (output, base):
             self._dependent[id(tensor)] = tensor
             self._makers.pop(id(tensor), None)
         if operation is None:
             return
-        operation.planar = id(output if base is None else base) in self._planes
+        tokens = output.ndim == 3 and id(output) not in self._rows
+        operation.planar = tokens or id(output if base is None else base) in self._planes
         self.all.append(operation)
         self._makers[id(output)] = operation
         if base is None:
@@ -311,6 +324,18 @@ class Operations(TorchFunctionMode):
         return call.name in PLANAR or any(
             id(operand) in self._planes for operand in call.operands if operand.ndim == output.ndim
         )
+
+    def _has_rows(self, output: Tensor, call: Call) -> bool:
+        """Whether the second dimension of (B, n, m) is not that of tokens: channels of a flattened map, rows of a product."""
+        given = [operand for operand in call.operands if self.depends(operand) and operand is not output]
+        if call.name in PRODUCTS and len(given) > 1:
+            return True
+        if call.name in TURNING:
+            return False
+        if call.name in RESHAPING | {"flatten"} and given and given[0].ndim == 4:
+            return id(given[0]) in self._planes and output.shape[1] == given[0].shape[1]
+        inherited = [id(operand) in self._rows for operand in given if operand.ndim == 3]
+        return bool(inherited) and all(inherited)
 
     def _with_copy(self, call: Call, changed: Tensor) -> Call:
         """The call with a copy of the tensor that it is going to change."""
@@ -407,6 +432,11 @@ def _is_floating(leaf: Any) -> bool:
 
 def _tangent(leaf: Any) -> Tensor | None:
     return forward_ad.unpack_dual(leaf).tangent if _is_floating(leaf) else None  # type: ignore[no-untyped-call]
+
+
+def _no_checkpoint() -> AbstractContextManager[Any]:
+    """Inside, torch.utils.checkpoint does not see what is saved for biases: it expects what its part of the network saves."""
+    return torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved)
 
 
 @cache

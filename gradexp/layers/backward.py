@@ -31,6 +31,12 @@ def visible(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return wrap_torch_function(lambda *tensors: tensors)(function)
 
 
+def left_to_torch(x: Tensor) -> bool:
+    """Whether torch's own layer is to do it: for a single map (C, H, W), and while torch.compile traces the network, which
+    would lose the derivatives of a Function's backward pass without a word."""
+    return x.ndim != 4 or torch.compiler.is_compiling()
+
+
 def wants_parameters() -> bool:
     """Whether a backward pass is to compute the gradients of parameters too."""
     return not _only_inputs

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn import functional
 
-from gradexp.layers.backward import aligned, visible, wants_parameters
+from gradexp.layers.backward import aligned, left_to_torch, visible, wants_parameters
 
 _batch_norm_backward = torch.ops.aten.native_batch_norm_backward
 
@@ -114,6 +114,8 @@ class BatchNorm(nn.BatchNorm2d):
     def forward(self, input: Tensor) -> Tensor:
         mean, variance, seen = self.running_mean, self.running_var, self.num_batches_tracked
         if mean is None or variance is None or seen is None or not self.affine or self.momentum is None:
+            return super().forward(input)
+        if left_to_torch(input) or input.shape[1] != self.num_features:  # torch says what is wrong
             return super().forward(input)
         if self.training:
             if input.numel() == input.shape[1]:  # as the stock layer; the running variance would become NaN

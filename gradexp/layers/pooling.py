@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from gradexp.layers.backward import visible
+from gradexp.layers.backward import left_to_torch, visible
 
 
 class Pool(Function):
@@ -54,7 +54,7 @@ class MaxPool(nn.MaxPool2d):
     """nn.MaxPool2d, differentiable twice at first-order cost."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.return_indices:
+        if self.return_indices or left_to_torch(input):
             return super().forward(input)
         size = tuple(_pair(value) for value in (self.kernel_size, self.stride, self.padding, self.dilation))
         return max_pool(input, (*size, self.ceil_mode))

@@ -59,7 +59,7 @@ class Softplus(nn.Softplus):
     """nn.Softplus, differentiable twice at first-order cost."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return softplus(input, self.beta, self.threshold)
+        return super().forward(input) if torch.compiler.is_compiling() else softplus(input, self.beta, self.threshold)
 
 
 @visible

@@ -118,7 +118,8 @@ class GradCAM(Saliency):
     """Feature maps weighted by their mean gradients, positive part, upsampled (Selvaraju et al., 2017).
 
     layer: the module whose output is used, a map or tokens of a grid; None for the last convolution's map behind its
-    normalisation and activation or, in a network with attention, the last normalised tokens that the output depends on.
+    normalisation and activation, as far as these are modules, or, in a network with attention, the last normalised tokens that
+    the output depends on.
     smallest: of the convolutions whose map has at least so many rows and columns (gradients.last_features).
     """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -60,34 +61,41 @@ def explaining(model: nn.Module, images: Tensor, target: Tensor | int | None) ->
     model = gradients.plain(model)
     with ExitStack() as stack:
         stack.enter_context(gradients.differentiable_anyway())
-        labels = checked(model, images, target)
+        labels = checked(images, target)
+        if "ScriptModule" in type(model).__name__:
+            raise UserError("the model is TorchScript, which can't be looked into: give its source")
         stack.enter_context(gradients.evaluating(model))
         if model._compiled_call_impl:  # model.compile() would keep the hooks
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(model.register_forward_pre_hook(lambda _, inputs: tuple(each.clone() for each in inputs)))
-        stack.enter_context(model.register_forward_hook(partial(_check_classes, labels)))
-        yield model, labels
+        try:
+            stack.enter_context(model.register_forward_pre_hook(_cloned))
+            stack.enter_context(model.register_forward_hook(partial(_check_classes, labels)))
+            yield model, labels
+        except RuntimeError as error:
+            found = re.search(r"to have (\d+) channels, but got (\d+)", str(error))
+            if found and int(found[2]) == images.shape[1]:
+                raise UserError(
+                    f"the images have {found[2]} channels, the model takes {found[1]}; convert the images"
+                ) from error
+            raise
 
 
-def checked(model: nn.Module, images: Tensor, target: Tensor | int | None) -> Tensor | None:
-    """`target` as (B,) labels. Raises UserError where images or target do not fit the model."""
+def checked(images: Tensor, target: Tensor | int | None) -> Tensor | None:
+    """`target` as (B,) labels. Raises UserError for images or a target of another form."""
+    images = gradients.checked_images(images)
     if images.ndim != 4 or not len(images):
         raise UserError(f"images are {tuple(images.shape)}; a saliency method takes (B, C, H, W) with B of at least 1")
-    first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
-    if first is not None and first.in_channels != images.shape[1]:
-        raise UserError(f"the images have {images.shape[1]} channels, the model takes {first.in_channels}; convert the images")
-    if target is None:
-        return None
-    labels = gradients.constant(torch.as_tensor(target, device=images.device))
-    if labels.ndim and labels.shape != images.shape[:1]:
-        raise UserError(f"target has shape {tuple(labels.shape)}: give one class, or one per image, ({len(images)},)")
-    return labels.expand(len(images))
+    return None if target is None else gradients.checked_labels(target, images)
+
+
+def _cloned(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(each.clone() if isinstance(each, Tensor) else each for each in inputs)
 
 
 def _check_classes(labels: Tensor | None, model: nn.Module, inputs: Any, output: Any) -> None:
-    classes = gradients.checked_logits(output).shape[1]
-    if labels is not None and len(wrong := labels[(labels < 0) | (labels >= classes)]):
-        raise UserError(f"target={int(wrong[0])}: the model has classes 0 to {classes - 1}")
+    logits = gradients.checked_logits(output)
+    if labels is not None:
+        gradients.check_classes(labels, logits)
 
 
 def predicted(model: nn.Module, images: Tensor, labels: Tensor | None) -> Tensor:

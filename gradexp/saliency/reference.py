@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gradexp import gradients
+from gradexp.base.errors import UserError
 from gradexp.base.ranges import Count, NonNegative
 from gradexp.saliency.method import Saliency, predicted, upsample
 
@@ -100,6 +101,8 @@ class ReferenceGradCAM(Saliency):
         with gradients.captured(model, names) as outputs:
             logits = model(images)
         slopes = gradients.gradients_of(logits, dict(outputs), classes, target="label", differentiable=False)
+        if not slopes:
+            raise UserError("the output does not depend on a convolution by differentiable operations; take another method")
         name = [name for name in names if name in slopes][-1]
         slope = slopes[name]
         maps = (slope.mean((2, 3), keepdim=True) * outputs[name].relu()).sum(1, keepdim=True).relu()
