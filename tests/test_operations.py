@@ -559,6 +559,37 @@ def test_channels_and_queries_of_a_flattened_map_are_no_tokens() -> None:
     assert full.planes()["tanh"].shape == (2, 16, 8, 8)
 
 
+class ConvNeXtBlock(nn.Module):
+    """As many channels as rows and columns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm, self.wide, self.narrow = (
+            nn.Conv2d(3, 8, 4, 4),
+            nn.LayerNorm(8),
+            nn.Linear(8, 16),
+            nn.Linear(16, 8),
+        )
+        self.scale, self.head = nn.Parameter(torch.randn(8, 1, 1)), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        y = functional.silu(self.narrow(functional.gelu(self.wide(self.norm(x.permute(0, 2, 3, 1)))))).contiguous()
+        return self.head(torch.tanh(x + self.scale * y.permute(0, 3, 1, 2)).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+def test_maps_of_as_many_channels_as_rows_and_columns_keep_their_layout() -> None:
+    """A square that is moved to the right moves all terms to the right."""
+    model, images = ConvNeXtBlock().double().eval(), torch.zeros(2, 3, 32, 32, dtype=torch.float64)
+    images[0, :, 8:12, 4:8], images[1, :, 8:12, 24:28] = 1, 1
+    full = gradients.full_gradient(model, images, 1)
+    assert float(full.error().max()) < 1e-9
+    planes = full.planes()
+    assert {"norm", "wide", "gelu", "narrow", "silu", "tanh"} <= set(planes)
+    for values in planes.values():
+        torch.testing.assert_close(values[1], values[0].roll(values.shape[3] * 5 // 8, dims=2))
+
+
 class Cropped(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -99,15 +99,17 @@ def precise(values: Tensor) -> Tensor:
 EXTRA_TOKENS = 8  # at most so many tokens without a place (class, registers) in front of those of a grid
 
 
-def as_plane(values: Tensor, sizes: Collection[tuple[int, ...]]) -> Tensor | None:
+def as_plane(values: Tensor, sizes: Collection[tuple[int, ...]], channels_last: bool = False) -> Tensor | None:
     """(B, c, h, w), (B, h, w, c) or (B, N, c) with N tokens -> (B, c, h, w); None for values of other sizes (h, w).
 
-    Of the sizes that fit N tokens, the one that leaves the fewest, at most EXTRA_TOKENS, in front of the grid.
+    channels_last: of two forms that values of four dimensions might have, take (B, h, w, c). Of the sizes that fit N tokens,
+    the one that leaves the fewest, at most EXTRA_TOKENS, in front of the grid is taken.
     """
-    if values.ndim == 4 and tuple(values.shape[2:]) in sizes:
-        return values
-    if values.ndim == 4 and tuple(values.shape[1:3]) in sizes:
-        return values.permute(0, 3, 1, 2)
+    if values.ndim == 4:
+        first, last = (tuple(values.shape[i : i + 2]) in sizes for i in (2, 1))
+        if last and (channels_last or not first):
+            return values.permute(0, 3, 1, 2)
+        return values if first else None
     if values.ndim == 3:
         extra = {size: values.shape[1] - math.prod(size) for size in sizes}
         fitting = [size for size in extra if 0 <= extra[size] <= EXTRA_TOKENS]

@@ -33,8 +33,8 @@ class FullGradient:
 
     images (B, C, H, W), output (B,), input: input-gradient (B, C, H, W). biases: {operation: bias-gradient f^b, that is bias
     times gradient}, gradients: {operation: the gradient alone}, both (B, ...). nonlinear: operations that are no convolution,
-    linear layer or batch normalisation. planar: operations whose outputs are maps, or may be tokens. grids: sizes (h, w) of the
-    network's maps.
+    linear layer or batch normalisation. planar: operations whose outputs are maps, or may be tokens; channels_last: those of
+    them that are (B, h, w, c). grids: sizes (h, w) of the network's maps.
     """
 
     images: Tensor
@@ -44,6 +44,7 @@ class FullGradient:
     gradients: dict[str, Tensor]
     nonlinear: frozenset[str] = frozenset()
     planar: frozenset[str] = frozenset()
+    channels_last: frozenset[str] = frozenset()
     grids: frozenset[tuple[int, ...]] = frozenset()
 
     def total(self) -> Tensor:
@@ -59,7 +60,7 @@ class FullGradient:
         sizes = {tuple(self.images.shape[-2:])}.union(*map(halved, self.grids))
         values = self.biases if values is None else values
         possible = {name: value for name, value in values.items() if name in self.planar}
-        planes = {name: as_plane(value, sizes) for name, value in possible.items()}
+        planes = {name: as_plane(value, sizes, name in self.channels_last) for name, value in possible.items()}
         return {name: plane for name, plane in planes.items() if plane is not None}
 
     def outside(self) -> Tensor:
@@ -184,7 +185,8 @@ def _decomposed(
     output = scalar(logits, labels, target)
     nonlinear = frozenset(operation.name for operation in operations if operation.kind == "other")
     planar = frozenset(operation.name for operation in operations if operation.planar)
-    full = FullGradient(images, output, at_input, biases, gradients, nonlinear, planar, frozenset(met.grids))
+    last = frozenset(operation.name for operation in operations if operation.channels_last)
+    full = FullGradient(images, output, at_input, biases, gradients, nonlinear, planar, last, frozenset(met.grids))
     return full if differentiable else _constant(full)
 
 
@@ -218,8 +220,12 @@ def _joined(parts: Sequence[FullGradient]) -> FullGradient:
         }
 
     whole = [torch.cat([getattr(part, which) for part in parts]) for which in ("images", "output", "input")]
-    nonlinear, planar = (frozenset[str]().union(*(getattr(part, which) for part in parts)) for which in ("nonlinear", "planar"))
-    return FullGradient(whole[0], whole[1], whole[2], joined("biases"), joined("gradients"), nonlinear, planar, parts[0].grids)
+    nonlinear, planar, last = (
+        frozenset[str]().union(*(getattr(part, which) for part in parts)) for which in ("nonlinear", "planar", "channels_last")
+    )
+    return FullGradient(
+        whole[0], whole[1], whole[2], joined("biases"), joined("gradients"), nonlinear, planar, last, parts[0].grids
+    )
 
 
 def _by_image(values: Tensor, batch: int) -> Tensor | None:

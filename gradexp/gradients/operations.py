@@ -60,7 +60,7 @@ class Operation:
     multiplied with the gradient at the output; None for a layer without one. gradient: at the output, once a backward pass has
     reached it. channels: the bias of an affine operation, (C,). statistics: of a norm, the arguments of `norm_bias`. before:
     of a norm, the affine operation whose output it was given. planar: whether the output is a map over pixels, or may be the
-    tokens of one.
+    tokens of one. channels_last: whether it is (B, h, w, c).
     """
 
     name: str
@@ -71,6 +71,7 @@ class Operation:
     statistics: dict[str, Any] = field(default_factory=dict)
     before: Operation | None = None
     planar: bool = False
+    channels_last: bool = False
     uses: int = 0  # of its output, by other operations
 
 
@@ -97,6 +98,7 @@ class Operations(TorchFunctionMode):
         self._model, self._images, self._differentiable = model, images, differentiable
         self._dependent = {id(images): images}  # what depends on the images; kept alive, so that no id is used twice
         self._planes, self._shapes = {id(images)}, {images.shape}  # those of them that are maps, and the shapes of these
+        self._last = set[int]()  # maps (B, h, w, c)
         self._rows = set[int]()  # (B, n, m) whose second dimension is that of channels, or of an attention's queries
         self._constant: set[int] = set()  # copies of tensors that did not depend on the images before a call wrote to them
         self._makers: dict[int, Operation] = {}  # by the id of the output
@@ -296,6 +298,8 @@ class Operations(TorchFunctionMode):
         if self._is_plane(output, call):
             self._planes.add(id(output))
             self._shapes.add(output.shape)
+            if output.ndim == 4 and self._has_channels_last(output, call):
+                self._last.add(id(output))
         if output.ndim == 3 and self._has_rows(output, call):
             self._rows.add(id(output))
         base = output._base if in_place and output._is_view() else None
@@ -305,7 +309,8 @@ class Operations(TorchFunctionMode):
         if operation is None:
             return
         tokens = output.ndim == 3 and id(output) not in self._rows
-        operation.planar = tokens or id(output if base is None else base) in self._planes
+        written = id(output if base is None else base)
+        operation.planar, operation.channels_last = tokens or written in self._planes, written in self._last
         self.all.append(operation)
         self._makers[id(output)] = operation
         if base is None:
@@ -324,6 +329,15 @@ class Operations(TorchFunctionMode):
         return call.name in PLANAR or any(
             id(operand) in self._planes for operand in call.operands if operand.ndim == output.ndim
         )
+
+    def _has_channels_last(self, output: Tensor, call: Call) -> bool:
+        """Whether a map is (B, h, w, c), which shapes do not show where c is h and w. Turned: by strides, as for a view."""
+        given = [each for each in call.operands if each.ndim == 4 and id(each) in self._planes and each is not output]
+        if given and call.name in TURNING - {"linear"}:
+            strides, was_last = given[0].stride(), id(given[0]) in self._last
+            order = (0, 3, 1, 2) if was_last else (0, 2, 3, 1)
+            return (output.stride() == tuple(strides[i] for i in order)) != was_last
+        return bool(given) and all(id(each) in self._last for each in given)
 
     def _has_rows(self, output: Tensor, call: Call) -> bool:
         """Whether the second dimension of (B, n, m) is not that of tokens: channels of a flattened map, rows of a product."""
