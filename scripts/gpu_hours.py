@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import operations
 from common import planner
 from operations import H100, Unit
-from reproduce import ranks
+from reproduce import priorities
 
 from gradexp.base.files import write_atomically
 from gradexp.engine.exits import exit_on_errors
@@ -104,7 +104,7 @@ def steps(items: Mapping[str, Sequence[Run]], units: Mapping[str, Unit], seconds
 
 def hours(items: Mapping[str, Sequence[Run]], seconds: Mapping[str, float]) -> list[str]:
     """What fits into 1, 10 and 100 hours, most wanted first (conf/budget.yaml)."""
-    ranked = ranks("paper", planner([]))
+    ranked = priorities("paper", planner([]))
 
     def parts(run: Run) -> list[str]:
         return [run.id, *(name for below in run.upstream.values() for name in parts(below))]

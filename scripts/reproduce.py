@@ -75,13 +75,13 @@ def duration(seconds: float) -> str:
 # --- the order --------------------------------------------------------------------------------------------
 
 
-def ranks(scale: str, plan: Planner, only: Sequence[str] = ()) -> dict[Run, tuple[int, ...]]:
-    """The runs of the scale's tables and figures, or of those in `only`, each with its rank: the smallest is most wanted.
+def priorities(scale: str, plan: Planner, only: Sequence[str] = ()) -> dict[Run, tuple[int, ...]]:
+    """The runs of the scale's tables and figures, or of those in `only`, each with its priority: the smallest is most wanted.
 
-    A rank is (which seed of its cell, group, place in the group), the groups being those of conf/budget.yaml.
+    A priority is (which seed of its cell, group, place in the group), the groups being those of conf/budget.yaml.
     """
     wanted: BudgetSpec = check(BudgetSpec, read_yaml(BUDGET), "conf/budget.yaml")
-    known = {f"{kind} {number}": spec for kind in specs.KINDS for number, spec in specs.at_scale(kind, scale).items()}
+    known = specs.every(scale)
     known |= {item: spec for item in only if item not in known and (spec := _own(item)) and scale in spec["seeds"]}
     for item in only:
         if item not in known:
@@ -118,7 +118,7 @@ def _covers(entry: Deciding, item: str, cell: specs.Cell) -> bool:
 class Budget:
     """Chooses what is run next, and notes what became of it.
 
-    ranked: runs with their ranks. estimates: of costs. Seconds are of the wall clock, `slots` runs at a time. A run whose
+    ranked: runs with their priorities. estimates: of costs. Seconds are of the wall clock, `slots` runs at a time. A run whose
     estimate is more than all `seconds` is never begun.
     """
 
@@ -265,7 +265,7 @@ def main() -> None:
         if given.workers > 1:
             refuse_many_devices(config)
         items = [part for item in given.items for part in parts(item)]
-        ranked = ranks(given.scale, planner(given.set), items)
+        ranked = priorities(given.scale, planner(given.set), items)
         estimates = Estimates(config, ranked)
         left = max(1.0, seconds - (time.monotonic() - begun))
         budget = spend(left, ranked, estimates, workers=given.workers, extra=given.set)

@@ -72,7 +72,7 @@ def test_every_run_has_an_estimate_where_there_is_no_record(places: list[str]) -
 
 
 def test_headline_cells_come_first_then_deciding_runs_then_seeds() -> None:
-    ranked = reproduce.ranks("cpu", planner([]), ["table 2.1", "table 2.2", "table 2.5", "table 4.1"])
+    ranked = reproduce.priorities("cpu", planner([]), ["table 2.1", "table 2.2", "table 2.5", "table 4.1"])
     order = sorted(ranked, key=lambda run: ranked[run])
     first = [run for cell in specs.cells(specs.load("table", "2.1"), "cpu") for run in [planner([])(cell.commands[0])]]
     assert set(order[: len(set(first))]) == set(first)
@@ -85,19 +85,19 @@ def test_headline_cells_come_first_then_deciding_runs_then_seeds() -> None:
 
 
 def test_only_the_named_table() -> None:
-    ranked = reproduce.ranks("quick", planner([]), ["table 2.1"])
+    ranked = reproduce.priorities("quick", planner([]), ["table 2.1"])
     assert {run.name for run in ranked} == {"jacobian_distill"}
     with pytest.raises(UserError, match=r"has no table 2\.9"):
-        reproduce.ranks("quick", planner([]), ["table 2.9"])
+        reproduce.priorities("quick", planner([]), ["table 2.9"])
 
 
 def test_a_table_of_ones_own_is_done_where_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     planned, file = planner([]), ROOT / "conf" / "table" / "2.1.yaml"
-    wanted = reproduce.ranks("quick", planned, ["table 2.1"])
+    wanted = reproduce.priorities("quick", planned, ["table 2.1"])
     monkeypatch.setattr(reproduce.specs, "own", lambda kind: {"mine": file} if kind == "table" else {})
-    assert reproduce.ranks("quick", planned, ["table mine"]).keys() == wanted.keys()
+    assert reproduce.priorities("quick", planned, ["table mine"]).keys() == wanted.keys()
     with pytest.raises(UserError, match="scale=quick has no table yours"):
-        reproduce.ranks("quick", planned, ["table yours"])
+        reproduce.priorities("quick", planned, ["table yours"])
 
 
 def test_every_cell_of_the_order_exists() -> None:

@@ -481,7 +481,7 @@ def test_every_committed_config_and_every_cell_passes_the_check() -> None:
     for file in sorted((run.ROOT / "results" / "runs").glob("*/*.json")):
         check(json.loads(file.read_text())["config"])
     for scale in ("paper", "cpu", "quick"):
-        for spec in [spec for kind in specs.KINDS for spec in specs.at_scale(kind, scale).values()]:
+        for spec in specs.every(scale).values():
             for cell in specs.cells(spec, scale):
                 for words in list(cell.commands.values())[:1]:
                     check(plan(words).config)

@@ -166,8 +166,7 @@ def sample(record: Record, sizes: Sizes, known: Mapping[str, Record], folder: Pa
 
 def items(scale: str) -> dict[str, list[list[str]]]:
     """{table or figure: overrides of each of its runs} of all that the scale has."""
-    specs_of = {f"{kind} {number}": spec for kind in specs.KINDS for number, spec in specs.at_scale(kind, scale).items()}
-    return {name: specs.commands(spec, scale) for name, spec in specs_of.items()}
+    return {name: specs.commands(spec, scale) for name, spec in specs.every(scale).items()}
 
 
 def build(scale: str, plan: Planner, history: History) -> pd.DataFrame:

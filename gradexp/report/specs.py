@@ -249,6 +249,11 @@ def at_scale(kind: str, scale: str) -> Mapping[str, Spec]:
     return {number: spec for number, spec in every.items() if scale in spec["seeds"]}
 
 
+def every(scale: str) -> dict[str, Spec]:
+    """{`table N` or `figure N`: spec} of all that a scale has."""
+    return {f"{kind} {number}": spec for kind in KINDS for number, spec in at_scale(kind, scale).items()}
+
+
 def seeds_of(spec: Item, scale: str) -> list[int]:
     """The seeds at a scale. Raises UserError if the spec does not have the scale."""
     if scale not in spec["seeds"]:
