@@ -83,7 +83,7 @@ def input_gradient(model: nn.Module, images: Tensor, labels: Tensor | int, *, ta
         images = checked_images(images).requires_grad_()
         labels = checked_labels(labels, images)
         logits = checked_logits(model(images.clone()))  # which the model may change in place
-        if target in ("label", "logprob"):
+        if target in ("label", "logprob") and labels.device.type == "cpu":  # elsewhere, each call would wait for the device
             check_classes(labels, logits)
         return gradient_of(logits, images, labels, target=target, differentiable=False).detach()
 
