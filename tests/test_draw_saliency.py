@@ -249,6 +249,7 @@ def test_weights_of_a_file_may_have_another_number_of_classes(
     words = [str(photo), "--model", "torchvision:squeezenet1_1", "--size", "96", "--weights"]
     explain.main([*words, str(tmp_path / "mine.pth"), "--method", "input_gradient", "--out", str(tmp_path / "new" / "map.pdf")])
     assert (tmp_path / "new" / "map.pdf").read_bytes().startswith(b"%PDF")
+    assert "tench" not in capsys.readouterr().out  # ImageNet's names are not those of five other classes
     assert "class 7" in failure([*words, str(tmp_path / "mine.pth"), "--target", "7"], capsys).replace("target=", "class ")
     assert "no such file" in failure([*words, "mime.pth"], capsys)
     explain.main([*words, "random", "--method", "input_gradient"])

@@ -71,6 +71,15 @@ def test_imputed_pixels_have_a_little_noise_and_a_mask_of_everything_ends() -> N
     assert impute(image, everything).isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_imputation_in_half_precision_is_that_of_float32_rounded(dtype: torch.dtype) -> None:
+    images, mask = (0.1 * torch.randn(4, 3, 32, 32)).to(dtype), torch.rand(4, 1, 32, 32) < 0.3
+    expected = impute(images.float(), mask, noise=0)
+    found = impute(images, mask, noise=0)
+    assert found.dtype == dtype
+    assert torch.equal(found, expected.to(dtype))
+
+
 def test_imputation_of_a_batch_is_that_of_each_image() -> None:
     """Some have a few masked pixels, one a large hole, which takes many more steps."""
     for seed in range(10):

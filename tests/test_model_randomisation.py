@@ -102,6 +102,8 @@ def test_rank_correlation_is_spearmans_of_absolute_values() -> None:
     second[2].clamp_(min=0)  # ties, as Grad-CAM has
     second[3] = 0.5
     found = rank_correlation(first, second)
+    rounded = first.bfloat16(), second.bfloat16()
+    assert torch.equal(rank_correlation(*rounded), rank_correlation(*(each.float() for each in rounded)))
     expected = [
         float(stats.spearmanr(a.abs().flatten(), b.abs().flatten()).statistic) for a, b in zip(first, second, strict=True)
     ]

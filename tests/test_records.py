@@ -127,6 +127,12 @@ def test_what_is_not_there_is_an_error() -> None:
         gradexp.records(table="2.11")
     with pytest.raises(UserError, match=r"scale=large: 2\.1 has paper, cpu, quick"):
         gradexp.records(table="2.1", scale="large")
+    with pytest.raises(UserError, match="scale=large: expected paper, cpu or quick"):
+        gradexp.records(scale="large")
+    with pytest.raises(UserError, match="there is no such folder; give the one that contains runs/"):
+        gradexp.records(results="nowhere")
+    with pytest.raises(UserError, match="give one of them"):
+        gradexp.records(table="2.1", figure="5.3")
 
 
 def test_the_package_is_imported_quickly() -> None:

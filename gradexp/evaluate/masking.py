@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from gradexp.base.errors import UserError, choose
+from gradexp.gradients import precise
 from gradexp.saliency.method import Saliency
 
 
@@ -73,8 +74,9 @@ def impute(images: Tensor, mask: Tensor, *, noise: float = 0.01, tolerance: floa
     Neighbours may be masked themselves, so a linear system is solved, by conjugate gradients. Direct neighbours weigh 1/6,
     diagonal ones 1/12; at the border, weights are divided by their sum. noise: standard deviation of Gaussian noise added to
     masked pixels, in the units of `images`, from torch's global generator. tolerance: of the residual, relative to the
-    right-hand side. steps: at most. images (B, C, H, W), mask (B, 1, H, W) -> (B, C, H, W).
+    right-hand side. steps: at most. images (B, C, H, W), mask (B, 1, H, W) -> (B, C, H, W), solved in float32 at least.
     """
+    given, images = images, precise(images)
     kernel = images.new_tensor([[1, 2, 1], [2, 0, 2], [1, 2, 1]]) / 12
 
     def around(values: Tensor) -> Tensor:
@@ -98,4 +100,4 @@ def impute(images: Tensor, mask: Tensor, *, noise: float = 0.01, tolerance: floa
         values, residual = values + step * direction, residual - step * product
         size, before = dot(residual, residual), size
         direction = residual + torch.where(unsolved, size / before, 0) * direction
-    return torch.where(mask, values + noise * torch.randn_like(images), images)
+    return torch.where(mask, values + noise * torch.randn_like(images), images).to(given.dtype)

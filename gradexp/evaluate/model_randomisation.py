@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gradexp.base.errors import UserError
 from gradexp.data.loader import mix
-from gradexp.gradients import NORMS
+from gradexp.gradients import NORMS, precise
 from gradexp.saliency.method import Saliency, predicted
 
 UNTOUCHED = "untouched"
@@ -91,7 +91,7 @@ def rank_correlation(first: Tensor, second: Tensor) -> Tensor:
     """Spearman's rank correlation of absolute values, image by image; 0 where a map is constant: (B, ...) twice -> (B,)."""
     from scipy.stats import rankdata  # which takes a second to import
 
-    ranks = [torch.from_numpy(rankdata(maps.abs().flatten(1).cpu().numpy(), axis=1)) for maps in (first, second)]
+    ranks = [torch.from_numpy(rankdata(precise(maps).abs().flatten(1).cpu().numpy(), axis=1)) for maps in (first, second)]
     centred = [values - values.mean(1, keepdim=True) for values in ranks]
     norms = centred[0].norm(dim=1) * centred[1].norm(dim=1)
     return torch.where(norms > 0, (centred[0] * centred[1]).sum(1) / norms.clamp(min=1e-12), 0)

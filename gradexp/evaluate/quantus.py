@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from gradexp.gradients import precise
 from gradexp.saliency import Saliency
 
 
@@ -23,7 +24,7 @@ def explain_func(method: Saliency) -> Callable[..., np.ndarray]:
         parameter = next(model.parameters(), torch.empty(0))
         images = torch.as_tensor(inputs).to(parameter)
         labels = torch.as_tensor(targets).to(parameter.device, torch.long)
-        maps: np.ndarray = method(model, images, labels).cpu().numpy()
+        maps: np.ndarray = precise(method(model, images, labels)).cpu().numpy()
         return maps
 
     return explain

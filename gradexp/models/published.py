@@ -57,6 +57,7 @@ def torchvision_classifier(name: str, *, weights: str | None = None, size: int |
         model, title = _untrained(name), f"{name}, RANDOM WEIGHTS"
     else:
         model, title = _from_file(name, Path(weights), versions), f"{name}, {Path(weights).name}"
+    *_, last = model.state_dict().values()  # the bias of the classes
     preset = version.transforms()
     if size is not None:
         preset = version.transforms(crop_size=size, resize_size=round(size * preset.resize_size[0] / preset.crop_size[0]))
@@ -65,7 +66,7 @@ def torchvision_classifier(name: str, *, weights: str | None = None, size: int |
         model=model.eval(),
         prepare=lambda picture: preset(picture)[None],
         region=lambda picture: central(picture, preset.crop_size[0] / preset.resize_size[0]),
-        classes=version.meta["categories"],
+        classes=names if len(names := version.meta["categories"]) == len(last) else [],
         mean=torch.tensor(preset.mean).view(-1, 1, 1),
         std=torch.tensor(preset.std).view(-1, 1, 1),
     )

@@ -11,6 +11,7 @@ from typing import Any
 
 import pandas as pd
 
+from gradexp.base.errors import UserError
 from gradexp.engine.compose import plan
 from gradexp.engine.record import Record, metric_of, read_record
 from gradexp.engine.run import ROOT, Config, Run, record_files
@@ -44,17 +45,24 @@ def records(
     for figures) and `id`.
     curves: whether metrics that are lists are columns, too. results: the folder that contains `runs/`.
 
-    Raises UserError for an unknown table, figure or scale, and for a record that can't be read.
+    Raises UserError for an unknown table, figure or scale, both a table and a figure, a folder that is not there, and a record
+    that can't be read.
     """
     folder = Path(results).expanduser().resolve()
+    if not folder.is_dir():
+        raise UserError(f"results={folder}: there is no such folder; give the one that contains runs/")
+    if table and figure:
+        raise UserError(f"table={table} and figure={figure}: give one of them")
     if number := table or figure:
         extra = () if folder == ROOT / "results" else (f"paths.results={folder}",)
-        shown = cells(specs.load("table" if table else "figure", number), scale or "cpu", partial(plan, extra=extra))
+        shown = cells(specs.load("table" if table else "figure", str(number)), scale or "cpu", partial(plan, extra=extra))
         shown = shown[shown["run"].notna()].astype({"seed": int}).reset_index(drop=True)
         shown = shown.assign(id=[run.id for run in shown["run"]], command=[run.command for run in shown["run"]])
         finished = shown.drop_duplicates("id")["run"]
         facts = _frame([record for run in finished if (record := run.record())], curves).drop(columns=["seed", "command"])
         return shown.drop(columns=["run", "part", "spread", "thesis_std", "thesis_bold"]).join(facts, on="id")
+    if scale not in (None, "paper", "cpu", "quick"):
+        raise UserError(f"scale={scale}: expected paper, cpu or quick")
     every = [read_record(file) for file in record_files(folder)]
     return _frame([record for record in every if scale in (None, record["scale"])], curves)
 
