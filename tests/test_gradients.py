@@ -274,6 +274,11 @@ def test_the_teacher_gets_no_gradients() -> None:
     assert not teacher.training
 
 
+def test_targets_without_gradients_say_so() -> None:
+    with pytest.raises(ValueError, match=r"make them with Targets\(..., with_gradient=True\)"):
+        Targets(net(1), with_gradient=False).input_gradient(batch(), "label")
+
+
 def test_a_step_needs_one_forward_pass_of_each_network() -> None:
     calls = {"student": 0, "teacher": 0}
     student, teacher = net(0).train(), net(1)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils import prune
 from torchvision.models import vgg as tv_vgg
 
 from gradexp import gradients, layers
@@ -300,6 +301,14 @@ def test_a_compiled_network_has_torchs_second_derivatives(training: bool) -> Non
     expected, found = penalised(model, images.clone()), penalised(compiled, images.clone())
     for name, value in expected.items():
         torch.testing.assert_close(found.get(name, found.get(f"_orig_mod.{name}")), value, rtol=1e-9, atol=1e-11)
+
+
+def test_layers_whose_weights_are_computed_are_left_alone_and_named(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3))
+    prune.l1_unstructured(model[1], "weight", 0.5)
+    layers.accelerate(model)
+    assert [type(module) for module in model] == [layers.Convolution, nn.Conv2d]
+    assert "slower" in caplog.text and "Conv2d" in caplog.text
 
 
 def test_the_gradient_of_a_weight_that_is_computed_from_the_images_is_not_skipped() -> None:

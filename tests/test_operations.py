@@ -559,6 +559,26 @@ def test_channels_and_queries_of_a_flattened_map_are_no_tokens() -> None:
     assert full.planes()["tanh"].shape == (2, 16, 8, 8)
 
 
+class Mixer(nn.Module):
+    """Mixes 16 tokens of 16 channels: in between, channels stand where tokens do elsewhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm, self.mix = nn.Conv2d(3, 16, 4, 4), nn.LayerNorm(16), nn.Linear(16, 16)
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.stem(x).flatten(2).transpose(1, 2)
+        tokens = tokens + functional.gelu(self.mix(self.norm(tokens).transpose(1, 2))).transpose(1, 2)
+        return self.head(torch.tanh(tokens).mean(1))  # type: ignore[no-any-return]
+
+
+def test_a_transposition_takes_tokens_away_and_another_brings_them_back() -> None:
+    full = gradients.full_gradient(Mixer().double().eval(), torch.randn(2, 3, 16, 16, dtype=torch.float64), 1)
+    assert {"mix", "gelu"} < set(full.biases)
+    assert set(full.planes()) == {"stem", "norm", "tanh"}
+
+
 class ConvNeXtBlock(nn.Module):
     """As many channels as rows and columns."""
 
@@ -574,7 +594,7 @@ class ConvNeXtBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
-        y = functional.silu(self.narrow(functional.gelu(self.wide(self.norm(x.permute(0, 2, 3, 1)))))).contiguous()
+        y = functional.silu(self.narrow(functional.gelu(self.wide(self.norm(x.transpose(1, 2).transpose(2, 3)))))).contiguous()
         return self.head(torch.tanh(x + self.scale * y.permute(0, 3, 1, 2)).mean((2, 3)))  # type: ignore[no-any-return]
 
 

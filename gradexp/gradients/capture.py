@@ -99,17 +99,19 @@ def precise(values: Tensor) -> Tensor:
 EXTRA_TOKENS = 8  # at most so many tokens without a place (class, registers) in front of those of a grid
 
 
-def as_plane(values: Tensor, sizes: Collection[tuple[int, ...]], channels_last: bool = False) -> Tensor | None:
+def as_plane(values: Tensor, sizes: Collection[tuple[int, ...]], layout: str = "") -> Tensor | None:
     """(B, c, h, w), (B, h, w, c) or (B, N, c) with N tokens -> (B, c, h, w); None for values of other sizes (h, w).
 
-    channels_last: of two forms that values of four dimensions might have, take (B, h, w, c). Of the sizes that fit N tokens,
-    the one that leaves the fewest, at most EXTRA_TOKENS, in front of the grid is taken.
+    layout: a letter for each dimension, of b, c, h, w and n, where it is known; the images are first all the same. Of the sizes
+    that fit N tokens, the one that leaves the fewest, at most EXTRA_TOKENS, in front of the grid is taken.
     """
+    letters = "b" + layout.replace("b", "")
+    if layout and (len(layout) != values.ndim or letters == "bcn"):
+        return None
     if values.ndim == 4:
-        first, last = (tuple(values.shape[i : i + 2]) in sizes for i in (2, 1))
-        if last and (channels_last or not first):
-            return values.permute(0, 3, 1, 2)
-        return values if first else None
+        forms = [[letters.index(letter) for letter in "bchw"]] if layout else [[0, 1, 2, 3], [0, 3, 1, 2]]
+        planes = [values.permute(form) for form in forms]
+        return next((plane for plane in planes if tuple(plane.shape[2:]) in sizes), None)
     if values.ndim == 3:
         extra = {size: values.shape[1] - math.prod(size) for size in sizes}
         fitting = [size for size in extra if 0 <= extra[size] <= EXTRA_TOKENS]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -33,8 +33,8 @@ class FullGradient:
 
     images (B, C, H, W), output (B,), input: input-gradient (B, C, H, W). biases: {operation: bias-gradient f^b, that is bias
     times gradient}, gradients: {operation: the gradient alone}, both (B, ...). nonlinear: operations that are no convolution,
-    linear layer or batch normalisation. planar: operations whose outputs are maps, or may be tokens; channels_last: those of
-    them that are (B, h, w, c). grids: sizes (h, w) of the network's maps.
+    linear layer or batch normalisation. layouts: {operation: that of its output, as letters for the dimensions}, of maps and
+    tokens. grids: sizes (h, w) of the network's maps.
     """
 
     images: Tensor
@@ -43,8 +43,7 @@ class FullGradient:
     biases: dict[str, Tensor]
     gradients: dict[str, Tensor]
     nonlinear: frozenset[str] = frozenset()
-    planar: frozenset[str] = frozenset()
-    channels_last: frozenset[str] = frozenset()
+    layouts: Mapping[str, str] = field(default_factory=dict)
     grids: frozenset[tuple[int, ...]] = frozenset()
 
     def total(self) -> Tensor:
@@ -59,8 +58,7 @@ class FullGradient:
         """Those of `values` (default: the bias-gradients) of maps and token grids, as (B, c, h, w)."""
         sizes = {tuple(self.images.shape[-2:])}.union(*map(halved, self.grids))
         values = self.biases if values is None else values
-        possible = {name: value for name, value in values.items() if name in self.planar}
-        planes = {name: as_plane(value, sizes, name in self.channels_last) for name, value in possible.items()}
+        planes = {name: as_plane(values[name], sizes, layout) for name, layout in self.layouts.items() if name in values}
         return {name: plane for name, plane in planes.items() if plane is not None}
 
     def outside(self) -> Tensor:
@@ -184,9 +182,8 @@ def _decomposed(
             biases[operation.name] = product
     output = scalar(logits, labels, target)
     nonlinear = frozenset(operation.name for operation in operations if operation.kind == "other")
-    planar = frozenset(operation.name for operation in operations if operation.planar)
-    last = frozenset(operation.name for operation in operations if operation.channels_last)
-    full = FullGradient(images, output, at_input, biases, gradients, nonlinear, planar, last, frozenset(met.grids))
+    layouts = {operation.name: operation.layout for operation in operations if operation.layout}
+    full = FullGradient(images, output, at_input, biases, gradients, nonlinear, layouts, frozenset(met.grids))
     return full if differentiable else _constant(full)
 
 
@@ -220,12 +217,9 @@ def _joined(parts: Sequence[FullGradient]) -> FullGradient:
         }
 
     whole = [torch.cat([getattr(part, which) for part in parts]) for which in ("images", "output", "input")]
-    nonlinear, planar, last = (
-        frozenset[str]().union(*(getattr(part, which) for part in parts)) for which in ("nonlinear", "planar", "channels_last")
-    )
-    return FullGradient(
-        whole[0], whole[1], whole[2], joined("biases"), joined("gradients"), nonlinear, planar, last, parts[0].grids
-    )
+    nonlinear = frozenset[str]().union(*(part.nonlinear for part in parts))
+    layouts = {name: layout for part in parts for name, layout in part.layouts.items()}
+    return FullGradient(whole[0], whole[1], whole[2], joined("biases"), joined("gradients"), nonlinear, layouts, parts[0].grids)
 
 
 def _by_image(values: Tensor, batch: int) -> Tensor | None:

@@ -21,7 +21,7 @@ from gradexp.layers import ranks
 
 AFFINE = (nn.Conv2d, nn.Linear)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
-SCALED = (*NORMS, nn.GroupNorm, nn.InstanceNorm2d)  # whose outputs are maps; bias-gradients know the bias of NORMS alone
+MAP_NORMS = (*NORMS, nn.GroupNorm, nn.InstanceNorm2d)  # only the bias of NORMS is known
 ACTIVATIONS = (
     *(nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.ReLU6, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.Softplus, nn.GELU),
     *(nn.SiLU, nn.Mish, nn.ELU, nn.SELU, nn.CELU, nn.Sigmoid, nn.LogSigmoid, nn.Tanh, nn.Softsign),
@@ -163,7 +163,7 @@ def last_features(model: nn.Module, images: Tensor, smallest: int) -> str:
     normalisation's output is the map, or the convolution's. images (B, C, H, W): any, of the right size. Raises UserError
     where no convolution has such a map.
     """
-    calls = _calls(model, images, (nn.Conv2d, *SCALED, *ACTIVATIONS))
+    calls = _calls(model, images, (nn.Conv2d, *MAP_NORMS, *ACTIVATIONS))
     sizes = [tuple(call.output.shape[-2:]) if isinstance(call.module, nn.Conv2d) else (0, 0) for call in calls]
     large = [i for i, size in enumerate(sizes) if min(size) >= max(1, smallest)]
     if not large:
@@ -173,7 +173,7 @@ def last_features(model: nn.Module, images: Tensor, smallest: int) -> str:
             + (f"its largest map is {rows}x{columns}" if rows else "it has no spatial features")
         )
     convolution, after = calls[large[-1]], calls[large[-1] + 1 :]
-    norm = next((call for call in after[:1] if call.given is convolution.output and isinstance(call.module, SCALED)), None)
+    norm = next((call for call in after[:1] if call.given is convolution.output and isinstance(call.module, MAP_NORMS)), None)
     same = [call for call in after if isinstance(call.module, ACTIVATIONS) and call.output.shape == convolution.output.shape]
     return (same or [norm or convolution])[0].name
 

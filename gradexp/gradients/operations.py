@@ -47,9 +47,13 @@ PLANAR = {  # the outputs (B, c, h, w) are planes
     *("batch_norm", "normalise", "instance_norm", "group_norm"),
     *("max_pool", "max_pool2d", "avg_pool2d", "adaptive_max_pool2d", "adaptive_avg_pool2d"),
 }
-TURNING = {"transpose", "permute", "movedim", "moveaxis", "swapaxes", "swapdims", "linear", "__get__"}  # rows may become tokens
+TURNING = {"transpose", "permute", "movedim", "moveaxis", "swapaxes", "swapdims", "__get__"}  # the last is x.mT
 PRODUCTS = {"matmul", "__matmul__", "bmm", "baddbmm", "einsum", "scaled_dot_product_attention"}  # of two maps: no planes
-RESHAPING = {"reshape", "view", "unflatten"}  # outputs are planes where an earlier plane has their shape
+RESHAPING = {"reshape", "view", "view_as", "unflatten", "flatten"}
+
+# A letter for each dimension: images, channels, rows, columns, pixels (or tokens of a grid). Shapes do not show the layout: the
+# attention of 64 tokens is (B, heads, 64, 64), and so may be a map.
+MAP, TOKENS, FLAT = "bchw", "bnc", "bcn"
 
 
 @dataclass(eq=False)
@@ -59,8 +63,8 @@ class Operation:
     kind: `affine` (convolution or linear layer), `norm` (batch normalisation by running statistics) or `other`. bias: to be
     multiplied with the gradient at the output; None for a layer without one. gradient: at the output, once a backward pass has
     reached it. channels: the bias of an affine operation, (C,). statistics: of a norm, the arguments of `norm_bias`. before:
-    of a norm, the affine operation whose output it was given. planar: whether the output is a map over pixels, or may be the
-    tokens of one. channels_last: whether it is (B, h, w, c).
+    of a norm, the affine operation whose output it was given. layout: of its output, where that is a map over
+    pixels or its tokens.
     """
 
     name: str
@@ -70,8 +74,7 @@ class Operation:
     channels: Tensor | None = None
     statistics: dict[str, Any] = field(default_factory=dict)
     before: Operation | None = None
-    planar: bool = False
-    channels_last: bool = False
+    layout: str | None = None
     uses: int = 0  # of its output, by other operations
 
 
@@ -97,9 +100,8 @@ class Operations(TorchFunctionMode):
         self.grids = {tuple(images.shape[-2:])}
         self._model, self._images, self._differentiable = model, images, differentiable
         self._dependent = {id(images): images}  # what depends on the images; kept alive, so that no id is used twice
-        self._planes, self._shapes = {id(images)}, {images.shape}  # those of them that are maps, and the shapes of these
-        self._last = set[int]()  # maps (B, h, w, c)
-        self._rows = set[int]()  # (B, n, m) whose second dimension is that of channels, or of an attention's queries
+        self._layouts: dict[int, str] = {id(images): MAP}  # of those of them that are maps or tokens
+        self._shapes = {images.shape: MAP}  # of maps, with the layout of the last one
         self._constant: set[int] = set()  # copies of tensors that did not depend on the images before a call wrote to them
         self._makers: dict[int, Operation] = {}  # by the id of the output
         self._calls: list[tuple[str, bool]] = []  # modules that are being called: name, whether it is a leaf
@@ -295,22 +297,17 @@ class Operations(TorchFunctionMode):
     def _record(self, output: Tensor, operation: Operation | None, call: Call, *, in_place: bool) -> None:
         if call.name in PLANAR and output.ndim == 4:
             self.grids.add(tuple(output.shape[-2:]))
-        if self._is_plane(output, call):
-            self._planes.add(id(output))
-            self._shapes.add(output.shape)
-            if output.ndim == 4 and self._has_channels_last(output, call):
-                self._last.add(id(output))
-        if output.ndim == 3 and self._has_rows(output, call):
-            self._rows.add(id(output))
+        if layout := self._layout(output, call):
+            self._layouts[id(output)] = layout
+            if output.ndim == 4:
+                self._shapes[output.shape] = layout
         base = output._base if in_place and output._is_view() else None
         for tensor in (output,) if base is None else (output, base):
             self._dependent[id(tensor)] = tensor
             self._makers.pop(id(tensor), None)
         if operation is None:
             return
-        tokens = output.ndim == 3 and id(output) not in self._rows
-        written = id(output if base is None else base)
-        operation.planar, operation.channels_last = tokens or written in self._planes, written in self._last
+        operation.layout = self._layouts.get(id(output if base is None else base))
         self.all.append(operation)
         self._makers[id(output)] = operation
         if base is None:
@@ -320,36 +317,27 @@ class Operations(TorchFunctionMode):
         operation.bias = _behind(operation.bias, output, base)
         base.register_hook(partial(_keep, operation))  # type: ignore[no-untyped-call]
 
-    def _is_plane(self, output: Tensor, call: Call) -> bool:
-        """Whether an output is a map of pixels, which shapes do not show: the attention of 64 tokens is (B, heads, 64, 64)."""
-        if output.ndim not in (3, 4) or (call.name in PRODUCTS and sum(map(self.depends, call.operands)) > 1):
-            return False
-        if call.name in RESHAPING:
-            return output.shape in self._shapes
-        return call.name in PLANAR or any(
-            id(operand) in self._planes for operand in call.operands if operand.ndim == output.ndim
-        )
+    def _layout(self, output: Tensor, call: Call) -> str | None:
+        """The layout of an output; None for one without pixels, such as a product of maps."""
+        given = [operand for operand in call.operands if self.depends(operand)]
+        if output.ndim not in (3, 4) or (call.name in PRODUCTS and len(given) > 1):
+            return None
+        if call.name in PLANAR and output.ndim == 4:
+            return MAP
+        alike = [operand for operand in given if operand.ndim == output.ndim]
+        if call.name in RESHAPING and (output.ndim == 4 or not alike):
+            return self._reshaped(output, given[0])
+        for operand in alike:
+            if layout := self._layouts.get(id(operand)):
+                return turned(layout, operand, output) if call.name in TURNING else layout
+        return TOKENS if output.ndim == 3 and (not alike or call.name in (*TURNING, "linear")) else None
 
-    def _has_channels_last(self, output: Tensor, call: Call) -> bool:
-        """Whether a map is (B, h, w, c), which shapes do not show where c is h and w. Turned: by strides, as for a view."""
-        given = [each for each in call.operands if each.ndim == 4 and id(each) in self._planes and each is not output]
-        if given and call.name in TURNING - {"linear"}:
-            strides, was_last = given[0].stride(), id(given[0]) in self._last
-            order = (0, 3, 1, 2) if was_last else (0, 2, 3, 1)
-            return (output.stride() == tuple(strides[i] for i in order)) != was_last
-        return bool(given) and all(id(each) in self._last for each in given)
-
-    def _has_rows(self, output: Tensor, call: Call) -> bool:
-        """Whether the second dimension of (B, n, m) is not that of tokens: channels of a flattened map, rows of a product."""
-        given = [operand for operand in call.operands if self.depends(operand) and operand is not output]
-        if call.name in PRODUCTS and len(given) > 1:
-            return True
-        if call.name in TURNING:
-            return False
-        if call.name in RESHAPING | {"flatten"} and given and given[0].ndim == 4:
-            return id(given[0]) in self._planes and output.shape[1] == given[0].shape[1]
-        inherited = [id(operand) in self._rows for operand in given if operand.ndim == 3]
-        return bool(inherited) and all(inherited)
+    def _reshaped(self, output: Tensor, given: Tensor) -> str | None:
+        """A map where an earlier one has the shape. Three dimensions are those of tokens unless they are a flattened map."""
+        if output.ndim == 4:
+            return self._shapes.get(output.shape)
+        is_flat = self._layouts.get(id(given)) == MAP and output.shape[1] == given.shape[1]
+        return FLAT if is_flat else TOKENS
 
     def _with_copy(self, call: Call, changed: Tensor) -> Call:
         """The call with a copy of the tensor that it is going to change."""
@@ -459,6 +447,18 @@ def _load_forward_mode() -> None:
     with warnings.catch_warnings(), forward_ad.dual_level():
         warnings.simplefilter("ignore", FutureWarning)
         forward_ad.make_dual(torch.zeros(()), torch.zeros(()))  # type: ignore[no-untyped-call]
+
+
+def turned(layout: str, given: Tensor, output: Tensor) -> str | None:
+    """The layout of a view of `given` with its dimensions in another order, which strides tell; None if it is no such view."""
+    letters, found = list(zip(layout, given.shape, given.stride(), strict=True)), ""
+    for size, stride in zip(output.shape, output.stride(), strict=True):
+        same = next((each for each in letters if each[1:] == (size, stride)), None)
+        if same is None:
+            return None
+        letters.remove(same)
+        found += same[0]
+    return found
 
 
 def _keep(operation: Operation, gradient: Tensor) -> None:

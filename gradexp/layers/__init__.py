@@ -58,7 +58,7 @@ def accelerate(model: nn.Module) -> nn.Module:
     unknown, attending = set[str](), set[str]()
     for module in model.modules():
         kind = type(module)
-        if kind in FAST:
+        if kind in FAST and "weight" not in vars(module):  # there, a weight is computed from parameters: weight_norm, pruning
             module.__class__ = FAST[kind]
             if isinstance(module, Convolution) and module.weight.device.type == "cpu":
                 module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)

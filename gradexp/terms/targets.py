@@ -82,6 +82,8 @@ class Targets:
         return self._logits
 
     def _gradients_at(self, batch: Batch, target: str) -> dict[str, Tensor]:
+        if not self.with_gradient:
+            raise ValueError("these targets have no gradients: make them with Targets(..., with_gradient=True)")
         logits = self._forward(batch)
         if target not in self._gradients:
             values = {gradients.INPUT: self._images, **self._features}
