@@ -13,6 +13,7 @@ import torchvision
 from commands import run_python
 from fakes import fake_run
 from PIL import Image
+from torch import nn
 
 from gradexp.base.errors import UserError
 from gradexp.base.files import sha256
@@ -255,6 +256,45 @@ def test_weights_of_a_file_may_have_another_number_of_classes(
     explain.main([*words, "random", "--method", "input_gradient"])
 
 
+def test_weights_of_a_checkpoint_or_of_data_parallel_are_found(photo: Path, hub: Path, tmp_path: Path) -> None:
+    state = torchvision.models.squeezenet1_1(num_classes=5).state_dict()
+    torch.save({"epoch": 3, "state_dict": {f"module.{name}": value for name, value in state.items()}}, tmp_path / "mine.pth")
+    words = [str(photo), "--model", "torchvision:squeezenet1_1", "--size", "96", "--method", "input_gradient"]
+    explain.main([*words, "--weights", str(tmp_path / "mine.pth")])
+
+
+@pytest.mark.parametrize("content", [{"epoch": 3}, nn.Linear(2, 3), [1, 2], "text"], ids=["dict", "model", "list", "text"])
+def test_files_without_a_state_dict_say_what_to_save(
+    content: Any, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save(content, tmp_path / "mine.pth")
+    message = failure([str(photo), "--model", "torchvision:squeezenet1_1", "--weights", str(tmp_path / "mine.pth")], capsys)
+    assert message.strip().endswith("holds no state dict, or is damaged: save model.state_dict() there, or download it again")
+
+
+def test_pictures_of_an_earlier_command_are_left_out(hub: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`*.png`, typed twice."""
+    Image.fromarray(PHOTO).save(tmp_path / "one.png")
+    words = ["--model", "torchvision:squeezenet1_1", "--weights", "random", "--size", "96", "--method", "input_gradient"]
+    for _ in range(2):
+        explain.main([*sorted(map(str, tmp_path.glob("*.png"))), *words])
+    assert sorted(file.name for file in tmp_path.glob("*.png")) == ["one.png", "one_input_gradient.png"]
+    assert "one_input_gradient.png is left out" in capsys.readouterr().out
+
+
+def test_names_as_long_as_a_disk_takes_are_written_and_longer_ones_told(
+    hub: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--model", "torchvision:squeezenet1_1", "--weights", "random", "--size", "96", "--method", "input_gradient"]
+    for length, fits in ((255 - len("_input_gradient.png"), True), (251, False)):
+        Image.fromarray(PHOTO).save(picture := tmp_path / f"{'n' * length}.jpg")
+        if fits:
+            explain.main([str(picture), *words])
+            assert (tmp_path / f"{picture.stem}_input_gradient.png").exists()
+        else:
+            assert "the name is too long; give a shorter one: --out" in failure([str(picture), *words], capsys)
+
+
 def test_missing_weights_name_the_file_to_place(photo: Path, hub: Path, capsys: pytest.CaptureFixture[str]) -> None:
     message = failure([str(photo), "--model", "torchvision:alexnet"], capsys)
     assert f"Place {hub / 'alexnet-owt-7be5be79.pth'}, from https://" in message
@@ -292,6 +332,8 @@ def test_one_bad_picture_does_not_stop_the_others(
         (["--set", "saliency.sample=3"], "saliency.sample"),
         (["--target", "tabbi"], "did you mean tabby"),
         (["--method", "fullgrd"], "fullgrad"),
+        (["--method", "fullgrad,"], "'' is no name"),
+        (["--method", "../saliency/fullgrad"], "is no name"),
     ],
 )
 def test_mistakes_are_noticed_before_any_work(

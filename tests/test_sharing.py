@@ -66,6 +66,13 @@ def test_a_finished_run_leaves_no_drafts_of_killed_attempts(tmp_path: Path) -> N
     assert not any(path.exists() for path in left)
 
 
+def test_drafts_of_names_as_long_as_a_disk_takes_are_made_and_removed(tmp_path: Path) -> None:
+    for name in ("n" * 248 + "[1]", "ä" * 124):
+        made = draft(tmp_path / name, age=6e5)
+        files.remove_drafts(tmp_path / name)
+        assert not made.exists()
+
+
 def test_two_drafts_of_one_file_have_two_names(tmp_path: Path) -> None:
     assert files.draft_of(tmp_path / "a") != files.draft_of(tmp_path / "a")
 

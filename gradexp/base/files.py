@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 import secrets
@@ -42,12 +43,17 @@ def draft_of(path: Path) -> Path:
     It names host and process, for whoever finds one that was left; containers may share both, so it is random, too.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(8)}")
+    return path.with_name(f"{_draft_prefix(path)}{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(8)}")
+
+
+def _draft_prefix(path: Path) -> str:
+    """What the names of drafts of `path` begin with; cut, as a name has at most 255 bytes."""
+    return os.fsdecode(f".{path.name}".encode(errors="surrogateescape")[:128]) + "."
 
 
 def remove_drafts(path: Path, age: float = ABANDONED) -> None:
     """Removes the drafts of `path` that nobody has touched for `age` seconds. age: 0 where nobody else can write `path`."""
-    for draft in path.parent.glob(f".{path.name}.*"):
+    for draft in path.parent.glob(f"{glob.escape(_draft_prefix(path))}*"):
         with suppress(FileNotFoundError):  # another process removed or renamed it
             if time.time() - draft.stat().st_mtime >= age:
                 shutil.rmtree(draft) if draft.is_dir() else draft.unlink()

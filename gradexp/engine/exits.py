@@ -22,6 +22,7 @@ FIXES = {
     errno.EROFS: "the file system is read-only; name another folder: paths.results=FOLDER paths.outputs=FOLDER",
     errno.EACCES: "writing is not permitted; name another folder: paths.results=FOLDER paths.outputs=FOLDER",
     errno.EISDIR: "a folder is where a file should be; delete it",
+    errno.ENAMETOOLONG: "the name is too long; choose a shorter one",
     errno.EIO: "the disk failed; the same command goes on from the last checkpoint, when it works again or elsewhere",
     errno.ENOTDIR: "a file is where a folder should be; name another folder: paths.results=FOLDER paths.outputs=FOLDER",
 }

@@ -29,13 +29,25 @@ def published_file(architecture: str) -> tuple[str, str]:
     return published.url.rpartition("/")[2], published.url
 
 
+def read_weights(file: Path) -> dict[str, torch.Tensor]:
+    """The state dict in a file, or under `state_dict` in a checkpoint, without the prefix that DataParallel adds to names.
+
+    Raises UserError for a file without one.
+    """
+    try:
+        content = torch.load(file, weights_only=True, map_location="cpu")
+    except Exception:  # torch raises RuntimeError, UnpicklingError, EOFError, AttributeError, ...
+        content = None
+    state = content.get("state_dict", content) if isinstance(content, dict) else None
+    if not isinstance(state, dict) or not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise UserError(f"{file} holds no state dict, or is damaged: save model.state_dict() there, or download it again")
+    return {name.removeprefix("module."): value for name, value in state.items()}
+
+
 def load_weights(model: nn.Module, file: Path) -> None:
     """Loads a state dict into `model`. Raises UserError for a file that is damaged or of another architecture."""
-    try:
-        weights = torch.load(file, weights_only=True, map_location="cpu")
-        shapes = {name: tuple(value.shape) for name, value in weights.items()}
-    except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, AttributeError, ...
-        raise UserError(f"{file} is no readable weights file ({str(error).splitlines()[0]}); download it again") from None
+    weights = read_weights(file)
+    shapes = {name: tuple(value.shape) for name, value in weights.items()}
     # Files from before 2017 have no num_batches_tracked.
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     wrong = [name for name in expected if shapes.get(name) != expected[name] and not name.endswith("num_batches_tracked")]

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from gradexp.base.errors import UserError, nearest
-from gradexp.models.pretrained import load_weights
+from gradexp.models.pretrained import load_weights, read_weights
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels of a picture
 RANDOM = "random"  # instead of a file of weights
@@ -141,12 +141,9 @@ def _from_file(name: str, file: Path, versions: Iterable[str]) -> nn.Module:
     """The network with the state dict of a file, which may have another number of classes than the published weights."""
     if not file.is_file():
         raise UserError(f"--weights {file}: no such file; give a state dict, {RANDOM} or {' or '.join(versions)}")
-    try:
-        state = torch.load(file, weights_only=True, map_location="cpu")
-        *_, last = state.values()
-        classes = len(last)
-    except Exception as error:
-        raise UserError(f"--weights {file}: it is no state dict ({_first_line(error)}); save model.state_dict()") from None
+    state = read_weights(file)
+    *_, last = state.values()
+    classes = len(last) if last.ndim else 0
     options = {"aux_logits": True} if any(key.lower().startswith("aux") for key in state) else {}
     model = _untrained(name, num_classes=classes, **options)
     load_weights(model, file)

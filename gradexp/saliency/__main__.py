@@ -8,6 +8,7 @@ little less than the short side), which is framed; the rest is pale. The picture
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import re
 import sys
@@ -56,8 +57,8 @@ def main(words: list[str] | None = None) -> None:
     given = parsed(words)
     with exit_on_errors():
         files = out_files(given.pictures, given.out, given.method)
-        readable = [path for path in given.pictures if can_be_read(path)]
-        failed = len(readable) < len(given.pictures)
+        readable = [path for path in files if can_be_read(path)]
+        failed = len(readable) < len(files)
         if readable:
             methods = Methods.of(given.method, given.set)
             classifier, hardware = make_classifier(given, methods)
@@ -107,7 +108,11 @@ def parsed(words: list[str] | None) -> argparse.Namespace:
 
 
 def out_files(paths: Sequence[Path], out: Path | None, method: str) -> dict[Path, Path]:
-    """{picture: file to write}. Raises UserError where one can't be written or two would be the same."""
+    """{picture: file to write}. Raises UserError where one can't be written or two would be the same.
+
+    Without `out`, pictures in which others of them are explained, such as those of an earlier `*.png`, are left out.
+    """
+    method = "_".join(names_of(method))
     if out is not None and out.suffix and not out.is_dir():
         if len(paths) > 1:
             raise UserError(f"--out {out}: several pictures need a folder")
@@ -115,12 +120,16 @@ def out_files(paths: Sequence[Path], out: Path | None, method: str) -> dict[Path
             raise UserError(f"--out {out}: the file's name ends in .{' or .'.join(KINDS)}")
         files = {paths[0]: out}
     else:
-        files = {path: (out or path.parent) / f"{path.stem}_{method.replace(',', '_')}.png" for path in paths}
+        files = {path: (out or path.parent) / f"{path.stem}_{method}.png" for path in paths}
+        explained = {file.resolve() for file in files.values()} if out is None else set()
+        for path in [path for path in files if path.resolve() in explained]:
+            print(f"{path} is left out: another of the pictures is explained in it")
+            del files[path]
     for path, file in files.items():
         twins = [other for other in files if files[other] == file]
         if len(twins) > 1:
             raise UserError(f"{' and '.join(map(str, twins))} would both be explained in {file}; explain them one by one")
-        if file.resolve() in {picture.resolve() for picture in paths}:
+        if file.resolve() in {picture.resolve() for picture in files}:
             raise UserError(f"--out {file} is a picture to explain; give another name")
         if path.exists():
             check_writable(file)
@@ -132,7 +141,9 @@ def check_writable(file: Path) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         writable = os.access(file.parent, os.W_OK) and not file.is_dir()
-    except OSError:
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise UserError(f"{file}: the name is too long; give a shorter one: --out FILE.png") from None
         writable = False
     if not writable:
         raise UserError(f"{file} can't be written; give a file or folder that can be: --out FOLDER")
@@ -265,10 +276,10 @@ class Methods:
         general = [word for word in overrides if word.startswith(("trainer.", "scale"))]
         own = [word for word in overrides if word.startswith("saliency.")]
         configs = {}
-        for name in names.split(","):
-            words = ["experiment=saliency_gallery", f"saliency={name.strip()}", *general]
+        for name in names_of(names):
+            words = ["experiment=saliency_gallery", f"saliency={name}", *general]
             keys = compose_run(words)["saliency"]
-            configs[name.strip()] = compose_run([*words, *(word for word in own if key_of(word) in keys)])
+            configs[name] = compose_run([*words, *(word for word in own if key_of(word) in keys)])
         for word in own:
             if not any(key_of(word) in config["saliency"] for config in configs.values()):
                 compose_run([*words, word])  # explains what is wrong
@@ -285,6 +296,14 @@ class Methods:
             name: build(config["saliency"], where="saliency", black=-mean / std, std=std)
             for name, config in self.configs.items()
         }
+
+
+def names_of(methods: str) -> list[str]:
+    """The methods of `--method`, each once. Raises UserError for what can't be the name of one."""
+    names = list(dict.fromkeys(name.strip() for name in methods.split(",")))
+    if wrong := [name for name in names if not re.fullmatch(r"\w+", name)]:
+        raise UserError(f"--method {methods}: {wrong[0]!r} is no name; give files of conf/saliency/, separated by commas")
+    return names
 
 
 def key_of(override: str) -> str:
