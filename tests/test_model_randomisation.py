@@ -19,7 +19,7 @@ from gradexp.engine.record import read_record
 from gradexp.engine.run import Paths, Run
 from gradexp.evaluate.model_randomisation import layers_from_output, randomisation_correlations, randomise, rank_correlation
 from gradexp.models.vgg import VGG
-from gradexp.saliency import Saliency
+from gradexp.saliency import InputGradient, Saliency
 
 
 def trained() -> nn.Module:
@@ -157,6 +157,14 @@ def test_a_call_explains_the_classes_that_the_trained_network_predicts(monkeypat
     model, images = trained(), torch.randn(5, 3, 4, 4)
     randomisation_correlations(model, images, Noting(), batch_size=3, seed=1)
     check_noted(model, *images.split(3))
+
+
+def test_a_call_under_inference_mode_finds_the_same() -> None:
+    model, images = trained(), torch.randn(5, 3, 4, 4)
+    expected = randomisation_correlations(model, images, InputGradient())
+    with torch.inference_mode():
+        found = randomisation_correlations(model, images, InputGradient())
+    torch.testing.assert_close(found, expected)
 
 
 def test_from_end_to_end(places: list[str]) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gradexp.base.errors import UserError
 from gradexp.data.loader import mix
-from gradexp.gradients import NORMS, precise
+from gradexp.gradients import NORMS, differentiable_anyway, precise
 from gradexp.saliency.method import Saliency, predicted
 
 UNTOUCHED = "untouched"
@@ -22,16 +22,17 @@ def randomisation_correlations(
 ) -> dict[str, Tensor]:
     """Rank correlation of maps with those of a copy of `model` whose layers are randomised one after another from the output.
 
-    images (N, C, H, W) -> {names of the layer randomised last: (N,)}, the first entry `untouched`. All maps are of the classes
-    that `model` predicts; methods draw the same noise for every copy. Raises UserError for a module without
-    `reset_parameters`.
+    images (N, C, H, W) -> {names of the layer randomised last: (N,)}, the first entry `untouched`. The output is where the
+    last registered layer is. All maps are of the classes that `model` predicts; methods draw the same noise for every copy.
+    Works under `no_grad` and `inference_mode`. Raises UserError for a module without `reset_parameters`, and for one whose
+    weight is computed from other parameters.
     """
     groups, batches = layers_from_output(model), torch.split(images, batch_size)
-    copied = copy.deepcopy(model).eval()
-    classes = [predicted(copied, batch, None) for batch in batches]
-    correlations = {UNTOUCHED: torch.ones(len(images))}
-    with torch.random.fork_rng():
+    with differentiable_anyway(), torch.random.fork_rng():
+        copied = copy.deepcopy(model).eval()
+        classes = [predicted(copied, batch, None) for batch in batches]
         original = maps_of(copied, method, batches, classes, seed)
+        correlations = {UNTOUCHED: torch.ones(len(images))}
         for count, names in enumerate(groups, 1):
             randomise(copied, groups[:count], seed)
             correlations[" and ".join(names)] = rank_correlation(original, maps_of(copied, method, batches, classes, seed))
@@ -48,7 +49,7 @@ def maps_of(model: nn.Module, method: Saliency, batches: Sequence[Tensor], class
 
 
 def layers_from_output(model: nn.Module) -> list[list[str]]:
-    """Names of the modules with parameters, from output to input, a normalisation in one group with the layer before it.
+    """Names of the modules with parameters, the last registered first, a normalisation in one group with the layer before it.
 
     Raises UserError for a module without `reset_parameters`, and for one whose weight is computed from other parameters.
     """
