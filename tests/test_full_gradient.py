@@ -250,6 +250,18 @@ def test_derivatives_of_a_sum(dim: int) -> None:
     assert torch.autograd.gradgradcheck(lambda z: gradients.precise_sum(z.sin(), dim), values)
 
 
+def test_an_output_of_zero_is_complete_and_has_no_share_elsewhere() -> None:
+    """As of torchvision's transformers before training, whose last layer is 0."""
+    model, images = (
+        nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 4)).double(),
+        torch.randn(2, 2, 4, 4).double(),
+    )
+    for parameter in model[3].parameters():
+        nn.init.zeros_(parameter)
+    assert FullGrad().completeness_error(model, images, 1).tolist() == [0, 0]
+    assert FullGrad().share_without_place(model, images, 1).tolist() == [0, 0]
+
+
 def test_hooks_go_when_the_forward_fails() -> None:
     model = randomised(vgg())
     with pytest.raises(UserError, match="halves"), gradients.captured(model, ["features.norm1"]):

@@ -51,8 +51,12 @@ class FullGradient:
         return torch.stack(self._sums).sum(0)
 
     def error(self) -> Tensor:
-        """How far `total` is from the output, relative to it; infinite for an output of 0. (B,)."""
-        return (self.total() - self.output).abs() / self.output.abs()
+        """How far `total` is from the output, relative to it. (B,)."""
+        return self.relative(self.total() - self.output).abs()
+
+    def relative(self, values: Tensor) -> Tensor:
+        """`values` divided by the output; where that is 0, 0 for a value of 0, and infinite for others. (B,) -> (B,)."""
+        return torch.where(values == 0, 0, values / self.output)
 
     def planes(self, values: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Those of `values` (default: the bias-gradients) of maps and token grids, as (B, c, h, w)."""

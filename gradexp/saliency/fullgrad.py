@@ -55,7 +55,7 @@ class FullGrad(Saliency):
         """The part of f(x) that the map can't show, relative to f(x): the bias-gradients without spatial location. (B,)."""
         with explaining(model, images, target) as (model, labels):
             full = self.full_gradient(model, images, labels)
-        return full.outside() / full.output
+        return full.relative(full.outside())
 
     def full_gradient(self, model: nn.Module, images: Tensor, labels: Tensor | None) -> FullGradient:
         target = "top" if labels is None else "label"
