@@ -1,5 +1,6 @@
 """Figures of Chapter 3 from sample records; the command that explains a picture."""
 
+import io
 import re
 import sys
 from dataclasses import replace
@@ -295,6 +296,22 @@ def test_names_as_long_as_a_disk_takes_are_written_and_longer_ones_told(
             assert "the name is too long; give a shorter one: --out" in failure([str(picture), *words], capsys)
 
 
+def test_a_name_may_begin_with_a_hyphen(hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(PHOTO).save("-m.png")
+    explain.main(["--model", "torchvision:squeezenet1_1", "--out", "map.png", "--method", "input_gradient", "--", "-m.png"])
+    assert Path("map.png").exists()
+
+
+def test_panels_have_room_for_words_and_titles_are_no_formulas() -> None:
+    """A picture of 8 x 600 pixels: columns of 14 lines of text, of 14 pixels, to the width."""
+    maps = {"fullgrad": np.eye(2), "smoothgrad": np.eye(2)}
+    content = explanation.explanation(Image.new("RGB", (8, 600)), (0, 296, 8, 304), maps, "a$b_{c$", ["1 (tench): 3.0%"])
+    assert Image.open(io.BytesIO(content)).width == 3 * (14 * 14 + 14) + 14
+    content = explanation.explanation(Image.new("RGB", (600, 8)), (296, 0, 304, 8), maps, "title", ["one", "two", "three"])
+    assert Image.open(io.BytesIO(content)).height == 2 * (int(1.5 * 14 * 3) + 2 * 14) + 3 * 14
+
+
 def test_missing_weights_name_the_file_to_place(photo: Path, hub: Path, capsys: pytest.CaptureFixture[str]) -> None:
     message = failure([str(photo), "--model", "torchvision:alexnet"], capsys)
     assert f"Place {hub / 'alexnet-owt-7be5be79.pth'}, from https://" in message
@@ -330,6 +347,7 @@ def test_one_bad_picture_does_not_stop_the_others(
         (["--model", "experiment:teacher", "--size", "64"], "--size is for published networks"),
         (["--set", "seed=1"], "takes overrides of saliency, trainer and scale only"),
         (["--set", "saliency.sample=3"], "saliency.sample"),
+        (["--train"], "--train is for networks of experiments"),
         (["--target", "tabbi"], "did you mean tabby"),
         (["--method", "fullgrd"], "fullgrad"),
         (["--method", "fullgrad,"], "'' is no name"),

@@ -56,6 +56,29 @@ def batch(count: int = 4) -> Batch:
     return tiny.batch(count, size=8)
 
 
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: CrossEntropy(weight=-1), "weight=-1: it should be greater than or equal to 0"),
+        (lambda: Activations(weight=float("nan"), reduction="mean"), "weight=nan"),
+        (
+            lambda: Fooling(weight=1, mask=0, target="label", student_bn="batch"),
+            "mask=0: it should be greater than or equal to 1",
+        ),
+        (
+            lambda: AttentionJacobian(
+                weight=1, student_layers=["a"], teacher_layers=["b"], level=2, window=1, student_bn="batch"
+            ),
+            "level=2: it must be from 1 to 1",
+        ),
+    ],
+)
+def test_settings_out_of_range(make: Callable[[], Term], message: str) -> None:
+    """Of terms that are used alone; gradexp.engine.build checks those of configs."""
+    with pytest.raises(UserError, match=message):
+        make()
+
+
 def value(term: Term, student: nn.Module, teacher: nn.Module | None = None, data: Batch | None = None) -> Tensor:
     """The term as a training step computes it."""
     data = data or batch()

@@ -347,10 +347,24 @@ MISTAKES = {
     "no map so large": (lambda: GradCAM(smallest=9)(net(), pictures()), "9 rows and columns or more; its largest map is 8x8"),
     "units": (lambda: SmoothGrad(samples=1, sigma=0.1, channels="abs", units="pixels")(net(), pictures()), "normalised, raw"),
     "layer": (lambda: GradCAM(layer="features.conv9")(net(), pictures()), "features.conv3"),
-    "nan": (lambda: METHODS["fullgrad"](net(), pictures() * torch.nan), "not finite"),
+    "nan": (lambda: METHODS["fullgrad"](net(), pictures() * torch.nan), "the model returns NaN; look at"),
+    "weight that a ReLU hides": (lambda: FullGrad()(*hidden_nan()), "the model returns NaN; look at"),
+    "samples": (lambda: SmoothGrad(samples=0), "samples=0: it should be greater than or equal to 1"),
+    "sigma": (lambda: SmoothFullGrad(sigma=-0.1), "sigma=-0.1: it should be greater than or equal to 0"),
+    "steps": (lambda: IntegratedGradients(steps=2.5), "steps=2.5: it should be a valid integer"),  # type: ignore[arg-type]
+    "deviations": (lambda: InputGradient(std=[0.2, 0.3]), "std="),  # type: ignore[arg-type]
     "psi": (lambda: FullGrad(psi=["rescale", "abs", "upsample"], separate=False), r"\[abs, rescale, upsample\]"),
     "channels": (lambda: InputGradient(channels="max")(net(), pictures()), "abs, sum, square, std"),
 }
+
+
+def hidden_nan() -> tuple[nn.Module, Tensor]:
+    """The NaN is multiplied by 0 in the forward pass, and masked by the ReLU in the backward pass."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    with torch.no_grad():
+        model[1].bias[0] = -100
+        model[3].weight[0, 0] = torch.nan
+    return model, torch.rand(1, 1, 2, 2)
 
 
 class Coloured(nn.Module):

@@ -21,7 +21,7 @@ Gaussian = Annotated[tuple[float, NonNegative], Strict(False)]  # mean and stand
 def require(kind: Any, **settings: Any) -> None:
     """Raises UserError for the first setting that is not of the declared type `kind`, or outside its range."""
     for name, value in settings.items():
-        for fault in faults_of(TypeAdapter(kind, config=ConfigDict(strict=True)), value):
+        for fault in faults_of(TypeAdapter(kind, config=ConfigDict(strict=True, arbitrary_types_allowed=True)), value):
             raise UserError(f"{name}{fault}")
 
 

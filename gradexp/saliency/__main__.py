@@ -93,9 +93,11 @@ def parsed(words: list[str] | None) -> argparse.Namespace:
     add("--train", action="store_true", help="train the network of experiment:NAME if it is not trained yet")
     overrides = "of saliency, such as saliency.samples=20; of the experiment, such as scale=quick or seed=1"
     add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help=overrides)
-    given = parser.parse_intermixed_args(words)
+    words = sys.argv[1:] if words is None else words
+    end = words.index("--") if "--" in words else len(words)  # which parse_intermixed_args does not know
+    given = parser.parse_intermixed_args(words[:end])
     # `--set scale=quick photo.jpg`: what is no override is a picture.
-    given.pictures += [Path(word) for word in given.set if "=" not in word]
+    given.pictures += [Path(word) for word in given.set if "=" not in word] + [Path(word) for word in words[end + 1 :]]
     given.set = [word for word in given.set if "=" in word]
     if not given.pictures:
         parser.error("give a picture, such as photo.jpg")
@@ -183,6 +185,8 @@ def make_classifier(given: argparse.Namespace, methods: Methods) -> tuple[Classi
     if source not in LIBRARIES:
         known = [f"{known}:{name}" for known in (*LIBRARIES, "experiment")]
         raise UserError(f"--model {given.model}: it is {', '.join(known[:-1])} or {known[-1]}{nearest(given.model, known)}")
+    if given.train:
+        raise UserError(f"--train is for networks of experiments, such as experiment:teacher; {given.model} is published")
     for word in given.set:
         if not word.startswith(OF_METHOD):
             raise UserError(f"--set {word}: a published network takes overrides of saliency, trainer and scale only")

@@ -33,6 +33,7 @@ class FullGrad(Saliency):
     separate: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check(self.psi)
 
     def map(self, model: nn.Module, images: Tensor, labels: Tensor | None) -> Tensor:

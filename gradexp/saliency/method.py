@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from gradexp import gradients
 from gradexp.base.errors import UserError
+from gradexp.base.ranges import require_fields
 
 UNITS = ("normalised", "raw")
+CAUSES = "look at the model's weights (did its training diverge?) and at the images for NaN or infinity"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +32,9 @@ class Saliency(ABC):
     black: Tensor | float = 0.0
     std: Tensor | float = 1.0
 
+    def __post_init__(self) -> None:
+        require_fields(self)
+
     def __call__(self, model: nn.Module, images: Tensor, target: Tensor | int | None = None) -> Tensor:
         """images (B, C, H, W), target: the class to explain, one for all or (B,); None for the predicted one.
 
@@ -40,10 +45,7 @@ class Saliency(ABC):
         with explaining(model, images, target) as (model, labels):
             saliency = self.map(model, gradients.constant(images), labels).detach()
         if not saliency.isfinite().all():
-            raise UserError(
-                f"{type(self).__name__}: the map is not finite. Look at the model's weights (did its training "
-                f"diverge?) and at the images for NaN or infinity"
-            )
+            raise UserError(f"{type(self).__name__}: the map is not finite; {CAUSES}")
         return saliency
 
     @abstractmethod
@@ -69,7 +71,7 @@ def explaining(model: nn.Module, images: Tensor, target: Tensor | int | None) ->
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         try:
             stack.enter_context(model.register_forward_pre_hook(_cloned))
-            stack.enter_context(model.register_forward_hook(partial(_check_classes, labels)))
+            stack.enter_context(model.register_forward_hook(partial(_check_output, labels)))
             yield model, labels
         except RuntimeError as error:
             found = re.search(r"to have (\d+) channels, but got (\d+)", str(error))
@@ -92,8 +94,10 @@ def _cloned(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(each.clone() if isinstance(each, Tensor) else each for each in inputs)
 
 
-def _check_classes(labels: Tensor | None, model: nn.Module, inputs: Any, output: Any) -> None:
+def _check_output(labels: Tensor | None, model: nn.Module, inputs: Any, output: Any) -> None:
     logits = gradients.checked_logits(output)
+    if logits.isnan().any():
+        raise UserError(f"the model returns NaN; {CAUSES}")
     if labels is not None:
         gradients.check_classes(labels, logits)
 

@@ -46,4 +46,4 @@ def psi(maps: Tensor, steps: Sequence[str], size: Sequence[int]) -> Tensor:
 
 
 def _span(low: Tensor, high: Tensor) -> Tensor:
-    return torch.where(high > low, high - low, torch.ones_like(high))
+    return torch.where(high == low, torch.ones_like(high), high - low)  # NaN stays NaN

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gradexp.base.errors import UserError, choose
-from gradexp.base.ranges import Count, NonNegative
+from gradexp.base.ranges import Count, NonNegative, require
 from gradexp.gradients import attention_map, precise
 from gradexp.terms.maps import common_size
 from gradexp.terms.step import Step
@@ -39,8 +39,9 @@ class AttentionJacobian(Term):
         student_bn: str,
     ) -> None:
         super().__init__(weight=weight)
+        require(Count, level=level)
         levels = min(len(student_layers), len(teacher_layers))
-        if not 1 <= level <= levels:
+        if level > levels:
             raise UserError(f"level={level}: it must be from 1 to {levels}, the number of layer pairs")
         self.student_layers, self.teacher_layers = (student_layers[level - 1],), (teacher_layers[level - 1],)
         self.window, self.student_bn = window, choose("student_bn", student_bn, "batch", "running")

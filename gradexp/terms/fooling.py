@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from gradexp.base.errors import UserError, choose
-from gradexp.base.ranges import Count, NonNegative
+from gradexp.base.ranges import Count, NonNegative, require
 from gradexp.gradients import SCALARS, precise
 from gradexp.terms.step import Step
 from gradexp.terms.term import Term
@@ -20,6 +20,7 @@ class Fooling(Term):
 
     def __init__(self, *, weight: NonNegative, mask: Count, target: str, student_bn: str) -> None:
         super().__init__(weight=weight)
+        require(Count, mask=mask)
         self.mask = mask
         self.target = self.gradient_target = choose("target", target, *SCALARS)
         self.student_bn = choose("student_bn", student_bn, "batch", "running")

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 
 from torch import Tensor, nn
 
-from gradexp.base.ranges import NonNegative
+from gradexp.base.ranges import NonNegative, require
 from gradexp.gradients import Layer, find_layer, layer_bias
 from gradexp.terms.step import Step
 from gradexp.terms.targets import Map
@@ -36,6 +36,7 @@ class Term(nn.Module, ABC):
 
     def __init__(self, *, weight: NonNegative) -> None:
         super().__init__()
+        require(NonNegative, weight=weight)
         self.weight = weight
         self.observed: dict[str, Tensor] = {}
 

@@ -17,7 +17,8 @@ from gradexp.report.draw.pictures import SIGNED, blended, coloured, normalised
 from gradexp.report.figures import STYLE
 
 DPI = 100  # panels are measured in pixels
-SMALLEST, LARGEST = 480, 2400  # pixels on the long side of a panel
+SMALLEST, LARGEST = 480, 2400  # pixels on the long side of a picture
+NARROWEST = 14  # lines of text to the width of a panel
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
 
@@ -36,12 +37,14 @@ def explanation(
     left, top, right, bottom = box = (box[0] * factor, box[1] * factor, box[2] * factor, box[3] * factor)
     line = max(14, min(photo.size) // 20)  # height of a line of text in pixels
     points = 0.75 * line * 72 / DPI
+    across = max(width, NARROWEST * line)
+    words = [part for text in predictions for part in wrapped(text, across, line)]
+    panel = across, max(height, int(1.5 * line * len(words)))
     with mpl.rc_context(STYLE):
-        figure, panels = page(photo.size, line, 1 + len(maps), title, points)
+        figure, panels = page(panel, line, 1 + len(maps), title, points)
         pixels, whole = np.asarray(photo), (0, width, height, 0)
         panels[0, 0].imshow(pixels, extent=whole, interpolation="none")
-        words = [part for text in predictions for part in wrapped(text, width, line)]
-        panels[1, 0].text(0, 0, "\n".join(words), fontsize=points, va="top", linespacing=1.5)
+        panels[1, 0].text(0, 0, "\n".join(words), fontsize=points, va="top", linespacing=1.5, parse_math=False)
         for (over, alone), (name, values) in zip(panels.T[1:], maps.items(), strict=True):
             over.text(0, -0.4 * line, name, fontsize=points, va="bottom")
             over.imshow(laid_over(values, pixels, box), extent=whole, interpolation="none")
@@ -56,14 +59,17 @@ def explanation(
 
 
 def page(panel: tuple[int, int], line: int, columns: int, title: str, points: float) -> tuple[Figure, Any]:
-    """A figure with a title, and its two rows of axes in pixels of the picture, y downwards; `line` pixels between columns."""
+    """A figure with a title, and two rows of axes in pixels, y downwards; `line` pixels between columns.
+
+    panel: width and height of each axes.
+    """
     width, height = panel
     total = columns * (width + line) + line
     heading = wrapped(title, total - 2 * line, line)
     size = total, 2 * (height + 2 * line) + line * (len(heading) + 2)
     figure = Figure(figsize=(size[0] / DPI, size[1] / DPI), dpi=DPI)
     figure.set_layout_engine("none")
-    figure.text(line / size[0], 1 - 0.5 * line / size[1], "\n".join(heading), fontsize=points, va="top")
+    figure.text(line / size[0], 1 - 0.5 * line / size[1], "\n".join(heading), fontsize=points, va="top", parse_math=False)
     edges = {"left": line / size[0], "right": 1 - line / size[0]}
     edges |= {"bottom": line / size[1], "top": (2 * height + 3 * line) / size[1]}
     panels = figure.subplots(
