@@ -70,23 +70,37 @@ def test_batch_norm_is_differentiable_twice() -> None:
     assert torch.autograd.gradgradcheck(function, (x, w, b))
 
 
+def plain_batch_norm(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    variance, mean = torch.var_mean(x, (0, 2, 3), correction=0, keepdim=True)
+    return w.view(-1, 1, 1) * (x - mean) / (variance + 1e-5).sqrt() + b.view(-1, 1, 1)
+
+
 def test_batch_norm_is_differentiable_three_times() -> None:
     """A training step with exact Hessian-vector products asks for that; torch's own layer can't."""
-
-    def plain(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        variance, mean = torch.var_mean(x, (0, 2, 3), correction=0, keepdim=True)
-        return w.view(-1, 1, 1) * (x - mean) / (variance + 1e-5).sqrt() + b.view(-1, 1, 1)
-
     start = (randn(4, 2, 2, 2), randn(2), randn(2))
     third = []
     for fast in (True, False):
         x, w, b = (tensor.detach().clone().requires_grad_() for tensor in start)
-        y = batch_norm.NormaliseBatch.apply(x, w, b, (None, None), 0.1, 1e-5)[0] if fast else plain(x, w, b)
+        y = batch_norm.NormaliseBatch.apply(x, w, b, (None, None), 0.1, 1e-5)[0] if fast else plain_batch_norm(x, w, b)
         with layers.only_inputs():
             (gradient,) = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)
             (product,) = torch.autograd.grad(gradient, x, torch.ones_like(x).tril(), create_graph=True)
         third.append(torch.autograd.grad(product.square().sum(), (x, w, b)))
     torch.testing.assert_close(third[0], third[1], rtol=1e-9, atol=1e-12)
+
+
+def test_parameters_of_batch_norm_have_derivatives_of_any_order() -> None:
+    """Also the gradient of the weight, which no penalty differentiates."""
+    start, found = (randn(3, 2, 2, 2), randn(2), randn(2)), []
+    for layer in (lambda *x: batch_norm.NormaliseBatch.apply(*x, (None, None), 0.1, 1e-5)[0], plain_batch_norm):
+        tensors = [tensor.detach().clone().requires_grad_() for tensor in start]
+        value = layer(*tensors).pow(3).sum()
+        for _ in range(4):
+            value = sum(
+                each.square().sum() for each in torch.autograd.grad(value, tensors, create_graph=True, allow_unused=True)
+            )
+        found.append(value)
+    torch.testing.assert_close(*found, rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
@@ -97,14 +111,15 @@ def test_max_pool_is_differentiable_twice(memory_format: torch.memory_format) ->
     assert torch.autograd.gradgradcheck(function, (x,))
 
 
-def test_softplus_is_differentiable_three_times() -> None:
+@pytest.mark.parametrize("beta", [10, -2])
+def test_softplus_is_differentiable_three_times(beta: float) -> None:
     x = randn(40)
-    function = lambda x: layers.Softplus(beta=10)(x)
+    function = lambda x: layers.Softplus(beta=beta)(x)
     assert torch.autograd.gradcheck(function, (x,))
     assert torch.autograd.gradgradcheck(function, (x,))
     third = [
         torch.autograd.functional.hessian(lambda x, f=f: torch.autograd.grad(f(x).sum(), x, create_graph=True)[0].sum(), x)
-        for f in (function, nn.Softplus(beta=10))
+        for f in (function, nn.Softplus(beta=beta))
     ]
     torch.testing.assert_close(third[0], third[1], rtol=1e-9, atol=1e-9)
 
@@ -311,17 +326,23 @@ def test_layers_whose_weights_are_computed_are_left_alone_and_named(caplog: pyte
     assert "slower" in caplog.text and "Conv2d" in caplog.text
 
 
-def test_the_gradient_of_a_weight_that_is_computed_from_the_images_is_not_skipped() -> None:
-    """`only_inputs` skips gradients of parameters; this weight is none."""
+@pytest.mark.parametrize("which", ["weight", "bias"])
+@pytest.mark.parametrize("layer", [lambda: nn.Conv2d(3, 4, 3), lambda: nn.BatchNorm2d(3)], ids=["convolution", "batch norm"])
+def test_the_gradient_of_a_parameter_that_is_computed_from_the_images_is_not_skipped(
+    layer: Callable[[], nn.Module], which: str
+) -> None:
+    """`only_inputs` skips gradients of parameters; this is none."""
 
     class Hyper(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.conv = nn.Conv2d(3, 4, 3)
+            self.layer = layer()
+            nn.init.normal_(self.layer.bias)
 
         def forward(self, x: Tensor) -> Tensor:
-            weight = self.conv.weight * (1 + x.square().mean())
-            return functional_call(self.conv, {"weight": weight, "bias": self.conv.bias}, (x,)).mean((2, 3))  # type: ignore[no-any-return]
+            parameters = dict(self.layer.named_parameters())
+            parameters[which] = parameters[which] * (1 + x.square().mean())
+            return functional_call(self.layer, parameters, (x,)).square().mean((2, 3))  # type: ignore[no-any-return]
 
     model, images = Hyper().double(), torch.randn(2, 3, 6, 6, dtype=DOUBLE)
     expected = gradients.input_gradient(copy.deepcopy(model), images, 1)
@@ -336,6 +357,32 @@ def test_batch_norm_in_training_needs_two_values_a_channel() -> None:
             layer(torch.randn(1, 3, 1, 1))
         assert layer.running_var.isfinite().all()
         layer.eval()(torch.randn(1, 3, 1, 1))
+
+
+def test_batch_norm_of_no_images_is_torchs() -> None:
+    assert layers.accelerate(nn.BatchNorm2d(3))(torch.randn(0, 3, 4, 4)).shape == (0, 3, 4, 4)
+
+
+def test_layouts_may_be_left_alone() -> None:
+    """`view` refuses a map in channels_last, as the ones of networks of torch's tutorials, and their gradients."""
+
+    class Viewing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.pool, self.linear = nn.Conv2d(3, 4, 3), nn.MaxPool2d(2), nn.Linear(36, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(self.pool(self.conv(x)).view(-1, 36))  # type: ignore[no-any-return]
+
+    stock, images = Viewing().double(), randn(2, 3, 8, 8)
+    model = layers.accelerate(copy.deepcopy(stock), channels_last=False)
+    for network in (stock, model):
+        (slope,) = torch.autograd.grad(network(images).square().sum(), images, create_graph=True)
+        slope.square().sum().backward()
+    ours, torchs = (torch.cat([each.grad.view(-1) for each in network.parameters()]) for network in (model, stock))
+    torch.testing.assert_close(ours, torchs)
+    with pytest.raises(RuntimeError, match="view size is not compatible"):
+        layers.accelerate(copy.deepcopy(stock))(images)
 
 
 class WeightStandardised(nn.Conv2d):

@@ -126,6 +126,10 @@ def test_training_through_hutchinson_is_exact_and_needs_third_derivatives() -> N
     assert (slope * direction).sum().item() == pytest.approx((values[0] - values[1]) / (2 * epsilon), rel=1e-4)
     with pytest.raises(UserError, match=r"gradients\.backend=fast"):
         term(Step(data, net().train(), differentiable_input=True))
+    for norm in (nn.BatchNorm2d(2, momentum=None), nn.BatchNorm2d(2, affine=False), nn.InstanceNorm2d(2)):
+        student = layers.accelerate(nn.Sequential(norm, net())).double().train()
+        with pytest.raises(UserError, match=r"0 \(\w+\) has two: take another layer, or the taylor estimator"):
+            term(Step(data, student, differentiable_input=True))
 
 
 @pytest.mark.parametrize("estimator", ["taylor", "hutchinson"])

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from gradexp import layers
 from gradexp.base.errors import UserError
@@ -184,11 +185,13 @@ def exact_trace(gradient: Tensor, images: Tensor) -> Tensor:
 
 def check_third_derivatives(model: nn.Module) -> None:
     """Raises UserError where training through a Hessian would meet a layer that is differentiable only twice."""
-    if any(type(module) is nn.BatchNorm2d for module in model.modules()):
-        raise UserError(
-            "the hutchinson estimator needs third derivatives, and torch's batch normalisation has two: "
-            "set gradients.backend=fast, or take the taylor estimator"
-        )
+    for name, module in model.named_modules():
+        if isinstance(module, _NormBase) and not (isinstance(module, layers.BatchNorm) and module.is_fast):
+            fast = "accelerate(model), which is gradients.backend=fast" if type(module) is nn.BatchNorm2d else "another layer"
+            raise UserError(
+                f"the hutchinson estimator needs third derivatives, and {name} ({type(module).__name__}) has two: take {fast}, "
+                f"or the taylor estimator"
+            )
 
 
 def angle(first: Tensor, second: Tensor) -> Tensor:

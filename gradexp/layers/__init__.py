@@ -46,21 +46,25 @@ PLAIN = (
 )
 
 
-def accelerate(model: nn.Module) -> nn.Module:
+def accelerate(model: nn.Module, *, channels_last: bool = True) -> nn.Module:
     """Gives the layers of `model` fast double backward passes, in place; layers it does not know keep autograd's.
 
     The layers' classes change, their parameters, buffers, hooks and names do not. Layers that torch differentiates once
     (Hardsigmoid, nn.MultiheadAttention with its fused kernels) become differentiable twice; an attention that calls
-    scaled_dot_product_attention itself needs `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)` around the forward pass. On
-    a CPU, convolutions work in the channels_last layout, whatever that of the images is. Returns `model`. A warning names
-    the layers that stay as they are, subclasses of torch's among them, and those that call scaled_dot_product_attention.
+    scaled_dot_product_attention itself needs `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)` around the forward pass.
+    channels_last: on a CPU, convolutions work in this layout, whatever that of the images is, as it is the faster one; their
+    outputs, weights and gradients of weights have it, too, so that `view` may refuse them where `reshape` does not. Returns
+    `model`. A warning names the layers that stay as they are, subclasses of torch's among them, and those that call
+    scaled_dot_product_attention.
     """
     unknown, attending = set[str](), set[str]()
     for module in model.modules():
         kind = type(module)
         if kind in FAST and "weight" not in vars(module):  # there, a weight is computed from parameters: weight_norm, pruning
             module.__class__ = FAST[kind]
-            if isinstance(module, Convolution) and module.weight.device.type == "cpu":
+            if isinstance(module, Convolution) and not channels_last:
+                module.channels_last = False
+            elif isinstance(module, Convolution) and module.weight.device.type == "cpu":
                 module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
         elif _is_left_slow(module):
             unknown.add(kind.__name__)

@@ -37,6 +37,11 @@ def left_to_torch(x: Tensor) -> bool:
     return x.ndim != 4 or torch.compiler.is_compiling()
 
 
+def computed(*parameters: Tensor | None) -> bool:
+    """Whether one of these is computed by something else, maybe from the images: `only_inputs` would lose its gradient."""
+    return not all(parameter is None or parameter.is_leaf for parameter in parameters)
+
+
 def wants_parameters() -> bool:
     """Whether a backward pass is to compute the gradients of parameters too."""
     return not _only_inputs

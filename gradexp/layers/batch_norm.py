@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.nn import functional
 
-from gradexp.layers.backward import aligned, left_to_torch, visible, wants_parameters
+from gradexp.layers.backward import aligned, computed, left_to_torch, visible, wants_parameters
 
 _batch_norm_backward = torch.ops.aten.native_batch_norm_backward
 
@@ -35,8 +34,7 @@ class NormaliseBatch(Function):
         if not wants_parameters():
             gw = gb = None
         elif torch.is_grad_enabled():  # somebody differentiates these too: rare, so autograd may do it
-            normalised = functional.batch_norm(x, None, None, None, None, True, 0.0, ctx.eps)
-            gw, gb = (g * normalised).sum((0, 2, 3)), g.sum((0, 2, 3))
+            gw, gb = (g * _normalised(x, ctx.eps)[0]).sum((0, 2, 3)), g.sum((0, 2, 3))
         return gx, gw, gb, None, None, None
 
 
@@ -76,16 +74,23 @@ class BatchNormInput(Function):
 def _batch_norm_input_backward(v: Tensor, g: Tensor, x: Tensor, w: Tensor, eps: float) -> list[Tensor | None]:
     """What BatchNormInput.backward computes, in operations that autograd differentiates any number of times."""
 
-    def mean(values: Tensor) -> Tensor:
-        return values.mean((0, 2, 3), keepdim=True)
-
     g, x, w = (tensor.view_as(tensor) for tensor in (g, x, w))  # g may itself come from x: partial derivatives are meant
-    inverse = torch.rsqrt((x - mean(x)).square().mean((0, 2, 3), keepdim=True) + eps)
-    normalised = (x - mean(x)) * inverse
-    gx = w.view(-1, 1, 1) * inverse * (g - mean(g) - normalised * mean(g * normalised))
+    normalised, inverse = _normalised(x, eps)
+    gx = w.view(-1, 1, 1) * inverse * (g - _mean(g) - normalised * _mean(g * normalised))
     wanted = [tensor for tensor in (g, x, w) if tensor.requires_grad]
     found = iter(torch.autograd.grad(gx, wanted, v, create_graph=True))
     return [next(found) if tensor.requires_grad else None for tensor in (g, x, w)]
+
+
+def _normalised(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(x - mean) / std and 1 / std, channel by channel."""
+    centred = x - _mean(x)
+    inverse = torch.rsqrt(_mean(centred.square()) + eps)
+    return centred * inverse, inverse
+
+
+def _mean(values: Tensor) -> Tensor:
+    return values.mean((0, 2, 3), keepdim=True)
 
 
 # Two sums over channels in one pass each: batch normalisation's own kernels read bf16 tensors beside fp32 channels,
@@ -111,11 +116,18 @@ def _wide(values: Tensor, like: Tensor) -> Tensor:
 class BatchNorm(nn.BatchNorm2d):
     """nn.BatchNorm2d, differentiable twice at first-order cost, and any number of times (the stock layer: twice)."""
 
+    @property
+    def is_fast(self) -> bool:
+        """Whether it does not fall back to torch's function, as without parameters, running statistics or a momentum."""
+        return self.affine and self.running_mean is not None and self.momentum is not None
+
     def forward(self, input: Tensor) -> Tensor:
         mean, variance, seen = self.running_mean, self.running_var, self.num_batches_tracked
-        if mean is None or variance is None or seen is None or not self.affine or self.momentum is None:
+        if not self.is_fast or mean is None or variance is None or seen is None:
             return super().forward(input)
-        if left_to_torch(input) or input.shape[1] != self.num_features:  # torch says what is wrong
+        if left_to_torch(input) or computed(self.weight, self.bias) or not len(input):
+            return super().forward(input)
+        if input.shape[1] != self.num_features:  # torch says what is wrong
             return super().forward(input)
         if self.training:
             if input.numel() == input.shape[1]:  # as the stock layer; the running variance would become NaN

@@ -15,7 +15,7 @@ from torch.autograd import Function
 from torch.nn import functional
 
 from gradexp.layers import dense, winograd
-from gradexp.layers.backward import left_to_torch, visible, wants_parameters
+from gradexp.layers.backward import computed, left_to_torch, visible, wants_parameters
 
 _convolution_backward = torch.ops.aten.convolution_backward
 
@@ -142,12 +142,14 @@ class ConvolutionWeight(Function):
 class Convolution(nn.Conv2d):
     """nn.Conv2d, differentiable twice at first-order cost."""
 
+    channels_last = True  # its layout on a CPU
+
     def forward(self, input: Tensor) -> Tensor:
         if self.padding_mode != "zeros" or isinstance(self.padding, str) or left_to_torch(input):
             return super().forward(input)
-        if not self.weight.is_leaf:  # computed by something else, maybe from the images: `only_inputs` would lose its gradient
+        if computed(self.weight, self.bias):
             return super().forward(input)
-        x, w, b = _autocast(_channels_last(input), self.weight, self.bias)
+        x, w, b = _autocast(_channels_last(input) if self.channels_last else input, self.weight, self.bias)
         return convolve(x, w, b, (self.stride, self.padding, self.dilation, self.groups))
 
 

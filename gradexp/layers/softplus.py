@@ -48,7 +48,7 @@ class SoftplusInput(Function):
         g, x, gx = ctx.saved_tensors
         beta, threshold = ctx.constants
         if torch.is_grad_enabled():  # a third derivative is wanted, so s must be a function of x
-            s = torch.sigmoid(beta * x).masked_fill(x > threshold / beta, 1)
+            s = torch.sigmoid(beta * x).masked_fill(beta * x > threshold, 1)
             return v * s, beta * v * g * s * (1 - s), None, None
         v = aligned(v, x)
         gg = _softplus_backward(v, x, beta, threshold)
