@@ -52,7 +52,7 @@ class Ascent:
 
     def climb(self, model: nn.Module, images: Tensor, labels: Tensor, draws: Draws) -> Tensor:
         """All steps of the ascent. Raises UserError for a model in train mode, whose batch statistics couple the images."""
-        if model.training:
+        if any(module.training for module in model.modules()):
             raise UserError("sampling needs the model in eval mode: call model.eval()")
         for _ in range(self.steps):
             step = gradients.input_gradient(model, images, labels) - self.pull * (images - 0.5)

@@ -187,6 +187,34 @@ def test_train_mode_is_an_error() -> None:
     model, (images, labels) = randomised(vgg()), data()
     with pytest.raises(UserError, match=r"model.eval\(\)"):
         gradients.full_gradient(model.train(), images, labels)
+    model.eval().features.norm1.train()  # type: ignore[union-attr]
+    with pytest.raises(UserError, match=r"features.norm1 is in train mode: call model.eval\(\)"):
+        gradients.full_gradient(model, images, labels)
+
+
+def test_a_later_pass_in_train_mode_does_not_change_the_graph() -> None:
+    """It changes running statistics in place, to which the graph of full-gradients refers."""
+    model, (images, labels) = randomised(vgg(softplus)), data()
+    found = []
+    for between in (False, True):
+        one = copy.deepcopy(model)
+        full = gradients.full_gradient(one, images, labels, differentiable=True)
+        if between:
+            one.train()(images)
+        loss = sum(values.square().sum() for values in full.biases.values())
+        found.append(torch.autograd.grad(loss, one.features.conv1.weight)[0])  # type: ignore[union-attr]
+    assert torch.equal(*found)
+
+
+def test_a_hook_that_reads_a_layer_does_not_change_its_bias() -> None:
+    """A layer is merged with its normalisation where nothing else on the way to the output uses it."""
+    model, (images, labels) = randomised(vgg()), data()
+    expected = gradients.full_gradient(model, images, labels).biases
+    seen = []
+    model.features.conv1.register_forward_hook(lambda *call: seen.append(call[2].norm()))  # type: ignore[union-attr]
+    found = gradients.full_gradient(model, images, labels).biases
+    assert seen and found.keys() == expected.keys()
+    torch.testing.assert_close(found, expected)
 
 
 # --- effective biases -------------------------------------------------------------------------------------
@@ -217,6 +245,22 @@ def test_captured_outputs_stay_what_they_were_and_hooks_go() -> None:
     torch.testing.assert_close(values["features.2"], values["features.1"].relu())
     assert model.features[2].inplace  # type: ignore[index, union-attr]
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_calls_of_a_shared_module_are_told_apart() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.clip = nn.Hardtanh(-0.5, 0.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.clip(self.clip(x) - 1)  # type: ignore[no-any-return]
+
+    model = Shared()
+    with gradients.captured(model, ["clip", "clip:1", "clip:2"]) as values:
+        for x, first in ((0.75, 0.5), (0.25, 0.25)):  # counted anew in each pass
+            model(torch.tensor(x))
+            assert {name: value.item() for name, value in values.items()} == {"clip": -0.5, "clip:1": first, "clip:2": -0.5}
 
 
 def test_squares_and_channel_sums_of_bf16_numbers_are_those_of_float32() -> None:

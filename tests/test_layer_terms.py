@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 import tiny
 import torch
+import torchvision
 from tiny import CLASSES, randomised
 from torch import Tensor, nn
 from torch.nn import functional
@@ -103,6 +104,55 @@ def attention_jacobian(**changes: Any) -> AttentionJacobian:
     return AttentionJacobian(weight=1, **{**options, **changes})
 
 
+RUNNING: dict[str, Callable[[], Term]] = {
+    "jacobian": lambda: Jacobian(weight=1, reduction="sum", target="label", student_bn="running"),
+    "gradient_norm": lambda: GradientNorm(weight=1, reduction="sum", target="label", student_bn="running"),
+    "fooling": lambda: Fooling(weight=1, mask=3, target="label", student_bn="running"),
+    "full_gradient": lambda: full_gradient(student_bn="running"),
+    "attention_jacobian": lambda: attention_jacobian(student_bn="running"),
+}
+
+
+@pytest.mark.parametrize("name", RUNNING)
+def test_a_later_pass_with_batch_statistics_does_not_change_the_gradients_of_a_term(name: str) -> None:
+    """It changes running statistics in place, to which the term's graph refers."""
+    term, teacher, data, found = RUNNING[name](), net(1), batch(), []
+    student = net(0).train()
+    term.resolve_layers(student, teacher, data.images[:1])
+    targets = Targets(teacher, with_gradient=True, layers=term.teacher_layers)
+    for followed in (False, True):
+        one = copy.deepcopy(student)
+        step = Step(data, one, targets, differentiable_input=True, student_layers=term.student_layers)
+        value = term(step)
+        if followed:
+            assert step.student_logits.isfinite().all()
+        found.append(torch.autograd.grad(value, list(one.parameters()), allow_unused=True))
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("layer", ["1", "3"], ids=["behind a convolution", "behind an activation"])
+def test_effective_biases_are_by_the_statistics_that_the_normalisation_uses(layer: str, frozen: bool) -> None:
+    """Those of the batch of what it is given, or, in eval mode, the running ones, whatever the mode of the network."""
+    torch.manual_seed(0)
+    body = [nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.SiLU(), nn.BatchNorm2d(4)]
+    model = randomised(nn.Sequential(*body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, CLASSES))).train()
+    norm = model[int(layer)].train(not frozen)  # type: ignore[index]
+    given: list[Tensor] = []
+    norm.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
+    term = bias_gradient(layer=layer, student_bn="batch")
+    found = value(term, copy.deepcopy(model))
+    data = batch()
+    logits = model[int(layer) + 1 :](output := norm(model[: int(layer)](data.images)))  # type: ignore[index]
+    (slope,) = torch.autograd.grad(logits.gather(1, data.labels[:, None]).sum(), output)
+    mean, variance = norm.running_mean, norm.running_var
+    if not frozen:
+        mean, variance = given[-1].mean((0, 2, 3)), given[-1].var((0, 2, 3), correction=0)
+    shift = mean - model[0].bias if layer == "1" else mean  # type: ignore[index]
+    bias = norm.bias - norm.weight * shift / (variance + norm.eps).sqrt()
+    torch.testing.assert_close(found, (bias.view(-1, 1, 1) * slope).square().sum((1, 2, 3)).mean())
+
+
 # --- layers by their place --------------------------------------------------------------------------------
 
 
@@ -147,6 +197,21 @@ def test_activations_follow_their_layer() -> None:
     assert gradients.find_layer(vgg, "features.norm3 activation", image) == ("features.relu3", None)
     with pytest.raises(UserError, match=r"no module follows stages\.3\.1\.norm2 of ResNet"):
         gradients.find_layer(resnet, "last activation", image)
+
+
+def test_the_call_that_follows_a_layer_is_meant_of_an_activation_that_is_shared() -> None:
+    """Blocks of torchvision's ResNets call one ReLU twice: behind the first normalisation, and behind the sum."""
+    model, images = torchvision.models.resnet18().eval(), torch.randn(1, 3, 32, 32)
+    places = [gradients.find_layer(model, rule, images).name for rule in ("block 2", "block 2 activation")]
+    assert places == ["layer1.0.bn1", "layer1.0.relu:1"]
+    with torch.no_grad(), gradients.captured(model, places) as values:
+        model(images)
+    assert torch.equal(values[places[0]].relu(), values[places[1]])
+    with (
+        pytest.raises(UserError, match=r"layer1\.0\.relu is called several times"),
+        dropout_after(model, {"layer": "block 2 activation", "probability": 0.5}, images),
+    ):
+        pass
 
 
 def test_a_reused_tensor_id_names_no_wrong_activation() -> None:

@@ -619,6 +619,74 @@ class Cropped(nn.Module):
         return self.linear(functional.softplus(self.norm(self.conv(x)[..., 2:-3, 2:-3])).mean((2, 3)))  # type: ignore[no-any-return]
 
 
+class Gated(nn.Module):
+    """A map multiplied by a function of what is left of it without its channels, or without its rows or columns."""
+
+    def __init__(self, reduce: Callable[[Tensor], Tensor], dim: int) -> None:
+        super().__init__()
+        self.stem, self.head, self.reduce, self.dim = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 3), reduce, dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.stem(x)
+        gate = self.reduce(features).tanh().unsqueeze(self.dim).exp()
+        return self.head((features * gate).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("reduce", "dim", "shape"),
+    [
+        (lambda z: z.mean(1), 1, (1, 8, 8)),
+        (lambda z: z.amax(dim=-3), 1, (1, 8, 8)),
+        (lambda z: z.max(1).values, 1, (1, 8, 8)),
+        (lambda z: z.sum(axis=1), 1, (1, 8, 8)),
+        (lambda z: z[:, 2], 1, (1, 8, 8)),
+        (lambda z: z.mean(1).mT, 1, (1, 8, 8)),
+        (lambda z: z.mean(1), 3, (1, 8, 8)),
+        (lambda z: z.mean(2), 2, None),
+        (lambda z: z[..., 3], 3, None),
+    ],
+    ids=["mean", "amax", "max", "axis", "channel", "turned", "last", "columns", "rows"],
+)
+def test_a_map_without_channels_is_one_plane_and_rows_and_columns_are_none(
+    reduce: Callable[[Tensor], Tensor], dim: int, shape: Any
+) -> None:
+    """Eight channels, rows and columns: shapes alone do not tell them apart, and 8 x 8 tokens would be a grid of 64."""
+    full = gradients.full_gradient(Gated(reduce, dim).double().eval(), torch.randn(2, 3, 8, 8).double(), 0)
+    planes = full.planes()
+    assert full.error().max() < 1e-12
+    for name in ("tanh", "exp"):
+        assert (tuple(planes[name].shape[1:]) if name in planes else None) == shape
+    if shape:  # where the bias is, that has the gate's rows and columns in this or the other order
+        assert any(torch.equal(planes["tanh"][:, 0], values) for values in (full.biases["tanh"], full.biases["tanh"].mT))
+
+
+def test_rows_of_a_map_are_no_grid_of_tokens() -> None:
+    """As in networks that read text: 64 columns are no 8 x 8 pixels, whatever reads them."""
+
+    class Reader(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.line, self.read = nn.Conv2d(3, 6, 3, padding=1), nn.Conv1d(6, 5, 3, padding=1), nn.GRU(5, 4)
+            self.norm, self.head = nn.LayerNorm(4), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            words = self.read(self.line(self.stem(x).mean(2)).permute(2, 0, 1))[0].transpose(0, 1)
+            return self.head(self.norm(words).mean(1))  # type: ignore[no-any-return]
+
+    full = gradients.full_gradient(Reader().double().eval(), torch.randn(2, 3, 8, 64).double(), 0)
+    assert full.error().max() < 1e-12
+    assert set(full.planes()) == {"stem"}
+
+
+def test_a_bias_that_is_computed_from_the_images_is_no_bias() -> None:
+    class Shifting(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return functional.linear(torch.ones(2, 2).to(x), torch.eye(2).to(x), x.flatten(1)[:, :2].square())
+
+    full = gradients.full_gradient(Shifting().eval(), torch.randn(2, 1, 2, 2).double(), 0)
+    assert full.error().max() < 1e-12
+
+
 def test_a_map_whose_size_comes_from_a_crop_keeps_its_terms() -> None:
     full = gradients.full_gradient(randomised(Cropped()).eval(), torch.randn(2, 3, 12, 12, dtype=torch.float64), 1)
     assert {"norm", "softplus"} < set(full.planes())

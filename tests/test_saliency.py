@@ -500,6 +500,26 @@ def test_gradcam_by_hand() -> None:
         torch.testing.assert_close(method(model, images, 2), expected)
 
 
+def test_gradcam_takes_the_call_behind_the_convolution_of_an_activation_that_is_shared() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.act, self.hidden, self.head = nn.Conv2d(3, 5, 3), nn.ReLU(), nn.Linear(5, 6), nn.Linear(6, 4)
+
+        def features(self, images: Tensor) -> Tensor:
+            return self.act(self.conv(images))  # type: ignore[no-any-return]
+
+        def rest(self, maps: Tensor) -> Tensor:
+            return self.head(self.act(self.hidden(maps.mean((2, 3)))))  # type: ignore[no-any-return]
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.rest(self.features(images))
+
+    model, images = Shared().double(), pictures()
+    expected = functional.interpolate(cam(model.features(images), model.rest, 2), size=(8, 8), mode="bilinear")
+    torch.testing.assert_close(GradCAM()(model, images, 2), expected)
+
+
 def test_the_last_map_of_any_network() -> None:
     model = ResNet(name="t", blocks=[1, 1], width=0.1, channels=3, classes=4, activation=nn.ReLU).double().eval()
     assert gradients.last_features(model, pictures(), 1) == "stages.1.0.act2"  # behind the sum with the shortcut

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from gradexp.base.errors import UserError, nearest
 
@@ -23,7 +25,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        yield
+        with steady_statistics(model):
+            yield
     finally:
         model.train(modes[model])
         for module, training in modes.items():
@@ -31,19 +34,49 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def steady_statistics(model: nn.Module) -> Iterator[None]:
+    """Inside, running statistics are copies where autograd records.
+
+    A graph refers to them, and a later pass in train mode changes them in place, which autograd does not notice: the gradients
+    would be those of other statistics than the values.
+    """
+    kept = [
+        (module, name, value)
+        for module in model.modules()
+        if isinstance(module, _NormBase) and torch.is_grad_enabled()
+        for name in ("running_mean", "running_var")
+        if (value := getattr(module, name)) is not None
+    ]
+    try:
+        for module, name, value in kept:
+            setattr(module, name, value.clone())
+        yield
+    finally:
+        for module, name, value in kept:
+            setattr(module, name, value)
+
+
+@contextmanager
 def captured(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
     """Inside, {name: output of that module in the last forward pass}.
 
-    The network goes on with a copy, so that in-place operations behind a module do not change what was captured. Hooks are
-    removed at exit. Raises UserError for a name that no module of `model` has, and for a module whose output is no tensor.
+    Of a module that is called several times in a pass, the last call counts; `name:2` is its second. The network goes on with a
+    copy, so that in-place operations behind a module do not change what was captured. Hooks are removed at exit. Raises
+    UserError for a name that no module of `model` has, and for a module whose output is no tensor.
     """
     modules = dict(model.named_modules())
     for name in names:
-        if name not in modules:
+        if module_of(name) not in modules:
             raise UserError(f"{type(model).__name__} has no layer {name}{nearest(name, modules)}")
-    values: dict[str, Tensor] = {}
+    values, calls = dict[str, Tensor](), Counter[str]()
 
-    def keep(name: str, _: nn.Module, __: Any, output: Any) -> Tensor:
+    def restart(*_: Any) -> None:
+        calls.clear()
+
+    def keep(name: str, _: nn.Module, __: Any, output: Any) -> Tensor | None:
+        calls[name] += 1
+        if ":" in name and calls[name] != int(name.partition(":")[2]):
+            return None
         if not isinstance(output, Tensor):
             raise UserError(
                 f"layer {name} returns a {type(output).__name__} and not a tensor; choose a layer inside or behind it"
@@ -52,9 +85,15 @@ def captured(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tenso
         return output.clone()
 
     with ExitStack() as hooks:
+        hooks.callback(model.register_forward_pre_hook(restart).remove)
         for name in names:
-            hooks.callback(modules[name].register_forward_hook(partial(keep, name)).remove)
+            hooks.callback(modules[module_of(name)].register_forward_hook(partial(keep, name)).remove)
         yield values
+
+
+def module_of(layer: str) -> str:
+    """The module of a layer such as `layer1.0.relu:1`, the first call of a module that is called several times."""
+    return layer.partition(":")[0]
 
 
 def attention_map(features: Tensor, power: int = 2) -> Tensor:
@@ -100,13 +139,18 @@ EXTRA_TOKENS = 8  # at most so many tokens without a place (class, registers) in
 
 
 def as_plane(values: Tensor, sizes: Collection[tuple[int, ...]], layout: str = "") -> Tensor | None:
-    """(B, c, h, w), (B, h, w, c) or (B, N, c) with N tokens -> (B, c, h, w); None for values of other sizes (h, w).
+    """(B, c, h, w), (B, h, w, c), (B, h, w) or (B, N, c) with N tokens -> (B, c, h, w); None for values of other sizes (h, w).
 
     layout: a letter for each dimension, of b, c, h, w and n, where it is known; the images are first all the same. Of the sizes
     that fit N tokens, the one that leaves the fewest, at most EXTRA_TOKENS, in front of the grid is taken.
     """
     letters = "b" + layout.replace("b", "")
-    if layout and (len(layout) != values.ndim or letters == "bcn"):
+    if layout and len(layout) != values.ndim:
+        return None
+    if letters in ("bhw", "bwh"):
+        plane = (values if letters == "bhw" else values.mT)[:, None]
+        return plane if tuple(plane.shape[2:]) in sizes else None
+    if layout and values.ndim == 3 and letters != "bnc":  # all pixels in a row, or rows or columns of their own
         return None
     if values.ndim == 4:
         forms = [[letters.index(letter) for letter in "bchw"]] if layout else [[0, 1, 2, 3], [0, 3, 1, 2]]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gradexp.base.errors import UserError
-from gradexp.gradients.capture import as_plane, halved
+from gradexp.gradients.capture import as_plane, halved, steady_statistics
 from gradexp.gradients.inputs import (
     SCALARS,
     check_classes,
@@ -111,9 +111,11 @@ def full_gradient(
     model = plain(model)
     if target not in SCALARS:
         raise UserError(f"target={target}: full-gradients have one of {', '.join(SCALARS)}")
-    if model.training:
-        raise UserError("full-gradients are those of a model in eval mode: call model.eval()")
-    with _exact(model):
+    if training := [name for name, module in model.named_modules() if module.training]:
+        raise UserError(
+            f"full-gradients are those of a model in eval mode, {training[0] or 'it'} is in train mode: call model.eval()"
+        )
+    with _exact(model), steady_statistics(model):
         images = checked_images(images)
         labels = checked_labels(labels, images)
         full = _decomposed(model, images, labels, target, separate, differentiable)
@@ -169,7 +171,7 @@ def _decomposed(
     if target != "top":
         check_classes(labels, logits)
     at_input = gradient_of(logits, images, labels, target=target, differentiable=differentiable)
-    operations = [each for each in (met.all if separate else met.merged()) if each.gradient is not None]
+    operations = [each for each in (met.all if separate else met.merged(logits)) if each.gradient is not None]
     biases, gradients = dict[str, Tensor](), dict[str, Tensor]()
     for operation in operations:
         assert operation.gradient is not None

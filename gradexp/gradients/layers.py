@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gradexp.base.errors import UserError, nearest
-from gradexp.gradients.capture import as_plane, evaluating, halved, precise
+from gradexp.gradients.capture import as_plane, evaluating, halved, module_of, precise
 from gradexp.gradients.operations import norm_bias
 from gradexp.layers import ranks
 
@@ -116,7 +116,7 @@ ACTIVATION = " activation"
 
 
 class Layer(NamedTuple):
-    """A layer's name, and that of the convolution in front of it where it is a normalisation."""
+    """A layer's name, and that of the convolution in front of it where it is a normalisation (names as for `captured`)."""
 
     name: str
     before: str | None
@@ -198,7 +198,7 @@ def last_tokens(model: nn.Module, images: Tensor) -> list[str]:
 
 
 def _calls(model: nn.Module, images: Tensor, kinds: tuple[type[nn.Module], ...]) -> list[_Call]:
-    """The calls of modules of these kinds in a forward pass in eval mode."""
+    """The calls of modules of these kinds in a forward pass in eval mode; names as for `captured`."""
     calls: list[_Call] = []
 
     def keep(name: str, module: nn.Module, given: Tensor, output: Tensor) -> None:
@@ -207,39 +207,27 @@ def _calls(model: nn.Module, images: Tensor, kinds: tuple[type[nn.Module], ...])
     hooks: dict[str, Hook] = {name: partial(keep, name) for name, module in model.named_modules() if isinstance(module, kinds)}
     with evaluating(model), torch.no_grad(), _hooked(model, hooks):
         model(images)
+    total, count = Counter(call.name for call in calls), Counter[str]()
+    for i, call in enumerate(calls):
+        count[call.name] += 1
+        if count[call.name] < total[call.name]:
+            calls[i] = replace(call, name=f"{call.name}:{count[call.name]}")
     return calls
 
 
-class _Taker(NamedTuple):
-    """The first module that takes a tensor."""
-
-    name: str
-    given: Tensor  # kept: the id of a tensor that is gone becomes another's
-
-
-def _forward_path(model: nn.Module, images: Tensor) -> tuple[list[_Call], dict[int, _Taker]]:
-    """The layers in the order of their calls, normalisations merged with their convolutions; {id(tensor): its taker}."""
-    takers, calls = dict[int, _Taker](), list[_Call]()
-    count = Counter[nn.Module]()
-
-    def take(name: str, module: nn.Module, given: Tensor, output: Tensor) -> None:
-        takers.setdefault(id(given), _Taker(name, given))
-        if isinstance(module, (*AFFINE, *NORMS)):
-            count[module] += 1
-            calls.append(_Call(name if count[module] == 1 else f"{name}:{count[module]}", module, given, output))
-
-    leaves: dict[str, Hook] = {
-        name: partial(take, name) for name, module in model.named_modules() if not list(module.children())
-    }
-    with evaluating(model), torch.no_grad(), _hooked(model, leaves):
-        model(images)
-    return _merged(calls), takers
+def _forward_path(model: nn.Module, images: Tensor) -> tuple[list[_Call], dict[int, _Call]]:
+    """The layers in the order of their calls, normalisations merged with their convolutions; {id(tensor): the first call that
+    takes it}."""
+    leaves = tuple({type(module) for module in model.modules() if not list(module.children())})
+    calls = [call for call in _calls(model, images, leaves) if not list(call.module.children())]
+    takers = {id(call.given): call for call in reversed(calls)}
+    return _merged([call for call in calls if isinstance(call.module, (*AFFINE, *NORMS))]), takers
 
 
 def layer_bias(model: nn.Module, layer: Layer, features: Tensor | None = None) -> Tensor:
     """The effective bias of a layer, (c,). features: as for `effective_bias`. Raises UserError for one without."""
-    before = model.get_submodule(layer.before) if layer.before else None
-    bias = effective_bias(model.get_submodule(layer.name), before, features)
+    before = model.get_submodule(module_of(layer.before)) if layer.before else None
+    bias = effective_bias(model.get_submodule(module_of(layer.name)), before, features)
     if bias is None:
         raise UserError(f"layer {layer.name} has no bias; choose a layer that has one")
     return bias

@@ -49,11 +49,13 @@ PLANAR = {  # the outputs (B, c, h, w) are planes
 }
 TURNING = {"transpose", "permute", "movedim", "moveaxis", "swapaxes", "swapdims", "__get__"}  # the last is x.mT
 PRODUCTS = {"matmul", "__matmul__", "bmm", "baddbmm", "einsum", "scaled_dot_product_attention"}  # of two maps: no planes
+REDUCING = {"mean", "sum", "amax", "amin", "max", "min", "prod", "std", "var", "logsumexp", "median"}  # with `dim` first
 RESHAPING = {"reshape", "view", "view_as", "unflatten", "flatten"}
 
 # A letter for each dimension: images, channels, rows, columns, pixels (or tokens of a grid). Shapes do not show the layout: the
 # attention of 64 tokens is (B, heads, 64, 64), and so may be a map.
 MAP, TOKENS, FLAT = "bchw", "bnc", "bcn"
+PLANES = ("bhw", "bwh")  # without channels
 
 
 @dataclass(eq=False)
@@ -75,7 +77,7 @@ class Operation:
     statistics: dict[str, Any] = field(default_factory=dict)
     before: Operation | None = None
     layout: str | None = None
-    uses: int = 0  # of its output, by other operations
+    readers: list[Any] = field(default_factory=list)  # nodes of autograd's graph: the operations that its output was given to
 
 
 def norm_bias(mean: Tensor, variance: Tensor, weight: Any, bias: Any, eps: float, before: Tensor | None = None) -> Tensor:
@@ -123,12 +125,15 @@ class Operations(TorchFunctionMode):
         """Whether a value was computed from the images by operations that were seen."""
         return id(value) in self._dependent
 
-    def merged(self) -> list[Operation]:
-        """The operations, each batch normalisation together with the layer in front of it, unless others use its output."""
-        swallowed = set()
+    def merged(self, output: Tensor) -> list[Operation]:
+        """The operations, each batch normalisation together with the layer in front of it, unless others use its output.
+
+        output: what the images' path leads to. An operation that is on no path to it uses nothing.
+        """
+        swallowed, reached = set(), set(_graph(output))
         for operation in self.all:
             before = operation.before
-            if before and before.uses == 1:
+            if before and sum(reader in reached for reader in before.readers) == 1:
                 swallowed.add(before)
                 if operation.bias is not None and before.channels is not None:
                     whole = norm_bias(**operation.statistics, before=before.channels)
@@ -181,7 +186,7 @@ class Operations(TorchFunctionMode):
         outputs = tree_leaves(returned if changed is None else changed)
         if any(map(_differentiable, outputs)):
             for maker in {self._makers[id(operand)] for operand in dependent if id(operand) in self._makers}:
-                maker.uses += 1
+                maker.readers += [next(each.grad_fn for each in outputs if _differentiable(each))]
             with _no_checkpoint():
                 operations = rule(given, outputs) if rule else [None] * len(outputs)
             for output, operation in zip(outputs, operations, strict=True):
@@ -199,7 +204,7 @@ class Operations(TorchFunctionMode):
             return partial(self._multilinear, factors=varying) if call.name in MULTILINEAR else self._linearise
         if call.name in MULTILINEAR or (call.name in DIVISIONS and self.depends(call.args[0]) and not call.kwargs):
             return None
-        if call.name in AFFINE:
+        if call.name in AFFINE and any(map(self.depends, call.operands[:2])):
             return self._affine
         return self._linearise if call.statistics() is None else self._norm
 
@@ -324,13 +329,36 @@ class Operations(TorchFunctionMode):
             return None
         if call.name in PLANAR and output.ndim == 4:
             return MAP
+        if output.ndim == 3 and call.name not in RESHAPING and (maps := [each for each in given if each.ndim == 4]):
+            return self._reduced(output, maps[0], call)
+        if output.ndim == 4 and [self._layouts.get(id(each)) in PLANES for each in given] == [True]:
+            return self._with_channel(output, given[0])
         alike = [operand for operand in given if operand.ndim == output.ndim]
         if call.name in RESHAPING and (output.ndim == 4 or not alike):
             return self._reshaped(output, given[0])
         for operand in alike:
             if layout := self._layouts.get(id(operand)):
+                if layout in PLANES and (call.name in AFFINE or output.shape != operand.shape):
+                    return None
                 return turned(layout, operand, output) if call.name in TURNING else layout
         return TOKENS if output.ndim == 3 and (not alike or call.name in (*TURNING, "linear")) else None
+
+    def _reduced(self, output: Tensor, given: Tensor, call: Call) -> str | None:
+        """The layout of what is left of `given`, four dimensions, without one of them."""
+        layout = self._layouts.get(id(given))
+        if layout is None:
+            return TOKENS
+        if call.name not in REDUCING:  # a view of a part, or another function, such as `unfold`
+            return turned(layout, given, output)
+        dim = call.kwargs.get("dim", call.args[1] if len(call.args) > 1 else call.kwargs.get("axis"))
+        gone = dim[0] if isinstance(dim, list | tuple) else dim
+        return layout.replace(layout[gone], "") if isinstance(gone, int) else None
+
+    def _with_channel(self, output: Tensor, plane: Tensor) -> str | None:
+        """The layout of a plane with a dimension of size 1 more."""
+        layout, shape = self._layouts[id(plane)], list(plane.shape)
+        places = (place for place in (1, 2, 3) if list(output.shape) == [*shape[:place], 1, *shape[place:]])
+        return next((f"{layout[:place]}c{layout[place:]}" for place in places), None)
 
     def _reshaped(self, output: Tensor, given: Tensor) -> str | None:
         """A map where an earlier one has the shape. Three dimensions are those of tokens unless they are a flattened map."""
@@ -351,9 +379,7 @@ class Operations(TorchFunctionMode):
         """Raises UserError for a value that was computed from the images by no torch function that can be seen."""
         if operand.grad_fn is None or self.depends(operand):
             return
-        nodes, seen = [operand.grad_fn], set()
-        while nodes:
-            node = nodes.pop()
+        for node in _graph(operand):
             if getattr(node, "variable", None) is self._images:
                 where = f" of {self._calls[-1][0]}" if self._calls and self._calls[-1][0] else ""
                 raise UserError(
@@ -361,8 +387,6 @@ class Operations(TorchFunctionMode):
                     f"that can be seen: its bias can't be computed. Write it with torch's own functions, outside of "
                     f"autograd.Function, TorchScript, torch.vmap and torch.func"
                 )
-            seen.add(node)
-            nodes += [below for below, _ in node.next_functions if below is not None and below not in seen]
 
 
 # --- calls ----------------------------------------------------------------------------------------------------
@@ -422,6 +446,16 @@ def _named_arguments(call: Call) -> dict[str, Any]:
     code = getattr(unwrap(call.function), "__code__", None)
     names = code.co_varnames[: code.co_argcount] if code else ()
     return dict(zip(names, call.args, strict=False)) | call.kwargs
+
+
+def _graph(value: Tensor) -> Iterator[Any]:
+    """The nodes of autograd's graph that a value was computed by."""
+    nodes, seen = [value.grad_fn] if value.grad_fn else [], set[Any]()
+    while nodes:
+        if (node := nodes.pop()) not in seen:
+            seen.add(node)
+            yield node
+            nodes += [below for below, _ in node.next_functions if below is not None]
 
 
 def _differentiable(leaf: Any) -> bool:

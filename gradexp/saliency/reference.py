@@ -100,7 +100,7 @@ class ReferenceGradCAM(Saliency):
         classes, images = predicted(model, images, labels), images.detach().requires_grad_()
         with gradients.captured(model, names) as outputs:
             logits = model(images)
-        slopes = gradients.gradients_of(logits, dict(outputs), classes, target="label", differentiable=False)
+        slopes = gradients.gradients_of(logits, outputs, classes, target="label", differentiable=False) if outputs else {}
         if not slopes:
             raise UserError("the output does not depend on a convolution by differentiable operations; take another method")
         name = [name for name in names if name in slopes][-1]

@@ -2,6 +2,7 @@ from torch import Tensor, nn
 
 from gradexp.base.errors import UserError, choose
 from gradexp.base.ranges import NonNegative
+from gradexp.gradients.capture import module_of
 from gradexp.terms.step import Step
 from gradexp.terms.term import Term
 
@@ -23,7 +24,7 @@ class LayerBias(Term):
 
     def resolve_layers(self, student: nn.Module, teacher: nn.Module | None, images: Tensor) -> None:
         super().resolve_layers(student, teacher, images)
-        if not self.reads_bias and getattr(student.get_submodule(self.layer), "bias", None) is None:
+        if not self.reads_bias and getattr(student.get_submodule(module_of(self.layer)), "bias", None) is None:
             raise UserError(f"layer {self.layer} has no bias; choose a layer that has one")
 
     @property
@@ -34,4 +35,4 @@ class LayerBias(Term):
         """The layer's bias, one value per channel, differentiable: (c,)."""
         if self.reads_bias:
             return step.student_bias(self.layer, self.student_bn)
-        return step.student.get_parameter(f"{self.layer}.bias")
+        return step.student.get_parameter(f"{module_of(self.layer)}.bias")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from functools import cached_property
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,10 @@ from gradexp import gradients
 from gradexp.base.ranges import Positive
 from gradexp.data.loader import Batch
 from gradexp.gradients import Layer
+from gradexp.gradients.capture import module_of
 from gradexp.terms.targets import Map, Targets
+
+GIVEN = " given"  # behind the name of a normalisation: what it is given
 
 
 class Step:
@@ -93,8 +96,14 @@ class Step:
     def student_bias(self, layer: str, student_bn: str) -> Tensor:
         """The effective bias of one of `student_biases` (gradients.effective_bias), differentiable: (c,)."""
         biased = self.student_biases[layer]
-        convolution = biased.before if student_bn == "batch" and self.student.training else None
-        return gradients.layer_bias(self.student, biased, self.student_features(convolution) if convolution else None)
+        if student_bn == "running" or not self._is_training(biased):
+            return gradients.layer_bias(self.student, biased)
+        return gradients.layer_bias(self.student, biased, self.student_features(biased.before or f"{layer}{GIVEN}"))
+
+    def _is_training(self, layer: Layer) -> bool:
+        """Whether a normalisation uses the statistics of the batch."""
+        module = self.student.get_submodule(module_of(layer.name))
+        return isinstance(module, gradients.NORMS) and module.training
 
     def student_feature_gradient(self, layer: str, pick: Callable[[Tensor], Tensor], student_bn: str) -> Tensor:
         """The input-gradient of `pick`, one value per image from a layer's output, differentiable: (B, C, H, W)."""
@@ -143,7 +152,12 @@ class Step:
 
     def _captured(self) -> tuple[Tensor, dict[str, Tensor]]:
         before = [layer.before for layer in self.student_biases.values() if layer.before]
-        with gradients.captured(self.student, [*self.student_layers, *before]) as features:
+        alone = [name for name, layer in self.student_biases.items() if not layer.before and self._is_training(layer)]
+        with ExitStack() as stack:
+            features = stack.enter_context(gradients.captured(self.student, [*self.student_layers, *before]))
+            for name in alone:  # normalisations whose input is no layer's output
+                module, keep = self.student.get_submodule(module_of(name)), partial(_keep_input, features, f"{name}{GIVEN}")
+                stack.callback(module.register_forward_pre_hook(keep).remove)
             return self.student(self.images), features
 
     # The teacher; all values are constants
@@ -189,3 +203,7 @@ class Step:
         if self.teacher is None:
             raise ValueError("this step has no teacher: pass Step(..., teacher=Targets(model, with_gradient=True))")
         return self.teacher
+
+
+def _keep_input(features: dict[str, Tensor], name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    features[name] = args[0]

@@ -8,8 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from gradexp.base.errors import UserError
 from gradexp.base.ranges import Probability, require
 from gradexp.gradients import find_layer
+from gradexp.gradients.capture import module_of
 from gradexp.layers import ranks
 
 
@@ -26,7 +28,12 @@ def dropout_after(model: nn.Module, where: Mapping[str, Any] | None, images: Ten
         return
     probability = where["probability"]
     require(Probability, **{"method.dropout.probability": probability})
-    layer = model.get_submodule(find_layer(model, where["layer"], images).name)
+    name = find_layer(model, where["layer"], images).name
+    if module_of(name) != name:
+        raise UserError(
+            f"method.dropout.layer={where['layer']}: {module_of(name)} is called several times; choose another layer"
+        )
+    layer = model.get_submodule(name)
     hook = layer.register_forward_hook(lambda module, _, output: ranks.dropout(output, probability, module.training))
     try:
         yield
