@@ -89,6 +89,14 @@ def test_a_comparison_outside_the_scale_is_not_counted() -> None:
     assert "1 of 1 agree; 1 not part of this scale" in claims.to_markdown(judged, "cpu")
 
 
+@pytest.mark.parametrize("withheld", ["", "No."])
+def test_a_claim_that_no_run_can_decide_is_not_part_of_the_scale(withheld: str) -> None:
+    """Withheld or not: nothing is planned, so that nothing is missing."""
+    judged = judge(stated(comparison(None, in_scale=False), withheld=withheld), claim(None, name="y"))
+    assert judged.claims["words"].tolist() == ["not part of this scale", "not run"]
+    assert claims.tally(judged.claims["verdict"]) == "2 claims: 1 not part of this scale, 1 not run."
+
+
 def test_a_claim_is_as_sure_as_its_least_sure_comparison() -> None:
     weaker = [2.0, 1.0, 3.0, 2.0]
     assert only(judge(claim(weaker))).p == only(judge(claim(UP, weaker))).p
@@ -238,8 +246,8 @@ def test_from_records_to_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         {"id": "m", "greater": [rows[0], rows[1:]], **common, "fitted": {"quick": [[rows[0], rows[2], "1"]]}},
     ]
     judged = read(tmp_path, found)
-    verdicts = ["holds", "contradicted", "holds", "contradicted", "direction only: for", "holds", "not run", "not run", "holds"]
-    verdicts += ["withheld", "holds", "holds", "holds"]
+    verdicts = ["holds", "contradicted", "holds", "contradicted", "direction only: for", "holds"]
+    verdicts += ["not part of this scale", "not part of this scale", "holds", "withheld", "holds", "holds", "holds"]
     assert judged.claims["words"].tolist() == verdicts
     assert judged.claims.loc["a", "n"] == 8
     first = judged.comparisons.drop_duplicates("id").set_index("id")
@@ -247,7 +255,7 @@ def test_from_records_to_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert first.loc["h", "thesis"] == first.loc["i", "thesis"]
     assert first.loc["a", "low"] < 1 < first.loc["a", "high"]
     md, csv = claims.write(judged, "quick", tmp_path)
-    assert "13 claims: 7 holds, 2 contradicted, 1 direction only, 1 withheld, 2 not run." in md.read_text()
+    assert "13 claims: 7 holds, 2 contradicted, 1 direction only, 1 withheld, 2 not part of this scale." in md.read_text()
     assert len(csv.read_text().splitlines()) == 14
     assert r"A \| helps" in md.read_text()
 

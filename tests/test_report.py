@@ -331,6 +331,17 @@ def test_claims_count_by_standing() -> None:
     assert links == ["verdict holds", "verdict mixed"]
 
 
+def test_claims_without_numbers_are_folded_by_their_verdict() -> None:
+    """A claim that the scale does not test is not listed among those that wait for runs."""
+    (view,) = html.claim_views(judged([]), html.Panels(points=9))
+    idle = [view | {"id": name, "standing": name, "words": name, "run": 0} for name in claims.VERDICTS[-2:]]
+    page = html.render("cpu", {"claims": idle} | {"tables": [], "figures": []}, html.Panels(9), SETTINGS, made_by="")
+    text = " ".join("".join(Parsed(page).text).split())
+    assert "2 claims: none is decided, 1 is not part of this scale, 1 has not been run." in text
+    assert "1 claim not part of this scale" in text and "1 claim not run" in text
+    assert "verdict not-part-of-this-scale" in page
+
+
 def test_figures_keep_the_order_of_their_numbers(tmp_path: Path) -> None:
     """Also where the first is not drawn."""
     picture(tmp_path, "cpu")

@@ -30,7 +30,7 @@ from gradexp.report.specs import Planner
 from gradexp.report.writing import csv, rendered, write_beside
 
 OURS = "ours"  # the chapter of readings and substitutes of ours, which the thesis does not claim
-VERDICTS = ("holds", "contradicted", "undecided", "direction only", "withheld", "not run")
+VERDICTS = ("holds", "contradicted", "undecided", "direction only", "withheld", "not part of this scale", "not run")
 NUMBERS = ["thesis", "noise", *(field.name for field in fields(Estimate) if field.name != "n")]
 COLUMNS = ["id", "label", "in_scale", "fitted", "runs", "seeds", "n", *NUMBERS]  # of Judged.comparisons
 
@@ -170,6 +170,7 @@ def judge(found: Judged) -> Judged:
     claims["p_holm"] = family.groupby("chapter")["p"].transform(lambda p: holm(p.tolist())).reindex(claims.index)
     decided = claims["p_holm"] < level
     verdicts = {
+        "not part of this scale": claims["planned"] == 0,
         "not run": claims["run"] == 0,
         "withheld": claims["withheld"] != "",
         "holds": decided & (claims["p_for"] < claims["p_against"]),
