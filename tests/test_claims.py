@@ -16,7 +16,7 @@ from gradexp.base.errors import UserError
 from gradexp.engine.compose import plan
 from gradexp.engine.record import write_record
 from gradexp.engine.run import ROOT, run_id
-from gradexp.report import claims, specs
+from gradexp.report import claims, specs, unshown
 from gradexp.report.claims import Judged
 from gradexp.report.comparisons import CellName, Grid, pairs
 from gradexp.report.inference import estimate
@@ -341,10 +341,14 @@ def test_a_figures_cells_are_points_of_its_curves(tmp_path: Path) -> None:
 
 
 def test_rendered_claims_are_up_to_date() -> None:
-    """The committed verdicts are those of the committed records."""
+    """The committed verdicts, and the list of records that nothing shows, are those of the committed records."""
     for file in committed("claims/*.csv"):
         judged = claims.read(FILE, file.stem, plan)
         assert claims.to_csv(judged) == file.read_text(), f"make claims SCALE={file.stem}"
+        idle = unshown.find(file.stem, plan, ROOT / "results")
+        assert claims.to_markdown(judged, file.stem, idle) == file.with_suffix(".md").read_text(), (
+            f"make claims SCALE={file.stem}"
+        )
 
 
 def test_a_file_without_claims_is_an_error(tmp_path: Path) -> None:
