@@ -340,6 +340,20 @@ def test_a_figures_cells_are_points_of_its_curves(tmp_path: Path) -> None:
         read(tmp_path, [spec | {"at": ["0.1"], "metric": "density_ratios"}])
 
 
+@pytest.mark.parametrize("images", [400, None])
+def test_a_ratio_of_densities_has_its_standard_error(images: int | None, tmp_path: Path) -> None:
+    """Its deviation has a name of its own, and the number of its images, all where it is null, is a setting of its task."""
+    facts = {"config": {"task": {"images": images}}, "data": {"test_images": 400}}
+    for choice in ("ce", "score_matching"):
+        words = ["experiment=density_ratio", "scale=quick", f"upstream.model.method.choice={choice}", "seed=0"]
+        record(
+            tmp_path, words, {"sigma": [0, 0.1], "density_ratio/log": [0.0, 2.5], "density_ratio/log_std": [0.0, 3.0]}, **facts
+        )
+    spec = {"id": "x", "section": "§5.5", "claim": "", "item": "figure 5.1", "metric": "density_ratio/log", "at": ["0.1"]}
+    found = read(tmp_path, [spec | {"greater": ["Baseline", "Score-matching"]}])
+    assert found.comparisons["noise"].tolist() == [pytest.approx(2**0.5 * 3 / 20)]
+
+
 def test_rendered_claims_are_up_to_date() -> None:
     """The committed verdicts, and the list of records that nothing shows, are those of the committed records."""
     for file in committed("claims/*.csv"):
