@@ -44,7 +44,7 @@ def caption(
         scale=scale,
         notes=specs.notes(spec, scale),
         seeds=specs.seeds_of(spec, scale),
-        missing=not all(run.finished for run in runs),
+        begun=any(run.finished for run in runs),
         departures=departures,
         listed=[f"`{key}` {a} (paper: {b})" for key, (a, b) in departures.items() if not key.startswith(described)],
         upstream=list(_upstream(spec, scale, plan)),
