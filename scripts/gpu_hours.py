@@ -1,5 +1,6 @@
 """python scripts/gpu_hours.py: what GPU-hours would reproduce at scale=paper, to docs/gpu_hours.md; computed, not measured."""
 
+import argparse
 from collections.abc import Mapping, Sequence
 
 import operations
@@ -18,6 +19,7 @@ START = 20.0  # seconds that any run takes: imports, data, evaluation
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
     with exit_on_errors():
         plan = planner([])
         items = {name: [plan(words) for words in commands] for name, commands in costs.items("paper").items()}

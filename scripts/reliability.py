@@ -563,8 +563,9 @@ Not trusted, as they come from other people: records, configs and experiments, p
   `conf/config.yaml` before it starts) or choose a folder.
 - Weights, checkpoints and pieces are loaded without executing what they hold (`weights_only=True`), and their checksums are
   compared. A checksum recognises damage; it does not prove who wrote a file.
-- The digest of a record recognises damage and edits; it does not prove who wrote it. Records before 2026-11-29 have none; for
-  these, `git diff results/runs` shows edits.
+- The digest of a record recognises damage and edits; it does not prove who wrote it. All committed records have one. Those from
+  before 2026-11-29 got it on 2026-11-30 and are as they were then. In other folders, a record of that age without a digest is
+  read, and its edits are not noticed. Files of long curves from before 2026-11-29 have none.
 - Pictures are decoded by Pillow; one that cannot be read is an error of one line.
 """
 

@@ -16,7 +16,7 @@ from gradexp.base.errors import UserError
 from gradexp.engine.compose import plan
 from gradexp.engine.record import write_record
 from gradexp.engine.run import ROOT, run_id
-from gradexp.report import claims, specs
+from gradexp.report import claims, specs, unshown
 from gradexp.report.claims import Judged
 from gradexp.report.comparisons import CellName, Grid, pairs
 from gradexp.report.inference import estimate
@@ -87,6 +87,14 @@ def test_a_comparison_outside_the_scale_is_not_counted() -> None:
     judged = judge(stated(comparison(UP), comparison(None, in_scale=False)))
     assert only(judged).verdict == "holds"
     assert "1 of 1 agree; 1 not part of this scale" in claims.to_markdown(judged, "cpu")
+
+
+@pytest.mark.parametrize("withheld", ["", "No."])
+def test_a_claim_that_no_run_can_decide_is_not_part_of_the_scale(withheld: str) -> None:
+    """Withheld or not: nothing is planned, so that nothing is missing."""
+    judged = judge(stated(comparison(None, in_scale=False), withheld=withheld), claim(None, name="y"))
+    assert judged.claims["words"].tolist() == ["not part of this scale", "not run"]
+    assert claims.tally(judged.claims["verdict"]) == "2 claims: 1 not part of this scale, 1 not run."
 
 
 def test_a_claim_is_as_sure_as_its_least_sure_comparison() -> None:
@@ -167,7 +175,7 @@ def test_every_table_and_measured_figure_has_claims() -> None:
     looked_at = {f"figure {number}" for number in ("3.3", "3.4", "5.2", "5.4")}  # by eye
     ours = {f"table {number}-readings" for number in ("4.1", "5.1", "5.5")}  # no claim of the thesis
     ours |= {"table 2.1-50", "table 2.1-length", "table 2.3-short", "table 4.1-readings-attention"}
-    ours |= {"figure 3.2a-imputed", "figure shift"}
+    ours |= {"figure shift"}
     assert there - said == looked_at | ours
 
 
@@ -238,8 +246,8 @@ def test_from_records_to_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         {"id": "m", "greater": [rows[0], rows[1:]], **common, "fitted": {"quick": [[rows[0], rows[2], "1"]]}},
     ]
     judged = read(tmp_path, found)
-    verdicts = ["holds", "contradicted", "holds", "contradicted", "direction only: for", "holds", "not run", "not run", "holds"]
-    verdicts += ["withheld", "holds", "holds", "holds"]
+    verdicts = ["holds", "contradicted", "holds", "contradicted", "direction only: for", "holds"]
+    verdicts += ["not part of this scale", "not part of this scale", "holds", "withheld", "holds", "holds", "holds"]
     assert judged.claims["words"].tolist() == verdicts
     assert judged.claims.loc["a", "n"] == 8
     first = judged.comparisons.drop_duplicates("id").set_index("id")
@@ -247,7 +255,7 @@ def test_from_records_to_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert first.loc["h", "thesis"] == first.loc["i", "thesis"]
     assert first.loc["a", "low"] < 1 < first.loc["a", "high"]
     md, csv = claims.write(judged, "quick", tmp_path)
-    assert "13 claims: 7 holds, 2 contradicted, 1 direction only, 1 withheld, 2 not run." in md.read_text()
+    assert "13 claims: 7 holds, 2 contradicted, 1 direction only, 1 withheld, 2 not part of this scale." in md.read_text()
     assert len(csv.read_text().splitlines()) == 14
     assert r"A \| helps" in md.read_text()
 
@@ -332,11 +340,29 @@ def test_a_figures_cells_are_points_of_its_curves(tmp_path: Path) -> None:
         read(tmp_path, [spec | {"at": ["0.1"], "metric": "density_ratios"}])
 
 
+@pytest.mark.parametrize("images", [400, None])
+def test_a_ratio_of_densities_has_its_standard_error(images: int | None, tmp_path: Path) -> None:
+    """Its deviation has a name of its own, and the number of its images, all where it is null, is a setting of its task."""
+    facts = {"config": {"task": {"images": images}}, "data": {"test_images": 400}}
+    for choice in ("ce", "score_matching"):
+        words = ["experiment=density_ratio", "scale=quick", f"upstream.model.method.choice={choice}", "seed=0"]
+        record(
+            tmp_path, words, {"sigma": [0, 0.1], "density_ratio/log": [0.0, 2.5], "density_ratio/log_std": [0.0, 3.0]}, **facts
+        )
+    spec = {"id": "x", "section": "§5.5", "claim": "", "item": "figure 5.1", "metric": "density_ratio/log", "at": ["0.1"]}
+    found = read(tmp_path, [spec | {"greater": ["Baseline", "Score-matching"]}])
+    assert found.comparisons["noise"].tolist() == [pytest.approx(2**0.5 * 3 / 20)]
+
+
 def test_rendered_claims_are_up_to_date() -> None:
-    """The committed verdicts are those of the committed records."""
+    """The committed verdicts, and the list of records that nothing shows, are those of the committed records."""
     for file in committed("claims/*.csv"):
         judged = claims.read(FILE, file.stem, plan)
         assert claims.to_csv(judged) == file.read_text(), f"make claims SCALE={file.stem}"
+        idle = unshown.find(file.stem, plan, ROOT / "results")
+        assert claims.to_markdown(judged, file.stem, idle) == file.with_suffix(".md").read_text(), (
+            f"make claims SCALE={file.stem}"
+        )
 
 
 def test_a_file_without_claims_is_an_error(tmp_path: Path) -> None:

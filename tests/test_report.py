@@ -22,6 +22,7 @@ from test_tables import GOLDEN, SPEC
 from gradexp.engine.record import write_record
 from gradexp.engine.run import ROOT, Run, run_id
 from gradexp.report import claims, figures, html, provenance, specs, tables, writing
+from gradexp.report.unshown import Unshown
 
 pytestmark = pytest.mark.usefixtures("sample_records")
 
@@ -329,6 +330,31 @@ def test_claims_count_by_standing() -> None:
     assert "3 claims: 1 holds, 2 point both ways." in text
     links = [found["class"] for found in Parsed(page).of("a") if found["href"].startswith("#verdict-")]
     assert links == ["verdict holds", "verdict mixed"]
+
+
+def test_claims_without_numbers_are_folded_by_their_verdict() -> None:
+    """A claim that the scale does not test is not listed among those that wait for runs."""
+    (view,) = html.claim_views(judged([]), html.Panels(points=9))
+    idle = [view | {"id": name, "standing": name, "words": name, "run": 0} for name in claims.VERDICTS[-2:]]
+    page = html.render("cpu", {"claims": idle} | {"tables": [], "figures": []}, html.Panels(9), SETTINGS, made_by="")
+    text = " ".join("".join(Parsed(page).text).split())
+    assert "2 claims: none is decided, 1 is not part of this scale, 1 has not been run." in text
+    assert "1 claim not part of this scale" in text and "1 claim not run" in text
+    assert "verdict not-part-of-this-scale" in page
+
+
+def test_records_that_nothing_shows_are_listed() -> None:
+    record = whole("cpu", 0, ["experiment=mine", "scale=cpu"])
+    idle = [Unshown(record, "table 2.1, CE, 5", {"optim.passes": ("3", "<9>")})]
+    page = html.render(
+        "cpu", {kind: [] for kind in ("claims", "tables", "figures")}, html.Panels(9), SETTINGS, made_by="", unshown=idle
+    )
+    text = " ".join("".join(Parsed(page).text).split())
+    assert "1 record that no table or figure shows" in text
+    assert f"{record['id']}2026-01-02mine" in text and "optim.passes 3 (there <9>)" in text
+    md = claims.to_markdown(judged([]), "cpu", idle).rpartition("###")[2]
+    assert f"| [{record['id']}](../runs/mine/{record['id']}.json) | 2026-01-02 | mine |" in md
+    assert md.count("\n| [") == 1
 
 
 def test_figures_keep_the_order_of_their_numbers(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
-"""What the scripts behind make share."""
+"""What the scripts behind make share, and that each has its help."""
 
+import runpy
 import signal
 import sys
 from pathlib import Path
@@ -13,6 +14,8 @@ from gradexp.engine.run import ROOT
 sys.path.insert(0, str(ROOT / "scripts"))
 
 import common
+
+COMMANDS = [file for file in sorted((ROOT / "scripts").glob("*.py")) if 'if __name__ == "__main__":' in file.read_text()]
 
 
 @pytest.mark.parametrize("word", ["optim.passes=1", "seed=3", "+data.crop=0", "scale=paper", "method=ce"])
@@ -40,3 +43,15 @@ def test_a_killed_run_is_said_to_be_killed(tmp_path: Path) -> None:
     log.write_text("step 3/9\n")
     assert last_line(log, 1) == "step 3/9"
     assert last_line(log, -signal.SIGKILL) == "killed by signal 9; its last output: step 3/9"
+
+
+@pytest.mark.parametrize("file", COMMANDS, ids=lambda file: file.stem)
+def test_every_script_says_what_it_does(
+    file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And does nothing else."""
+    monkeypatch.setattr("sys.argv", [str(file), "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(file), run_name="__main__")
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: {file.name}")

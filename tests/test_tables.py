@@ -302,6 +302,14 @@ def test_departures_that_a_note_describes_are_not_listed() -> None:
     assert table_with(title="On {data}, {where}", where={"quick": "here"}).title == "On toy, here"
 
 
+def test_the_data_that_runs_need_are_named_until_a_cell_has_been_run() -> None:
+    """A cell that has been run shows that they are there, though others are empty."""
+    spec = SPEC | {"needs": dict.fromkeys(("quick", "cpu"), "photographs")}
+    empty, begun = (tables.build(spec, scale, at(GOLDEN, fake_plan)) for scale in ("quick", "cpu"))
+    assert "Its empty cells need photographs." in empty.caption.sentences
+    assert begun.missing and not any("photographs" in sentence for sentence in begun.caption.sentences)
+
+
 def table_with(**changes: Any) -> tables.Table:
     return tables.build({**SPEC, **changes}, "quick", at(GOLDEN, fake_plan))
 

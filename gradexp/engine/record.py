@@ -163,8 +163,8 @@ class Record(TypedDict):
     arrays: NotRequired[dict[str, Any]]
     attempts: NotRequired[list[dict[str, Any]]]  # origins of earlier attempts, on other machines or with other code
     curves_file: NotRequired[FileName]
-    curves_sha256: NotRequired[str]  # of the compressed file; this and the next two are missing before 2026-11-29
-    record_sha256: NotRequired[str]  # of the record's text without this digest
+    curves_sha256: NotRequired[str]  # of the compressed file; records before 2026-11-29 lack this and `sources`
+    record_sha256: NotRequired[str]  # of the text without this digest; older records lack it, but for committed ones
     sources: NotRequired[dict[str, str]]  # digests of the packages that compute (gradexp.engine.origin)
     device: NotRequired[str]
     devices: NotRequired[int]

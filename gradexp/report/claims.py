@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, cast
@@ -27,10 +27,11 @@ from gradexp.report import specs
 from gradexp.report.comparisons import ClaimSpec, Grid, Pair, pairs
 from gradexp.report.inference import BOOTSTRAP_FROM, Estimate, estimate, estimate_over_images, holm
 from gradexp.report.specs import Planner
+from gradexp.report.unshown import Unshown
 from gradexp.report.writing import csv, rendered, write_beside
 
 OURS = "ours"  # the chapter of readings and substitutes of ours, which the thesis does not claim
-VERDICTS = ("holds", "contradicted", "undecided", "direction only", "withheld", "not run")
+VERDICTS = ("holds", "contradicted", "undecided", "direction only", "withheld", "not part of this scale", "not run")
 NUMBERS = ["thesis", "noise", *(field.name for field in fields(Estimate) if field.name != "n")]
 COLUMNS = ["id", "label", "in_scale", "fitted", "runs", "seeds", "n", *NUMBERS]  # of Judged.comparisons
 
@@ -170,6 +171,7 @@ def judge(found: Judged) -> Judged:
     claims["p_holm"] = family.groupby("chapter")["p"].transform(lambda p: holm(p.tolist())).reindex(claims.index)
     decided = claims["p_holm"] < level
     verdicts = {
+        "not part of this scale": claims["planned"] == 0,
         "not run": claims["run"] == 0,
         "withheld": claims["withheld"] != "",
         "holds": decided & (claims["p_for"] < claims["p_against"]),
@@ -224,12 +226,13 @@ def to_csv(found: Judged) -> str:
     return csv(frame[[*columns, "p", "p_holm"]])
 
 
-def to_markdown(found: Judged, scale: str) -> str:
-    """A table of verdicts for each chapter, and every comparison behind them."""
-    return rendered("claims.md", scale=scale, claims=views(found), explanation=explanation(found), tally=tally)
+def to_markdown(found: Judged, scale: str, unshown: Sequence[Unshown] = ()) -> str:
+    """A table of verdicts for each chapter, every comparison behind them, and the records that no table or figure shows."""
+    content = {"claims": views(found), "explanation": explanation(found), "tally": tally, "unshown": unshown}
+    return rendered("claims.md", scale=scale, **content)
 
 
-def write(found: Judged, scale: str, results: Path) -> list[Path]:
+def write(found: Judged, scale: str, results: Path, unshown: Sequence[Unshown] = ()) -> list[Path]:
     """Write results/claims/<scale>.md and .csv."""
-    contents = {"md": to_markdown(found, scale), "csv": to_csv(found)}
+    contents = {"md": to_markdown(found, scale, unshown), "csv": to_csv(found)}
     return write_beside(results / "claims" / scale, contents)

@@ -149,12 +149,14 @@ def value_at(record: Record, metric: str, x: str | None, column: str) -> float:
 
 def error_of(record: Record, metric: str, x: str | None = None, column: str = "") -> float:
     """Standard error inside a run: from its deviation over images or draws, or from its binomial interval."""
+    deviation = f"{metric}_std" if f"{metric}_std" in record["metrics"] else f"{metric}/std"  # the first: of density_ratio
     spread, low, high = (
-        value_at(record, name, x, column) if (name := f"{metric}/{end}") in record["metrics"] else math.nan
-        for end in ("std", "low", "high")
+        value_at(record, name, x, column) if name in record["metrics"] else math.nan
+        for name in (deviation, f"{metric}/low", f"{metric}/high")
     )
     task = record["config"].get("task", {})
-    if not math.isnan(spread) and (count := record.get("images") or task.get("draws")):
+    every = record.get("data", {}).get("test_images") if "images" in task else None  # images: null
+    if not math.isnan(spread) and (count := record.get("images") or task.get("draws") or task.get("images") or every):
         return spread / math.sqrt(count)
     return (high - low) / (2 * float(stats.norm.ppf((1 + task.get("confidence", 0.95)) / 2)))
 

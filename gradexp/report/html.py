@@ -24,6 +24,7 @@ from gradexp.engine.record import Record
 from gradexp.engine.run import Run
 from gradexp.report import claims, figures, provenance, tables
 from gradexp.report.specs import FigureSpec, ReportSettings
+from gradexp.report.unshown import Unshown
 from gradexp.report.writing import PAGES, rendered, stem_of
 
 View = dict[str, Any]  # what a template shows
@@ -185,6 +186,7 @@ def render(
     bench: Sequence[View] = (),
     costs: Sequence[View] = (),
     explanation: Sequence[str] = (),
+    unshown: Sequence[Unshown] = (),
 ) -> str:
     """The page. views: as for `chapters`; made_by: version and commit of the code; explanation: of verdicts, in Markdown."""
     script = (PAGES / "page.js").read_text(encoding="utf-8")
@@ -198,6 +200,7 @@ def render(
         bench=bench,
         costs=costs,
         explanation=explanation,
+        unshown=unshown,
         made_by=made_by,
         origin=provenance.origin_of(cast(list[Record], records)).sentences,
         data={"entries": panels.entries, "records": {record["id"]: record for record in records}},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from gradexp.engine.record import Clock, Record, used_digests, value_of
@@ -44,7 +44,7 @@ def caption(
         scale=scale,
         notes=specs.notes(spec, scale),
         seeds=specs.seeds_of(spec, scale),
-        missing=not all(run.finished for run in runs),
+        begun=any(run.finished for run in runs),
         departures=departures,
         listed=[f"`{key}` {a} (paper: {b})" for key, (a, b) in departures.items() if not key.startswith(described)],
         upstream=list(_upstream(spec, scale, plan)),
@@ -65,15 +65,15 @@ def _upstream(spec: Spec, scale: str, plan: Planner) -> Iterator[tuple[UpstreamS
             yield line, run, ours, printed
 
 
-def departed(pairs: Iterable[tuple[Config, Config]]) -> dict[str, tuple[str, str]]:
+def departed(pairs: Iterable[tuple[Config, Config]], ignored: Collection[str] = IGNORED) -> dict[str, tuple[str, str]]:
     """The settings in which runs differ from their counterparts at scale=paper: {key: (here, paper)}, as text.
 
     pairs: (config here, config at scale=paper) of each run. If values differ between runs, each is named once:
-    `Adam(lr=0.003) or Adam(lr=0.003, weight_decay=0.001)`.
+    `Adam(lr=0.003) or Adam(lr=0.003, weight_decay=0.001)`. ignored: keys that are not compared.
     """
     changes: dict[str, list[tuple[Any, Any]]] = {}
     for here, paper in pairs:
-        ours, theirs = dict(_flat(identity(here))), dict(_flat(identity(paper)))
+        ours, theirs = (dict(_flat(identity(config), ignored)) for config in (here, paper))
         for key in sorted(ours.keys() | theirs.keys()):
             if ours.get(key) != theirs.get(key):
                 changes.setdefault(key, []).append((ours.get(key), theirs.get(key)))
@@ -81,13 +81,13 @@ def departed(pairs: Iterable[tuple[Config, Config]]) -> dict[str, tuple[str, str
     return {key: (here, paper) for key, (here, paper) in texts.items()}
 
 
-def _flat(config: Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flat(config: Config, ignored: Collection[str], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """{"optim": {"passes": 3}} -> ("optim.passes", 3); a partial such as an optimizer is one value: `Adam(lr=0.003)`."""
     for key, value in config.items():
-        if key in IGNORED:
+        if key in ignored:
             continue
         if isinstance(value, dict) and not value.get("_partial_"):
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from _flat(value, ignored, f"{prefix}{key}.")
         elif isinstance(value, dict):
             given = ", ".join(f"{k}={v}" for k, v in value.items() if not k.startswith("_"))
             yield f"{prefix}{key}", f"{value['_target_'].rpartition('.')[2]}({given})"

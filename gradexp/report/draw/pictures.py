@@ -115,7 +115,7 @@ def shift(spec: FigureSpec, series: Sequence[Series]) -> tuple[Figure, list[Row]
         values = one.metric(name)[0]
         plot.plot(x, values, style, color=colour, label=label, markersize=3)
         rows += [{"what": label, "m": f"{m:g}", "value": f"{value:.4g}"} for m, value in zip(x, values, strict=True)]
-    plot.set(xscale="log", yscale="log", xlabel="m", title="(b) ε sin(m Σx) added to the loss")
+    plot.set(xscale="log", yscale="log", xlabel="m", ylabel="size of the change", title="(b) ε sin(m Σx) added to the loss")
     plot.legend()
     return figure, rows
 
