@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 
 from gradexp.engine.record import Record, numbers_of, read_record
 from gradexp.engine.run import Config, Run
@@ -13,6 +14,7 @@ from gradexp.report import provenance, specs
 from gradexp.report.specs import Planner, label_of
 
 LISTED = 4  # differences of a record
+LENGTH = 48  # characters of a setting
 NUMBERS = 5  # of a record without the metric that its config names `objective`
 SPREADS = ("/std", "/low", "/high")
 
@@ -37,7 +39,8 @@ class Unshown:
 
     @property
     def departures(self) -> str:
-        listed = [f"`{key}` {here} (there {there})" for key, (here, there) in self.differences.items()]
+        short = {key: [shorten(text, LENGTH, placeholder=" …") for text in pair] for key, pair in self.differences.items()}
+        listed = [f"`{key}` {here} (there {there})" for key, (here, there) in short.items()]
         return _shortened(listed, LISTED) or ("nothing: the run that stands on it is missing" if self.nearest else "")
 
 
