@@ -74,6 +74,29 @@ def test_a_misspelt_key_of_a_method_is_an_error() -> None:
         compose_run(["experiment=teacher", "+method.droput=0.5"])
 
 
+WITH_DATA = {file.stem for file in (run.ROOT / "conf" / "experiment").glob("[!_]*.yaml")} - {"jacobian_illustration"}
+
+
+@pytest.mark.parametrize("name", sorted(WITH_DATA))
+def test_images_that_are_held_out_are_held_out_of_all_trainings_below(name: str) -> None:
+    """A score of held-out images, by which a sweep chooses, is of networks that have not seen them."""
+    words = [f"experiment={name}", "scale=cpu", "data.validation=0.1"]
+    waiting = [plan(words)]
+    here = waiting[0].config["data"]["name"]
+    while waiting:
+        data = waiting[0].config["data"]
+        assert data["name"] != here or data["validation"] == 0.1
+        waiting += waiting.pop(0).upstream.values()
+
+
+def test_a_training_with_images_that_are_held_out_is_refused() -> None:
+    words = ["experiment=digit_flip", "data.validation=0.1", "++upstream.model.data.validation=0.2"]
+    with pytest.raises(
+        UserError, match=r"is of a training with them; hold out the same: \+upstream\.model\.data\.validation=0\.1"
+    ):
+        plan(words)
+
+
 def test_a_method_without_teacher_has_no_upstream() -> None:
     assert compose_run([*BASE, "method=ce"])["upstream"] == {}
 

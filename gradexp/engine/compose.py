@@ -80,6 +80,7 @@ def _plan(overrides: tuple[str, ...], config: Config) -> Run:
     for name, run in upstream.items():
         if name != "maps":  # the images of the maps themselves are checked where the maps are opened
             _check_pixels(config, run.config, name)
+        _check_held_out(config, run.config, name)
     nested = {name: {key: value for key, value in run.config.items() if key not in HARDWARE} for name, run in upstream.items()}
     return Run(config | {"upstream": nested}, Paths.of(config), overrides, upstream)
 
@@ -116,6 +117,17 @@ def _check_pixels(config: Config, upstream: Config, name: str) -> None:
                 f"data.{key} is {here.get(key)}, and of upstream.{name}, which gets the same images, {there.get(key)}; "
                 f"give both the same value: +upstream.{name}.data.{key}=..."
             )
+
+
+def _check_held_out(config: Config, upstream: Config, name: str) -> None:
+    """Raises UserError where a network was trained on images that are held out here."""
+    here, there = config.get("data", {}), upstream.get("data", {})
+    held_out = here.get("validation")
+    if held_out and there.get("name") == here.get("name") and there.get("validation") != held_out:
+        raise UserError(
+            f"data.validation={held_out} holds images out, and upstream.{name} is of a training with them; "
+            f"hold out the same: +upstream.{name}.data.validation={held_out}"
+        )
 
 
 def _as_overrides(choices: Config, prefix: str = "") -> list[str]:
