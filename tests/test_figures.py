@@ -195,6 +195,19 @@ def test_a_misspelt_key_of_a_figure_is_an_error(text: str, tmp_path: Path, monke
         specs.load("figure", "9")
 
 
+def test_a_figure_may_be_drawn_without_series_that_are_not_run_and_says_which(tmp_path: Path) -> None:
+    first, last = (series(tmp_path, label, [2.0, 1.0]) for label in ("a, b", "d"))
+    absent: Any = figures.Series({"label": "c"}, (fake_run("x", tmp_path / "x.json", "seed=7"), *first.runs))
+    partial = SPEC | {"partial": True}
+    files = figures.make(partial, "quick", [first, absent, last], curves, tmp_path)
+    assert {row["series"] for row in csv.DictReader(files[-2].open())} == {"a, b", "d"}
+    assert "seeds 0, 1; not run yet: c -->" in files[2].read_text()
+    with pytest.raises(UserError, match="runs are missing"):  # the first series is what others are compared with
+        figures.make(partial, "quick", [absent, first], curves, tmp_path)
+    with pytest.raises(UserError, match="runs are missing"):
+        figures.make(SPEC, "quick", [first, absent], curves, tmp_path)
+
+
 def test_a_figure_without_its_runs_names_the_commands(tmp_path: Path) -> None:
     absent: Any = figures.Series({"label": "a"}, (fake_run("x", tmp_path / "x.json", "seed=7"),))
     with pytest.raises(UserError, match=r"run\.py seed=7"):

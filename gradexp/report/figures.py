@@ -101,13 +101,21 @@ def missing(series: Sequence[Series]) -> list[Run]:
     return [run for one in series for run in one.runs if not run.finished]
 
 
+def waiting(spec: FigureSpec, series: Sequence[Series]) -> list[str]:
+    """The labels without which a figure is drawn, as their runs are missing; empty if it can't be drawn yet."""
+    labels = list(dict.fromkeys(one.label for one in series if missing([one])))
+    return labels if spec.get("partial") and not missing([one for one in series if one.label == series[0].label]) else []
+
+
 def caption(spec: FigureSpec, scale: str, series: Sequence[Series], plan: Planner) -> provenance.Caption:
     """The caption of a figure; series: as gathered from `spec`."""
     first = seeds_of(spec, scale)[0]
     here = [one.runs[0].config for one in series]
     paper = [plan(command(spec, row, point, "paper", first)).config for row, point, _ in specs.cells(spec, scale)]
     runs = [run for one in series for run in one.runs]
-    return provenance.caption(spec, scale, runs, list(zip(here, paper, strict=True)), plan)
+    found = provenance.caption(spec, scale, runs, list(zip(here, paper, strict=True)), plan)
+    left_out = [f"Not run yet: {'; '.join(labels)}."] if (labels := waiting(spec, series)) else []
+    return found._replace(sentences=[*left_out, *found.sentences])
 
 
 def make(
@@ -118,19 +126,21 @@ def make(
     results: Path,
     text: provenance.Caption | None = None,
 ) -> list[Path]:
-    """Draw the figure and write its files to results/figures/<scale>/. Raises UserError if runs are missing.
+    """Draw the figure and write its files to results/figures/<scale>/. Raises UserError if runs are missing (see `waiting`).
 
     text: the caption of the Markdown page. The thesis's own numbers are drawn only at the spec's `comparable` scales.
     """
-    if absent := missing(series):
+    left_out = waiting(spec, series)
+    shown = [one for one in series if one.label not in left_out]
+    if absent := missing(shown):
         commands = "\n".join(f"  {run.command}" for run in absent)
         needs = f" (they need {spec['needs'][scale]})" if scale in spec.get("needs", {}) else ""
         raise UserError(f"figure {spec['number']}, scale={scale}: runs are missing{needs}; run\n{commands}")
     comparable = scale in spec.get("comparable", [scale])
     drawn = cast(FigureSpec, {key: value for key, value in spec.items() if comparable or key not in ("thesis", "lines")})
     with mpl.rc_context(STYLE):
-        figure, rows = draw(drawn, series)
-        lines = _below(spec, scale, figure.get_figwidth())
+        figure, rows = draw(drawn, shown)
+        lines = _below(spec, scale, left_out, figure.get_figwidth())
         figure.set_size_inches(figure.get_figwidth(), figure.get_figheight() + NOTE_HEIGHT * len(lines))
         figure.supxlabel("\n".join(lines), fontsize=6.5, color="#555555", x=0.01, ha="left", ma="left")
         pictures = {kind: _saved(figure, kind) for kind in ("png", "pdf", *spec.get("also", []))}
@@ -172,10 +182,11 @@ def _sources() -> list[Path]:
     return [*code, ROOT / "results" / "thesis.csv"]
 
 
-def _below(spec: FigureSpec, scale: str, width: float) -> list[str]:
+def _below(spec: FigureSpec, scale: str, left_out: Sequence[str], width: float) -> list[str]:
     """The lines below a picture: its notes, scale and seeds, so that a copy of the picture alone has them."""
     seeds = seeds_of(spec, scale)
     origin = f"scale={scale}, seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
+    origin += f"; not run yet: {'; '.join(left_out)}" if left_out else ""
     return [*(line for note in specs.notes(spec, scale) for line in textwrap.wrap(note, int(NOTE_WIDTH * width))), origin]
 
 

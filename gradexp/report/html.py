@@ -132,6 +132,7 @@ def figure_view(
         "picture": min(pictures, key=len, default=None),
         "csv": embedded_file(stem, "text/csv"),
         "missing": figures.missing(series),
+        "partial": bool(figures.waiting(spec, series)),
         "size": len(series),
         "done": sum(all(run.finished for run in one.runs) for one in series),
         "stale": stale(stem.with_suffix(".md"), itertools.chain(*runs.values())),
@@ -140,9 +141,9 @@ def figure_view(
 
 
 def stale(page: Path, runs: Iterable[Run]) -> bool:
-    """Whether a figure's Markdown page, written with its picture, names other runs than these."""
+    """Whether a figure's Markdown page, written with its picture, names other runs than the finished ones of these."""
     drawn = re.findall(r"/([0-9a-f]{12})\.json", page.read_text(encoding="utf-8")) if page.exists() else []
-    return set(drawn) != {run.id for run in runs}
+    return set(drawn) != {run.id for run in runs if run.finished}
 
 
 def embedded_file(stem: Path, kind: str) -> str | None:

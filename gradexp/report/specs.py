@@ -140,6 +140,7 @@ class FigureSpec(Item):
     comparable: NotRequired[list[str]]
     thesis: NotRequired[str | dict[str, float]]
     also: NotRequired[list[str]]  # further formats
+    partial: NotRequired[bool]  # whether it is drawn without series whose runs are missing, once the first has all of them
     metric: NotRequired[str]
     metrics: NotRequired[list[str]]
     x: NotRequired[str]
