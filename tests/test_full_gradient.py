@@ -1,7 +1,10 @@
 """Full-gradients: completeness (Propositions 5 and 6), finite differences of biases, locality; what hooks capture."""
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -304,6 +307,32 @@ def test_an_output_of_zero_is_complete_and_has_no_share_elsewhere() -> None:
         nn.init.zeros_(parameter)
     assert FullGrad().completeness_error(model, images, 1).tolist() == [0, 0]
     assert FullGrad().share_without_place(model, images, 1).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["complete", "error"])
+@pytest.mark.parametrize("differentiable", [False, True])
+def test_nothing_keeps_the_graph_alive(differentiable: bool, fails: bool) -> None:
+    """A reference from a hook of autograd's graph to the graph is not found by the garbage collector."""
+
+    class Token:
+        """Lives as long as the tensor that has it."""
+
+    model, (images, labels) = randomised(vgg()), data()
+    tokens: list[weakref.ref[Token]] = []
+
+    def mark(_: nn.Module, __: Any, output: Tensor) -> None:
+        output.token = token = Token()  # type: ignore[attr-defined]
+        tokens.append(weakref.ref(token))
+
+    model.features.conv1.register_forward_hook(mark)  # type: ignore[union-attr]
+    model.features.norm2.register_forward_hook(mark)  # type: ignore[union-attr]
+    if fails:
+        with pytest.raises(UserError, match="no class 9"):
+            gradients.full_gradient(model, images, 9, differentiable=differentiable)
+    else:
+        gradients.full_gradient(model, images, labels, differentiable=differentiable)
+    gc.collect()
+    assert len(tokens) == 2 and not any(token() for token in tokens)
 
 
 def test_hooks_go_when_the_forward_fails() -> None:

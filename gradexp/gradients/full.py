@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -164,14 +164,14 @@ def _decomposed(
 ) -> FullGradient | None:
     """The full-gradient, by one backward pass; None where it is not clear which part of it belongs to which image."""
     images = images.detach().requires_grad_()
-    met = Operations(model, images, differentiable=differentiable)
-    with met.recording():
-        logits = checked_logits(model(images.clone()))  # which the model may change in place
-    met.check_seen(logits)
-    if target != "top":
-        check_classes(labels, logits)
-    at_input = gradient_of(logits, images, labels, target=target, differentiable=differentiable)
-    operations = [each for each in (met.all if separate else met.merged(logits)) if each.gradient is not None]
+    with closing(Operations(model, images, differentiable=differentiable)) as met:
+        with met.recording():
+            logits = checked_logits(model(images.clone()))  # which the model may change in place
+        met.check_seen(logits)
+        if target != "top":
+            check_classes(labels, logits)
+        at_input = gradient_of(logits, images, labels, target=target, differentiable=differentiable)
+        operations = [each for each in (met.all if separate else met.merged(logits)) if each.gradient is not None]
     biases, gradients = dict[str, Tensor](), dict[str, Tensor]()
     for operation in operations:
         assert operation.gradient is not None

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.hooks import RemovableHandle
 
 from gradexp.base.errors import UserError
 
@@ -108,6 +109,7 @@ class Operations(TorchFunctionMode):
         self._makers: dict[int, Operation] = {}  # by the id of the output
         self._calls: list[tuple[str, bool]] = []  # modules that are being called: name, whether it is a leaf
         self._count = Counter({IMAGES: 1})  # a module of this name is `input:2`
+        self._hooks: list[RemovableHandle] = []
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -120,6 +122,13 @@ class Operations(TorchFunctionMode):
                 stack.callback(module.register_forward_hook(self._leave, always_call=True).remove)
             stack.enter_context(self)
             yield
+
+    def close(self) -> None:
+        """Ends what operations learn from backward passes. Without it, autograd's graph and they keep each other alive."""
+        for hook in self._hooks:
+            hook.remove()
+        for operation in self.all:
+            operation.readers.clear()
 
     def depends(self, value: Any) -> bool:
         """Whether a value was computed from the images by operations that were seen."""
@@ -315,12 +324,11 @@ class Operations(TorchFunctionMode):
         operation.layout = self._layouts.get(id(output if base is None else base))
         self.all.append(operation)
         self._makers[id(output)] = operation
-        if base is None:
-            output.register_hook(partial(_keep, operation))  # type: ignore[no-untyped-call]
-            return
-        # What changed is the tensor behind the view, and later operations may take it through any other view.
-        operation.bias = _behind(operation.bias, output, base)
-        base.register_hook(partial(_keep, operation))  # type: ignore[no-untyped-call]
+        if base is not None:
+            # What changed is the tensor behind the view, and later operations may take it through any other view.
+            operation.bias = _behind(operation.bias, output, base)
+        hooked = output if base is None else base
+        self._hooks.append(hooked.register_hook(partial(_keep, operation)))  # type: ignore[no-untyped-call]
 
     def _layout(self, output: Tensor, call: Call) -> str | None:
         """The layout of an output; None for one without pixels, such as a product of maps."""
