@@ -147,10 +147,15 @@ def in_two_processes(place: Path, work: Callable[[int], Any]) -> list[Any]:
     """[what rank 0 found, what rank 1 found]."""
     context = multiprocessing.get_context("fork")
     results = context.SimpleQueue()
-    workers = [context.Process(target=_rank, args=(rank, str(place), work, results)) for rank in range(WORLD)]
+    workers = [context.Process(target=_rank, args=(rank, str(place), work, results), daemon=True) for rank in range(WORLD)]
     for worker in workers:
         worker.start()
-    found = dict(results.get() for _ in workers)
+    found = dict[int, Any]()
+    while len(found) < WORLD:
+        if not results.empty():
+            found |= dict([results.get()])
+        assert not any(worker.exitcode for worker in workers), "a process failed; its traceback is in what it printed"
+        time.sleep(0.01)
     for worker in workers:
         worker.join(20)
     return [found[rank] for rank in range(WORLD)]

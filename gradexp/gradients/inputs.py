@@ -186,7 +186,8 @@ def exact_trace(gradient: Tensor, images: Tensor) -> Tensor:
 def check_third_derivatives(model: nn.Module) -> None:
     """Raises UserError where training through a Hessian would meet a layer that is differentiable only twice."""
     for name, module in model.named_modules():
-        if isinstance(module, _NormBase) and not (isinstance(module, layers.BatchNorm) and module.is_fast):
+        is_ours = isinstance(module, ranks.BatchNorm) or (isinstance(module, layers.BatchNorm) and module.is_fast)
+        if isinstance(module, _NormBase) and not is_ours:
             fast = "accelerate(model), which is gradients.backend=fast" if type(module) is nn.BatchNorm2d else "another layer"
             raise UserError(
                 f"the hutchinson estimator needs third derivatives, and {name} ({type(module).__name__}) has two: take {fast}, "
