@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -115,7 +115,7 @@ def full_gradient(
         raise UserError(
             f"full-gradients are those of a model in eval mode, {training[0] or 'it'} is in train mode: call model.eval()"
         )
-    with _exact(model), steady_statistics(model):
+    with _exact(model), steady_statistics(model) if differentiable else nullcontext():
         images = checked_images(images)
         labels = checked_labels(labels, images)
         full = _decomposed(model, images, labels, target, separate, differentiable)
