@@ -20,8 +20,8 @@ def main() -> None:
             files = claims.write(judged, given.scale, results, listed)
             for row in judged.claims.itertuples():
                 print(f"{row.words:<40} {row.Index:<20} {row.claim}")
-            ours = judged.claims["chapter"] == claims.OURS
-            print(claims.tally(judged.claims.loc[~ours, "verdict"]))
+            other = judged.claims["chapter"] == claims.OTHER
+            print(claims.tally(judged.claims.loc[~other, "verdict"]))
             print("written:", *(shown(path) for path in files))
 
 

@@ -1,5 +1,6 @@
 """Verdicts on known samples, and conf/claims.yaml against the thesis's own numbers."""
 
+import itertools
 import math
 from dataclasses import asdict
 from pathlib import Path
@@ -70,7 +71,7 @@ UP, DOWN, UNSURE = [2.0, 2.2, 1.9, 2.1], [-2.0, -2.2, -1.9, -2.1], [2.0, -1.0, 1
         ([DOWN, None], "contradicted"),
         ([UP, UNSURE], "undecided (n = 4)"),
         ([UP, [2.0]], "direction only: for"),
-        ([UP, None], "direction only: for"),
+        ([UP, None], "direction only: for, 1 of 2 run"),
         ([[-3.0], [-1.0]], "direction only: against"),
         ([[3.0], [-1.0]], "direction only: mixed"),
         ([[float("inf"), 1.0], UP], "direction only: for"),
@@ -97,6 +98,11 @@ def test_a_claim_that_no_run_can_decide_is_not_part_of_the_scale(withheld: str) 
     assert claims.tally(judged.claims["verdict"]) == "2 claims: 1 not part of this scale, 1 not run."
 
 
+def test_a_withheld_claim_waits_for_no_run() -> None:
+    judged = judge(claim(None, name="x", withheld="No."), claim(None, name="y"))
+    assert judged.claims["verdict"].tolist() == ["withheld", "not run"]
+
+
 def test_a_claim_is_as_sure_as_its_least_sure_comparison() -> None:
     weaker = [2.0, 1.0, 3.0, 2.0]
     assert only(judge(claim(weaker))).p == only(judge(claim(UP, weaker))).p
@@ -118,6 +124,8 @@ def test_one_comparison_that_goes_the_other_way_is_enough() -> None:
     alone, among = only(judge(claim(clear))), only(judge(claim(*[[20.0, 20.2, 19.9]] * 5, clear)))
     assert (alone.verdict, among.verdict) == ("contradicted", "undecided")
     assert among.p_against == pytest.approx(6 * alone.p_against)
+    early = only(judge(claim(clear, *[None] * 5)))  # what is planned counts, so that an early look costs nothing
+    assert early.p_against == pytest.approx(among.p_against)
 
 
 def test_what_took_part_in_a_choice_is_shown_and_does_not_count() -> None:
@@ -159,7 +167,7 @@ def test_the_thesis_bears_out_its_own_words(spec: dict[str, Any]) -> None:
     cells = grid(spec)
     found = pairs(spec, cells)
     assert found
-    assert spec["section"].startswith(("§", "ours, §"))
+    assert spec["section"].startswith(("§", "other, §"))
     for pair in found:
         gap = pair.gap.constant + sum(sign * cells.thesis(cell) for sign, cell in pair.gap.cells)
         if math.isnan(gap):
@@ -174,7 +182,7 @@ def test_every_table_and_measured_figure_has_claims() -> None:
     there = {f"{kind} {number}" for kind in ("table", "figure") for number in specs.numbers(kind)}
     looked_at = {f"figure {number}" for number in ("3.3", "3.4", "5.2", "5.4")}  # by eye
     ours = {f"table {number}-readings" for number in ("4.1", "5.1", "5.5")}  # no claim of the thesis
-    ours |= {"table 2.1-50", "table 2.1-length", "table 2.3-short", "table 4.1-readings-attention"}
+    ours |= {"table 2.2-readings", "table 2.1-50", "table 2.1-length", "table 2.3-short", "table 4.1-readings-attention"}
     ours |= {"figure shift"}
     assert there - said == looked_at | ours
 
@@ -321,6 +329,29 @@ def test_images_of_one_model_are_a_sample_of_their_own(digest: str, suffix: str,
     assert over_seeds.comparisons["noise"].tolist() == pytest.approx([2**0.5 * 0.4 / 20])
 
 
+@pytest.mark.parametrize(
+    ("digest", "suffix"), [("a", ""), ("b", " (1 of 2 seeds: with different trainings of one upstream run)")]
+)
+def test_pairs_over_two_trainings_of_a_teacher_say_so(digest: str, suffix: str, tmp_path: Path) -> None:
+    for seed, method in itertools.product((0, 1), ("ce_a", "a")):
+        words = ["experiment=jacobian_distill", "scale=cpu", f"method={method}", "data.per_class=1", f"seed={seed}"]
+        used = digest if (method, seed) == ("a", 1) else "a"
+        made = {"teacher": {"id": "t", "experiment": "teacher", "weights_sha256": used}}
+        record(tmp_path, words, {"test/accuracy": 5.0 + seed}, upstream=made)
+    rows = ["CE + match activations (A)", "Match activations (A) only"]
+    spec = {"id": "x", "section": "§2.6", "claim": "", "item": "table 2.1", "greater": rows, "at": ["1"]}
+    found = read(tmp_path, [spec], "cpu")
+    assert found.comparisons["label"].tolist() == [f"{rows[0]} > {rows[1]}, 1{suffix}"]
+
+
+def test_a_curve_of_training_counts_at_its_end(tmp_path: Path) -> None:
+    for model, losses in (("vgg4", [9.0, 5.0]), ("vgg6", [7.0, 6.0])):
+        words = ["experiment=fullgrad_distill", "scale=quick", "data.per_class=5", "method=fg", f"model={model}", "seed=0"]
+        record(tmp_path, words, {"train/loss": losses})
+    spec = {"id": "x", "section": "§4", "claim": "", "item": "figure 4.1b", "metric": "train/loss", "less": ["VGG-4", "VGG-6"]}
+    assert read(tmp_path, [spec]).comparisons["mean"].tolist() == [1.0]
+
+
 def test_a_figures_cells_are_points_of_its_curves(tmp_path: Path) -> None:
     words = ["experiment=density_ratio", "scale=quick", "upstream.model.method.choice=ce", "seed=0"]
     record(tmp_path, words, {"sigma": [0, 0.1], "density_ratio": [1.0, 2.5]})
@@ -363,6 +394,19 @@ def test_rendered_claims_are_up_to_date() -> None:
         assert claims.to_markdown(judged, file.stem, idle) == file.with_suffix(".md").read_text(), (
             f"make claims SCALE={file.stem}"
         )
+
+
+def test_what_is_not_tested_is_listed(tmp_path: Path) -> None:
+    file = tmp_path / "claims.yaml"
+    untested = {"section": "§3.5.3", "claim": "Maps are sharp.", "because": "the thesis judges by eye"}
+    spec = {"id": "x", "section": "§2.6", "claim": "", "item": "table 2.1", "greater": ["Match {A + J}", "Cross-Entropy (CE)"]}
+    content = {"confidence": 0.95, "resamples": 500, "claims": [spec], "untested": [untested]}
+    file.write_text(yaml.safe_dump(content))
+    page = claims.to_markdown(claims.read(file, "quick", at(tmp_path, fake_plan)), "quick")
+    assert "| Maps are sharp. | §3.5.3 | the thesis judges by eye |" in page
+    file.write_text(yaml.safe_dump(content | {"untested": [{"section": "§3.5.3", "claim": "Maps are sharp."}]}))
+    with pytest.raises(UserError, match="because"):
+        claims.load(file)
 
 
 def test_a_file_without_claims_is_an_error(tmp_path: Path) -> None:

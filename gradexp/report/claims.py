@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NotRequired, cast
 
 import numpy as np
 import pandas as pd
@@ -23,6 +23,7 @@ from gradexp.base.errors import UserError
 from gradexp.base.texts import read_yaml
 from gradexp.base.typed import check, strict
 from gradexp.engine.record import used_digests
+from gradexp.engine.run import Run
 from gradexp.report import specs
 from gradexp.report.comparisons import ClaimSpec, Grid, Pair, pairs
 from gradexp.report.inference import BOOTSTRAP_FROM, Estimate, estimate, estimate_over_images, holm
@@ -30,10 +31,19 @@ from gradexp.report.specs import Planner
 from gradexp.report.unshown import Unshown
 from gradexp.report.writing import csv, rendered, write_beside
 
-OURS = "ours"  # the chapter of readings and substitutes of ours, which the thesis does not claim
+OTHER = "other"  # the chapter of second readings of a claim, and of substitutes for one
 VERDICTS = ("holds", "contradicted", "undecided", "direction only", "withheld", "not part of this scale", "not run")
 NUMBERS = ["thesis", "noise", *(field.name for field in fields(Estimate) if field.name != "n")]
 COLUMNS = ["id", "label", "in_scale", "fitted", "runs", "seeds", "n", *NUMBERS]  # of Judged.comparisons
+
+
+@strict
+class Untested(TypedDict):
+    """A sentence of the thesis that no claim tests, and why."""
+
+    section: str
+    claim: str
+    because: str
 
 
 @strict
@@ -41,6 +51,7 @@ class ClaimsFile(TypedDict):
     confidence: float
     resamples: int
     claims: list[dict[str, Any]]  # ClaimSpecs, of which `load` checks each
+    untested: NotRequired[list[Untested]]
 
 
 def load(file: Path) -> ClaimsFile:
@@ -63,7 +74,7 @@ def load(file: Path) -> ClaimsFile:
 class Judged:
     """Claims with their verdicts, and the comparisons behind them.
 
-    claims, one row each, indexed by id: section, chapter (or OURS), claim, item, unit (of the sample: `seeds`, or the `images`
+    claims, one row each, indexed by id: section, chapter (or OTHER), claim, item, unit (of the sample: `seeds`, or the `images`
     of one model), because, withheld (why this scale's numbers are not judged), comparable (with the thesis's numbers); and what
     `judge` adds. comparisons, one row each: id, label, in_scale, fitted (its cells took part in choosing a setting: not
     counted), thesis (the difference of the thesis's numbers), noise (standard error inside the runs), runs, seeds (planned),
@@ -73,6 +84,7 @@ class Judged:
     claims: pd.DataFrame
     comparisons: pd.DataFrame
     confidence: float
+    untested: Sequence[Untested] = ()
 
 
 def read(file: Path, scale: str, plan: Planner) -> Judged:
@@ -90,10 +102,11 @@ def read(file: Path, scale: str, plan: Planner) -> Judged:
         withheld: Mapping[Any, str] = spec.get("withheld", {})
         texts = {"claim": spec["claim"], "because": spec.get("because", ""), "withheld": withheld.get(scale, "")}
         row = {key: " ".join(text.split()) for key, text in texts.items()} | {"unit": spec.get("unit", "seeds")}
-        row |= {"chapter": OURS if spec["section"].startswith(OURS) else spec["section"].lstrip("§").partition(".")[0]}
+        row |= {"chapter": OTHER if spec["section"].startswith(OTHER) else spec["section"].lstrip("§").partition(".")[0]}
         claims.append({"id": spec["id"], "section": spec["section"], "item": spec["item"], "comparable": grid.comparable} | row)
     numbers = pd.DataFrame(comparisons, columns=COLUMNS).astype(dict.fromkeys(NUMBERS, float))
-    return judge(Judged(pd.DataFrame(claims).set_index("id"), numbers, content["confidence"]))
+    untested = content.get("untested", [])
+    return judge(Judged(pd.DataFrame(claims).set_index("id"), numbers, content["confidence"], untested))
 
 
 def _comparisons(spec: ClaimSpec, grid: Grid, content: ClaimsFile) -> list[dict[str, Any]]:
@@ -119,7 +132,8 @@ def _comparisons(spec: ClaimSpec, grid: Grid, content: ClaimsFile) -> list[dict[
 def _compare(pair: Pair, grid: Grid, unit: str, content: ClaimsFile) -> dict[str, Any]:
     """A comparison on the seeds whose runs are finished in all its cells."""
     times, cells = zip(*pair.gap.cells, strict=True)
-    runs = [list(grid.runs(cell).values()) for cell in cells]
+    grids = [grid.runs(cell) for cell in cells]
+    runs = [list(each.values()) for each in grids]
     unique = list(dict.fromkeys(itertools.chain(*runs)))
     numbers = pd.concat([grid.values(cell) for cell in cells], axis=1, join="inner")
     with np.errstate(invalid="ignore"):  # two diverged runs: -inf + inf
@@ -129,6 +143,8 @@ def _compare(pair: Pair, grid: Grid, unit: str, content: ClaimsFile) -> dict[str
     if not len(numbers):
         return row
     if unit == "seeds":
+        if apart := sum(_stand_apart([each.get(seed) for each in grids]) for seed in numbers.index):
+            row["label"] = f"{pair.label} ({apart} of {len(numbers)} seeds: with different trainings of one upstream run)"
         found = estimate(gaps.tolist(), confidence=content["confidence"], resamples=content["resamples"])
         return {**row, **asdict(found)}
     mean = float(gaps.mean())
@@ -138,11 +154,21 @@ def _compare(pair: Pair, grid: Grid, unit: str, content: ClaimsFile) -> dict[str
     return {**row, **asdict(estimate_over_images(mean, noise, content["confidence"]))}
 
 
+def _stand_apart(runs: Iterable[Run | None]) -> bool:
+    """Whether runs that are compared used different files of one upstream run, which was then trained more than once."""
+    used: dict[str, set[str]] = {}
+    for run in runs:
+        if run and (record := run.record()):
+            for below in record.get("upstream", {}).values():
+                used.setdefault(str(below["id"]), set()).update(used_digests({"": below}).values())
+    return any(len(digests) > 1 for digests in used.values())
+
+
 def judge(found: Judged) -> Judged:
     """Add the verdicts; Holm's correction is over the claims of a chapter that are tested and not withheld.
 
     All comparisons of a claim must hold: once all are tested, the largest p-value supports it (an intersection-union test).
-    One that fails is enough, so the smallest, times their number, opposes it. Columns: comparisons, fitted, planned (those of
+    One that fails is enough, so the smallest, times the number planned, opposes it. Columns: comparisons, fitted, planned (of
     this scale that count), run, agreeing, opposing, n (the smallest number of seeds), seeds (planned), p_for, p_against
     (one-sided), p (two-sided), p_holm, verdict, and words (the verdict with its direction, number of seeds or restriction to
     one model).
@@ -165,15 +191,15 @@ def judge(found: Judged) -> Judged:
     claims = found.claims.join(pd.DataFrame(counts)).fillna(dict.fromkeys(counts, 0)).astype(dict.fromkeys(counts, int))
     complete, level = claims["tested"] == claims["planned"], 1 - found.confidence
     claims["p_for"] = done["p_for"].max().reindex(claims.index).where(complete, 1.0)
-    claims["p_against"] = (claims["tested"] * done["p_against"].min().reindex(claims.index)).clip(upper=1)
+    claims["p_against"] = (claims["planned"] * done["p_against"].min().reindex(claims.index)).clip(upper=1)
     claims["p"] = (2 * claims[["p_for", "p_against"]].min(axis=1)).clip(upper=1)
     family = claims[(claims["tested"] > 0) & (claims["withheld"] == "")]
     claims["p_holm"] = family.groupby("chapter")["p"].transform(lambda p: holm(p.tolist())).reindex(claims.index)
     decided = claims["p_holm"] < level
     verdicts = {
         "not part of this scale": claims["planned"] == 0,
-        "not run": claims["run"] == 0,
         "withheld": claims["withheld"] != "",
+        "not run": claims["run"] == 0,
         "holds": decided & (claims["p_for"] < claims["p_against"]),
         "contradicted": decided,
         "undecided": complete,
@@ -189,7 +215,8 @@ def _words(row: Any) -> str:
     if row.unit == "images" and row.verdict in ("holds", "contradicted"):
         return f"{row.verdict}, for this model"
     if row.verdict == "direction only":
-        return f"direction only: {'for' if row.agreeing == row.run else 'against' if row.opposing == row.run else 'mixed'}"
+        direction = "for" if row.agreeing == row.run else "against" if row.opposing == row.run else "mixed"
+        return f"direction only: {direction}" + (f", {row.run} of {row.planned} run" if row.run < row.planned else "")
     if row.verdict == "undecided" and row.unit == "seeds":
         return f"undecided (n = {row.n})"
     return str(row.verdict)
@@ -228,7 +255,8 @@ def to_csv(found: Judged) -> str:
 
 def to_markdown(found: Judged, scale: str, unshown: Sequence[Unshown] = ()) -> str:
     """A table of verdicts for each chapter, every comparison behind them, and the records that no table or figure shows."""
-    content = {"claims": views(found), "explanation": explanation(found), "tally": tally, "unshown": unshown}
+    content = {"claims": views(found), "explanation": explanation(found), "tally": tally}
+    content |= {"untested": found.untested, "unshown": unshown}
     return rendered("claims.md", scale=scale, **content)
 
 

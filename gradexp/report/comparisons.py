@@ -136,9 +136,14 @@ class Grid:
 
 
 def value_at(record: Record, metric: str, x: str | None, column: str) -> float:
-    """A recorded number, or the value of a curve where `x` is `column`. Raises UserError if the curve has no such x."""
+    """A recorded number, the value of a curve where `x` is `column`, or the last value of a curve of training (`x` is None).
+
+    Raises UserError if the curve has no such x.
+    """
     value: Any = metric_of(record, metric)
-    if isinstance(value, list):
+    if isinstance(value, list) and x is None:
+        value = value[-1]
+    elif isinstance(value, list):
         points: Any = record["metrics"].get(x or "", [])
         grid = [f"{each:g}" for each in points]
         if column not in grid:
