@@ -33,7 +33,7 @@ help:
 	@echo "make clean                                 says what deleting outputs/ would cost; CONFIRM=yes deletes it"
 
 # Does what fits into BUDGET; `code` is then its exit code.
-spend = $(BIN)/python scripts/reproduce.py $(1) --budget $(BUDGET) --scale $(SCALE) --workers $(WORKERS) --launcher $(LAUNCHER) --set $(SET); code=$$?
+spend = $(BIN)/python scripts/reproduce.py $(1) --budget $(BUDGET) --scale $(SCALE) --workers $(WORKERS) --launcher $(LAUNCHER) --set $(SET); code=$$?; [ $$code -le 1 ] || exit $$code
 
 setup: .venv/installed
 
@@ -75,7 +75,7 @@ plan: setup
 
 # What is missing of every table and figure, then all of the pages; goes on where something failed, and says so at the end.
 reproduce: setup
-	@$(if $(BUDGET),$(call spend,),code=0); [ $$code -le 1 ] || exit $$code; for what in table figure; do \
+	@$(if $(BUDGET),$(call spend,),code=0); for what in table figure; do \
 		$(BIN)/python scripts/make_$$what.py --scale $(SCALE) --workers $(WORKERS) --launcher $(LAUNCHER) $(RENDER) --set $(SET) || code=1; \
 	done; $(BIN)/python scripts/make_claims.py --scale $(SCALE) --set $(RUN_SET) && $(BIN)/python scripts/make_report.py --scale $(SCALE) --set $(RUN_SET) && exit $$code
 

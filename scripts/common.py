@@ -11,7 +11,7 @@ from typing import Any
 
 from joblib import cpu_count
 
-from gradexp.base.errors import UserError
+from gradexp.base.errors import MissingError, UserError
 from gradexp.engine.compose import compose_ahead, compose_run, plan, refuse_many_devices
 from gradexp.engine.exits import exit_on_errors
 from gradexp.engine.launchers import Failure, generations, make_launcher, missing, run_all
@@ -101,12 +101,15 @@ def make_all(kind: str, make: Make, about: str | None) -> None:
         job = Job(given.scale, Paths.of(config), not given.render_only, given.workers, extra, launcher)
         for part in [part for number in given.numbers for part in specs.parts(kind, number)]:
             make(specs.load(kind, part), job)
-        if not given.numbers and not make_every(kind, make, job) and job.trains:
+        if not given.numbers and not make_every(kind, make, job):
             sys.exit(1)
 
 
 def make_every(kind: str, make: Make, job: Job) -> bool:
-    """Makes all tables or figures of the scale; prints the errors. Returns whether there was none."""
+    """Makes all tables or figures of the scale; prints the errors. Returns whether there was none.
+
+    Where nothing is trained, a figure whose runs are missing is no error.
+    """
     succeeded, every = True, specs.at_scale(kind, job.scale).values()
     cells = [(spec, cell, seed) for spec in every for cell in specs.cells(spec, job.scale) for seed in cell.commands]
     wanted = [cell.commands[seed] for _, cell, seed in cells]
@@ -117,7 +120,7 @@ def make_every(kind: str, make: Make, job: Job) -> bool:
             make(spec, job)
         except UserError as error:
             print(error)
-            succeeded = False
+            succeeded = succeeded and isinstance(error, MissingError) and not job.trains
     return succeeded
 
 

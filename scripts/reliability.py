@@ -539,7 +539,8 @@ SIGTERM, SIGUSR1, SIGUSR2 (SLURM's) and Ctrl-C, to `run.py` or to one of the pro
 
 The run's folder is `outputs/runs/NAME/ID`. Processes that train together have 30 s after a signal; one whose step takes longer
 is killed, and the last regular checkpoint is what remains. A table's command (`make table-2.1`) passes the signal on to its
-runs, waits for their checkpoints, and ends with the same code.
+runs, waits for their checkpoints, and ends with the same code. (By SIGKILL it passes
+nothing on: its runs of that moment go on and write their records.)
 
 ## Checked by `make verify`
 

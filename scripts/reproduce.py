@@ -261,11 +261,15 @@ def main() -> None:
             raise UserError(
                 f"BUDGET with LAUNCHER={given.launcher}: start this command in the jobs of an array (docs/cluster.md)"
             )
-        seconds, config = seconds_of(given.budget), shared(given.scale, given.set)
-        if given.workers > 1:
-            refuse_many_devices(config)
-        items = [part for item in given.items for part in parts(item)]
-        ranked = priorities(given.scale, planner(given.set), items)
+        try:
+            seconds, config = seconds_of(given.budget), shared(given.scale, given.set)
+            if given.workers > 1:
+                refuse_many_devices(config)
+            items = [part for item in given.items for part in parts(item)]
+            ranked = priorities(given.scale, planner(given.set), items)
+        except UserError as error:  # `make` must not render after it, as it does if a run failed
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
         estimates = Estimates(config, ranked)
         left = max(1.0, seconds - (time.monotonic() - begun))
         budget = spend(left, ranked, estimates, workers=given.workers, extra=given.set)

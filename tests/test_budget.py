@@ -57,6 +57,14 @@ def test_budgets_are_read(text: str, seconds: float) -> None:
     assert reproduce.seconds_of(text) == seconds
 
 
+def test_a_budget_that_can_not_be_read_is_no_failed_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After exit code 1, of a run that failed, `make` renders what there is."""
+    monkeypatch.setattr("sys.argv", ["reproduce.py", "--budget", "0s", "--scale", "quick"])
+    with pytest.raises(SystemExit) as ended:
+        reproduce.main()
+    assert ended.value.code == 2
+
+
 @pytest.mark.parametrize("text", ["2", "h", "2 h", "0s", "two hours"])
 def test_other_budgets_are_refused(text: str) -> None:
     with pytest.raises(UserError, match="BUDGET="):

@@ -123,12 +123,26 @@ def test_a_record_is_shown_and_its_run_done_again_by_its_id(tmp_path: Path) -> N
         (["--id"], "type python run.py --id ID"),
         (["--show", "0000"], "'0000' matches none in"),
         (["--show", "ab"], "4 or more characters"),
+        (["--show", quickest().stem, "seed=3"], "seed=3: with --show only paths.results"),
         (["--id", quickest().stem, "seed=3"], "seed=3: with --id only paths, trainer"),
     ],
 )
 def test_what_is_no_id_is_an_error(words: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         answer(words)
+
+
+def test_a_record_is_looked_for_in_the_named_folder_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = quickest()
+    there = tmp_path / "quick" / "runs" / file.parent.name / file.name
+    there.parent.mkdir(parents=True)
+    there.write_bytes(file.read_bytes())
+    (there.parent / f"{file.stem} (copy).json").write_text("")  # by a file manager
+    for folder, found in ((tmp_path, there), (tmp_path / "empty", file)):
+        answer(["--show", file.stem, f"paths.results={folder}"])
+        assert capsys.readouterr().out.endswith(f"{found}\n")
+    with pytest.raises(UserError, match=f"none in {tmp_path}/runs or "):
+        answer(["--show", "0000", f"paths.results={tmp_path}"])
 
 
 # run.py, killed as by kill -9 in the middle of its 70th checkpoint: the moment does not depend on how busy the machine is.
@@ -282,6 +296,15 @@ def test_run_all_trains_a_shared_teacher_once_and_reports_failures(
 def test_a_target_that_can_not_be_imported_says_why() -> None:
     with pytest.raises(UserError, match=r"torch\.optim has no Adem, did you mean Adam"):
         locate("torch.optim.Adem", "optim.optimizer")
+    with pytest.raises(UserError, match=r"there is no such class or function \(No module named 'gradexp\.data\.digit'"):
+        locate("gradexp.data.digit.Digits", "data")
+
+
+def test_a_module_that_fails_to_load_is_not_called_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gradexp.data.dataset", None)
+    monkeypatch.delitem(sys.modules, "gradexp.data.digits", raising=False)
+    with pytest.raises(UserError, match=r"gradexp\.data\.digits can't be imported \(import of gradexp\.data\.dataset halted"):
+        locate("gradexp.data.digits.Digits", "data")
 
 
 def test_w_and_b_offline(tmp_path: Path, run_py: RunPy, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,6 +83,17 @@ def test_a_record_is_scaled_by_its_images(tmp_path: Path) -> None:
     assert elsewhere.basis == "record elsewhere"
 
 
+def test_a_record_that_can_not_be_read_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And does not stop the plan, perhaps of another scale."""
+    paths, teacher = at(tmp_path), config(*TEACHER)
+    record(paths, teacher, 10.0, data=WHOLE)
+    damaged = paths.results / "quick" / "runs" / "teacher" / f"{12 * 'a'}.json"
+    damaged.parent.mkdir(parents=True)
+    damaged.write_text("{")
+    assert History.of(paths).cost(teacher)
+    assert f"left out of the estimates: record {damaged} can't be read" in capsys.readouterr().err
+
+
 def test_a_teacher_that_was_trained_inside_a_run_is_not_its_own_cost(tmp_path: Path) -> None:
     paths, run = at(tmp_path), config(*STUDENT, "method=ce_a", "data.per_class=1")
     teacher = run["upstream"]["teacher"] | {"trainer": {}, "logger": {}, "gradients": {}}

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import wandb
 from hydra import compose, initialize_config_dir
 from packaging.requirements import Requirement
@@ -333,6 +334,18 @@ def test_how_a_process_ends_depends_on_the_signal() -> None:
         raise Stopped("stopped", signal.SIGUSR1)
     with pytest.raises(KeyboardInterrupt), exits.exit_on_errors():
         raise Stopped("stopped", signal.SIGINT)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory"), torch.OutOfMemoryError("CUDA out of memory.")],
+)
+def test_no_memory_is_one_line(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+    with pytest.raises(SystemExit, match=r"error: the memory is used up; .*WORKERS=1"), exits.exit_on_errors():
+        raise error
+    with pytest.raises(RuntimeError, match="another"), exits.exit_on_errors():
+        raise RuntimeError("another")
 
 
 # --- the terminal -----------------------------------------------------------------------------------------

@@ -8,13 +8,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from gradexp.base.errors import Stopped, UserError
+from gradexp.engine import launchers
 from gradexp.engine.callbacks import Checkpointer
 from gradexp.engine.compose import compose_run, plan
 from gradexp.engine.ensure import ensure
@@ -159,6 +162,21 @@ def test_launchers_say_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     with pytest.raises(UserError, match="LAUNCHER=local"):
         list(make_launcher("slurm").do([type("Any", (), {"log": Path("a/b/c/d/e")})], 1))
+
+
+def test_an_interrupted_command_names_the_jobs_that_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import submitit
+
+    jobs = [SimpleNamespace(job_id=f"812_{index}", done=lambda: False) for index in range(2)]
+    executor = SimpleNamespace(submit=lambda _: jobs.pop(), batch=nullcontext, update_parameters=lambda **_: None)
+    monkeypatch.setattr(submitit, "SlurmExecutor", lambda *_, **__: executor)
+    monkeypatch.setattr(launchers.time, "sleep", lambda _: signal.default_int_handler(signal.SIGINT, None))
+    works = [launchers.Work((), tmp_path / "runs" / "a" / "b" / "log.txt")] * 2
+    with pytest.raises(KeyboardInterrupt):
+        list(make_launcher("slurm").do(works, 1))
+    assert capsys.readouterr().out.endswith("to end them: scancel 812\n")
 
 
 def test_an_objective_is_the_experiments_and_nan_is_the_worst() -> None:

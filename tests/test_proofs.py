@@ -42,7 +42,6 @@ def refused(path: Path, words: str) -> None:
     readers: list[Callable[[], Any]] = [
         lambda: read_record(path),
         lambda: gradexp.records(results=results),
-        lambda: History.of(Paths(Path("data"), results, results.parent / "outputs")),
     ]
     for read in readers:
         with pytest.raises(UserError, match=words) as error:
@@ -50,6 +49,7 @@ def refused(path: Path, words: str) -> None:
         assert "\n" not in str(error.value)
         assert str(path) in str(error.value)
         assert "restore it with git" in str(error.value)
+    assert not History.of(Paths(Path("data"), results, results.parent / "outputs")).samples  # it is left out of estimates
     (line,) = [
         line for line in verify(Paths(Path("data"), results, results), sample=0, seed=0, extra={}) if isinstance(line, Finding)
     ]

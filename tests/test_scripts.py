@@ -2,12 +2,16 @@
 
 import runpy
 import signal
+import subprocess
 import sys
+import time
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from gradexp.base.errors import UserError
+from gradexp.base.errors import MissingError, UserError
 from gradexp.engine.launchers import last_line
 from gradexp.engine.run import ROOT
 
@@ -43,6 +47,50 @@ def test_a_killed_run_is_said_to_be_killed(tmp_path: Path) -> None:
     log.write_text("step 3/9\n")
     assert last_line(log, 1) == "step 3/9"
     assert last_line(log, -signal.SIGKILL) == "killed by signal 9; its last output: step 3/9"
+
+
+@pytest.mark.parametrize(("error", "code"), [(MissingError, None), (UserError, 1)])
+def test_rendering_fails_where_something_is_damaged_and_not_where_runs_are_missing(
+    error: type[UserError], code: int | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def make(*_: Any) -> None:
+        raise error("no")
+
+    monkeypatch.setattr(common.specs, "at_scale", lambda kind, scale: {"2.1": common.specs.load(kind, "2.1")})
+    monkeypatch.setattr(sys, "argv", ["make_figure.py", "--scale", "quick", "--render-only"])
+    with pytest.raises(SystemExit) if code else nullcontext() as ended:
+        common.make_all("figure", make, None)
+    assert ended is None or ended.value.code == code
+    assert capsys.readouterr().out == "no\n"
+
+
+def test_two_processes_that_write_one_log_leave_whole_lines(tmp_path: Path) -> None:
+    """The second one begins the log anew; the first goes on behind it."""
+    log, done = tmp_path / "log.txt", tmp_path / "done"
+    script = f"""
+import time
+from pathlib import Path
+from gradexp.engine import launchers
+launchers.ensure = launchers.plan = lambda *_, **__: None
+def wait(_):
+    print("first, before", flush=True)
+    while not Path({str(done)!r}).exists():
+        time.sleep(0.01)
+    print("first, after", flush=True)
+if "{{part}}" == "first":
+    launchers.print_summary = wait
+else:
+    launchers.print_summary = lambda _: print("second")
+launchers.Work((), Path({str(log)!r}))()
+"""
+    first = subprocess.Popen([sys.executable, "-c", script.replace("{part}", "first")], cwd=ROOT)
+    while not log.exists() or "before" not in log.read_text():
+        time.sleep(0.01)
+        assert first.poll() is None
+    subprocess.run([sys.executable, "-c", script.replace("{part}", "second")], cwd=ROOT, check=True)
+    done.touch()
+    assert first.wait() == 0
+    assert log.read_text() == "second\nfirst, after\n"
 
 
 @pytest.mark.parametrize("file", COMMANDS, ids=lambda file: file.stem)

@@ -213,16 +213,19 @@ def test_a_table_says_where_the_models_that_it_looks_at_were_trained(tmp_path: P
         "attempts": [began],
         **here,
         "device": "elsewhere",
+        "threads": 2,
         "started": "2026-01-01T00:00:00",
     }
     write_record(model.record_path, trained)
     records, below = provenance.records_of([*looks, *looks, fake_run("z", tmp_path / "noise" / "missing.json")])
     assert [record["id"] for record in (*records, *below)] == [12 * "b", 12 * "c", 12 * "a"]
     sentences, details, _ = provenance.origin_of(records, below)
-    assert sentences == [
-        "Computed by 2 runs and 1 upstream run in 3.0 h, on 3 kinds of hardware, from 2 commits (1 of them dirty)."
+    where = "in 3 combinations of precision, processor and threads"
+    assert sentences == [f"Computed by 2 runs and 1 upstream run in 3.0 h, {where}, from 2 commits (1 of them dirty)."]
+    assert details == [
+        "Hardware: 32 on elsewhere, 2 threads; 32 on here; bf16 on there.",
+        "Commits: bbbbbbbb (dirty), cccccccc.",
     ]
-    assert details == ["Hardware: 32 on elsewhere; 32 on here; bf16 on there.", "Commits: bbbbbbbb (dirty), cccccccc."]
 
 
 def test_hours_of_a_model_that_was_trained_inside_a_run_count_once(tmp_path: Path) -> None:

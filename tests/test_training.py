@@ -21,7 +21,7 @@ from torch.nn import functional
 from gradexp.base.errors import Stopped, UserError
 from gradexp.base.files import sha256
 from gradexp.data.loader import Batch, TrainingStream
-from gradexp.engine import loggers
+from gradexp.engine import loggers, origin
 from gradexp.engine.assemble import make_model
 from gradexp.engine.build import build
 from gradexp.engine.compose import compose_run
@@ -297,12 +297,13 @@ def test_a_record_names_the_code_and_the_precision_of_earlier_attempts(
     step, steps = Classifier.training_step, iter((1, 1, 0, 1, 0, *[1] * 99))
     monkeypatch.setattr(Classifier, "training_step", lambda *args: step(*args) if next(steps) else 1 / 0)
     for commit in "ab":
-        monkeypatch.setattr(train, "git_state", lambda commit=commit: {"commit": commit, "dirty": commit == "a"})
+        monkeypatch.setattr(origin, "git_state", lambda commit=commit: {"commit": commit, "dirty": commit == "a"})
         with pytest.raises(ZeroDivisionError):
             ensure(run(words))
     record = ensure(run(words))  # by the code of the second attempt
     assert [one["git"] for one in record["attempts"]] == [{"commit": "a", "dirty": True}]
-    assert record["attempts"][0].keys() == {"git", "device", "precision", "upstream"}
+    assert record["attempts"][0]["threads"] == record["threads"]
+    assert record["attempts"][0].keys() == {"git", "device", "precision", "threads", "upstream"}
 
 
 @pytest.mark.parametrize("calls", [2, 4, 7])

@@ -12,6 +12,10 @@ class UserError(Exception):
     """An error that the user can fix, shown without a traceback: what is wrong, what is expected, what to type."""
 
 
+class MissingError(UserError):
+    """Runs are missing of what is to be drawn."""
+
+
 class Stopped(BaseException):
     """A signal stopped the work. number: the signal, which decides how the process ends."""
 

@@ -145,7 +145,13 @@ def _imported(target: str) -> Any:
     module_name, _, name = target.rpartition(".")
     try:
         module = importlib.import_module(module_name)
-    except (ImportError, ValueError) as error:  # ValueError: no module is named
+    except ModuleNotFoundError as error:
+        if error.name is None or not module_name.startswith(error.name):
+            raise UserError(f"_target_={target}: {module_name} can't be imported ({error})") from error
+        raise UserError(f"_target_={target}: there is no such class or function ({error})") from error
+    except ImportError as error:
+        raise UserError(f"_target_={target}: {module_name} can't be imported ({error})") from error
+    except ValueError as error:  # no module is named
         raise UserError(f"_target_={target}: there is no such class or function ({error})") from error
     if not hasattr(module, name):
         raise UserError(f"_target_={target}: {module_name} has no {name}{nearest(name, vars(module))}")

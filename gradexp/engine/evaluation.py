@@ -25,7 +25,7 @@ from gradexp.engine import clocks
 from gradexp.engine.assemble import load_model, make_data, make_hardware
 from gradexp.engine.clocks import Progress
 from gradexp.engine.hardware import Hardware
-from gradexp.engine.origin import git_state
+from gradexp.engine.origin import attempt
 from gradexp.engine.run import Config, Run
 from gradexp.engine.task import Result, Sizes, Task, Upstream, digests_of, images_of
 from gradexp.evaluate.accuracy import EVALUATION_BATCH
@@ -119,8 +119,7 @@ class Pieces:
     def __init__(self, run: Run, hardware: Hardware, used: Mapping[str, str]) -> None:
         self.run, self.title = run, f"{run.name} {run.id}"
         self.folder = run.pieces / hashlib.sha256(json.dumps(dict(used), sort_keys=True).encode()).hexdigest()[:12]
-        facts = hardware.facts(mixed=False)
-        self.origin = {"git": git_state(), "device": facts["device"], "precision": facts["precision"], "upstream": dict(used)}
+        self.origin = attempt(hardware.facts(mixed=False), used)
         self.earlier = dict.fromkeys(clocks.CLOCKS, 0.0)
         self.attempts: list[dict[str, Any]] = []  # earlier ones whose origin was another
 

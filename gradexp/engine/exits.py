@@ -7,6 +7,7 @@ import ctypes
 import errno
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import threading
@@ -20,6 +21,9 @@ FIXES = {
     errno.ENOSPC: "the disk is full; make room and type the command again, it goes on from the last checkpoint",
     errno.EDQUOT: "the disk quota is used up; make room and type the command again, it goes on from the last checkpoint",
     errno.EROFS: "the file system is read-only; name another folder: paths.results=FOLDER paths.outputs=FOLDER",
+    errno.EFBIG: "a file may not be that large here (ulimit -f, or the file system); name another folder: paths.outputs=FOLDER",
+    errno.ESTALE: "the network file system lost the file; the same command goes on from the last checkpoint",
+    errno.EPERM: "writing is not permitted; name another folder: paths.results=FOLDER paths.outputs=FOLDER",
     errno.EACCES: "writing is not permitted; name another folder: paths.results=FOLDER paths.outputs=FOLDER",
     errno.EISDIR: "a folder is where a file should be; delete it",
     errno.ENAMETOOLONG: "the name is too long; choose a shorter one",
@@ -27,6 +31,11 @@ FIXES = {
     errno.ENOTDIR: "a file is where a folder should be; name another folder: paths.results=FOLDER paths.outputs=FOLDER",
 }
 
+MEMORY = re.compile("out of memory|can't allocate memory|not enough memory", re.IGNORECASE)  # in torch's RuntimeErrors
+NO_MEMORY = (
+    "the memory is used up; do fewer runs at a time (WORKERS=1), or keep fewer of a teacher's targets (trainer.store_gib=1); "
+    "a smaller batch or network is another run. The same command goes on from the last checkpoint"
+)
 PRINTED = "the message is printed"
 INTERRUPTED = "interrupted; the same command goes on from what is finished"
 
@@ -55,6 +64,10 @@ def exit_on_errors() -> Iterator[None]:
             raise
         _discard_output()
         sys.exit(f"error: {fix}")
+    except (MemoryError, RuntimeError) as error:
+        if not (isinstance(error, MemoryError) or MEMORY.search(str(error))) or "HYDRA_FULL_ERROR" in os.environ:
+            raise
+        sys.exit(f"error: {NO_MEMORY}")
     except Stopped as error:
         print(error, flush=True)
         if error.number == signal.SIGINT:

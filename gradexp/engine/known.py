@@ -1,6 +1,7 @@
 """Runs by their ids: `python run.py --show ID` prints a record, `python run.py --id ID` does its run.
 
-Like every run, that one is answered from its record where it exists; `paths.results=FOLDER` does it again elsewhere.
+Like every run, that one is answered from its record where it exists; `paths.results=FOLDER` does it again elsewhere. The
+record is looked for in that folder first, and in results/.
 """
 
 from __future__ import annotations
@@ -23,23 +24,32 @@ def answer(arguments: Sequence[str]) -> Run | None:
     if not rest:
         raise UserError(f"type python run.py {option} ID")
     name, *words = rest
-    file = find_record(name, ROOT / "results")
+    for word in words:
+        key = word.lstrip("+~").partition("=")[0]
+        if option == "--show" and key != "paths.results":
+            raise UserError(f"{word}: with --show only paths.results can be set, the folder of the record")
+        if key.partition(".")[0] not in HARDWARE:
+            raise UserError(f"{word}: with --id only {', '.join(HARDWARE)} can be set, which do not change the run")
+    named = [ROOT / Path(word.partition("=")[2]).expanduser() for word in words if word.startswith("paths.results=")]
+    file = find_record(name, *named[-1:], ROOT / "results")
     record = read_record(file)
     if option == "--show":
         print(show(record, file))
         return None
-    for word in words:
-        if word.lstrip("+~").partition("=")[0].partition(".")[0] not in HARDWARE:
-            raise UserError(f"{word}: with --id only {', '.join(HARDWARE)} can be set, which do not change the run")
     setting = compose_run(["experiment=teacher", f"scale={record['scale']}", *words])
     return run_of(record, setting, Paths.of(setting))
 
 
-def find_record(name: str, results: Path) -> Path:
-    """The record whose id is or begins with `name`. Raises UserError where there is none, or more than one."""
-    files = record_files(results, name) if len(name) >= SHORTEST and name.isalnum() else []
+def find_record(name: str, *results: Path) -> Path:
+    """The record whose id is or begins with `name`, in the first of these folders that has any.
+
+    Raises UserError where there is none, or more than one.
+    """
+    tried = [record_files(folder, name) for folder in results if len(name) >= SHORTEST and name.isalnum()]
+    files = next(filter(None, tried), [])
     if len(files) != 1:
-        matches = f"several: {', '.join(file.stem for file in files)}" if files else f"none in {results / 'runs'}"
+        where = " or ".join(str(folder / "runs") for folder in results)
+        matches = f"several: {', '.join(file.stem for file in files)}" if files else f"none in {where}"
         raise UserError(
             f"--id and --show take the id of one record, or its first {SHORTEST} or more characters; {name!r} matches "
             f"{matches}. gradexp.records() lists all of them"

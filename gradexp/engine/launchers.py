@@ -37,7 +37,7 @@ PRELOADED = ["gradexp.tasks.train", "gradexp.engine.fit", "gradexp.engine.compos
 class Work:
     """What `python run.py OVERRIDES` does, with its output in a log; called in a process of its own.
 
-    waits: for another process that is doing the run. Otherwise it ends with exit code BUSY, and adds to the other's log.
+    waits: for another process that is doing the run. Otherwise it ends with exit code BUSY, and keeps what is in the log.
     """
 
     overrides: tuple[str, ...]
@@ -46,8 +46,9 @@ class Work:
 
     def __call__(self, threads: int | None = None) -> None:
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        mode = "w" if self.waits else "a"
-        output = self.log.open(mode, buffering=1)  # stays open: an exit message is written after this function
+        output = self.log.open("a", buffering=1)  # stays open: an exit message is written after this function
+        if self.waits:
+            output.truncate(0)  # another process that does the run at the same time goes on behind what is written here
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
         sys.stdout = sys.stderr = output
@@ -272,10 +273,15 @@ class Slurm:
         )
         with executor.batch():
             waiting = dict(enumerate([executor.submit(Job(work.overrides, work.log)) for work in works]))
-        while waiting:
-            for index in [index for index, job in waiting.items() if job.done()]:
-                yield index, _code(waiting.pop(index))
-            time.sleep(POLL)
+        try:
+            while waiting:
+                for index in [index for index, job in waiting.items() if job.done()]:
+                    yield index, _code(waiting.pop(index))
+                time.sleep(POLL)
+        except KeyboardInterrupt:
+            jobs = " ".join(sorted({job.job_id.partition("_")[0] for job in waiting.values()}))
+            print(f"the jobs go on, and the same command would submit them again; to end them: scancel {jobs}", flush=True)
+            raise
 
 
 class Job(Work):

@@ -6,6 +6,7 @@ import hashlib
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from contextlib import suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -49,6 +50,14 @@ def git_state() -> dict[str, Any]:
     loaded = os.environ.setdefault(LOADED, f"{commit} {changes}".strip())
     digest = loaded.partition(" ")[2] or changes
     return {"commit": commit, "dirty": bool(changes) or loaded != commit, **({"changes": digest} if digest else {})}
+
+
+def attempt(facts: Mapping[str, Any], used: Mapping[str, str]) -> dict[str, Any]:
+    """What decides the numbers of an attempt besides its config: the code, the hardware, the files of upstream runs.
+
+    facts: of the hardware, see Hardware.facts. used: SHA-256 of these files, by name.
+    """
+    return {"git": git_state(), **{name: facts[name] for name in ("device", "precision", "threads")}, "upstream": dict(used)}
 
 
 def _content(path: Path) -> str:

@@ -96,8 +96,12 @@ class Paths:
 
 
 def record_files(results: Path, name: str = "") -> list[Path]:
-    """The records in a folder of results, and in its subfolder for `quick`, whose names begin with `name`."""
-    return [file for folder in (results, results / "quick") for file in sorted(folder.glob(f"runs/*/{name}*.json"))]
+    """The records in a folder of results, and in its subfolder for `quick`, whose names begin with `name`.
+
+    Other files, such as copies that a file manager made, are none: a record is called by its id.
+    """
+    files = [file for folder in (results, results / "quick") for file in sorted(folder.glob(f"runs/*/{name}*.json"))]
+    return [file for file in files if re.fullmatch("[0-9a-f]{12}", file.stem)]
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -102,9 +103,14 @@ class History:
 
     @classmethod
     def of(cls, paths: Paths, device: str | None = None, clock: Clock = "cpu") -> History:
-        """Read the records of all scales."""
+        """Read the records of all scales; one that can't be read is named and left out, as costs do not depend on it."""
         history = cls(device, clock)
-        records = [read_record(file) for file in record_files(paths.results)]
+        records = []
+        for file in record_files(paths.results):
+            try:
+                records.append(read_record(file))
+            except UserError as error:
+                print(f"left out of the estimates: {error}", file=sys.stderr)
         for record in records:
             history.learn(record["config"], record.get("data", {}))
         known = {record["id"]: record for record in records}

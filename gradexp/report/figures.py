@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from gradexp.base.errors import UserError
+from gradexp.base.errors import MissingError, UserError
 from gradexp.base.files import sha256, write_atomically
 from gradexp.engine.record import Record, curves_path, metric_of, read_arrays
 from gradexp.engine.run import ROOT, Run
@@ -126,7 +126,7 @@ def make(
     results: Path,
     text: provenance.Caption | None = None,
 ) -> list[Path]:
-    """Draw the figure and write its files to results/figures/<scale>/. Raises UserError if runs are missing (see `waiting`).
+    """Draw the figure and write its files to results/figures/<scale>/. Raises MissingError if runs are missing (see `waiting`).
 
     text: the caption of the Markdown page. The thesis's own numbers are drawn only at the spec's `comparable` scales.
     """
@@ -135,7 +135,7 @@ def make(
     if absent := missing(shown):
         commands = "\n".join(f"  {run.command}" for run in absent)
         needs = f" (they need {spec['needs'][scale]})" if scale in spec.get("needs", {}) else ""
-        raise UserError(f"figure {spec['number']}, scale={scale}: runs are missing{needs}; run\n{commands}")
+        raise MissingError(f"figure {spec['number']}, scale={scale}: runs are missing{needs}; run\n{commands}")
     comparable = scale in spec.get("comparable", [scale])
     drawn = cast(FigureSpec, {key: value for key, value in spec.items() if comparable or key not in ("thesis", "lines")})
     with mpl.rc_context(STYLE):

@@ -129,12 +129,18 @@ def origin_of(records: Sequence[Record], below: Sequence[Record] = ()) -> Captio
         "records": len(records),
         "below": len(below),
         "minutes": sum(own_seconds(record, known, "wall") for record in every) / 60,
-        "machines": sorted({f"{one['precision']} on {one['device']}" for one in attempts if "precision" in one}),
+        "machines": sorted({_machine(one) for one in attempts if "precision" in one}),
         "commits": commits,
         "dirty": sum(commit.endswith("(dirty)") for commit in commits),
         "repeated": list(_repeated(records, known)),
     }
     return Caption(rendered("origin.txt", **facts).splitlines(), rendered("details.txt", **facts).splitlines())
+
+
+def _machine(one: Mapping[str, Any]) -> str:
+    """Precision, device and threads of a record or an attempt: the order of sums, and so the rounding, depends on them."""
+    threads = f", {one['threads']} thread{'s' * (one['threads'] > 1)}" if "threads" in one else ""
+    return f"{one['precision']} on {one['device']}{threads}"
 
 
 def own_seconds(record: Record, known: Mapping[str, Record], clock: Clock) -> float:

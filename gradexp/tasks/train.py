@@ -20,7 +20,7 @@ from gradexp.engine.ensure import finish
 from gradexp.engine.exits import die_of_interrupt, die_with_parent, fix_of
 from gradexp.engine.hardware import Hardware
 from gradexp.engine.loggers import close, make_logger
-from gradexp.engine.origin import git_state
+from gradexp.engine.origin import attempt, git_state
 from gradexp.engine.record import judged
 from gradexp.engine.run import Config, Paths, Run
 from gradexp.engine.task import Finished, Result, Sizes, Task, Upstream, digests_of, images_of
@@ -105,8 +105,7 @@ def prepare(run: Run, upstream: Upstream) -> Training:
     module = make_module(run, upstream, student, terms, optim, loader, hardware)
     if hardware.is_part:
         ranks.share_layers(student)
-    facts = hardware.facts(mixed=not module.full_precision)
-    origin = {"git": git_state(), "device": facts["device"], "precision": facts["precision"], "upstream": digests_of(upstream)}
+    origin = attempt(hardware.facts(mixed=not module.full_precision), digests_of(upstream))
     checkpointer = Checkpointer(run.checkpoint, every=hardware.checkpoint_every, run=run.id, origin=origin)
     progress = ProgressLine(f"{run.name} {run.id}", module.total_steps)
     return Training(run, hardware, data, loader, module, checkpointer, progress)
