@@ -414,3 +414,6 @@ def test_a_file_without_claims_is_an_error(tmp_path: Path) -> None:
     file.write_text("confidence: 0.95\nresamples: 99\nclaims: []\n")
     with pytest.raises(UserError, match="holds no claim; add one, or delete the file"):
         claims.load(file)
+    file.write_text("confidence: 95\nresamples: 99\nclaims: []\n")
+    with pytest.raises(UserError, match="confidence"):
+        claims.load(file)

@@ -17,9 +17,11 @@ import pytest
 from commands import run_python
 
 from gradexp.base.errors import UserError
-from gradexp.engine import compose, help
+from gradexp.engine import compose, help, plugins
+from gradexp.engine import ensure as ensuring
 from gradexp.engine.build import locate
 from gradexp.engine.compose import CONF, check_overrides, plan
+from gradexp.engine.ensure import ensure
 from gradexp.engine.known import answer
 from gradexp.engine.launchers import run_all
 from gradexp.engine.run import ROOT
@@ -45,7 +47,8 @@ def test_a_run_trains_once_and_then_answers_from_its_record(tmp_path: Path, run_
     done = run_py(*DISTILL, "method=ce_a_j", "data.per_class=1")
     assert done.returncode == 0, done.stderr
     ((run, record),) = records(tmp_path, "jacobian_distill").items()
-    assert done.stdout.splitlines()[-1] == f"run {run} finished: test/accuracy={record['metrics']['test/accuracy']:.2f}"
+    accuracy, made = record["metrics"]["test/accuracy"], f"precision {record['precision']}, {record['ended'][:10]}"
+    assert done.stdout.splitlines()[-1] == f"run {run} finished: test/accuracy={accuracy:.2f} ({made})"
     (teacher,) = records(tmp_path, "teacher")
     assert record["upstream"]["teacher"]["id"] == teacher
     assert record["status"] == "finished"
@@ -223,6 +226,59 @@ def test_misspelt_overrides_name_the_nearest_right_word(mistake: str) -> None:
     with pytest.raises(UserError) as caught:
         check_overrides(["experiment=jacobian_distill", mistake])
     assert MISTAKES[mistake] in str(caught.value)
+
+
+UNUSED = {
+    ("method=ce", "+upstream.start.experiment=teacher"): r"method ce uses no upstream run.*\[start\]",
+    ("method=ce_a", "+upstream.teachr={experiment: teacher}"): r"method ce_a uses teacher, did you mean teacher\?",
+    ("method.upstream=[strat]", "+upstream.strat.experiment=teacher", "method=ce"): "reads teacher, start, maps, did you mean",
+    ("method=ce", "model.classes=12"): r"it gives \(1, 12\), expected \(1, 10\)",
+    ("method=ce", "model.channels=1"): r"it does not take images of 3 x 32 x 32",
+    ("method=ce", "data.classes=5"): r"data\.classes=5: digits has 10",
+    ("method=ce", "data=cifar10", "data.size=16"): "data.size=16: images of CIFAR-10 have 32",
+    ("method=ce", "+data.seed=5"): r"data\.seed: it follows from other settings",
+    ("method=ce", "+method.angle=label"): "method=ce has no teacher",
+    ("method=ce_a", "+method.angle=lable"): "method.angle=lable: it is .*, did you mean label",
+    ("method=ce", "optim.optimizer._target_=torch.optim.LBFGS"): "LBFGS evaluates the loss several times a step",
+    ("method=ce", "+optim.optimizer.betas=[0.5]"): "optim.optimizer.betas",
+}
+
+
+@pytest.mark.parametrize("words", UNUSED, ids=" ".join)
+def test_settings_that_fit_nothing_are_refused_before_the_training(words: tuple[str, ...], places: list[str]) -> None:
+    with pytest.raises(UserError, match=UNUSED[words]):
+        ensure(plan(["experiment=jacobian_distill", *TINY, "data.per_class=3", *words], places))
+
+
+def test_what_an_upstream_run_of_the_experiment_needs_may_be_set_for_all_methods(places: list[str]) -> None:
+    """A sweep over methods, of which one has no teacher."""
+    assert plan([*DISTILL, "method=ce"], places).id == plan(["experiment=jacobian_distill", *TINY, "method=ce"], places).id
+
+
+def test_betas_are_a_list_and_null_settings_are_none(places: list[str]) -> None:
+    adam, rprop = ["+optim.optimizer.betas=[0.5,0.9]"], ["optim.optimizer._target_=torch.optim.Rprop"]
+    for words in (adam, rprop):  # Rprop has no weight decay
+        assert ensure(plan(["experiment=teacher", *TINY, "optim.passes=1", "data.per_class=3", *words], places))["metrics"]
+
+
+def test_a_mistyped_trainer_is_refused_where_a_record_answers(places: list[str]) -> None:
+    words = ["experiment=teacher", *TINY, "optim.passes=1", "data.per_class=3"]
+    ensure(plan(words, places))
+    with pytest.raises(UserError, match=r"trainer\.precision"):
+        ensure(plan([*words, "trainer.precision=64"], places))
+
+
+def test_a_record_of_other_code_of_ones_own_says_so(
+    places: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["experiment=teacher", *TINY, "optim.passes=1", "data.per_class=3"]
+    monkeypatch.setattr(plugins, "packages", lambda: {"mine": Path("mine")})
+    monkeypatch.setitem(ensuring.SOURCES, "mine", "a")
+    run = plan(words, places)
+    for digest, told in (("a", False), ("a", False), ("b", True)):
+        monkeypatch.setitem(ensuring.SOURCES, "mine", digest)
+        ensure(run)
+        assert (f"{run.id}: answered from its record, and mine has changed since" in capsys.readouterr().out) == told
 
 
 def test_a_sweep_is_checked_before_its_first_run() -> None:

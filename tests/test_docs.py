@@ -45,7 +45,10 @@ def typed_with_plugin(extended: Path, command: str) -> subprocess.CompletedProce
         below = "teacher" if "jacobian_distill" in command else "model"
         if "jacobian_distill" in command:
             tiny += ["optim.passes=1"]
-        tiny += [f"+upstream.{below}.optim.passes=1", f"+upstream.{below}.scale.width=0.03"]
+        if "experiment=teacher" in command:
+            tiny += ["optim.passes=1"]
+        else:
+            tiny += [f"+upstream.{below}.optim.passes=1", f"+upstream.{below}.scale.width=0.03"]
         words += [*tiny, *places]
     else:
         words += ["--set", *places, *tiny[1:]]

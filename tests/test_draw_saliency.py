@@ -93,8 +93,8 @@ def test_every_method_has_a_look_of_its_own() -> None:
     for label in lines.METHODS:
         assert lines.style(label)["color"] == lines.style(label.partition(",")[0])["color"]
     assert lines.style("Random")["zorder"] < lines.style("SmoothGrad")["zorder"] < lines.style("FullGrad")["zorder"]
-    with pytest.raises(UserError, match="did you mean FullGrad"):
-        lines.style("Fullgrad")
+    own = lines.style("a method of one's own")
+    assert own == lines.style("a method of one's own") and own["color"] not in {colour for colour, *_ in lines.METHODS.values()}
 
 
 def test_randomisation_is_drawn_over_the_number_of_random_layers(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from torch.nn.utils import prune
 from torchvision.models import vgg as tv_vgg
 
 from gradexp import gradients, layers
+from gradexp.base.errors import UserError
 from gradexp.engine.build import build
 from gradexp.engine.compose import compose_run
 from gradexp.engine.hardware import native_bf16
@@ -273,6 +274,11 @@ def test_accelerate_is_exact_on_every_family(name: str, training: bool) -> None:
             torch.testing.assert_close(
                 found[key], value, rtol=1e-6, atol=1e-9 * scale, msg=lambda text, key=key: f"{key}: {text}"
             )
+
+
+def test_accelerate_takes_networks_only() -> None:
+    with pytest.raises(UserError, match=r"accelerate takes a network \(nn\.Module\), got function"):
+        layers.accelerate(lambda images: images)  # type: ignore[arg-type]
 
 
 def test_accelerate_keeps_names(caplog: pytest.LogCaptureFixture) -> None:

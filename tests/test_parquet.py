@@ -242,6 +242,12 @@ def test_numbers_follow_the_names_that_the_file_has_for_them(tmp_path: Path) -> 
     assert "its class names are not those of Toy, and sea is in another position" in message
 
 
+def test_a_data_set_that_torchvision_does_not_know_is_parquet_only(tmp_path: Path) -> None:
+    layout = replace(NAMED, torchvision="")
+    assert refused(tmp_path, layout).startswith(f"Toy not found: {tmp_path}/toy has no train-*.parquet")
+    assert loaded(fill(tmp_path), layout)
+
+
 def test_the_hubs_spelling_of_cifar100_is_read(tmp_path: Path) -> None:
     """The Hub's copy spells crab as cra."""
     layout = replace(CIFAR100.layout, name="toy", size=8, images=None, image_column="img", label_column="label")

@@ -30,6 +30,7 @@ from gradexp.engine.fit import Training
 from gradexp.engine.hardware import Hardware, native_bf16
 from gradexp.engine.run import Config, Paths, Run
 from gradexp.tasks import train
+from gradexp.terms import Step, Term
 from gradexp.training.classifier import Classifier
 from gradexp.training.optim import Optim, one_cycle, steps_down
 
@@ -497,3 +498,39 @@ def test_an_error_in_one_of_several_processes(
         train.train_part(json.dumps(run(places).config))
     assert str(ended.value.code).startswith(str(message))
     assert ("Traceback" in capfd.readouterr().err) == (message == 1)
+
+
+class Wrong(Term):
+    """A term that returns, reads or owns what it may not."""
+
+    def __init__(self, value: Callable[[Step], Any]) -> None:
+        super().__init__(weight=1.0)
+        self.value = value
+
+    def forward(self, step: Step) -> Any:
+        return self.value(step)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (lambda step: step.student_logits.mean(1), r"forward returned a tensor of shape \(\d+,\), expected a scalar"),
+        (lambda step: 1.0, "forward returned float, expected a scalar"),
+        (lambda step: step.student_input_gradient("label", "batch").mean(), "declares its gradient_target, such as 'label'"),
+        (lambda step: step.teacher_logits.mean(), "declares needs_teacher = True"),
+    ],
+)
+def test_a_term_of_ones_own_that_is_wrong_is_named(
+    value: Callable[[Step], Any], message: str, places: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "make_terms", lambda config: {"own": Wrong(value)})
+    with pytest.raises(UserError, match=rf"method\.terms\.own: .*{message}"):
+        ensure(run(places))
+
+
+def test_a_term_with_parameters_is_refused(places: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    term = Wrong(lambda step: step.student_logits.mean())
+    term.scale = torch.nn.Parameter(torch.ones(()))
+    monkeypatch.setattr(train, "make_terms", lambda config: {"own": term})
+    with pytest.raises(UserError, match=r"method\.terms\.own has parameters, which would not be trained"):
+        ensure(run(places))

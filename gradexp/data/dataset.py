@@ -53,6 +53,9 @@ class ImageData:
         choose("data.normalise", normalise, "standard", "none")
         if only_classes is not None and len(only_classes) != classes:
             raise UserError(f"data.only_classes names {len(only_classes)} classes, data.classes={classes}: make them agree")
+        for key, value in (("channels", channels), ("size", size)):
+            if (layout := getattr(self, "layout", None)) and value != getattr(layout, key):
+                raise UserError(f"data.{key}={value}: images of {layout.title} have {getattr(layout, key)}")
         self.only_classes = only_classes
         self.name, self.classes, self.channels, self.size = name, classes, channels, size
         self.per_class, self.flip, self.crop, self.normalise = per_class, flip, crop, normalise
@@ -80,6 +83,8 @@ class ImageData:
     def _training(self) -> tuple[Any, np.ndarray]:
         """(split, indices) to train on."""
         train, pool, _ = self._pool
+        if self.classes != (count := int(train.labels.max()) + 1):
+            raise UserError(f"data.classes={self.classes}: {self.name} has {count}")
         return train, pool[subsets.nested(train.labels[pool], per_class=self.per_class, seed=self.subset_seed)]
 
     @cached_property

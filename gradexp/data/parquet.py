@@ -26,6 +26,7 @@ PACK = b"gradexp"  # key of the schema's metadata that scripts/pack_data.py writ
 class Layout:
     """What is needed to read and check one data set.
 
+    torchvision: the name in torchvision.datasets, empty for a data set that lies as parquet only.
     images: how many the training and the test split have, None where that is not known. names: of the classes, () where
     they have none.
     """
@@ -37,7 +38,7 @@ class Layout:
     size: int
     image_column: str
     label_column: str
-    torchvision: str
+    torchvision: str = ""
     images: tuple[int, int] | None = None
     names: tuple[str, ...] = ()
 

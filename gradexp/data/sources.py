@@ -125,6 +125,8 @@ def _find(layout: Layout, root: Path) -> tuple[str, list[Path], Reader]:
     parts = {split: parquet.parts(folder, split) for split in SPLITS}
     if any(parts.values()):
         return "parquet", _different(folder, parts), partial(_from_parquet, layout, parts)
+    if not layout.torchvision:
+        raise UserError(f"{layout.title} not found: {folder} has no train-*.parquet and test-*.parquet; put them there")
     reasons = []
     for get in (_torchvision, _download):
         try:

@@ -166,6 +166,8 @@ def build(node: dict[str, Any], *, where: str, **extra: Any) -> Any:
     value that is not of the type or in the range that the target declares.
     """
     function, settings = _checked(node, where)
+    for key in settings.keys() & extra.keys():
+        raise UserError(f"{where}.{key}: it follows from other settings and can't be set")
     nested = {key: build(value, where=f"{where}.{key}") for key, value in settings.items() if _is_node(value)}
     arguments = settings | nested | extra
     if node.get("_partial_"):
@@ -202,12 +204,17 @@ def _checked(node: dict[str, Any], where: str) -> tuple[Callable[..., Any], dict
     for key, value in node.items():
         if key in ("_target_", "_partial_"):
             continue
+        if value is None and node.get("_partial_") and key not in parameters:
+            continue  # such as weight_decay of Adam, where another optimizer is chosen
         if key not in parameters and not open_ended:
             raise UserError(f"{where}.{key}: {function.__name__} takes no such key{nearest(key, parameters)}")
         if value is None and key in parameters and parameters[key].default is not inspect.Parameter.empty:
             continue
         if key in types and not _is_node(value):
-            for fault in faults_of(types[key], value):
+            faults = list(faults_of(types[key], value))
+            if faults and isinstance(value, list) and not list(faults_of(types[key], tuple(value))):
+                faults = []  # YAML has no tuples
+            for fault in faults:
                 raise UserError(f"{where}.{key}{fault}")
         settings[key] = value
     return function, settings

@@ -76,6 +76,7 @@ def _plan(overrides: tuple[str, ...], config: Config) -> Run:
     _check_finite({key: value for key, value in config.items() if key not in HARDWARE})
     maps = ["maps"] if config.get("data", {}).get("removal") else []
     names = [*config["method"]["upstream"], *maps] if "method" in config else config["upstream"]
+    _check_added(overrides, config, names)
     upstream = {name: _upstream(config, name) for name in names}
     for name, run in upstream.items():
         if name != "maps":  # the images of the maps themselves are checked where the maps are opened
@@ -83,6 +84,19 @@ def _plan(overrides: tuple[str, ...], config: Config) -> Run:
         _check_held_out(config, run.config, name)
     nested = {name: {key: value for key, value in run.config.items() if key not in HARDWARE} for name, run in upstream.items()}
     return Run(config | {"upstream": nested}, Paths.of(config), overrides, upstream)
+
+
+def _check_added(overrides: Sequence[str], config: Config, names: Sequence[str]) -> None:
+    """Raises UserError for an upstream run that a command adds to an experiment and that nothing uses."""
+    added = {match[1] for word in overrides if (match := re.match(r"\+{1,2}upstream\.(\w+)", word))} - set(names)
+    own = tuple(word for word in overrides if word.startswith(("experiment=", "scale="))) if added else ()
+    if own and (unused := sorted(added - set(_compose(own)["upstream"]))):
+        user = f"method {config['method']['name']}" if "method" in config else f"experiment {config['name']}"
+        advice = (
+            f" A method uses what it lists: method.upstream=[{','.join([*names, unused[0]])}]" if "method" in config else ""
+        )
+        uses = ", ".join(names) or "no upstream run"
+        raise UserError(f"upstream.{unused[0]} is set, but {user} uses {uses}{nearest(unused[0], names)}{advice}")
 
 
 def _upstream(config: Config, name: str) -> Run:

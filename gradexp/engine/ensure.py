@@ -16,7 +16,7 @@ import filelock
 
 from gradexp.base.errors import BusyError, UserError
 from gradexp.base.files import draft_of, intact, remove_drafts, remove_sealed, sha256, write_atomically
-from gradexp.engine import clocks
+from gradexp.engine import clocks, plugins
 from gradexp.engine.build import check_settings
 from gradexp.engine.origin import SOURCES, git_state, versions
 from gradexp.engine.record import Record, faults, finite, judged, read_record, write_arrays, write_record
@@ -34,6 +34,8 @@ def ensure(run: Run, *, product: bool = False, waits: bool = True) -> Record:
     waits: for another process that is doing the run or an upstream run of it. Raises BusyError instead where it is false.
     """
     if (record := _usable_record(run, product)) and not (run.checkpoint.exists() or run.pieces.exists()):
+        check_settings({"trainer": run.config["trainer"]})  # which decide nothing here, but may be mistyped
+        _note_changes(run, record)
         return record
     with _locked(run, waits):
         if not _usable_record(run, product):
@@ -44,6 +46,14 @@ def ensure(run: Run, *, product: bool = False, waits: bool = True) -> Record:
             remove_drafts(path, 0)
         shutil.rmtree(run.pieces, ignore_errors=True)
         return read_record(run.record_path)
+
+
+def _note_changes(run: Run, record: Record) -> None:
+    """Says where code of the user's own has changed since the record was made; that of gradexp has versions."""
+    known = record.get("sources", {})
+    if changed := [name for name in plugins.packages() if known.get(name, SOURCES.get(name)) != SOURCES.get(name)]:
+        print(f"{run.name} {run.id}: answered from its record, and {', '.join(changed)} has changed since; to do it again, "
+              f"delete {run.record_path}, or give what changed a setting of its own (docs/extend.md)", flush=True)  # fmt: skip
 
 
 def _do(run: Run, waits: bool) -> None:

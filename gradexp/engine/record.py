@@ -401,7 +401,10 @@ def print_summary(record: Record) -> None:
         shown = "nan" if value is None else f"{value:.2f}" if abs(value) >= 1 else f"{value:.3g}"
         words.append(f"{name}={shown}")
     shown = " ".join(words[:8] + (["..."] if len(words) > 8 else []))
-    print(f"run {record['id']} {record['status']}: {shown}", flush=True)
+    made = (
+        f"precision {record.get('precision', 'unknown')}, {record['ended'][:10]}"  # a record may answer for another precision
+    )
+    print(f"run {record['id']} {record['status']}: {shown} ({made})", flush=True)
 
 
 def numbers_of(record: Record) -> dict[str, float | None]:

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from gradexp.base.errors import UserError
 from gradexp.layers.backward import only_inputs
 from gradexp.layers.batch_norm import BatchNorm
 from gradexp.layers.convolution import Convolution
@@ -57,6 +58,8 @@ def accelerate(model: nn.Module, *, channels_last: bool = True) -> nn.Module:
     `model`. A warning names the layers that stay as they are, subclasses of torch's among them, and those that call
     scaled_dot_product_attention.
     """
+    if not isinstance(model, nn.Module):
+        raise UserError(f"accelerate takes a network (nn.Module), got {type(model).__name__}")
     unknown, attending = set[str](), set[str]()
     for module in model.modules():
         kind = type(module)

@@ -13,13 +13,15 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, NotRequired, cast
+from typing import Annotated, Any, NotRequired, cast
 
 import numpy as np
 import pandas as pd
+from annotated_types import Gt, Lt
 from typing_extensions import TypedDict
 
 from gradexp.base.errors import UserError
+from gradexp.base.ranges import Count
 from gradexp.base.texts import read_yaml
 from gradexp.base.typed import check, strict
 from gradexp.engine.record import used_digests
@@ -48,8 +50,8 @@ class Untested(TypedDict):
 
 @strict
 class ClaimsFile(TypedDict):
-    confidence: float
-    resamples: int
+    confidence: Annotated[float, Gt(0), Lt(1)]
+    resamples: Count
     claims: list[dict[str, Any]]  # ClaimSpecs, of which `load` checks each
     untested: NotRequired[list[Untested]]
 

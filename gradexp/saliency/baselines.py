@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gradexp import gradients
-from gradexp.base.errors import UserError
+from gradexp.base.errors import UserError, nearest
 from gradexp.base.ranges import Count, NonNegative
 from gradexp.saliency.method import Saliency, over_channels, predicted, upsample, value_range
 
@@ -154,7 +154,10 @@ class GradCAM(Saliency):
         if self.layer is None:
             return gradients.last_tokens(model, images[:1]) or [gradients.last_features(model, images[:1], self.smallest)]
         if self.layer not in modules:
-            raise UserError(f"saliency.layer={self.layer}: the model has no such module; it has {', '.join(modules)}")
+            raise UserError(
+                f"saliency.layer={self.layer}: the model has no such module{nearest(self.layer, modules)} "
+                f"It has {', '.join(filter(None, modules))}"
+            )
         return [self.layer]
 
 

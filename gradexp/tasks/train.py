@@ -9,9 +9,10 @@ import sys
 import traceback
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import distributed, nn
 
-from gradexp.base.errors import Stopped, UserError
+from gradexp.base.errors import Stopped, UserError, choose, nearest
 from gradexp.data.loader import Loader
 from gradexp.engine import assemble
 from gradexp.engine.assemble import make_data, make_hardware, make_model, make_terms
@@ -25,10 +26,13 @@ from gradexp.engine.record import judged
 from gradexp.engine.run import Config, Paths, Run
 from gradexp.engine.task import Finished, Result, Sizes, Task, Upstream, digests_of, images_of
 from gradexp.evaluate.accuracy import accuracy_on_test
+from gradexp.gradients import TARGETS
 from gradexp.layers import ranks
 from gradexp.terms import Term
 from gradexp.training.optim import Optim
 from gradexp.training.targets import make_targets
+
+READ = ("teacher", "start", "maps")  # the upstream runs of a training
 
 # The engine of trainings is imported by the functions that train: make plan needs the class, and Lightning takes seconds.
 if TYPE_CHECKING:
@@ -47,16 +51,21 @@ class Train(Task):
 
     def check(self, run: Run) -> None:
         """Builds data, terms, student and teacher with untrained weights, so that settings that do not fit raise now."""
+        for name in run.upstream.keys() - set(READ):
+            raise UserError(f"upstream.{name}: a training reads {', '.join(READ)}{nearest(name, READ)}")
         hardware, data, terms = make_hardware(run.config), make_data(run), make_terms(run.config)
         _check_teacher(run, terms)
         data.removal = None  # its maps may not be computed yet
         loader = data.train_loader(batch_size=make_optim(run).batch_size, device=hardware.device)
         student, teacher = hardware.place(make_model(run)), None
+        _check_shape(student, loader, data.classes)
         if "start" in run.upstream:
             assemble.start_from(student, make_model(run.upstream["start"], "upstream.start.model").state_dict())
         if "teacher" in run.upstream:
             teacher = hardware.place(make_model(run.upstream["teacher"], "upstream.teacher.model")).eval()
-        for term in terms.values():
+        for name, term in terms.items():
+            if next(term.parameters(), None) is not None:
+                raise UserError(f"method.terms.{name} has parameters, which would not be trained; put them into the model")
             term.check(student)
             term.resolve_layers(student, teacher, loader.example)
 
@@ -85,6 +94,21 @@ class Train(Task):
         if optim["steps"] is not None:
             return float(optim["steps"] * min(optim["batch_size"], train or optim["batch_size"]))
         return None if train is None else float(optim["passes"] * train)
+
+
+def _check_shape(student: nn.Module, loader: Loader, classes: int) -> None:
+    """Raises UserError for a network that does not take the images, or does not give one logit for each class."""
+    shape = " x ".join(map(str, loader.example.shape[1:]))
+    try:
+        with torch.no_grad():
+            logits = student.eval()(loader.example)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"model: it does not take images of {shape} ({str(error).splitlines()[0]})") from None
+    if tuple(logits.shape) != (1, classes):
+        raise UserError(
+            f"model: of an image of {shape} it gives {tuple(logits.shape)}, expected (1, {classes}): data.classes logits"
+        )
+    student.train()
 
 
 def prepare(run: Run, upstream: Upstream) -> Training:
@@ -167,7 +191,11 @@ def _load_teacher(trained: Finished, hardware: Hardware) -> nn.Module:
 
 def _check_teacher(run: Run, terms: dict[str, Term]) -> None:
     """Raises UserError for a method without terms, and for a term whose teacher is missing."""
-    method = run.config["method"]["name"]
+    method, angle = run.config["method"]["name"], run.config["method"].get("angle")
+    if angle is not None:
+        choose("method.angle", angle, *TARGETS)
+        if "teacher" not in run.upstream:
+            raise UserError(f"method.angle={angle} is an angle with a teacher's gradients, and method={method} has no teacher")
     if not terms:
         raise UserError(f"method={method}: every term has weight 0; set a weight, such as method.terms.cross_entropy.weight=1")
     for name, term in terms.items():

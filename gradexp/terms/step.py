@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gradexp import gradients
+from gradexp.base.errors import UserError
 from gradexp.base.ranges import Positive
 from gradexp.data.loader import Batch
 from gradexp.gradients import Layer
@@ -84,7 +85,10 @@ class Step:
         if key not in self._layer_gradients:
             logits, features = self._forward(student_bn)
             if not (self.images.requires_grad or self.student_layers):
-                raise ValueError("a term reads the input-gradient: pass Step(..., differentiable_input=True)")
+                raise UserError(
+                    "this step has no input-gradient: a term that reads it declares its gradient_target, such as 'label'; in "
+                    "Python, pass Step(..., differentiable_input=True)"
+                )
             values = {gradients.INPUT: self.images} if self.images.requires_grad else {}
             values |= {layer: features[layer] for layer in self.student_layers}
             scalar, labels = self._scalar(target)
@@ -201,7 +205,10 @@ class Step:
     @property
     def _teacher(self) -> Targets:
         if self.teacher is None:
-            raise ValueError("this step has no teacher: pass Step(..., teacher=Targets(model, with_gradient=True))")
+            raise UserError(
+                "this step has no teacher: a term that reads it declares needs_teacher = True; in Python, pass "
+                "Step(..., teacher=Targets(model, with_gradient=True))"
+            )
         return self.teacher
 
 

@@ -12,6 +12,7 @@ import lightning
 import torch
 from torch import Tensor, nn
 
+from gradexp.base.errors import UserError
 from gradexp.data.loader import Batch, mix, send
 from gradexp.layers import ranks
 from gradexp.terms import Step, Term
@@ -95,7 +96,7 @@ class Classifier(lightning.LightningModule):
             student_layers=self.student_layers,
             student_biases=self.student_biases,
         )
-        parts = {name: term.weight * term(step) for name, term in self.terms.items()}
+        parts = {name: self._weighted(name, term, step) for name, term in self.terms.items()}
         loss = torch.stack(list(parts.values())).sum()
         part = ranks.part(batch.images)  # this process's share of the batch: terms are means over its own images
         values = {f"train/loss/{name}": value for name, value in parts.items()} | {"train/loss": loss} | self.observe(step)
@@ -103,6 +104,16 @@ class Classifier(lightning.LightningModule):
         if self._summed == self.steps_per_pass or self.global_step + 1 == self.total_steps:
             self._end_pass()
         return loss * (part * ranks.world())  # the processes' gradients are averaged
+
+    def _weighted(self, name: str, term: Any, step: Step) -> Tensor:
+        try:
+            value = term(step)
+        except UserError as error:
+            raise UserError(f"method.terms.{name}: {error}") from None
+        if not isinstance(value, Tensor) or value.ndim:
+            what = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise UserError(f"method.terms.{name}: forward returned {what}, expected a scalar tensor, a mean over the batch")
+        return term.weight * value
 
     def observe(self, step: Step) -> dict[str, Tensor]:
         """Scalars of a step, beside losses, that become curves; a step may lack some. Here: what the terms observed."""

@@ -124,7 +124,8 @@ class StoredTargets(Targets):
             for name, values in self._values(start, start + CANARY, self.compute).items():
                 distance = (values.float() - self.stored[name][start : start + CANARY].float()).norm()
                 if not distance <= 0.05 * values.float().norm():  # not `>`, which NaN would pass
-                    raise UserError(f"stored teacher targets in {self.folder} are not this teacher's; delete that folder")
+                    wrong = "are not this teacher's, or were computed by other code"
+                    raise UserError(f"stored teacher targets in {self.folder} {wrong}; delete that folder")
 
 
 def make_targets(

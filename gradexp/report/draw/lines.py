@@ -14,7 +14,6 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
-from gradexp.base.errors import UserError, nearest
 from gradexp.engine.record import Record, value_of
 from gradexp.report.figures import COLUMN_WIDTH, PALETTE, Row, Series
 from gradexp.report.specs import FigureSpec, Thesis, read_thesis
@@ -81,7 +80,8 @@ def _line(axes: Axes, one: Series, x: Any, metric: str, colour: str) -> list[Row
 # --- saliency methods (Chapter 3) ---------------------------------------------------------------------------
 
 # colour (Okabe and Ito's), marker, dashes: distinguishable without colour. Variants of a method share its colour.
-METHODS = {
+Style = tuple[str, str, Any]  # colour, marker, dashes
+METHODS: dict[str, Style] = {
     "Random": ("#999999", "x", "-"),
     "Input-gradient": ("#0072B2", "s", "-"),
     "Integrated gradients": ("#CC79A7", "^", "-"),
@@ -94,6 +94,8 @@ METHODS = {
     "FullGrad, not rescaled": ("#D55E00", "X", (0, (6, 1.5))),
     "FullGrad, no abs": ("#D55E00", "*", (0, (1, 1.5))),
 }
+# Of methods that are not among these: one of a user's own.
+SPARE: list[Style] = [("#332288", "<", "-."), ("#882255", ">", "-."), ("#117733", "p", "-."), ("#661100", "h", "-.")]
 CHANGE = "output_change@removed="
 AREA = "output_change_area"
 BASELINE = "untouched"
@@ -105,9 +107,7 @@ THESIS: Any = {"marker": "o", "markerfacecolor": "none", "linestyle": "none", "a
 
 def style(label: str) -> dict[str, Any]:
     """Arguments of `plot` for a method. Random's line is broad and below the others, so that none hides it."""
-    if label not in METHODS:
-        raise UserError(f"series {label!r} has no style in METHODS of {__name__}{nearest(label, METHODS)}")
-    colour, marker, dashes = METHODS[label]
+    colour, marker, dashes = METHODS.get(label) or SPARE[sum(label.encode()) % len(SPARE)]
     below = {"linewidth": 3.0, "alpha": 0.6, "zorder": 1} if label == "Random" else {"zorder": 3 if "FullGrad" in label else 2}
     return {"color": colour, "marker": marker, "linestyle": dashes, "markersize": 3.5, "linewidth": 1.2, **below}
 
