@@ -98,7 +98,7 @@ def test_the_tasks_of_an_array_really_run(tmp_path: Path, cluster: dict[str, str
 def test_preempted_tasks_are_queued_again_and_resume(tmp_path: Path, cluster: dict[str, str]) -> None:
     """SIGTERM in the middle of a training: a checkpoint, exit code 143, the queue; the next call finishes it."""
     environment = cluster | {"TASKS": "0"}  # tests/test_budget.py has two at a time
-    places = f"paths.results={tmp_path}/results paths.outputs={tmp_path}/outputs trainer.checkpoint_every=0.3 logger=none"
+    places = f"paths.results={tmp_path}/results paths.outputs={tmp_path}/outputs trainer.checkpoint_every=0 logger=none"
     command = f"{sys.executable} scripts/reproduce.py 'table 2.1' --budget 20m --scale quick --workers 1 --set {places}"
 
     def preempted(condition: Callable[[], bool]) -> None:

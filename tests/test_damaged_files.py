@@ -206,7 +206,7 @@ def test_a_piece_of_another_run_is_made_again(fault: str, tmp_path: Path) -> Non
 
     class Hardware:
         def facts(self, *, mixed: bool) -> dict[str, str]:
-            return {"device": "cpu", "precision": "32"}
+            return {"device": "cpu", "precision": "32", "threads": 1}
 
     def pieces(name: str, folder: Path) -> Pieces:
         run: Any = type("R", (), {"name": "x", "id": name, "pieces": folder})()

@@ -112,8 +112,12 @@ def test_null_leaves_a_default_and_choice_takes_a_group() -> None:
 
     node = {"_target_": "torch.optim.Adam", "_partial_": True, "lr": 0.1, "weight_decay": None}
     assert build(node, where="optim.optimizer").keywords == {"lr": 0.1}
+    other = {**node, "_target_": "torch.optim.Rprop"}  # which has none
+    assert build(other, where="optim.optimizer").keywords == {"lr": 0.1}
     with pytest.raises(UserError, match="takes no such key"):
-        build({**node, "weight_dekay": None}, where="optim.optimizer")
+        build({**node, "weight_dekay": 0}, where="optim.optimizer")
+    with pytest.raises(UserError, match="takes no such key"):
+        build({"_target_": "gradexp.terms.CrossEntropy", "weight": 1, "wait": None}, where="method.terms.cross_entropy")
 
 
 def test_logits_that_are_no_numbers_have_no_accuracy() -> None:

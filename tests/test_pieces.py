@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gradexp.engine import evaluation
+from gradexp.engine import evaluation, origin
 from gradexp.engine.clocks import Progress
 from gradexp.engine.compose import compose_run
 from gradexp.engine.ensure import ensure
@@ -20,7 +20,7 @@ TINY = ["scale=quick", "trainer.threads=1", "logger=none", "+upstream.model.opti
 
 
 def begun(folder: Path, weights: str = "aa") -> Pieces:
-    hardware = SimpleNamespace(facts=lambda **_: {"device": "here", "precision": "32"})
+    hardware = SimpleNamespace(facts=lambda **_: {"device": "here", "precision": "32", "threads": 1})
     run = SimpleNamespace(name="look", id="0", pieces=folder)
     return Pieces(run, hardware, {"model": weights})  # type: ignore[arg-type]
 
@@ -71,14 +71,14 @@ def test_a_record_has_the_seconds_and_the_code_of_earlier_attempts(tmp_path: Pat
     monkeypatch.setattr(
         evaluation, "clocks", SimpleNamespace(CLOCKS=("wall", "cpu"), read=dict, since=lambda _: {"wall": 2, "cpu": 1})
     )
-    monkeypatch.setattr(evaluation, "git_state", lambda: {"commit": "old", "dirty": False})
+    monkeypatch.setattr(origin, "git_state", lambda: {"commit": "old", "dirty": False})
     squared(begun(tmp_path), [3, 4, 5], until=5)
     for commit in ("old", "new"):
-        monkeypatch.setattr(evaluation, "git_state", lambda commit=commit: {"commit": commit, "dirty": False})
+        monkeypatch.setattr(origin, "git_state", lambda commit=commit: {"commit": commit, "dirty": False})
         work = begun(tmp_path)
         squared(work, [3, 4, 5], until=5)
         assert work.facts()["earlier_seconds"] == {"wall": 4, "cpu": 2}
-        commits = [origin["git"]["commit"] for origin in work.facts().get("attempts", [])]
+        commits = [earlier["git"]["commit"] for earlier in work.facts().get("attempts", [])]
         assert commits == ([] if commit == "old" else ["old"])
 
 

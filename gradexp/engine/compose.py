@@ -87,8 +87,12 @@ def _plan(overrides: tuple[str, ...], config: Config) -> Run:
 
 
 def _check_added(overrides: Sequence[str], config: Config, names: Sequence[str]) -> None:
-    """Raises UserError for an upstream run that a command adds to an experiment and that nothing uses."""
-    added = {match[1] for word in overrides if (match := re.match(r"\+{1,2}upstream\.(\w+)", word))} - set(names)
+    """Raises UserError for an upstream run that a command adds to an experiment and that nothing uses.
+
+    A teacher may be set for all methods of a sweep, also for those without one.
+    """
+    found = {match[1] for word in overrides if (match := re.match(r"\+{1,2}upstream\.(\w+)", word))}
+    added = found - {"teacher", *names}
     own = tuple(word for word in overrides if word.startswith(("experiment=", "scale="))) if added else ()
     if own and (unused := sorted(added - set(_compose(own)["upstream"]))):
         user = f"method {config['method']['name']}" if "method" in config else f"experiment {config['name']}"

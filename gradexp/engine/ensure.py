@@ -20,7 +20,7 @@ from gradexp.engine import clocks, plugins
 from gradexp.engine.build import check_settings
 from gradexp.engine.origin import SOURCES, git_state, versions
 from gradexp.engine.record import Record, faults, finite, judged, read_record, write_arrays, write_record
-from gradexp.engine.run import Run
+from gradexp.engine.run import Run, hardware
 from gradexp.engine.task import Finished, Task, Upstream, task_of
 
 WAITING_EVERY = 180.0  # seconds between the lines of a process that waits for another one
@@ -34,7 +34,7 @@ def ensure(run: Run, *, product: bool = False, waits: bool = True) -> Record:
     waits: for another process that is doing the run or an upstream run of it. Raises BusyError instead where it is false.
     """
     if (record := _usable_record(run, product)) and not (run.checkpoint.exists() or run.pieces.exists()):
-        check_settings({"trainer": run.config["trainer"]})  # which decide nothing here, but may be mistyped
+        check_settings(hardware(run.config))  # which decides nothing here, but may be mistyped
         _note_changes(run, record)
         return record
     with _locked(run, waits):
