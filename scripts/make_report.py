@@ -48,6 +48,7 @@ def page(scale: str, paths: Paths, plan: Planner) -> str:
         settings,
         made_by=f"gradexp {__version__}, commit {(git['commit'] or 'none')[:8]}{' (dirty)' if git['dirty'] else ''}",
         explanation=claims.explanation(judged),
+        findings=judged.findings,
         unshown=unshown.find(scale, plan, paths.results),
         bench=[measured(file) for file in sorted((paths.results / "bench").glob("*.json"))],
         costs=plan_rows,

@@ -409,6 +409,19 @@ def test_what_is_not_tested_is_listed(tmp_path: Path) -> None:
         claims.load(file)
 
 
+def test_a_chapter_says_what_its_evidence_is_at_the_scale(tmp_path: Path) -> None:
+    file = tmp_path / "claims.yaml"
+    spec = {"id": "x", "section": "§2.6", "claim": "", "item": "table 2.1", "greater": ["Match {A + J}", "Cross-Entropy (CE)"]}
+    content = {"confidence": 0.95, "resamples": 500, "claims": [spec]}
+    file.write_text(yaml.safe_dump(content | {"findings": {"2": {"quick": "Jacobians\nhelp <b>.", "cpu": "Not here."}}}))
+    page = claims.to_markdown(claims.read(file, "quick", at(tmp_path, fake_plan)), "quick")
+    assert "### Chapter 2\n\nJacobians help &lt;b>.\n\n1 claims" in page and "Not here." not in page
+    for findings, message in (({"3": {"cpu": "A"}}, "no claim is of chapter '3'; expected 2"), ({"2": {"gpu": "A"}}, "gpu")):
+        file.write_text(yaml.safe_dump(content | {"findings": findings}))
+        with pytest.raises(UserError, match=message):
+            claims.load(file)
+
+
 def test_a_file_without_claims_is_an_error(tmp_path: Path) -> None:
     file = tmp_path / "claims.yaml"
     file.write_text("confidence: 0.95\nresamples: 99\nclaims: []\n")

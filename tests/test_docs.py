@@ -6,10 +6,13 @@ import shlex
 import subprocess
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from commands import run_python
 
+from gradexp.engine.compose import plan
 from gradexp.engine.run import ROOT
+from gradexp.report.comparisons import CellName, Grid
 
 
 def blocks(page: str, language: str) -> list[tuple[str, str]]:
@@ -146,3 +149,50 @@ def test_readme_commands_compose() -> None:
     assert len(typed) >= 4
     for line in typed:
         check_overrides(shlex.split(line.partition("#")[0])[2:])
+
+
+def mean(item: str, row: str, column: str, metric: str | None = None) -> float:
+    """The mean over seeds of a cell of the committed records at scale=cpu."""
+    return float(Grid(item, None, "cpu", plan).values(CellName(row, column, metric))["value"].mean())
+
+
+def test_headline_numbers_of_the_readme_are_those_of_the_records() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = {"ce": "Cross-Entropy (CE)", "a": "CE + match activations (A)", "a_j": "CE + match {A + J}"}
+    small = [f"{mean('table 2.1', row, '5'):.1f}" for row in rows.values()]
+    assert small == re.findall(r"\| \**(\d+\.\d)\** \| \**\d+\.\d\** \|$", text, re.MULTILINE)
+
+    def here(of: str) -> str:
+        (line,) = re.findall(rf"^\| {of}.*$", text, re.MULTILINE)
+        return line.split(" | ")[2]
+
+    def left(row: str) -> float:
+        noisy, clean = (mean("table 2.2", row, f"{noise}", f"test/accuracy@noise={noise}") for noise in ("0.4", "0"))
+        return 100 * noisy / clean
+
+    ten = [mean("table 2.1", rows[name], "10") for name in ("a", "a_j")]
+    assert here("Test accuracy") == "{:.1f} → {:.1f} %".format(*ten)
+    assert here("Share of accuracy") == f"{left('λ = 0'):.0f} → {left('λ = 0.01'):.0f} % (λ = 0.01)"
+    transfer = [mean("table 2.3", row, "10") for row in (rows["a"], rows["a_j"])]
+    assert here("Transfer") == "{:.1f} → {:.1f} %, undecided".format(*transfer)
+    flips = [mean("table 3.1", "Δ log-odds", method) for method in ("FullGrad (no abs)", "IntegratedGrad")]
+    assert here("Digit flipping") == "{:.1f} ({:.1f})".format(*flips)
+    names = ("iG, squared, mean over pixels", "iG, unsquared", "iG, squared, sum over pixels")
+    start, *gains = (mean("table 4.1-readings", row, "test accuracy (%)") for row in ("nothing", *names))
+    assert here("Gain") == "{:.1f}, {:.1f} or {:.1f}, by the distance".format(*(gain - start for gain in gains))
+
+
+def test_verdicts_counted_in_the_readme_are_those_of_the_claims() -> None:
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    claims = pd.read_csv(ROOT / "results/claims/cpu.csv")
+    other = claims["section"].str.startswith("other")
+    claims = claims[~other]
+    count = claims.groupby("verdict").size()
+    seeds, images = (claims[claims["unit"] == unit].groupby("verdict").size() for unit in ("seeds", "images"))
+    decided = count.reindex(["holds", "contradicted", "undecided"]).sum()
+    assert f"tests {len(claims)} claims of the thesis on our records. {decided} have a verdict so far" in text
+    assert f"over seeds, {seeds['holds']} holds and {seeds['undecided']} are undecided" in text
+    assert f"one network, {images['holds']} hold, {images['contradicted']} are contradicted" in text
+    assert f"and {images['undecided']} are undecided. {count['direction only']} have only a direction" in text
+    assert f"{count['not run']} wait for runs" in text and f"{count['withheld']} are withheld" in text
+    assert f"{count['not part of this scale']} are about cells" in text and f"{other.sum()} other readings" in text

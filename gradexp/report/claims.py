@@ -11,7 +11,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, NotRequired, cast
 
@@ -27,7 +27,7 @@ from gradexp.base.typed import check, strict
 from gradexp.engine.record import used_digests
 from gradexp.engine.run import Run
 from gradexp.report import specs
-from gradexp.report.comparisons import ClaimSpec, Grid, Pair, pairs
+from gradexp.report.comparisons import ClaimSpec, Grid, Pair, Scale, pairs
 from gradexp.report.inference import BOOTSTRAP_FROM, Estimate, estimate, estimate_over_images, holm
 from gradexp.report.specs import Planner
 from gradexp.report.unshown import Unshown
@@ -35,7 +35,7 @@ from gradexp.report.writing import csv, rendered, write_beside
 
 OTHER = "other"  # the chapter of second readings of a claim, and of substitutes for one
 VERDICTS = ("holds", "contradicted", "undecided", "direction only", "withheld", "not part of this scale", "not run")
-NUMBERS = ["thesis", "noise", *(field.name for field in fields(Estimate) if field.name != "n")]
+NUMBERS = ["thesis", "noise", *(each.name for each in fields(Estimate) if each.name != "n")]
 COLUMNS = ["id", "label", "in_scale", "fitted", "runs", "seeds", "n", *NUMBERS]  # of Judged.comparisons
 
 
@@ -53,6 +53,7 @@ class ClaimsFile(TypedDict):
     confidence: Annotated[float, Gt(0), Lt(1)]
     resamples: Count
     claims: list[dict[str, Any]]  # ClaimSpecs, of which `load` checks each
+    findings: NotRequired[dict[str, dict[Scale, str]]]  # what a chapter's evidence says, by chapter and scale
     untested: NotRequired[list[Untested]]
 
 
@@ -63,10 +64,19 @@ def load(file: Path) -> ClaimsFile:
         raise UserError(f"{file} holds no claim; add one, or delete the file")
     for spec in content["claims"]:
         check(ClaimSpec, spec, f"{file.name}, claim {spec.get('id')}")
+    known = {_chapter(spec) for spec in content["claims"]}
+    for chapter in content.get("findings", {}):
+        if chapter not in known:
+            raise UserError(f"{file.name}, findings: no claim is of chapter {chapter!r}; expected {', '.join(sorted(known))}")
     for name, count in Counter(spec["id"] for spec in content["claims"]).items():
         if count > 1:
             raise UserError(f"{file.name}: the id {name} is used {count} times; rename one claim")
     return content
+
+
+def _chapter(spec: Mapping[str, Any]) -> str:
+    section = spec["section"]
+    return OTHER if section.startswith(OTHER) else section.lstrip("§").partition(".")[0]
 
 
 # --- verdicts ---------------------------------------------------------------------------------------------
@@ -87,6 +97,7 @@ class Judged:
     comparisons: pd.DataFrame
     confidence: float
     untested: Sequence[Untested] = ()
+    findings: Mapping[str, str] = field(default_factory=dict)  # by chapter
 
 
 def read(file: Path, scale: str, plan: Planner) -> Judged:
@@ -104,11 +115,13 @@ def read(file: Path, scale: str, plan: Planner) -> Judged:
         withheld: Mapping[Any, str] = spec.get("withheld", {})
         texts = {"claim": spec["claim"], "because": spec.get("because", ""), "withheld": withheld.get(scale, "")}
         row = {key: " ".join(text.split()) for key, text in texts.items()} | {"unit": spec.get("unit", "seeds")}
-        row |= {"chapter": OTHER if spec["section"].startswith(OTHER) else spec["section"].lstrip("§").partition(".")[0]}
-        claims.append({"id": spec["id"], "section": spec["section"], "item": spec["item"], "comparable": grid.comparable} | row)
+        named = {"id": spec["id"], "section": spec["section"], "chapter": _chapter(spec), "item": spec["item"]}
+        claims.append({**named, "comparable": grid.comparable, **row})
     numbers = pd.DataFrame(comparisons, columns=COLUMNS).astype(dict.fromkeys(NUMBERS, float))
-    untested = content.get("untested", [])
-    return judge(Judged(pd.DataFrame(claims).set_index("id"), numbers, content["confidence"], untested))
+    by_scale: Mapping[str, Mapping[Any, str]] = content.get("findings", {})
+    findings = {chapter: " ".join(texts[scale].split()) for chapter, texts in by_scale.items() if scale in texts}
+    frame = pd.DataFrame(claims).set_index("id")
+    return judge(Judged(frame, numbers, content["confidence"], content.get("untested", []), findings))
 
 
 def _comparisons(spec: ClaimSpec, grid: Grid, content: ClaimsFile) -> list[dict[str, Any]]:
@@ -258,7 +271,7 @@ def to_csv(found: Judged) -> str:
 def to_markdown(found: Judged, scale: str, unshown: Sequence[Unshown] = ()) -> str:
     """A table of verdicts for each chapter, every comparison behind them, and the records that no table or figure shows."""
     content = {"claims": views(found), "explanation": explanation(found), "tally": tally}
-    content |= {"untested": found.untested, "unshown": unshown}
+    content |= {"untested": found.untested, "findings": found.findings, "unshown": unshown}
     return rendered("claims.md", scale=scale, **content)
 
 

@@ -187,9 +187,11 @@ def render(
     bench: Sequence[View] = (),
     costs: Sequence[View] = (),
     explanation: Sequence[str] = (),
+    findings: Mapping[str, str] = {},
     unshown: Sequence[Unshown] = (),
 ) -> str:
-    """The page. views: as for `chapters`; made_by: version and commit of the code; explanation: of verdicts, in Markdown."""
+    """The page. views: as for `chapters`; made_by: version and commit of the code; explanation: of verdicts, in Markdown;
+    findings: of chapters, in Markdown."""
     script = (PAGES / "page.js").read_text(encoding="utf-8")
     records = sorted(panels.records.values(), key=lambda record: (record["experiment"], record["id"]))
     return rendered(
@@ -201,6 +203,7 @@ def render(
         bench=bench,
         costs=costs,
         explanation=explanation,
+        findings=findings,
         unshown=unshown,
         made_by=made_by,
         origin=provenance.origin_of(cast(list[Record], records)).sentences,
