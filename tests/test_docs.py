@@ -179,6 +179,9 @@ def test_headline_numbers_of_the_readme_are_those_of_the_records() -> None:
     assert here("Digit flipping") == "{:.1f} ({:.1f})".format(*flips)
     names = ("iG, squared, mean over pixels", "iG, unsquared", "iG, squared, sum over pixels")
     start, *gains = (mean("table 4.1-readings", row, "test accuracy (%)") for row in ("nothing", *names))
+    metrics = ("energy/logit/after", "test/accuracy/before", "test/accuracy")
+    fooled = [mean("figure 5.5", "VGG-11", "", metric) for metric in metrics]
+    assert here("Energy") == "{:.0f} %; {:.1f} → {:.1f} %".format(*fooled)
     assert here("Gain") == "{:.1f}, {:.1f} or {:.1f}, by the distance".format(*(gain - start for gain in gains))
 
 
