@@ -34,6 +34,7 @@ from gradexp import layers, saliency
 from gradexp.base.files import write_atomically
 from gradexp.data.loader import Batch, TensorLoader
 from gradexp.data.sources import Split
+from gradexp.engine.assemble import make_optim
 from gradexp.engine.build import build
 from gradexp.engine.clocks import peak_memory_mib
 from gradexp.engine.compose import compose_run
@@ -42,8 +43,8 @@ from gradexp.engine.origin import git_state, versions
 from gradexp.engine.run import ROOT
 from gradexp.layers import ranks
 from gradexp.terms import AttentionJacobian, CrossEntropy, Fooling, Term
-from gradexp.terms.targets import Targets
 from gradexp.training.distillation import Distillation
+from gradexp.training.targets import live_targets
 
 DDP_TOLERANCES = 1e-4, 1e-2  # of the first loss, recorded with five digits; of all: Adam divides small gradients by their size
 EQUAL = 1e-5  # relative error of numbers that are the same but for the order of a GPU's sums
@@ -169,11 +170,10 @@ def make_step(
         layout = torch.channels_last if setting.channels_last else torch.contiguous_format
         student, teacher = (layers.accelerate(net.to(device)).to(memory_format=layout) for net in (student, teacher))
         batch = Batch(batch.images.to(device).contiguous(memory_format=layout), batch.labels.to(device), batch.row, batch.view)
-    names = list(dict.fromkeys(layer for term in terms.values() for layer in term.teacher_layers))
     options: dict[str, Any] = {"steps_per_pass": 10**9, "seed": 0}
     if any(term.needs_teacher for term in terms.values()):
-        options["targets"] = Targets(teacher, with_gradient=True, layers=names)
-    optim = build(compose_run(["experiment=jacobian_distill"])["optim"], where="optim")
+        options["targets"] = live_targets(teacher, terms.values())
+    optim = make_optim(compose_run(["experiment=jacobian_distill"]))
     module = Distillation(student, terms, optim, **options).train()
     teacher.eval()
     parameters = list(student.parameters())

@@ -13,8 +13,11 @@ from gradexp.engine.exits import exit_on_errors
 from gradexp.engine.run import ROOT, Run
 from gradexp.engine.task import task_of
 from gradexp.report import costs
+from gradexp.report.writing import table_lines
 
 HOURS = (1, 10, 100)
+COLUMNS = ["table", "hours", "training", "student", "GFLOP per image", "MB per image", "operations per step", "batch"]
+COLUMNS += ["precision", "computed ms per step"]
 START = 20.0  # seconds that any run takes: imports, data, evaluation
 
 
@@ -65,43 +68,31 @@ def head() -> list[str]:
 
 def steps(items: Mapping[str, Sequence[Run]], units: Mapping[str, Unit], seconds: Mapping[str, float]) -> list[str]:
     """A line for each method and student of each table and of its upstream runs, in the reading with the slowest step."""
-    head = [
-        "table",
-        "hours",
-        "training",
-        "student",
-        "GFLOP per image",
-        "MB per image",
-        "operations per step",
-        "batch",
-        "precision",
-    ]
-    lines = ["## The steps of each table", "", "Hours are those of the whole table with its upstream runs.", ""]
-    lines += [f"| {' | '.join([*head, 'computed ms per step'])} |", "|---" * (len(head) + 1) + "|"]
+    rows: list[list[str]] = []
     for item, runs in items.items():
+        if not item.startswith("table"):
+            continue
         needed = list(costs.needed(runs))
         slowest: dict[tuple[str, str], Unit] = {}
-        for run in needed if item.startswith("table") else ():
+        for run in needed:
             if "optim" in run.config:
-                kind, unit = (
-                    (f"{run.name} {run.config['method']['name']}", run.config["model"]["name"]),
-                    units[costs.signature(run.config)],
-                )
-                slowest[kind] = max(unit, slowest.get(kind, unit), key=lambda unit: unit.gpu_seconds * unit.batch)
+                kind = (f"{run.name} {run.config['method']['name']}", run.config["model"]["name"])
+                unit = units[costs.signature(run.config)]
+                slowest[kind] = max(unit, slowest.get(kind, unit), key=step_seconds)
         first = [item, f"{sum(seconds[run.id] for run in needed) / 3600:.1f}"]
-        for (training, student), unit in slowest.items():
-            numbers = [
-                f"{unit.flops / 1e9:.2f}",
-                f"{unit.bytes / 1e6:.0f}",
-                f"{unit.launches}",
-                f"{unit.batch:.0f}",
-                unit.precision,
-            ]
-            lines.append(
-                f"| {' | '.join([*first, training, student, *numbers, f'{1e3 * unit.gpu_seconds * unit.batch:.1f}'])} |"
-            )
-            first = ["", ""]
-    return [*lines, ""]
+        for number, (kind, unit) in enumerate(slowest.items()):
+            rows.append([*(["", ""] if number else first), *kind, *numbers_of(unit)])
+    title = ["## The steps of each table", "", "Hours are those of the whole table with its upstream runs.", ""]
+    return [*title, *table_lines(COLUMNS, rows), ""]
+
+
+def step_seconds(unit: Unit) -> float:
+    return unit.gpu_seconds * unit.batch
+
+
+def numbers_of(unit: Unit) -> list[str]:
+    sizes = [f"{unit.flops / 1e9:.2f}", f"{unit.bytes / 1e6:.0f}", f"{unit.launches}", f"{unit.batch:.0f}"]
+    return [*sizes, unit.precision, f"{1e3 * step_seconds(unit):.1f}"]
 
 
 def hours(items: Mapping[str, Sequence[Run]], seconds: Mapping[str, float]) -> list[str]:

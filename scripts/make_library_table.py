@@ -7,9 +7,7 @@ architecture with a row is not computed again; `--again NAME` computes its row a
 from __future__ import annotations
 
 import argparse
-import csv
 import gc
-import io
 import math
 import re
 import tempfile
@@ -31,7 +29,7 @@ from gradexp.base.files import write_atomically
 from gradexp.engine.exits import exit_on_errors
 from gradexp.engine.run import ROOT
 from gradexp.layers import only_inputs
-from gradexp.report.writing import line
+from gradexp.report.writing import table_lines
 
 ROWS = ROOT / "results" / "library.csv"
 PAGE = ROOT / "docs" / "library.md"
@@ -124,8 +122,7 @@ def network(name: str, size: int = SIZE) -> nn.Module:
     if name in ("googlenet", "inception_v3"):
         options = {"aux_logits": False, "init_weights": False}
     torch.manual_seed(0)
-    model: nn.Module = torchvision.models.get_model(name, weights=None, **options)
-    return model
+    return torchvision.models.get_model(name, weights=None, **options)
 
 
 def perturbed(model: nn.Module) -> nn.Module:
@@ -182,18 +179,12 @@ def first_line(error: Exception) -> str:
 
 
 def read(path: Path) -> dict[str, dict[str, str]]:
-    if not path.exists():
-        return {}
-    with path.open(encoding="utf-8", newline="") as file:
-        return {row["architecture"]: row for row in csv.DictReader(file)}
+    rows: list[Any] = pd.read_csv(path, dtype=str, keep_default_na=False).to_dict("records") if path.exists() else []
+    return {row["architecture"]: row for row in rows}
 
 
 def to_csv(rows: dict[str, dict[str, str]]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(row for _, row in sorted(rows.items()))
-    return text.getvalue()
+    return pd.DataFrame([row for _, row in sorted(rows.items())], columns=COLUMNS).to_csv(index=False)
 
 
 def table(rows: dict[str, dict[str, str]], sizes: dict[str, int]) -> list[str]:
@@ -209,7 +200,7 @@ def table(rows: dict[str, dict[str, str]], sizes: dict[str, int]) -> list[str]:
         }
         for name, row in sorted(rows.items())
     )
-    lines = [line(frame.columns), "|---" * frame.shape[1] + "|", *map(line, frame.to_numpy().tolist())]
+    lines = table_lines(list(frame.columns), frame.to_numpy().tolist())
     left = [f"{name} ({math.floor(size / 1e6)} M)" for name, size in sizes.items() if name not in rows]
     return [*lines, "", f"Not computed (parameters in brackets): {', '.join(left)}."] if left else lines
 

@@ -22,11 +22,11 @@ from torch.utils.flop_counter import flop_registry
 from gradexp import gradients, layers
 from gradexp.base.files import write_atomically
 from gradexp.data.loader import Batch
-from gradexp.engine.assemble import make_terms
+from gradexp.engine.assemble import make_model, make_optim, make_terms
 from gradexp.engine.build import build
 from gradexp.engine.run import ROOT, Config
 from gradexp.evaluate.model_randomisation import layers_from_output
-from gradexp.terms.targets import Targets
+from gradexp.training.targets import live_targets
 
 if TYPE_CHECKING:
     from gradexp.training.classifier import Classifier
@@ -135,35 +135,30 @@ def make_module(config: Config, student: nn.Module, teacher: nn.Module | None, e
         term.resolve_layers(student, teacher, example)
     if any(term.gradient_target for term in terms.values()):
         layers.accelerate(student)
-    optim = build(config["optim"], where="optim")
+    optim = make_optim(config)
     options: dict[str, Any] = {}
     if teacher is not None:
-        names = list(dict.fromkeys(layer for term in terms.values() for layer in term.teacher_layers))
         angle = config["method"].get("angle")
-        with_gradient = angle is not None or any(term.gradient_target for term in terms.values())
-        options = {"targets": Targets(teacher, with_gradient=with_gradient, layers=names)} | ({"angle": angle} if angle else {})
+        options = {"targets": live_targets(teacher, terms.values(), angle), **({"angle": angle} if angle else {})}
     node = {"_target_": config["method"]["module"]}
     common = {"student": student, "terms": terms, "optim": optim, "seed": 0, "steps_per_pass": 10**9}
-    module: Classifier = build(node, where="method.module", **common, **options)
-    return module
+    return build(node, where="method.module", **common, **options)
 
 
 def training(config: Config) -> Operations:
     """A step of the run's training without the optimizer's single pass over the parameters."""
     size, batch = config["data"]["size"], config["optim"]["batch_size"]
     with META:
-        student, teacher = network(config), network(config["upstream"]["teacher"]) if "teacher" in config["upstream"] else None
+        student, teacher = (
+            make_model(config),
+            make_model(config["upstream"]["teacher"]) if "teacher" in config["upstream"] else None,
+        )
         example = torch.zeros(1, config["data"]["channels"], size, size)
         module = make_module(config, student, teacher, example)
         rows = torch.zeros(batch, dtype=torch.long)
         images = Batch(example.expand(batch, -1, -1, -1), rows, rows, rows)
     precision = "32" if module.full_precision or str(config["trainer"]["precision"]) == "32" else "bf16"
     return counted(lambda: module._loss(images).backward(), batch, precision)  # type: ignore[no-untyped-call]
-
-
-def network(config: Config) -> nn.Module:
-    model: nn.Module = build(config["model"], where="model")
-    return model
 
 
 # --- everything else --------------------------------------------------------------------------------------
@@ -194,7 +189,7 @@ def _frozen(config: Config, name: str) -> tuple[nn.Module, Tensor]:
     size = config["data"]["size"]
     with META:
         images = torch.zeros(BATCH, config["data"]["channels"], size, size)
-        return network(config["upstream"][name]).eval().requires_grad_(False), images
+        return make_model(config["upstream"][name]).eval().requires_grad_(False), images
 
 
 def _score(config: Config) -> Operations:
@@ -265,7 +260,7 @@ def _unit(config: Config) -> Unit:
     unit = unit_of(config)
     trains = "optim" in config
     with META:
-        parameters = sum(parameter.numel() for parameter in network(config).parameters()) if trains else 0
+        parameters = sum(parameter.numel() for parameter in make_model(config).parameters()) if trains else 0
     name = " ".join(filter(None, [config["name"], config.get("method", {}).get("name", "")]))
     seconds = unit.seconds_on(H100[unit.precision])
     return Unit(name, unit.flops, unit.bytes, len(unit.each), unit.images, unit.precision, seconds, parameters)

@@ -11,7 +11,7 @@ import torch
 from common import arguments, planner, shared
 from joblib import cpu_count
 
-from gradexp.engine.build import build
+from gradexp.engine.assemble import declare_hardware
 from gradexp.engine.compose import compose_ahead
 from gradexp.engine.exits import exit_on_errors
 from gradexp.engine.hardware import Hardware
@@ -27,7 +27,7 @@ def main() -> None:
     given = arguments(__doc__).parse_args()
     with exit_on_errors():
         config = shared(given.scale, given.set)
-        paths, hardware = Paths.of(config), build(config["trainer"], where="trainer")
+        paths, hardware = Paths.of(config), declare_hardware(config)
         history = known(paths, hardware)
         compose_ahead(itertools.chain(*costs.items(given.scale).values()), given.set)
         rows = costs.build(given.scale, planner(given.set), history)
@@ -51,7 +51,7 @@ class Estimates:
     """
 
     def __init__(self, config: Config, runs: Iterable[Run]) -> None:
-        self.paths, self.hardware = Paths.of(config), build(config["trainer"], where="trainer")
+        self.paths, self.hardware = Paths.of(config), declare_hardware(config)
         self.history = known(self.paths, self.hardware)
         needed = [run.config for run, to_do in costs.needed(runs).items() if to_do]
         count(needed, self.history, self.hardware)

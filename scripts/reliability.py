@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from gradexp.engine.launchers import Work, start_process
 from gradexp.engine.origin import git_state
 from gradexp.engine.record import read_record
 from gradexp.engine.run import ROOT
+from gradexp.report.writing import table_lines
 
 TINY = ("scale=quick", "scale.width=0.04", "data.per_class=8", "trainer.threads=1", "trainer.strict=true", "logger=none")
 BELOW = ("optim.passes=30", "trainer.checkpoint_every=0")
@@ -273,7 +275,7 @@ def damage(file: Path) -> None:
     file.write_bytes(content)
 
 
-def damaged(what: str, pattern: str, message: str, folder: Path, *, stops: bool = False) -> Trial:
+def damaged(what: str, pattern: str, message: str, folder: Path, *, stops: bool) -> Trial:
     """Damages a file that a run left half-way, or that it needs, and tries again."""
     words, place = EXPERIMENTS["teacher targets"], folder / "place"
     expect(finish(work(folder / "whole", words)) == 0, "the undisturbed run failed")
@@ -288,13 +290,13 @@ def damaged(what: str, pattern: str, message: str, folder: Path, *, stops: bool 
         damage(file)
     task = work(place, words)
     code, text = finish(task), task.log.read_text()
-    said = next((line for line in text.splitlines() if message in line), "")
-    expect(bool(said), f"no clear message: {text[-500:]}")
+    shown = next((line for line in text.splitlines() if message in line), "")
+    expect(bool(shown), f"no clear message: {text[-500:]}")
     expect("Traceback" not in text, f"a traceback: {text[-500:]}")
     expect(code == int(stops), f"exit code {code}")
     if not stops:
         expect(left(place) == left(folder / "whole"), "not what the undisturbed run left")
-    return Trial(f"a damaged {what}", 1, 1, _plain(said, folder))
+    return Trial(f"a damaged {what}", 1, 1, _plain(shown, folder))
 
 
 def damaged_parquet(folder: Path) -> Trial:
@@ -310,7 +312,7 @@ def damaged_parquet(folder: Path) -> Trial:
 
 def _plain(text: str, folder: Path) -> str:
     text = re.sub(r"\.[^./ ]+\.\d+\.[0-9a-f]{16}", "...", text)  # host, process and random digits of a draft
-    return text.replace(f"{folder}/", "").replace("|", "\\|")
+    return text.replace(f"{folder}/", "")
 
 
 # --- signals ----------------------------------------------------------------------------------------------
@@ -488,22 +490,19 @@ def trials(count: int, seed: int) -> Iterator[tuple[str, Callable[[Path], Trial]
     """(name, trial) of every trial; count: of kills in all."""
     chance = random.Random(seed)
     for name in EXPERIMENTS:
-        yield f"kills {name}", lambda folder, name=name: kills(name, max(1, count // 4), folder, chance)  # type: ignore[misc]
-    yield "kills record", lambda folder: kills_while_recording(max(1, count // 10), folder, chance)
+        yield f"kills {name}", partial(kills, name, max(1, count // 4), chance=chance)
+    yield "kills record", partial(kills_while_recording, max(1, count // 10), chance=chance)
     for size in (2, 8):
-        yield f"crowd of {size}", lambda folder, size=size: crowd(size, folder)  # type: ignore[misc]
+        yield f"crowd of {size}", partial(crowd, size)
     for room in ("40k", "600k"):
-        yield f"full disk {room}", lambda folder, room=room: full_disk(room, folder)  # type: ignore[misc]
+        yield f"full disk {room}", partial(full_disk, room)
     yield "read-only", read_only
     yield "clock", jumping_clock
     for what, pattern, message, stops in DAMAGES:
-        yield (
-            f"damaged {what}",
-            lambda folder, w=what, p=pattern, m=message, s=stops: damaged(w, p, m, folder, stops=s),  # type: ignore[misc]
-        )
+        yield f"damaged {what}", partial(damaged, what, pattern, message, stops=stops)
     yield "damaged parquet", damaged_parquet
     for who in STOPPING:
-        yield f"signal to {who}", lambda folder, who=who: signalled(who, folder)  # type: ignore[misc]
+        yield f"signal to {who}", partial(signalled, who)
     yield "two outputs", two_outputs
     yield "hostile configs", hostile
     yield "edited record", edited_record
@@ -572,7 +571,7 @@ Not trusted, as they come from other people: records, configs and experiments, p
 
 
 def page(done: Sequence[Trial]) -> str:
-    rows = [f"| {trial.what} | {trial.good}/{trial.times} | {trial.message} |" for trial in done]
+    rows = [(trial.what, f"{trial.good}/{trial.times}", trial.message) for trial in done]
     return "\n".join(
         [
             "# Faults, tried",
@@ -582,9 +581,7 @@ def page(done: Sequence[Trial]) -> str:
             "attempt left the records, weights and maps of an undisturbed run, bit for bit (times and speeds aside). Commit "
             f"`{str(git_state()['commit'])[:12]}`.",
             "",
-            "| what was done | good | what the user reads, or finds |",
-            "|---|---|---|",
-            *rows,
+            *table_lines(("what was done", "good", "what the user reads, or finds"), rows),
             "",
             NOTES,
         ]

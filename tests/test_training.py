@@ -139,7 +139,7 @@ def test_a_training_is_the_loop_that_is_written_out_here(
     config = compose_run([*words, *places])
     made = Run(config, Paths.of(config))
     record, (student, loader) = ensure(made), begun[-1]  # the teacher was trained first
-    teachers = [make_model(below).eval() for below in made.upstream.values()]
+    teachers = [make_model(below.config).eval() for below in made.upstream.values()]
     for teacher, below in zip(teachers, made.upstream.values(), strict=True):
         teacher.load_state_dict(torch.load(below.weights, weights_only=True))
 

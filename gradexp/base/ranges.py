@@ -6,7 +6,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import ConfigDict, Strict, TypeAdapter
 
 from gradexp.base.errors import UserError
-from gradexp.base.typed import faults_of
+from gradexp.base.typed import fault_of
 
 Count = Annotated[int, Ge(1)]
 Index = Annotated[int, Ge(0)]
@@ -20,8 +20,9 @@ Gaussian = Annotated[tuple[float, NonNegative], Strict(False)]  # mean and stand
 
 def require(kind: Any, **settings: Any) -> None:
     """Raises UserError for the first setting that is not of the declared type `kind`, or outside its range."""
+    adapter = TypeAdapter(kind, config=ConfigDict(strict=True, arbitrary_types_allowed=True))
     for name, value in settings.items():
-        for fault in faults_of(TypeAdapter(kind, config=ConfigDict(strict=True, arbitrary_types_allowed=True)), value):
+        if fault := fault_of(adapter, value):
             raise UserError(f"{name}{fault}")
 
 

@@ -26,8 +26,8 @@ FileName = Annotated[str, AfterValidator(_file_name)]  # of a file or folder ins
 
 def check(kind: Any, value: Any, where: str) -> Any:
     """`value`, if it is of the type `kind`, mostly a TypedDict. Raises UserError about the first fault otherwise."""
-    for fault in faults(kind, value):
-        raise UserError(f"{where}: {fault}")
+    if wrong := faults(kind, value):
+        raise UserError(f"{where}: {wrong[0]}")
     return value
 
 
@@ -41,14 +41,14 @@ def faults(kind: Any, value: Any) -> list[str]:
     return []
 
 
-def faults_of(adapter: TypeAdapter[Any], value: Any) -> list[str]:
-    """What is wrong with a value, such as `=abc: it should be a valid integer`, in one line; empty if it is of the type."""
+def fault_of(adapter: TypeAdapter[Any], value: Any) -> str | None:
+    """What is wrong with a value, such as `=abc: it should be a valid integer`, in one line; None if it is of the type."""
     try:
         adapter.validate_python(value)
     except ValidationError as error:
         messages = dict.fromkeys(_message(each) for each in error.errors(include_url=False))
-        return [f"={value}: it {' or '.join(messages)}"]
-    return []
+        return f"={value}: it {' or '.join(messages)}"
+    return None
 
 
 @cache

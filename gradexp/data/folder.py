@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from gradexp.base.errors import UserError
-from gradexp.base.files import write_atomically
+from gradexp.base.files import intact, write_sealed
 from gradexp.data import pictures, subsets
 from gradexp.data.dataset import ImageData
 from gradexp.data.loader import Batch, Loader, send
@@ -226,15 +226,15 @@ def checked(files: Files, name: str, cache: Path, *, skip: bool) -> Files:
     stats = [(files.root / file).stat() for file in files.names]
     stamps = [[stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns] for stat in stats]
     key = hashlib.sha256(json.dumps([str(files.root), files.names.tolist(), stamps]).encode()).hexdigest()[:12]
-    kept = cache / "data" / f"{name}-{key}.json"
+    kept = cache / "data" / f"{name}-{key}-checked.json"
     kept.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(f"{kept}.lock"):
-        if (results := _cached(kept)) is None:
+        if not intact(kept):
             print(f"{name}: checking {len(files.names)} images (once)", flush=True)
             with ThreadPool(THREADS) as pool:
-                results = pool.map(_examine, [files.root / file for file in files.names])
-            content = json.dumps(results)
-            write_atomically(kept, f"{_digest(content)}\n{content}".encode())
+                examined = pool.map(_examine, [files.root / file for file in files.names])
+            write_sealed(kept, json.dumps(examined).encode())
+        results = json.loads(kept.read_bytes())
     good = np.array([bool(digest) for digest, _ in results])
     if not good.all() and not skip:
         bad = [f"  {files.root / file} ({why})" for file, (digest, why) in zip(files.names, results, strict=True) if not digest]
@@ -246,19 +246,6 @@ def checked(files: Files, name: str, cache: Path, *, skip: bool) -> Files:
         )
     digests = np.array([digest for digest, _ in results])[good]
     return Files(files.root, files.names[good], files.labels[good], digests, corrupt=int((~good).sum()))
-
-
-def _cached(file: Path) -> Any:
-    """The results of an earlier check; None where they are missing or damaged."""
-    try:
-        digest, _, content = file.read_text().partition("\n")
-    except (OSError, ValueError):
-        return None
-    return json.loads(content) if digest == _digest(content) else None
-
-
-def _digest(content: str) -> str:
-    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def _examine(file: Path) -> tuple[str, str]:

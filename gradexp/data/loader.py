@@ -85,9 +85,10 @@ class Loader(ABC):
     def batches(self, epoch: int, start: int = 0, *, rank: int = 0, world: int = 1) -> Iterator[Batch]:
         """The batches of one pass over the images, from number `start` on; of each, the part of process `rank` of `world`."""
         order, view = self._draw(epoch)
-        last = len(self) - 1
-        ends = [None if number == last else (number + 1) * self.batch_size for number in range(len(self))]
-        parts = [order[number * self.batch_size : ends[number]].tensor_split(world) for number in range(start, len(self))]
+        rows = list(torch.split(order, self.batch_size))
+        if self.lone:
+            rows[-2:] = [torch.cat(rows[-2:])]
+        parts = [each.tensor_split(world) for each in rows[start:]]
         made = self._made([(each[rank], view[each[rank]]) for each in parts])
         if world == 1:
             return made

@@ -148,14 +148,15 @@ def _order(layout: Layout, file: Path, schema: pa.Schema) -> list[int] | None:
 
     Names that are not ours at all are ignored. Raises UserError where only some are, and in another order.
     """
+    known, absent = _numbers(layout), -1
     try:
         names = json.loads(schema.metadata[b"huggingface"])["info"]["features"][layout.label_column]["names"]
-        labels = [_numbers(layout).get(_normal(name)) for name in names]
+        labels = [known.get(_normal(name), absent) for name in names]
     except (KeyError, TypeError, ValueError, AttributeError):  # no metadata, or of another kind
         return None
-    if sorted(label for label in labels if label is not None) == list(range(layout.classes)) and None not in labels:
-        return [label for label in labels if label is not None]
-    moved = [name for place, (name, label) in enumerate(zip(names, labels, strict=True)) if label not in (None, place)]
+    if sorted(labels) == list(range(layout.classes)):
+        return labels
+    moved = [name for number, (name, label) in enumerate(zip(names, labels, strict=True)) if label not in (absent, number)]
     if moved:
         raise _damaged(file, f"its class names are not those of {layout.title}, and {moved[0]} is in another position")
     return None

@@ -19,13 +19,19 @@ from gradexp.engine.run import Config, Paths, Run
 from gradexp.engine.task import Finished
 from gradexp.saliency import Saliency
 from gradexp.terms import Term
+from gradexp.training.optim import Optim
 
 
 def make_hardware(config: Config) -> Hardware:
     """The hardware that `trainer` names, with its settings applied to this process."""
-    hardware: Hardware = build(config["trainer"], where="trainer")
+    hardware = declare_hardware(config)
     hardware.apply()
     return hardware
+
+
+def declare_hardware(config: Config) -> Hardware:
+    """The hardware that `trainer` names; this process stays as it is."""
+    return build(config["trainer"], where="trainer")
 
 
 def declare_data(config: Config, paths: Paths) -> ImageData:
@@ -63,14 +69,19 @@ def make_saliency(config: Config, data: ImageData, hardware: Hardware) -> Salien
     return build(config["saliency"], where="saliency", black=black, std=std)
 
 
-def make_model(run: Run, where: str = "model") -> nn.Module:
-    """The network of a run with random parameters. where: its place in the config, for messages."""
-    return build(run.config["model"], where=where)
+def make_model(config: Config, where: str = "model") -> nn.Module:
+    """The config's network with random parameters. where: its place in the config, for messages."""
+    return build(config["model"], where=where)
+
+
+def make_optim(config: Config) -> Optim:
+    """The length of the training, its optimizer and its schedule."""
+    return build(config["optim"], where="optim")
 
 
 def load_model(finished: Finished, hardware: Hardware) -> nn.Module:
     """The trained model of a finished run, in eval mode and with frozen parameters."""
-    model = make_model(finished.run)
+    model = make_model(finished.run.config)
     model.load_state_dict(load_weights(finished))
     model = hardware.place(model).eval().requires_grad_(False)
     return accelerate(model, {}, hardware) if finished.run.config["gradients"]["backend"] == "fast" else model

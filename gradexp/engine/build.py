@@ -19,7 +19,7 @@ from pydantic import ConfigDict, PydanticSchemaGenerationError, TypeAdapter
 from typing_extensions import is_typeddict
 
 from gradexp.base.errors import UserError, nearest
-from gradexp.base.typed import faults_of
+from gradexp.base.typed import fault_of
 from gradexp.engine import plugins
 
 
@@ -210,11 +210,9 @@ def _checked(node: dict[str, Any], where: str) -> tuple[Callable[..., Any], dict
             raise UserError(f"{where}.{key}: {function.__name__} takes no such key{nearest(key, parameters)}")
         if value is None and key in parameters and parameters[key].default is not inspect.Parameter.empty:
             continue
-        if key in types and not _is_node(value):
-            faults = list(faults_of(types[key], value))
-            if faults and isinstance(value, list) and not list(faults_of(types[key], tuple(value))):
-                faults = []  # YAML has no tuples
-            for fault in faults:
+        if key in types and not _is_node(value) and (fault := fault_of(types[key], value)):
+            is_tuple = isinstance(value, list) and not fault_of(types[key], tuple(value))  # YAML has no tuples
+            if not is_tuple:
                 raise UserError(f"{where}.{key}{fault}")
         settings[key] = value
     return function, settings

@@ -125,8 +125,7 @@ class Checkpointer(lightning.Callback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.earlier = {clock: state[clock] for clock in clocks.CLOCKS}
-        known = [origin for origin in state.get("attempts", []) if origin != self.origin]
-        self.attempts = [origin for i, origin in enumerate(known) if origin not in known[:i]]
+        self.attempts = [origin for origin in state.get("attempts", []) if origin != self.origin]
 
 
 class ProgressLine(lightning.Callback):

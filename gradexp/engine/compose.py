@@ -19,7 +19,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import omegaconf.base
 from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
 from hydra.core.config_loader import ConfigLoader
@@ -467,7 +466,5 @@ def absolute(folder: str) -> str:
     return str(ROOT / Path(folder).expanduser())
 
 
-# OmegaConf parses the text of an interpolation again for each config that has it: a quarter of the time of a composition.
-omegaconf.base.parse = cache(omegaconf.base.parse)  # type: ignore[attr-defined]
 for resolver in (absolute, by_scale, longer):
     OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)

@@ -12,13 +12,12 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import torch
 from annotated_types import Ge
 from torch import Tensor, nn
 
-from gradexp.base.errors import UserError
 from gradexp.base.files import intact, write_sealed
 from gradexp.data.loader import Batch, Loader, mix
 from gradexp.engine import clocks
@@ -103,8 +102,7 @@ class Evaluation:
 
     def facts(self) -> dict[str, Any]:
         """The fields of a record about data, machine and earlier attempts."""
-        earlier = self.pieces.facts() if "pieces" in vars(self) else {}  # a cached property: only if it was used
-        return {"data": self.data.fingerprint(), **self.hardware.facts(mixed=False), **earlier}
+        return {"data": self.data.fingerprint(), **self.hardware.facts(mixed=False), **self.pieces.facts()}
 
 
 class Pieces:
@@ -131,20 +129,21 @@ class Pieces:
         """make(number, item) for each item; stored results of earlier attempts are loaded instead."""
         files = [self.folder / f"{name}_{number}.pt" for number in range(len(items))]
         stored = [self._load(file, f"{name} {number}") for number, file in enumerate(files)]
-        progress = Progress(f"{self.title}: {name}", len(items), "pieces", done=sum(content is not None for content in stored))
+        done = sum(content is not None for content in stored)
+        progress = Progress(f"{self.title}: {name}", len(items), "pieces", done=done)
         pieces = []
-        for number, (file, item) in enumerate(zip(files, items, strict=True)):
-            if (content := stored[number]) is not None:
+        for number, (file, item, content) in enumerate(zip(files, items, stored, strict=True)):
+            if content is not None:
                 pieces.append(self._count(content))
                 continue
             begun = clocks.read()
-            piece = make(number, item)
-            archive = io.BytesIO()
+            pieces.append(make(number, item))
             facts = {"run": self.run.id, "name": f"{name} {number}", "seconds": clocks.since(begun), "origin": self.origin}
-            torch.save({"piece": piece, **facts}, archive)
+            archive = io.BytesIO()
+            torch.save({"piece": pieces[-1], **facts}, archive)
             write_sealed(file, archive.getvalue())
-            pieces.append(piece)
-            progress.update(number + 1 + sum(content is not None for content in stored[number + 1 :]))
+            done += 1
+            progress.update(done)
         return pieces
 
     def _load(self, file: Path, name: str) -> dict[str, Any] | None:
@@ -168,19 +167,13 @@ class Pieces:
 
 
 class EvaluationTask(Task):
-    """A task that evaluates trained models. unit_pixels: whether it needs pixels in [0, 1]."""
-
-    unit_pixels: ClassVar[bool] = False
+    """A task that evaluates trained models."""
 
     def check(self, run: Run) -> None:
         self.check_setup(Evaluation(run, {}))
 
     def check_setup(self, evaluation: Evaluation) -> None:
         """As `check`, given the run's data and hardware; its models may not be trained yet."""
-        if self.unit_pixels and evaluation.data.normalise != "none":
-            raise UserError(
-                f"data.normalise={evaluation.data.normalise}: sampling clips pixels to [0, 1]; use data.normalise=none"
-            )
 
 
 class PerImageTask(EvaluationTask):

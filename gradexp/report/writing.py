@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -110,6 +110,11 @@ def _environment() -> jinja2.Environment:
 def line(cells: Iterable[Any]) -> str:
     """A line of a Markdown table."""
     return f"| {' | '.join(cell_of_line(str(cell)) for cell in cells)} |"
+
+
+def table_lines(head: Sequence[Any], rows: Iterable[Iterable[Any]]) -> list[str]:
+    """The lines of a Markdown table."""
+    return [line(head), "|---" * len(head) + "|", *map(line, rows)]
 
 
 def cell_of_line(text: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 import torch
 from annotated_types import Gt, Lt
@@ -28,11 +28,16 @@ SAMPLED = 64  # images per batch of the ascent
 class SamplingTask(EvaluationTask):
     """A task that draws `samples` samples from the implicit density of a trained model; pixels are in [0, 1]."""
 
-    unit_pixels: ClassVar[bool] = True
-
     sampling: Ascent
     samples: Count
     statistics: Statistics = None
+
+    def check_setup(self, evaluation: Evaluation) -> None:
+        super().check_setup(evaluation)
+        if evaluation.data.normalise != "none":
+            raise UserError(
+                f"data.normalise={evaluation.data.normalise}: sampling clips pixels to [0, 1]; use data.normalise=none"
+            )
 
     def work(self, config: Config, sizes: Sizes) -> float | None:
         return float(self.samples * self.sampling.steps)

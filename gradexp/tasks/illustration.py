@@ -67,7 +67,7 @@ class Illustration(Task):
 
     def teacher(self, run: Run, x: Tensor) -> nn.Module:
         """A network fitted to sin(2x) + 0.4x on the interval."""
-        teacher, batch = make_model(run), _batch(x)
+        teacher, batch = make_model(run.config), _batch(x)
         wave = torch.sin(2 * x) + 0.4 * x
         self.fit(teacher, lambda: (teacher(batch.images)[:, 0] - wave).square().mean())
         return teacher
@@ -75,7 +75,7 @@ class Illustration(Task):
     def student(self, run: Run, teacher: nn.Module, terms: Sequence[Term], batches: Callable[[], Batch]) -> nn.Module:
         """A network fitted to the weighted sum of the terms; every student starts from the same weights."""
         torch.manual_seed(run.config["seed"] + 1)
-        student, targets = make_model(run), Targets(teacher, with_gradient=True)
+        student, targets = make_model(run.config), Targets(teacher, with_gradient=True)
 
         def loss() -> Tensor:
             step = Step(batches(), student, targets, differentiable_input=True)

@@ -32,7 +32,7 @@ class Pretrained(Task):
         self.find(run)
 
     def __call__(self, run: Run, upstream: Upstream) -> Result:
-        model, file = make_model(run), self.find(run)
+        model, file = make_model(run.config), self.find(run)
         load_weights(model, file)
         save_weights(run, model)
         parameters = sum(parameter.numel() for parameter in model.parameters())

@@ -15,7 +15,7 @@ from torch import distributed, nn
 from gradexp.base.errors import Stopped, UserError, choose, nearest
 from gradexp.data.loader import Loader
 from gradexp.engine import assemble
-from gradexp.engine.assemble import make_data, make_hardware, make_model, make_terms
+from gradexp.engine.assemble import make_data, make_hardware, make_model, make_optim, make_terms
 from gradexp.engine.build import build
 from gradexp.engine.ensure import finish
 from gradexp.engine.exits import die_of_interrupt, die_with_parent, fix_of
@@ -56,13 +56,13 @@ class Train(Task):
         hardware, data, terms = make_hardware(run.config), make_data(run), make_terms(run.config)
         _check_teacher(run, terms)
         data.removal = None  # its maps may not be computed yet
-        loader = data.train_loader(batch_size=make_optim(run).batch_size, device=hardware.device)
-        student, teacher = hardware.place(make_model(run)), None
+        loader = data.train_loader(batch_size=make_optim(run.config).batch_size, device=hardware.device)
+        student, teacher = hardware.place(make_model(run.config)), None
         _check_shape(student, loader, data.classes)
         if "start" in run.upstream:
-            assemble.start_from(student, make_model(run.upstream["start"], "upstream.start.model").state_dict())
+            assemble.start_from(student, make_model(run.upstream["start"].config, "upstream.start.model").state_dict())
         if "teacher" in run.upstream:
-            teacher = hardware.place(make_model(run.upstream["teacher"], "upstream.teacher.model")).eval()
+            teacher = hardware.place(make_model(run.upstream["teacher"].config, "upstream.teacher.model")).eval()
         for name, term in terms.items():
             if next(term.parameters(), None) is not None:
                 raise UserError(f"method.terms.{name} has parameters, which would not be trained; put them into the model")
@@ -121,7 +121,7 @@ def prepare(run: Run, upstream: Upstream) -> Training:
     config, hardware, data = run.config, make_hardware(run.config), make_data(run)
     if data.removal is not None:
         data.removal.open(upstream["maps"].run.folder, data.fingerprint())
-    optim = make_optim(run)
+    optim = make_optim(run.config)
     loader = data.train_loader(batch_size=optim.batch_size, device=hardware.device)
     seed_everything(config["seed"], verbose=False)
     terms = make_terms(config)
@@ -135,14 +135,9 @@ def prepare(run: Run, upstream: Upstream) -> Training:
     return Training(run, hardware, data, loader, module, checkpointer, progress)
 
 
-def make_optim(run: Run) -> Optim:
-    optim: Optim = build(run.config["optim"], where="optim")
-    return optim
-
-
 def make_student(run: Run, upstream: Upstream, terms: dict[str, Term], hardware: Hardware) -> nn.Module:
     """The model before training: random, or with the weights of the upstream run `start` if it has one."""
-    student = make_model(run)
+    student = make_model(run.config)
     if "start" in upstream:
         assemble.start_from(student, assemble.load_weights(upstream["start"]))
     if run.config["gradients"]["backend"] == "fast":
@@ -179,8 +174,7 @@ def make_module(
             cache=run.paths.cache / "targets",
             origin=[trained.run.id, trained.digest, hardware.precision],
         )
-    module: Classifier = build({"_target_": run.config["method"]["module"]}, where="method.module", **common, **options)
-    return module
+    return build({"_target_": run.config["method"]["module"]}, where="method.module", **common, **options)
 
 
 def _load_teacher(trained: Finished, hardware: Hardware) -> nn.Module:

@@ -128,6 +128,14 @@ class StoredTargets(Targets):
                     raise UserError(f"stored teacher targets in {self.folder} {wrong}; delete that folder")
 
 
+def live_targets(teacher: nn.Module, terms: Iterable[Term], angle: str | None = None) -> Targets:
+    """What these terms read of a teacher, computed for every batch. angle: see `make_targets`."""
+    terms = [term for term in terms if term.needs_teacher]
+    with_gradient = angle is not None or any(term.gradient_target for term in terms)
+    layers = dict.fromkeys(layer for term in terms for layer in term.teacher_layers)
+    return Targets(teacher, with_gradient=with_gradient, layers=list(layers))
+
+
 def make_targets(
     teacher: nn.Module,
     terms: Sequence[Term],
@@ -145,12 +153,10 @@ def make_targets(
     angle: an output whose input-gradient is read beside those of the terms. store_gib: the most that stored targets may take.
     origin: identifies the teacher's weights and the precision; each origin has its own folder in `cache`.
     """
+    live = live_targets(teacher, terms, angle)
     terms = [term for term in terms if term.needs_teacher]
     gradient_targets = {term.gradient_target for term in terms if term.gradient_target and term.needs_input_gradient}
     gradient_targets |= {angle} if angle else set()
-    layers = list(dict.fromkeys(layer for term in terms for layer in term.teacher_layers))
-    with_gradient = bool(gradient_targets) or any(term.gradient_target for term in terms)
-    live = Targets(teacher, with_gradient=with_gradient, layers=layers)
     unstorable = any(term.teacher_layers and not term.teacher_maps for term in terms)  # such as an AttentionJacobian
     if len(gradient_targets) > 1 or "all" in gradient_targets or unstorable:
         return live

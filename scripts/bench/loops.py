@@ -13,12 +13,12 @@ from torch.nn import functional
 
 from bench.steps import images, network
 from gradexp.data.loader import TensorLoader, TrainingStream
-from gradexp.engine.assemble import accelerate
-from gradexp.engine.build import build
+from gradexp.engine.assemble import accelerate, make_optim
 from gradexp.engine.callbacks import Checkpointer, ProgressLine
 from gradexp.engine.compose import compose_run
 from gradexp.engine.fit import fit
 from gradexp.engine.hardware import Hardware
+from gradexp.report.writing import table_lines
 from gradexp.terms import CrossEntropy, Term
 from gradexp.training.classifier import Classifier
 from gradexp.training.optim import Optim
@@ -53,9 +53,7 @@ def measure(per_class: int, hardware: Hardware, *, steps: int, rounds: int) -> R
 
 
 def _optim(steps: int) -> Optim:
-    node = compose_run(["experiment=jacobian_distill", "optim.passes=null", f"optim.steps={steps}"])["optim"]
-    optim: Optim = build(node, where="optim")
-    return optim
+    return make_optim(compose_run(["experiment=jacobian_distill", "optim.passes=null", f"optim.steps={steps}"]))
 
 
 def _bare_loop(loader: TensorLoader, hardware: Hardware, steps: int) -> float:
@@ -87,6 +85,6 @@ def _trainer_loop(loader: TensorLoader, hardware: Hardware, steps: int) -> float
 
 def markdown(rows: Sequence[Row]) -> str:
     lines = ["The trainer beside a loop written by hand (VGG-4, cross-entropy, images/s):", ""]
-    lines += ["| images per class | precision | by hand | trainer | overhead |", "|---|---|---|---|---|"]
-    lines += [f"| {x.per_class} | {x.precision} | {x.bare:.0f} | {x.trained:.0f} | {x.overhead:.1f} % |" for x in rows]
+    cells = [(x.per_class, x.precision, f"{x.bare:.0f}", f"{x.trained:.0f}", f"{x.overhead:.1f} %") for x in rows]
+    lines += table_lines(("images per class", "precision", "by hand", "trainer", "overhead"), cells)
     return "\n".join(lines) + "\n"

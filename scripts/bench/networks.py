@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from bench.steps import LAYOUTS
 from bench.timing import medians
 from gradexp import accelerate
+from gradexp.report.writing import table_lines
 
 NAMES = ("resnet18", "resnet50", "efficientnet_b0", "convnext_tiny", "vit_b_16")
 SIZE = 128
@@ -98,12 +99,12 @@ def markdown(measured: Sequence[Row]) -> str:
         f"Cross-entropy plus the squared norm of an input-gradient, {SIZE} x {SIZE} pixels, fp32, both passes. "
         "Step: to cross-entropy alone with stock torch. Gain: of `accelerate` over stock torch, each in its better layout.",
         "",
-        "| model | threads | batch | stock, channels_last (ms an image) | stock, contiguous | accelerated, channels_last "
-        "| accelerated, contiguous | gain | step |",
-        "|---|---|---|---|---|---|---|---|---|",
     ]
+    head = ["model", "threads", "batch", "stock, channels_last (ms an image)", "stock, contiguous"]
+    head += ["accelerated, channels_last", "accelerated, contiguous", "gain", "step"]
+    rows = []
     for row in measured:
         times = row.stock_channels_last, row.stock_contiguous, row.ours_channels_last, row.ours_contiguous
-        cells = [row.model, str(row.threads), str(row.batch), *(f"{time:.0f}" for time in times)]
-        lines.append(f"| {' | '.join(cells)} | {row.gain:.2f} | {row.best / row.plain:.2f} |")
-    return "\n".join(lines) + "\n"
+        shares = f"{row.gain:.2f}", f"{row.best / row.plain:.2f}"
+        rows.append([row.model, row.threads, row.batch, *(f"{time:.0f}" for time in times), *shares])
+    return "\n".join([*lines, *table_lines(head, rows)]) + "\n"

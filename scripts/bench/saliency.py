@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from bench.steps import make_hardware
 from bench.timing import medians, peak_memory
-from gradexp.engine.assemble import accelerate
+from gradexp.engine.assemble import accelerate, make_model
 from gradexp.engine.build import build
 from gradexp.engine.compose import compose_run
 from gradexp.engine.hardware import Hardware
+from gradexp.report.writing import table_lines
 from gradexp.saliency import FullGrad
 
 FORWARD_BACKWARD = "forward + input-gradient"
@@ -41,10 +42,8 @@ class Row:
 def network(name: str) -> nn.Module:
     """Random weights: what a map costs does not depend on them."""
     if name in LARGE:
-        large: nn.Module = torchvision.models.get_model(name, weights=None)
-        return large
-    small: nn.Module = build(compose_run(["experiment=teacher", f"model={name}"])["model"], where="model")
-    return small
+        return torchvision.models.get_model(name, weights=None)
+    return make_model(compose_run(["experiment=teacher", f"model={name}"]))
 
 
 def frozen(name: str, hardware: Hardware) -> nn.Module:
@@ -53,8 +52,7 @@ def frozen(name: str, hardware: Hardware) -> nn.Module:
 
 
 def fullgrad() -> FullGrad:
-    method: FullGrad = build(compose_run(["experiment=saliency_gallery", "saliency=fullgrad"])["saliency"], where="saliency")
-    return method
+    return build(compose_run(["experiment=saliency_gallery", "saliency=fullgrad"])["saliency"], where="saliency")
 
 
 def ours(stock: nn.Module, images: Tensor, hardware: Hardware) -> dict[str, Callable[[], Any]]:
@@ -118,12 +116,12 @@ def markdown(measured: list[Row]) -> str:
         "input-gradient of the same model.",
         *([] if any(row.what == PACKAGE for row in measured) else ["Not installed: grad-cam (`pip install -e '.[bench]'`)."]),
         "",
-        "| model | batch | what | images/s | ratio | peak memory (MiB) |",
-        "|---|---|---|---|---|---|",
     ]
+    rows = []
     for row in measured:
         speed = "" if row.images_per_second is None else f"{row.images_per_second:.1f}"
         ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
         peak = "" if row.peak_memory_mib is None else str(row.peak_memory_mib)
-        lines.append(f"| {row.model} | {row.batch} | {row.what} | {speed} | {ratio} | {peak} |")
-    return "\n".join(lines) + "\n"
+        rows.append([row.model, row.batch, row.what, speed, ratio, peak])
+    head = ("model", "batch", "what", "images/s", "ratio", "peak memory (MiB)")
+    return "\n".join([*lines, *table_lines(head, rows)]) + "\n"

@@ -19,14 +19,14 @@ from bench.timing import medians, peak_memory
 from gradexp import gradients
 from gradexp.data.loader import TensorLoader
 from gradexp.data.sources import Split
-from gradexp.engine.assemble import accelerate, make_terms
-from gradexp.engine.build import build
+from gradexp.engine.assemble import accelerate, declare_hardware, make_model, make_optim, make_terms
 from gradexp.engine.compose import compose_run
 from gradexp.engine.hardware import Hardware
+from gradexp.report.writing import table_lines
 from gradexp.terms import CrossEntropy, Term
 from gradexp.terms.targets import Targets
 from gradexp.training.distillation import Distillation
-from gradexp.training.targets import StoredTargets
+from gradexp.training.targets import StoredTargets, live_targets
 
 BATCH = 128
 IMAGES = 256  # two batches: enough to give every step new images
@@ -90,8 +90,7 @@ class Row:
 def network(name: str, width: float | None = None) -> nn.Module:
     """width: None for that of MODELS."""
     config = compose_run(["experiment=teacher", f"model={name}", f"scale.width={MODELS[name] if width is None else width}"])
-    model: nn.Module = build(config["model"], where="model")
-    return model
+    return make_model(config)
 
 
 def images(count: int = IMAGES) -> TensorLoader:
@@ -117,7 +116,7 @@ def make_step(
         accelerate(student, terms, hardware)
         if teacher is not None:
             accelerate(teacher, {}, hardware)
-    optim = build(compose_run(["experiment=jacobian_distill"])["optim"], where="optim")
+    optim = make_optim(compose_run(["experiment=jacobian_distill"]))
     targets = _targets(kind, teacher, terms, hardware, loader, folder / f"{kind.name} {stock_layout}") if teacher else None
     module = Distillation(student, terms, optim, steps_per_pass=10**9, seed=0, targets=targets)
     optimizer, _ = optim.build(list(student.parameters()), 10**9)
@@ -141,8 +140,7 @@ def _targets(
     kind: Kind, teacher: nn.Module, terms: dict[str, Term], hardware: Hardware, loader: TensorLoader, folder: Path
 ) -> Targets:
     target = next((term.gradient_target for term in terms.values() if term.needs_input_gradient), None)
-    names = list(dict.fromkeys(layer for term in terms.values() for layer in term.teacher_layers))
-    live = Targets(teacher, with_gradient=target is not None, layers=names)
+    live = live_targets(teacher, terms.values())
     if kind.teacher == "live":
         return live
     maps = list(dict.fromkeys(wanted for term in terms.values() for wanted in term.teacher_maps))
@@ -228,9 +226,7 @@ def three_steps(kind: str, model: str, precision: str) -> None:
 
 
 def make_hardware(precision: str) -> Hardware:
-    config = compose_run(["experiment=teacher", f"trainer.precision={precision}"])
-    hardware: Hardware = build(config["trainer"], where="trainer")
-    return hardware
+    return declare_hardware(compose_run(["experiment=teacher", f"trainer.precision={precision}"]))
 
 
 def markdown(rows: Sequence[Row], facts: dict[str, Any], has_bf16: bool) -> str:
@@ -248,14 +244,14 @@ def markdown(rows: Sequence[Row], facts: dict[str, Any], has_bf16: bool) -> str:
         "a process that does three steps.",
         *([] if has_bf16 else ["- This processor has no bf16 arithmetic; only fp32 is measured."]),
         "",
-        "| model | precision | step | images/s | ratio | products | matrix rate | stock | gain | MiB |",
-        "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for row in rows:
-        memory = "" if row.peak_memory_mib is None else str(row.peak_memory_mib)
-        mark = " c" if row.stock_layout == "contiguous" else ""
-        stock = f"{row.stock:.0f}{mark} | {row.images_per_second / row.stock:.2f}" if row.stock else " | "
-        numbers = f"{row.images_per_second:.0f} | {row.ratio:.2f} | {row.products:.2f}"
-        cells = [row.model, row.precision, row.kind, numbers, f"{100 * row.matrix_share:.0f} %", stock, memory]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    head = ("model", "precision", "step", "images/s", "ratio", "products", "matrix rate", "stock", "gain", "MiB")
+    return "\n".join([*lines, *table_lines(head, map(_cells, rows))]) + "\n"
+
+
+def _cells(row: Row) -> list[str]:
+    mark = " c" if row.stock_layout == "contiguous" else ""
+    stock = [f"{row.stock:.0f}{mark}", f"{row.images_per_second / row.stock:.2f}"] if row.stock else ["", ""]
+    numbers = [f"{row.images_per_second:.0f}", f"{row.ratio:.2f}", f"{row.products:.2f}", f"{100 * row.matrix_share:.0f} %"]
+    memory = "" if row.peak_memory_mib is None else str(row.peak_memory_mib)
+    return [row.model, row.precision, row.kind, *numbers, *stock, memory]
