@@ -204,7 +204,7 @@ def test_soft_targets_at_a_high_temperature_match_centred_logits() -> None:
     centred = [one - one.mean(1, keepdim=True) for one in logits]
     matched = (centred[0] - centred[1]).square().sum(1).mean() / (2 * CLASSES)
     one = step(student, teacher)
-    one.__dict__["_batch_forward"] = (logits[0], {})
+    one._forwards["batch"] = (logits[0], {})
     found, expected = (
         torch.autograd.grad(loss, logits[0])[0] for loss in (SoftTargets(weight=1, temperature=1e5)(one), matched)
     )

@@ -186,7 +186,7 @@ def test_a_caption_counts_the_uses_of_each_file_of_a_teacher_that_ran_more_than_
     unpacked = {**records[0], "git": {"commit": None, "dirty": False}}
     assert provenance.origin_of([unpacked]).sentences[0].endswith("from commit none (clean).")
     second["remade"] = {"test/accuracy": 63.8612}  # as older records have it
-    sentences, details, _ = provenance.origin_of(records)
+    sentences, details, *_ = provenance.origin_of(records)
     assert sentences[1:] == ["The teacher (run aa) ran 2 times; used are file 01234567 by 2 runs, file 98765432 by 1 run."]
     assert details == ["File 01234567 of run aa: run0, run1.", "File 98765432 of run aa: run2."]
     # All runs may use the second file, while the teacher's record describes the first one.
@@ -219,7 +219,7 @@ def test_a_table_says_where_the_models_that_it_looks_at_were_trained(tmp_path: P
     write_record(model.record_path, trained)
     records, below = provenance.records_of([*looks, *looks, fake_run("z", tmp_path / "noise" / "missing.json")])
     assert [record["id"] for record in (*records, *below)] == [12 * "b", 12 * "c", 12 * "a"]
-    sentences, details, _ = provenance.origin_of(records, below)
+    sentences, details, *_ = provenance.origin_of(records, below)
     where = "in 3 combinations of precision, processor and threads"
     assert sentences == [f"Computed by 2 runs and 1 upstream run in 3.0 h, {where}, from 2 commits (1 of them dirty)."]
     assert details == [
@@ -335,6 +335,19 @@ def test_a_table_that_is_no_table_is_an_error(text: str, said: str, tmp_path: Pa
     (tmp_path / "conf" / "table" / "9.yaml").write_text(text)
     with pytest.raises(UserError, match=said):
         report_specs.load("table", "9")
+
+
+def test_a_table_may_be_like_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report_specs, "ROOT", tmp_path)
+    folder = tmp_path / "conf" / "table"
+    folder.mkdir(parents=True)
+    (folder / "1.yaml").write_text((GOLDEN / "table.yaml").read_text())
+    (folder / "2.yaml").write_text("like: 1\ncorner: another\n")
+    first, second = (report_specs.load("table", number) for number in ("1", "2"))
+    assert second == {**first, "number": second["number"], "corner": "another"}
+    (folder / "1.yaml").write_text("like: 2\n")
+    with pytest.raises(UserError, match="no table 2"):
+        report_specs.load("table", "2")
 
 
 def test_a_misspelt_metric_is_an_error_and_no_diverged_run() -> None:

@@ -213,19 +213,24 @@ def _constant(full: FullGradient) -> FullGradient:
 
 def _joined(parts: Sequence[FullGradient]) -> FullGradient:
     """The full-gradients of single images as those of a batch."""
+    return FullGradient(
+        images=torch.cat([part.images for part in parts]),
+        output=torch.cat([part.output for part in parts]),
+        input=torch.cat([part.input for part in parts]),
+        biases=_joined_by_name([part.biases for part in parts]),
+        gradients=_joined_by_name([part.gradients for part in parts]),
+        nonlinear=frozenset[str]().union(*(part.nonlinear for part in parts)),
+        layouts={name: layout for part in parts for name, layout in part.layouts.items()},
+        grids=parts[0].grids,
+    )
 
-    def joined(which: str) -> dict[str, Tensor]:
-        names = dict.fromkeys(name for part in parts for name in getattr(part, which))
-        shapes = {name: next(getattr(part, which)[name] for part in parts if name in getattr(part, which)) for name in names}
-        return {
-            name: torch.cat([getattr(part, which).get(name, torch.zeros_like(shapes[name])) for part in parts])
-            for name in names
-        }
 
-    whole = [torch.cat([getattr(part, which) for part in parts]) for which in ("images", "output", "input")]
-    nonlinear = frozenset[str]().union(*(part.nonlinear for part in parts))
-    layouts = {name: layout for part in parts for name, layout in part.layouts.items()}
-    return FullGradient(whole[0], whole[1], whole[2], joined("biases"), joined("gradients"), nonlinear, layouts, parts[0].grids)
+def _joined_by_name(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The values of all images by the names of operations; 0 for an image whose forward pass did without an operation."""
+    every: dict[str, Tensor] = {}
+    for part in parts:
+        every |= part
+    return {name: torch.cat([part.get(name, torch.zeros_like(values)) for part in parts]) for name, values in every.items()}
 
 
 def _by_image(values: Tensor, batch: int) -> Tensor | None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
@@ -73,39 +73,11 @@ def biases_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: torch.cat(values or [torch.empty(0)]) for name, values in (("explicit", explicit), ("implicit", implicit))}
 
 
-Hook = Callable[[nn.Module, Tensor, Tensor], None]  # module, input, output
-
-
-@contextmanager
-def _hooked(model: nn.Module, hooks: dict[str, Hook]) -> Iterator[None]:
-    """Inside, a hook follows every call of the module with its name, and no module works in place."""
-    modules = dict(model.named_modules())
-    with ExitStack() as stack:
-        for module in modules.values():
-            if getattr(module, "inplace", False):
-                stack.callback(setattr, module, "inplace", True)
-                module.inplace = False
-        for name, hook in hooks.items():
-            stack.callback(modules[name].register_forward_hook(partial(_call_hook, hook), with_kwargs=True).remove)
-        yield
-
-
-def _call_hook(hook: Hook, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-    given = [*args, *kwargs.values()]
-    if given and isinstance(output, Tensor):
-        hook(module, given[0], output)
-
-
 def _merged(calls: Sequence[_Call]) -> list[_Call]:
     """The calls, each normalisation together with the convolution or linear layer whose output it was given."""
     affine = {id(call.output): call for call in calls if isinstance(call.module, AFFINE)}
-    merged: list[_Call] = []
-    swallowed: set[str] = set()
-    for call in calls:
-        before = affine.get(id(call.given)) if isinstance(call.module, NORMS) else None
-        if before is not None:
-            swallowed.add(before.name)
-        merged.append(replace(call, before=before))
+    merged = [replace(call, before=affine.get(id(call.given))) if isinstance(call.module, NORMS) else call for call in calls]
+    swallowed = {call.before.name for call in merged if call.before}
     return [call for call in merged if call.name not in swallowed]
 
 
@@ -133,7 +105,7 @@ def find_layer(model: nn.Module, rule: str, images: Tensor) -> Layer:
     """
     merged, takers = _forward_path(model, images)
     convolutions = [call for call in merged if isinstance((call.before or call).module, nn.Conv2d)]
-    blocks = [list(block) for _, block in groupby(convolutions, key=_size)]
+    blocks = [list(block) for _, block in groupby(convolutions, key=lambda call: call.output.shape[2:])]
     named = {call.name: call for call in merged}
     named |= {f"block {i}": block[0] for i, block in enumerate(blocks, start=1)}
     named |= {f"end of block {i}": block[-1] for i, block in enumerate(blocks, start=1)}
@@ -201,11 +173,18 @@ def _calls(model: nn.Module, images: Tensor, kinds: tuple[type[nn.Module], ...])
     """The calls of modules of these kinds in a forward pass in eval mode; names as for `captured`."""
     calls: list[_Call] = []
 
-    def keep(name: str, module: nn.Module, given: Tensor, output: Tensor) -> None:
-        calls.append(_Call(name, module, given, output))
+    def keep(name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        given = [*args, *kwargs.values()]
+        if given and isinstance(output, Tensor):
+            calls.append(_Call(name, module, given[0], output))
 
-    hooks: dict[str, Hook] = {name: partial(keep, name) for name, module in model.named_modules() if isinstance(module, kinds)}
-    with evaluating(model), torch.no_grad(), _hooked(model, hooks):
+    with evaluating(model), torch.no_grad(), ExitStack() as stack:
+        for name, module in model.named_modules():
+            if isinstance(module, kinds):
+                stack.callback(module.register_forward_hook(partial(keep, name), with_kwargs=True).remove)
+            if getattr(module, "inplace", False):  # it would change what was kept
+                stack.callback(setattr, module, "inplace", True)
+                module.inplace = False
         model(images)
     total, count = Counter(call.name for call in calls), Counter[str]()
     for i, call in enumerate(calls):
@@ -231,7 +210,3 @@ def layer_bias(model: nn.Module, layer: Layer, features: Tensor | None = None) -
     if bias is None:
         raise UserError(f"layer {layer.name} has no bias; choose a layer that has one")
     return bias
-
-
-def _size(call: _Call) -> torch.Size:
-    return call.output.shape[2:]

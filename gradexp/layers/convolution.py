@@ -149,7 +149,9 @@ class Convolution(nn.Conv2d):
             return super().forward(input)
         if computed(self.weight, self.bias):
             return super().forward(input)
-        x, w, b = _autocast(_channels_last(input) if self.channels_last else input, self.weight, self.bias)
+        if self.channels_last and input.device.type == "cpu":  # outputs have this layout too: one copy serves a network
+            input = input.contiguous(memory_format=torch.channels_last)
+        x, w, b = _autocast(input, self.weight, self.bias)
         return convolve(x, w, b, (self.stride, self.padding, self.dilation, self.groups))
 
 
@@ -159,15 +161,10 @@ def convolve(x: Tensor, w: Tensor, b: Tensor | None, shape: Shape) -> Tensor:
     return y
 
 
-def _channels_last(x: Tensor) -> Tensor:
-    """On a CPU, in the layout whose kernels are fast; the outputs have it too, so that one copy serves a network."""
-    return x.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" and x.ndim == 4 else x
-
-
-def _autocast(*tensors: Tensor | None) -> list[Any]:
+def _autocast(x: Tensor, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """What autocast would have done to the arguments of a stock convolution."""
-    device = next(tensor for tensor in tensors if tensor is not None).device.type
+    device = x.device.type
     if device == "meta" or not torch.is_autocast_enabled(device):
-        return list(tensors)
+        return x, w, b
     dtype = torch.get_autocast_dtype(device)
-    return [tensor if tensor is None else tensor.to(dtype) for tensor in tensors]
+    return x.to(dtype), w.to(dtype), None if b is None else b.to(dtype)

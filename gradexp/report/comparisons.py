@@ -152,7 +152,7 @@ def value_at(record: Record, metric: str, x: str | None, column: str) -> float:
     return math.nan if value is None else float(value)
 
 
-def error_of(record: Record, metric: str, x: str | None = None, column: str = "") -> float:
+def error_of(record: Record, metric: str, x: str | None, column: str) -> float:
     """Standard error inside a run: from its deviation over images or draws, or from its binomial interval."""
     deviation = f"{metric}_std" if f"{metric}_std" in record["metrics"] else f"{metric}/std"  # the first: of density_ratio
     spread, low, high = (

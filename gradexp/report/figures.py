@@ -27,7 +27,7 @@ from gradexp.base.files import sha256, write_atomically
 from gradexp.engine.record import Record, curves_path, metric_of, read_arrays
 from gradexp.engine.run import ROOT, Run
 from gradexp.report import provenance, specs
-from gradexp.report.specs import FigureSpec, Planner, SeriesSpec, command, seeds_of
+from gradexp.report.specs import FigureSpec, Planner, SeriesSpec, seeds_of
 from gradexp.report.writing import csv, rendered, stem_of, write_beside
 
 STYLE = mpl.rc_params_from_file(Path(__file__).with_name("draw") / "gradexp.mplstyle", use_default_template=False)
@@ -109,11 +109,7 @@ def waiting(spec: FigureSpec, series: Sequence[Series]) -> list[str]:
 
 def caption(spec: FigureSpec, scale: str, series: Sequence[Series], plan: Planner) -> provenance.Caption:
     """The caption of a figure; series: as gathered from `spec`."""
-    first = seeds_of(spec, scale)[0]
-    here = [one.runs[0].config for one in series]
-    paper = [plan(command(spec, row, point, "paper", first)).config for row, point, _ in specs.cells(spec, scale)]
-    runs = [run for one in series for run in one.runs]
-    found = provenance.caption(spec, scale, runs, list(zip(here, paper, strict=True)), plan)
+    found = provenance.caption(spec, scale, [run for one in series for run in one.runs], plan)
     left_out = [f"Not run yet: {'; '.join(labels)}."] if (labels := waiting(spec, series)) else []
     return found._replace(sentences=[*left_out, *found.sentences])
 

@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 from markupsafe import Markup
 
-from gradexp.engine.record import Record
+from gradexp.engine.record import Record, numbers_of
 from gradexp.engine.run import Run
 from gradexp.report import claims, figures, provenance, tables
 from gradexp.report.specs import FigureSpec, ReportSettings
@@ -58,11 +58,10 @@ class Panels:
 
 def _record_view(record: Record, points: int) -> View:
     """A record with its numbers apart from its curves, which have at most `points` points."""
-    curves = {name: value for name, value in record["metrics"].items() if isinstance(value, list)}
     return {
         **{key: value for key, value in record.items() if key not in ("metrics", "curves_file")},
-        "numbers": {name: value for name, value in record["metrics"].items() if name not in curves},
-        "curves": {name: curve(value, points) for name, value in curves.items()},
+        "numbers": numbers_of(record),
+        "curves": {name: curve(value, points) for name, value in record["metrics"].items() if isinstance(value, list)},
     }
 
 
@@ -104,15 +103,14 @@ def table_view(table: tables.Table, panels: Panels, close: float) -> View:
         panels.add(cell["anchor"], f"Table {table.number}", f"{row} · {column}", facts, cell["runs"])
     counts = Counter(cell["mark"] for cell in itertools.chain(*rows.values()))
     size = counts.total() - counts["absent"]
-    sentences = sorted_sentences(table.caption, table.runs)
+    sentences = sorted_sentences(table.caption)
     return {"number": table.number, "table": table, "rows": rows, "counts": counts, "size": size} | sentences
 
 
-def sorted_sentences(caption: provenance.Caption, runs: Iterable[Run]) -> View:
+def sorted_sentences(caption: provenance.Caption) -> View:
     """A caption's sentences as `notes`, which the page shows, and `origin`, about its runs, which it folds."""
-    origin = provenance.origin_of(*provenance.records_of(runs)).sentences
-    notes = [sentence for sentence in caption.sentences if sentence not in origin]
-    return {"notes": notes, "origin": [*origin, *caption.details], "departures": caption.departures}
+    notes = [sentence for sentence in caption.sentences if sentence not in caption.origin]
+    return {"notes": notes, "origin": [*caption.origin, *caption.details], "departures": caption.departures}
 
 
 def figure_view(
@@ -136,7 +134,7 @@ def figure_view(
         "size": len(series),
         "done": sum(all(run.finished for run in one.runs) for one in series),
         "stale": stale(stem.with_suffix(".md"), itertools.chain(*runs.values())),
-        **sorted_sentences(caption, itertools.chain(*runs.values())),
+        **sorted_sentences(caption),
     }
 
 

@@ -11,31 +11,28 @@ from gradexp.report import specs
 from gradexp.report.specs import Planner, Spec, UpstreamSpec, item_of, read_thesis
 from gradexp.report.writing import rendered
 
-# A departure in one of these is none of the protocol (the scale's name, versions) or follows from another (the data set's).
+# Keys that are not compared: they are no part of the protocol (the scale's name, versions), or follow from the data set.
 IGNORED = ("scale", "_target_", "version", "channels", "classes", "size")
 
 
 class Caption(NamedTuple):
-    """Sentences, and the lists behind them for the part of a page that opens on demand; departures: see `departed`."""
+    """Sentences, and the lists behind them for the part of a page that opens on demand.
+
+    departures: see `departed`. origin: those of the sentences that say where the numbers come from.
+    """
 
     sentences: list[str]
     details: list[str]
     departures: Mapping[str, tuple[str, str]] = {}
+    origin: Sequence[str] = ()
 
 
-def caption(
-    spec: Spec,
-    scale: str,
-    runs: Sequence[Run],
-    pairs: Sequence[tuple[Config, Config]],
-    plan: Planner,
-    *,
-    printed: bool = False,
-) -> Caption:
+def caption(spec: Spec, scale: str, runs: Sequence[Run], plan: Planner, *, printed: bool = False) -> Caption:
     """The caption of a table or figure: notes, departures from the paper's protocol, seeds, and the origin of its runs.
 
-    pairs: (config here, config at scale=paper) of each cell; printed: whether it shows numbers of the thesis.
+    printed: whether it shows numbers of the thesis.
     """
+    pairs = list(counterparts(spec, scale, plan))
     departures, described = departed(pairs), () if "series" in spec else tuple(spec.get("described", ()))
     origin = origin_of(*records_of(runs))
     text = rendered(
@@ -51,7 +48,20 @@ def caption(
         printed=printed,
         held_out=any(config.get("data", {}).get("validation") for config, _ in pairs),
     )
-    return Caption([*text.splitlines(), *origin.sentences], origin.details, departures)
+    return Caption([*text.splitlines(), *origin.sentences], origin.details, departures, origin.sentences)
+
+
+def counterparts(spec: Spec, scale: str, plan: Planner) -> Iterator[tuple[Config, Config]]:
+    """The config of each cell's first run, and of the same cell at scale=paper.
+
+    A table's column that scale=paper does not have is compared with the first one that it has.
+    """
+    for row, column, commands in specs.cells(spec, scale):
+        if commands:
+            seed, words = next(iter(commands.items()))
+            known = [column] if "series" in spec else [column, *spec["columns"]]
+            there = next((entry for entry in known if "paper" in entry.get("scales", ["paper"])), column)
+            yield plan(words).config, plan(specs.command(spec, row, there, "paper", seed)).config
 
 
 def _upstream(spec: Spec, scale: str, plan: Planner) -> Iterator[tuple[UpstreamSpec, Run, float | None, specs.Thesis | None]]:

@@ -41,7 +41,7 @@ class Shown(TypedDict):
 
 
 class Item(TypedDict):
-    """A table or figure."""
+    """A table or figure. `like: NUMBER` in its file stands for the keys of another, which the file's own keys replace."""
 
     number: str
     title: str
@@ -207,23 +207,25 @@ def parts(kind: str, number: str) -> list[str]:
     return [number] if number in known else [name for name in known if name[:-1] == number] or [number]
 
 
-@overload
-def load(kind: Literal["table"], number: str) -> TableSpec: ...
-@overload
-def load(kind: Literal["figure"], number: str) -> FigureSpec: ...
-@overload
-def load(kind: str, number: str) -> Spec: ...
 def load(kind: str, number: str) -> Spec:
     """The spec of a table or figure. Raises UserError if it does not exist or is not a valid TableSpec or FigureSpec."""
     files = {name: ROOT / "conf" / kind / f"{name}.yaml" for name in numbers(kind)} | own(kind)
-    if number not in files:
-        raise UserError(f"no {kind} {number}{nearest(number, files)} conf/{kind}/ has {', '.join(files) or 'none'}")
-    content = read_yaml(files[number])
-    if content is not None and not isinstance(content, dict):
-        raise UserError(f"{files[number]} is not a mapping of keys to values")
-    spec: Spec = check(KINDS[kind], {"number": number, **(content or {})}, f"{kind} {number}")
+    spec: Spec = check(KINDS[kind], {"number": number, **_content(kind, number, files)}, f"{kind} {number}")
     _check_labels(spec, f"{kind} {number}")
     return spec
+
+
+def _content(kind: str, number: str, files: Mapping[str, Path]) -> dict[str, Any]:
+    """The keys of a file, after those of the table or figure that its `like` names, which they replace."""
+    if number not in files:
+        raise UserError(f"no {kind} {number}{nearest(number, files)} conf/{kind}/ has {', '.join(files) or 'none'}")
+    content = read_yaml(files[number]) or {}
+    if not isinstance(content, dict):
+        raise UserError(f"{files[number]} is not a mapping of keys to values")
+    if "like" not in content:
+        return content
+    others = {name: file for name, file in files.items() if name != number}  # two that are like each other would never end
+    return _content(kind, str(content.pop("like")), others) | content
 
 
 def _check_labels(spec: Spec, where: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -12,10 +11,10 @@ from typing import Any
 
 import pandas as pd
 
-from gradexp.engine.run import Config, Run
-from gradexp.report import provenance, records, specs
+from gradexp.engine.run import Run
+from gradexp.report import provenance, records
 from gradexp.report.provenance import Caption
-from gradexp.report.specs import Planner, TableSpec, command, label_of
+from gradexp.report.specs import Planner, TableSpec
 from gradexp.report.writing import csv, one_line, printed, rendered, stem_of, write_beside
 
 CELL = ["row", "column"]
@@ -152,25 +151,11 @@ def build(spec: TableSpec, scale: str, plan: Planner) -> Table:
     """The table that `conf/table/NUMBER.yaml` describes, filled with the records that exist."""
     cells = records.cells(spec, scale, plan)
     numbers = summary(cells, spec, scale)
-    pairs = list(_counterparts(spec, scale, cells, plan))
-    data = sorted({config["data"]["name"] for config, _ in pairs})
-    title = spec["title"].format(data=", ".join(data), where=spec.get("where", {}).get(scale))
     runs = list(cells["run"].dropna().unique())
-    caption = provenance.caption(spec, scale, runs, pairs, plan, printed=bool(numbers["thesis"].notna().any()))
+    data = sorted({run.config["data"]["name"] for run in runs})
+    title = spec["title"].format(data=", ".join(data), where=spec.get("where", {}).get(scale))
+    caption = provenance.caption(spec, scale, runs, plan, printed=bool(numbers["thesis"].notna().any()))
     return Table(spec, scale, title, cells, numbers, caption)
-
-
-def _counterparts(spec: TableSpec, scale: str, cells: pd.DataFrame, plan: Planner) -> Iterator[tuple[Config, Config]]:
-    """The config of each cell's first run, and of the same cell at scale=paper.
-
-    A column that scale=paper does not have is compared with the first one that it has.
-    """
-    first = cells[cells["run"].notna()].drop_duplicates(CELL).set_index(CELL)
-    for row, column, seeds in specs.cells(spec, scale):
-        if seeds:
-            cell: Any = first.loc[(row["label"], label_of(column))]
-            there = next((entry for entry in [column, *spec["columns"]] if "paper" in entry.get("scales", ["paper"])), column)
-            yield cell["run"].config, plan(command(spec, row, there, "paper", cell["seed"])).config
 
 
 # --- files ------------------------------------------------------------------------------------------------

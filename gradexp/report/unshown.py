@@ -9,7 +9,7 @@ from pathlib import Path
 from textwrap import shorten
 
 from gradexp.engine.record import Record, numbers_of, read_record
-from gradexp.engine.run import Config, Run
+from gradexp.engine.run import Config, Run, record_files
 from gradexp.report import provenance, specs
 from gradexp.report.specs import Planner, label_of
 
@@ -52,9 +52,9 @@ def find(scale: str, plan: Planner, results: Path) -> list[Unshown]:
     """The records of a scale in results/runs that no table or figure uses, not even upstream."""
     planned = _planned(scale, plan)
     used = {run.id for run in provenance.with_upstream(run for run, (_, upstream) in planned.items() if not upstream)}
-    records = [read_record(file) for file in results.glob("runs/*/*.json") if file.stem not in used]
+    files = [file for file in record_files(results) if file.is_relative_to(results / "runs") and file.stem not in used]
     there = [(run.name, name, _sorted(run.config)) for run, (name, _) in planned.items()]
-    found = [_compared(record, there) for record in records if record["scale"] == scale]
+    found = [_compared(record, there) for record in map(read_record, files) if record["scale"] == scale]
     return sorted(found, key=lambda one: (one.record["experiment"], one.departures, one.record["ended"], one.record["id"]))
 
 

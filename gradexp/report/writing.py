@@ -142,20 +142,15 @@ def quantity(value: Any) -> str:
 
 def printed(frame: pd.DataFrame) -> str:
     """A table for the terminal: the first column to the left, the others to the right."""
-    screen = io.StringIO()
-    # Wide enough that no cell is broken; without colours, also if the environment asks for them.
-    options: Any = {"markup": False, "emoji": False, "force_terminal": False}
-    rich.console.Console(width=1000, file=screen, **options).print(grid(frame))
-    return "".join(f"{line.rstrip()}\n" for line in screen.getvalue().splitlines())
-
-
-def grid(frame: pd.DataFrame) -> rich.table.Table:
-    table = rich.table.Table(box=rich.box.HORIZONTALS)
+    table, screen = rich.table.Table(box=rich.box.HORIZONTALS), io.StringIO()
     for number, name in enumerate(frame.columns):
         table.add_column(name, justify="right" if number else "left")
     for line in frame.itertuples(index=False):
         table.add_row(*line)
-    return table
+    # Wide enough that no cell is broken; without colours, also if the environment asks for them.
+    options: Any = {"markup": False, "emoji": False, "force_terminal": False}
+    rich.console.Console(width=1000, file=screen, **options).print(table)
+    return "".join(f"{line.rstrip()}\n" for line in screen.getvalue().splitlines())
 
 
 def stem_of(kind: str, number: str, scale: str, results: Path) -> Path:

@@ -60,12 +60,13 @@ def main(words: list[str] | None = None) -> None:
         readable = [path for path in files if can_be_read(path)]
         failed = len(readable) < len(files)
         if readable:
-            methods = Methods.of(given.method, given.set)
-            classifier, hardware = make_classifier(given, methods)
+            configs = method_configs(given.method, given.set)
+            classifier, hardware = make_classifier(given, next(iter(configs.values())))
             target = label_of(given.target, classifier)
+            methods = make_methods(configs, classifier, hardware)
             for path in readable:
                 try:
-                    explain(path, files[path], classifier, methods.made(classifier, hardware), target, hardware)
+                    explain(path, files[path], classifier, methods, target, hardware)
                 except UserError as error:
                     failed = complain(error)
         if failed:
@@ -168,8 +169,8 @@ def complain(error: UserError) -> bool:
 # --- networks -------------------------------------------------------------------------------------------------
 
 
-def make_classifier(given: argparse.Namespace, methods: Methods) -> tuple[Classifier, Hardware]:
-    """The network that `--model` names, on the device that it runs on."""
+def make_classifier(given: argparse.Namespace, config: Config) -> tuple[Classifier, Hardware]:
+    """The network that `--model` names, on the device that it runs on. config: of the hardware for a published one."""
     source, _, name = given.model.rpartition(":")
     if not source:
         source = (
@@ -190,7 +191,7 @@ def make_classifier(given: argparse.Namespace, methods: Methods) -> tuple[Classi
     for word in given.set:
         if not word.startswith(OF_METHOD):
             raise UserError(f"--set {word}: a published network takes overrides of saliency, trainer and scale only")
-    hardware = make_hardware(methods.config)
+    hardware = make_hardware(config)
     classifier = LIBRARIES[source](name, weights=given.weights, size=given.size)
     return replace(classifier, model=hardware.place(classifier.model).requires_grad_(False)), hardware
 
@@ -268,38 +269,28 @@ def label_of(target: str | None, classifier: Classifier) -> int | None:
 # --- methods --------------------------------------------------------------------------------------------------
 
 
-class Methods:
-    """The saliency methods that `--method` names, with the settings of conf/saliency/ and overrides."""
+def method_configs(names: str, overrides: Sequence[str]) -> dict[str, Config]:
+    """{method: a config with it} of the methods that `--method` names.
 
-    def __init__(self, configs: Mapping[str, Config]) -> None:
-        self.configs = configs
+    An override of `saliency` is for those methods that have its key. Raises UserError where none has it.
+    """
+    general = [word for word in overrides if word.startswith(("trainer.", "scale"))]
+    own = [word for word in overrides if word.startswith("saliency.")]
+    configs = {}
+    for name in names_of(names):
+        words = ["experiment=saliency_gallery", f"saliency={name}", *general]
+        keys = compose_run(words)["saliency"]
+        configs[name] = compose_run([*words, *(word for word in own if key_of(word) in keys)])
+    for word in own:
+        if not any(key_of(word) in config["saliency"] for config in configs.values()):
+            compose_run([*words, word])  # explains what is wrong
+    return configs
 
-    @classmethod
-    def of(cls, names: str, overrides: Sequence[str]) -> Methods:
-        """An override of `saliency` is for those methods that have its key. Raises UserError where none has it."""
-        general = [word for word in overrides if word.startswith(("trainer.", "scale"))]
-        own = [word for word in overrides if word.startswith("saliency.")]
-        configs = {}
-        for name in names_of(names):
-            words = ["experiment=saliency_gallery", f"saliency={name}", *general]
-            keys = compose_run(words)["saliency"]
-            configs[name] = compose_run([*words, *(word for word in own if key_of(word) in keys)])
-        for word in own:
-            if not any(key_of(word) in config["saliency"] for config in configs.values()):
-                compose_run([*words, word])  # explains what is wrong
-        return cls(configs)
 
-    @property
-    def config(self) -> Config:
-        return next(iter(self.configs.values()))
-
-    def made(self, classifier: Classifier, hardware: Hardware) -> dict[str, Saliency]:
-        """The methods for images in the normalisation of a classifier."""
-        mean, std = classifier.mean.to(hardware.device), classifier.std.to(hardware.device)
-        return {
-            name: build(config["saliency"], where="saliency", black=-mean / std, std=std)
-            for name, config in self.configs.items()
-        }
+def make_methods(configs: Mapping[str, Config], classifier: Classifier, hardware: Hardware) -> dict[str, Saliency]:
+    """The methods for images in the normalisation of a classifier."""
+    mean, std = classifier.mean.to(hardware.device), classifier.std.to(hardware.device)
+    return {name: build(config["saliency"], where="saliency", black=-mean / std, std=std) for name, config in configs.items()}
 
 
 def names_of(methods: str) -> list[str]:

@@ -142,11 +142,11 @@ class GradCAM(Saliency):
         """A layer's values as (B, c, h, w)."""
         height, width = images.shape[-2:]
         plane = gradients.as_plane(values, {(height // stride, width // stride) for stride in range(1, min(height, width))})
-        if plane is None and values.ndim == 4:
-            return values
-        if plane is None:
+        if plane is not None:
+            return plane
+        if values.ndim != 4:
             raise UserError(f"saliency.layer={self.layer}: its output is no map; choose a layer with rows and columns")
-        return plane
+        return values  # of another size, (B, c, h, w)
 
     def layers(self, model: nn.Module, images: Tensor) -> list[str]:
         """The modules of which the first one is used whose map or tokens the output depends on."""

@@ -16,8 +16,11 @@ SCALES = ("rescale", "rescale_channels")
 
 def check(steps: Sequence[str]) -> None:
     """Raises UserError unless `steps` are at most one of SIGNS, at most one of SCALES, and `upsample`, in this order."""
-    allowed = [[*sign, *scale, "upsample"] for sign in ([], *([s] for s in SIGNS)) for scale in ([], *([s] for s in SCALES))]
-    if list(steps) not in allowed:
+    rest = list(steps)
+    for optional in (SIGNS, SCALES):
+        if rest and rest[0] in optional:
+            del rest[0]
+    if rest != ["upsample"]:
         raise UserError(
             f"saliency.psi=[{', '.join(steps)}]: it is one of {', '.join(SIGNS)} or none, then one of {', '.join(SCALES)} "
             f"or none, then upsample; the thesis's is [abs, rescale, upsample]"

@@ -61,9 +61,9 @@ class ScoreMatching(HessianTrace):
     2‖∇²f‖² (§5.8). With the thesis's constants (stability 1e-4, sigma 0.01) the stability term thus adds 4‖∇f‖².
     """
 
-    def __init__(self, *, stability: float, target: str, **options: Any) -> None:
-        super().__init__(target=target, **options)
-        self.stability, self.gradient_target = stability, target
+    def __init__(self, *, stability: float, **options: Any) -> None:
+        super().__init__(**options)
+        self.stability, self.gradient_target = stability, self.target
 
     def forward(self, step: Step) -> Tensor:
         trace = self.trace(step)

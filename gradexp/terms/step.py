@@ -49,6 +49,7 @@ class Step:
         self.labels = batch.labels
         self.student_layers = student_layers
         self.student_biases = {layer.name: layer for layer in student_biases}
+        self._forwards: dict[str, tuple[Tensor, dict[str, Tensor]]] = {}  # by student_bn
         self._input_gradients: dict[tuple[str, str], Tensor] = {}  # those that terms have read
         self._layer_gradients: dict[tuple[str, str], dict[str, Tensor]] = {}
         self._teacher_gradients: dict[str, Tensor] = {}
@@ -58,7 +59,7 @@ class Step:
     @property
     def student_logits(self) -> Tensor:
         """Logits with `batch` statistics, differentiable: (B, K)."""
-        return self._batch_forward[0]
+        return self._forward("batch")[0]
 
     def student_features(self, layer: str, student_bn: str = "batch") -> Tensor:
         """The output of one of `student_layers`, differentiable: (B, c, h, w)."""
@@ -137,18 +138,11 @@ class Step:
         return target, self.labels
 
     def _forward(self, student_bn: str) -> tuple[Tensor, dict[str, Tensor]]:
-        return self._batch_forward if student_bn == "batch" else self._running_forward
-
-    @cached_property
-    def _batch_forward(self) -> tuple[Tensor, dict[str, Tensor]]:
         """Logits, and the outputs of `student_layers` and of the convolutions before `student_biases`."""
-        return self._captured()
-
-    @cached_property
-    def _running_forward(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """The same with running statistics."""
-        with self._statistics("running"):
-            return self._captured()
+        if student_bn not in self._forwards:
+            with self._statistics(student_bn):
+                self._forwards[student_bn] = self._captured()
+        return self._forwards[student_bn]
 
     def _statistics(self, student_bn: str) -> AbstractContextManager[None]:
         """A context in which the student is in eval mode for `running` statistics, in its present mode otherwise."""

@@ -68,17 +68,16 @@
   };
 
   const about = (record) => {
-    const git = record.git || {};
-    const seconds = record.seconds || {};
+    const { git, seconds } = record;
     return facts([
       ["seed", number(record.seed)],
-      ["time", seconds.wall === undefined ? "" : `${duration(seconds.wall)} (${duration(seconds.cpu)} of CPU)`],
-      ["ended", (record.ended || "").replace("T", " ").slice(0, 16)],
+      ["time", `${duration(seconds.wall)} (${duration(seconds.cpu)} of CPU)`],
+      ["ended", record.ended.replace("T", " ").slice(0, 16)],
       ["machine", [record.device, record.precision, record.threads ? `${record.threads} thread${record.threads > 1 ? "s" : ""}` : ""].filter(Boolean).join(", ")],
       ["commit", (git.commit || "none").slice(0, 12) + (git.dirty ? " (dirty)" : "")],
       ["parameters", record.parameters === undefined ? "" : number(record.parameters)],
       ["images/s", record.images_per_second === undefined ? "" : number(record.images_per_second)],
-      ["peak memory", record.peak_memory_mib === undefined ? "" : `${number(record.peak_memory_mib)} MiB`],
+      ["peak memory", `${number(record.peak_memory_mib)} MiB`],
       ["data", record.data ? [record.data.name, record.data.train_images ? `${number(record.data.train_images)} images` : "", record.data.subset || record.data.train].filter(Boolean).join(", ") : ""],
     ]);
   };
@@ -88,7 +87,7 @@
     const record = data.records[id];
     const numbers = Object.entries(record.numbers).map(([name, value]) => [name, number(value)]);
     const curves = Object.entries(record.curves).map(([name, value]) => sparkline(name, value)).filter(Boolean);
-    const upstream = Object.entries(record.upstream || {}).map(([name, run]) =>
+    const upstream = Object.entries(record.upstream).map(([name, run]) =>
       element("p", {}, `${name}: `, run.id in data.records ? element("a", { href: `#run-${run.id}` }, `run ${run.id}`) : `run ${run.id}`));
     const rest = Object.fromEntries(Object.entries(record).filter(([key]) => !SHOWN.has(key)));
     const fold = (title, ...inside) => element("details", {}, element("summary", {}, title), ...inside);
@@ -99,10 +98,9 @@
       numbers.length > 12 ? fold(`${numbers.length - 12} more numbers`, facts(numbers.slice(12))) : null,
       curves.length ? element("div", { class: "curves" }, ...curves.slice(0, 4)) : null,
       curves.length > 4 ? fold(`${curves.length - 4} more curves`, element("div", { class: "curves" }, ...curves.slice(4))) : null,
-      record.command ? element("h3", {}, "Run it again") : null,
-      record.command ? command(record.command) : null,
+      element("h3", {}, "Run it again"), command(record.command),
       element("h3", {}, "Origin"), about(record), ...upstream,
-      fold("Config", element("pre", { tabindex: "0" }, yaml(record.config || {}))),
+      fold("Config", element("pre", { tabindex: "0" }, yaml(record.config))),
       fold("Versions, data and the rest of the record", element("pre", { tabindex: "0" }, yaml(rest))));
     block.open = open;
     return block;
@@ -119,8 +117,9 @@
     const id = hash.startsWith("run-") ? hash.slice(4) : "";
     return id && Object.hasOwn(data.records, id) ? { kind: "Record", title: `run ${id}`, facts: [], runs: [id], todo: [] } : null;
   };
+  const anchor = () => decodeURIComponent(location.hash.slice(1));
   const neighbour = (step) => {
-    const found = order[order.indexOf(decodeURIComponent(location.hash.slice(1))) + step];
+    const found = order[order.indexOf(anchor()) + step];
     return found && data.entries[found].kind === part("kind").textContent ? found : null;
   };
   const show = (entry) => {
@@ -130,7 +129,7 @@
     const todo = entry.todo.length ? [element("h3", {}, entry.runs.length ? "Still missing" : "Not run yet. Run:"), ...entry.todo.map(command)] : [];
     const nothing = !entry.runs.length && !entry.todo.length ? element("p", {}, "Not part of this scale.") : null;
     part("body").replaceChildren(...[standing, nothing, ...entry.runs.map((id, i) => runBlock(id, i === 0)), ...todo].filter(Boolean));
-    const known = order.includes(decodeURIComponent(location.hash.slice(1)));
+    const known = order.includes(anchor());
     for (const [name, step] of [["previous", -1], ["next", 1]]) {
       document.getElementById(name).hidden = !known;
       document.getElementById(name).disabled = known && !neighbour(step);
@@ -148,7 +147,7 @@
     return closed.length > 0;
   };
   const route = () => {
-    const hash = decodeURIComponent(location.hash.slice(1));
+    const hash = anchor();
     const entry = entryOf(hash);
     if (!entry) {
       if (panel.open) panel.close();
@@ -156,7 +155,7 @@
       if (target && unfold(target)) target.scrollIntoView();
       return;
     }
-    const link = document.querySelector(`main a[href="${CSS.escape ? "#" + hash.replace(/["\\]/g, "\\$&") : ""}"]`);
+    const link = document.querySelector(`main a[href="#${CSS.escape(hash)}"]`);
     if (link && hash in data.entries) {
       opener = link;
       unfold(link);
@@ -165,7 +164,7 @@
     show(entry);
   };
   panel.addEventListener("close", () => {
-    if (entryOf(decodeURIComponent(location.hash.slice(1)))) history.replaceState(null, "", location.href.split("#")[0] + "#");
+    if (entryOf(anchor())) history.replaceState(null, "", location.href.split("#")[0] + "#");
     if (opener) opener.focus();
   });
   panel.addEventListener("click", (event) => { if (event.target === panel) panel.close(); });
