@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import operations
 from common import planner
-from operations import H100, Unit
+from operations import H100, START, Unit
 from reproduce import priorities
 
 from gradexp.base.files import write_atomically
@@ -18,7 +18,6 @@ from gradexp.report.writing import table_lines
 HOURS = (1, 10, 100)
 COLUMNS = ["table", "hours", "training", "student", "GFLOP per image", "MB per image", "operations per step", "batch"]
 COLUMNS += ["precision", "computed ms per step"]
-START = 20.0  # seconds that any run takes: imports, data, evaluation
 
 
 def main() -> None:

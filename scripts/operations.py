@@ -43,6 +43,7 @@ SIZES = {  # training and test images, where no run has counted them
 }
 REPEATS = ("steps", "samples", "copies")  # settings of saliency methods: how often they do the same
 BATCH = 64  # images at a time of runs that train nothing
+START = 20.0  # seconds that any run takes: imports, data, evaluation
 
 
 @dataclass(frozen=True)
@@ -149,10 +150,8 @@ def training(config: Config) -> Operations:
     """A step of the run's training without the optimizer's single pass over the parameters."""
     size, batch = config["data"]["size"], config["optim"]["batch_size"]
     with META:
-        student, teacher = (
-            make_model(config),
-            make_model(config["upstream"]["teacher"]) if "teacher" in config["upstream"] else None,
-        )
+        student = make_model(config)
+        teacher = make_model(config["upstream"]["teacher"]) if "teacher" in config["upstream"] else None
         example = torch.zeros(1, config["data"]["channels"], size, size)
         module = make_module(config, student, teacher, example)
         rows = torch.zeros(batch, dtype=torch.long)

@@ -19,7 +19,6 @@ from gradexp.engine.run import Config, Paths, Run, run_id
 from gradexp.report import costs
 
 CORE_FLOPS = 5e10  # a second of one core, where no record corrects it
-START = 20.0  # seconds that any run takes
 GAUGES = 3  # kinds of trainings with records, by which computed times are corrected
 
 
@@ -92,7 +91,7 @@ def count(configs: Iterable[Config], history: costs.History, hardware: Hardware)
     factor = statistics.median(ratios) if ratios else 1.0
     for name in unknown:
         rate, unit = computed[name] * factor, units[name]
-        history.counts[name] = costs.Sample(name, 1.0, START + rate, rate, unit.memory_mib, unit.disk_mib, "")
+        history.counts[name] = costs.Sample(name, 1.0, operations.START + rate, rate, unit.memory_mib, unit.disk_mib, "")
 
 
 def slots(hardware: Hardware) -> int:

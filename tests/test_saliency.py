@@ -634,9 +634,7 @@ def test_a_map_without_most_of_the_logit_is_a_warning(kind: type[FullGrad]) -> N
 def test_completeness_error_is_rounding() -> None:
     for separate in (False, True):
         method, model, images = FullGrad(psi=PSI, separate=separate), net(), pictures()
-        assert torch.equal(
-            completeness(method, model, images, 2)["completeness_error"], method.completeness_error(model, images, 2)
-        )
+        assert torch.equal(completeness(method, model, images)["completeness_error"], method.completeness_error(model, images))
         error = method.completeness_error(model.train(), images)
         assert error.shape == (3,)
         assert error.max() < 1e-12

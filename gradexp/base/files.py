@@ -80,7 +80,7 @@ def sha256(path: Path) -> str:
 
 
 def write_sealed(path: Path, content: bytes | Callable[[Path], object]) -> None:
-    """Writes a file atomically, with a checksum in a file beside it (and that of the old content until that is replaced).
+    """Writes a file atomically, and its checksum to a file beside it, which keeps the old one too until the file is replaced.
 
     content: bytes, or a function that writes a draft. Drafts of processes that died are removed.
     """

@@ -19,7 +19,7 @@ from gradexp.engine import clocks
 from gradexp.engine.exits import die_of_interrupt
 from gradexp.layers import ranks
 
-# From the user or the system; from SLURM before the end of a job; from SLURM at the request of submitit; Ctrl-C.
+# Sent by: the user or the system; SLURM, before the end of a job (USR1; USR2 where submitit asks for it); Ctrl-C.
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 REFRESH_EVERY = 0.5  # seconds between updates
 

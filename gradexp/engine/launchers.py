@@ -37,7 +37,7 @@ PRELOADED = ["gradexp.tasks.train", "gradexp.engine.fit", "gradexp.engine.compos
 class Work:
     """What `python run.py OVERRIDES` does, with its output in a log; called in a process of its own.
 
-    waits: for another process that is doing the run. Otherwise it ends with exit code BUSY, and keeps what is in the log.
+    waits: whether to wait for another process that is doing the run. If not, the exit code is BUSY. The log is appended to.
     """
 
     overrides: tuple[str, ...]

@@ -124,11 +124,11 @@ def notes(files: Sequence[Path], paths: Paths) -> Iterator[str]:
         yield f"{len(files) - len(dated)} records do not state by which sources they were computed: they are older"
     changed: dict[str, list[str]] = {}
     for name, sources in dated.items():
-        packages = [package for package, digest in SOURCES.items() if sources.get(package, digest) != digest]
-        if packages:
-            changed.setdefault(", ".join(packages), []).append(name)
-    for of, names in changed.items():
-        yield f"{len(names)} records were computed by other sources of {of} than today's: {_listed(names)}"
+        differing = [package for package, digest in SOURCES.items() if sources.get(package, digest) != digest]
+        if differing:
+            changed.setdefault(", ".join(differing), []).append(name)
+    for packages, names in changed.items():
+        yield f"{len(names)} records were computed by other sources of {packages} than today's: {_listed(names)}"
     records = {file: read_record(file) for file in files}
     again = [file.stem for file, record in records.items() if _made_again(record, paths)]
     if again:

@@ -20,7 +20,7 @@ from gradexp.base.errors import UserError, nearest
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Inside, the model is in eval mode; afterwards each of its modules is in the mode that it had.
 
-    `model.train` is called for what some modules do in it: those of LoRA put their weights together and take them apart.
+    It calls `eval` and `train` rather than setting `training`, as some modules act there: LoRA's merge and split their weights.
     """
     modes = {module: module.training for module in model.modules()}
     model.eval()

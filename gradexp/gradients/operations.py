@@ -124,7 +124,7 @@ class Operations(TorchFunctionMode):
             yield
 
     def close(self) -> None:
-        """Ends what operations learn from backward passes. Without it, autograd's graph and they keep each other alive."""
+        """Removes the hooks on gradients and the references into autograd's graph, which else would keep each other alive."""
         for hook in self._hooks:
             hook.remove()
         for operation in self.all:

@@ -44,7 +44,7 @@ def _convolve(x: Tensor, w: Tensor, b: Tensor | None, shape: Shape) -> Tensor:
 
 
 def _kernel(g: Tensor, x: Tensor, w: Tensor, shape: Shape, mask: list[bool]) -> tuple[Any, Any, Any]:
-    """Gradients for x, w and the bias: those that `mask` asks for, None for the others. Of x, only the shape without w's."""
+    """Gradients for x, w and the bias, None where `mask` asks for none. Only w's reads x; the others need its shape."""
     wants_x, wants_w, wants_b = mask
     if faster := _faster(x, w, shape):
         gx = faster.input_gradient(g, w) if wants_x else None

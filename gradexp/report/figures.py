@@ -102,7 +102,7 @@ def missing(series: Sequence[Series]) -> list[Run]:
 
 
 def waiting(spec: FigureSpec, series: Sequence[Series]) -> list[str]:
-    """The labels without which a figure is drawn, as their runs are missing; empty if it can't be drawn yet."""
+    """The labels that a figure is drawn without, as their runs are missing; empty if none is, or it can't be drawn yet."""
     labels = list(dict.fromkeys(one.label for one in series if missing([one])))
     return labels if spec.get("partial") and not missing([one for one in series if one.label == series[0].label]) else []
 

@@ -75,7 +75,7 @@ def make_score(config: Config) -> Any:
     return build(score_node(config["evaluate"]), where="evaluate")
 
 
-def completeness(method: Saliency, model: nn.Module, images: Tensor, target: int | None = None) -> dict[str, Tensor]:
-    """{`completeness_error`: (B,)}, relative to the output (Eq. 3.1); empty for methods without it. target: see Saliency."""
+def completeness(method: Saliency, model: nn.Module, images: Tensor) -> dict[str, Tensor]:
+    """{`completeness_error`: (B,)}, relative to the output (Eq. 3.1); empty for methods without it."""
     error = getattr(method, "completeness_error", None)
-    return {} if error is None else {"completeness_error": error(model, images, target)}
+    return {} if error is None else {"completeness_error": error(model, images)}
