@@ -21,6 +21,7 @@ from torch.utils.flop_counter import flop_registry
 
 from gradexp import gradients, layers
 from gradexp.base.files import write_atomically
+from gradexp.base.texts import read_json
 from gradexp.data.loader import Batch
 from gradexp.engine.assemble import make_model, make_optim, make_terms
 from gradexp.engine.build import build
@@ -244,8 +245,9 @@ class Unit:
 
 def counts(configs: Mapping[str, Config], store: Path = OWN) -> dict[str, Unit]:
     """The units of kinds of runs, {signature: config}; those that are not stored are counted, and stored in `store`."""
-    own: dict[str, Any] = json.loads(store.read_text()) if store.exists() else {}
-    stored = json.loads(STORE.read_text()) | own
+    advice = "delete it; what it held is counted again"
+    committed, own = (read_json(file, advice) if file.exists() else {} for file in (STORE, store))
+    stored = committed | own
     keys = {name: sha256(name.encode()).hexdigest()[:12] for name in configs}
     missing = {name: config for name, config in configs.items() if keys[name] not in stored}
     for number, (name, config) in enumerate(missing.items(), 1):
