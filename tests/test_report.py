@@ -121,7 +121,8 @@ def render(results: Path, scale: str = "cpu", spec: dict[str, Any] = SPEC, words
     filled = [run for run in table.runs if run.finished]
     drawn = {"number": "2.1", "title": f"Fits {words}"}, [figures.Series({"label": f"fit {words}"}, tuple(filled[:1]))]
     absent = {"number": "other", "title": "Not drawn"}, [figures.Series({"label": "gone"}, tuple(table.missing[:1]))]
-    caption = provenance.Caption([f"Departs from `paper`. {words}"], [])
+    origin = provenance.origin_of(*provenance.records_of(filled[:1])).sentences
+    caption = provenance.Caption([f"Departs from `paper`. {words}", *origin], [], origin=origin)
     views = {
         "tables": [html.table_view(table, panels, SETTINGS["close"])],
         "figures": [html.figure_view(*one, scale, results, panels, caption) for one in (drawn, absent)],
