@@ -179,10 +179,10 @@ def test_headline_numbers_of_the_readme_are_those_of_the_records() -> None:
     assert here("Digit flipping") == "{:.1f} ({:.1f})".format(*flips)
     names = ("iG, squared, mean over pixels", "iG, unsquared", "iG, squared, sum over pixels")
     start, *gains = (mean("table 4.1-readings", row, "test accuracy (%)") for row in ("nothing", *names))
-    metrics = ("energy/logit/after", "test/accuracy/before", "test/accuracy")
+    metrics = ("energy/logit/after", "energy/logit/before", "test/accuracy/before", "test/accuracy")
     fooled = [mean("figure 5.5", "VGG-11", "", metric) for metric in metrics]
-    assert here("Energy") == "{:.0f} %; {:.1f} → {:.1f} %".format(*fooled)
-    assert here("Gain") == "{:.1f}, {:.1f} or {:.1f}, by the distance".format(*(gain - start for gain in gains))
+    assert here("Energy") == "{:.0f} % ({:.0f} % before); {:.1f} → {:.1f} %".format(*fooled)
+    assert here("Gain") == "{:.1f}, {:.1f} or {:.1f}, by how distance is measured".format(*(gain - start for gain in gains))
 
 
 def test_verdicts_counted_in_the_readme_are_those_of_the_claims() -> None:
@@ -193,9 +193,9 @@ def test_verdicts_counted_in_the_readme_are_those_of_the_claims() -> None:
     count = claims.groupby("verdict").size()
     seeds, images = (claims[claims["unit"] == unit].groupby("verdict").size() for unit in ("seeds", "images"))
     decided = count.reindex(["holds", "contradicted", "undecided"]).sum()
-    assert f"tests {len(claims)} claims of the thesis on our records. {decided} have a verdict so far" in text
+    assert f"tests {len(claims)} claims of the thesis on our records. {decided} could be tested so far" in text
     assert f"over seeds, {seeds['holds']} holds and {seeds['undecided']} are undecided" in text
     assert f"one network, {images['holds']} hold, {images['contradicted']} are contradicted" in text
-    assert f"and {images['undecided']} are undecided. {count['direction only']} have only a direction" in text
+    assert f"and {images['undecided']} are undecided. {count['direction only']} have one seed" in text
     assert f"{count['not run']} wait for runs" in text and f"{count['withheld']} are withheld" in text
     assert f"{count['not part of this scale']} are about cells" in text and f"{other.sum()} other readings" in text
