@@ -194,7 +194,7 @@ def test_verdicts_counted_in_the_readme_are_those_of_the_claims() -> None:
     seeds, images = (claims[claims["unit"] == unit].groupby("verdict").size() for unit in ("seeds", "images"))
     decided = count.reindex(["holds", "contradicted", "undecided"]).sum()
     assert f"tests {len(claims)} claims of the thesis on our records. {decided} could be tested so far" in text
-    assert f"over seeds, {seeds['holds']} holds and {seeds['undecided']} are undecided" in text
+    assert f"over seeds, {seeds['holds']} hold and {seeds['undecided']} are undecided" in text
     assert f"one network, {images['holds']} hold, {images['contradicted']} are contradicted" in text
     assert f"and {images['undecided']} are undecided. {count['direction only']} have one seed" in text
     assert f"{count['not run']} wait for runs" in text and f"{count['withheld']} are withheld" in text
