@@ -11,9 +11,11 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pandas as pd
 import pytest
+import torch
 from commands import run_python
 
 from gradexp.base.errors import UserError
@@ -25,6 +27,7 @@ from gradexp.engine.ensure import ensure
 from gradexp.engine.known import answer
 from gradexp.engine.launchers import run_all
 from gradexp.engine.run import ROOT
+from gradexp.models.vgg import VGG
 
 sys.path.insert(0, str(ROOT / "scripts"))
 
@@ -240,6 +243,7 @@ UNUSED = {
     ("method=ce", "+method.angle=label"): "method=ce has no teacher",
     ("method=ce_a", "+method.angle=lable"): "method.angle=lable: it is .*, did you mean label",
     ("method=ce", "optim.optimizer._target_=torch.optim.LBFGS"): "LBFGS evaluates the loss several times a step",
+    ("method=ce", "optim.optimizer._target_=torch.optim.SparseAdam"): "SparseAdam does not support dense gradients",
     ("method=ce", "+optim.optimizer.betas=[0.5]"): "optim.optimizer.betas",
 }
 
@@ -248,6 +252,14 @@ UNUSED = {
 def test_settings_that_fit_nothing_are_refused_before_the_training(words: tuple[str, ...], places: list[str]) -> None:
     with pytest.raises(UserError, match=UNUSED[words]):
         ensure(plan(["experiment=jacobian_distill", *TINY, "data.per_class=3", *words], places))
+
+
+def test_a_device_without_memory_is_not_called_a_network_of_another_shape(
+    places: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(VGG, "forward", Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory.")))
+    with pytest.raises(torch.OutOfMemoryError):
+        ensure(plan(["experiment=jacobian_distill", *TINY, "data.per_class=3", "method=ce"], places))
 
 
 def test_what_an_upstream_run_of_the_experiment_needs_may_be_set_for_all_methods(places: list[str]) -> None:

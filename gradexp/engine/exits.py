@@ -43,6 +43,10 @@ INTERRUPTED = "interrupted; the same command goes on from what is finished"
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or MEMORY.search(str(error)) is not None
+
+
 @contextmanager
 def exit_on_errors() -> Iterator[None]:
     """Ends the process with a one-line message instead of a traceback after an error that the user can fix."""
@@ -65,7 +69,7 @@ def exit_on_errors() -> Iterator[None]:
         _discard_output()
         sys.exit(f"error: {fix}")
     except (MemoryError, RuntimeError) as error:
-        if not (isinstance(error, MemoryError) or MEMORY.search(str(error))) or "HYDRA_FULL_ERROR" in os.environ:
+        if not is_out_of_memory(error) or "HYDRA_FULL_ERROR" in os.environ:
             raise
         sys.exit(f"error: {NO_MEMORY}")
     except Stopped as error:

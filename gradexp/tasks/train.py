@@ -18,7 +18,7 @@ from gradexp.engine import assemble
 from gradexp.engine.assemble import make_data, make_hardware, make_model, make_optim, make_terms
 from gradexp.engine.build import build
 from gradexp.engine.ensure import finish
-from gradexp.engine.exits import die_of_interrupt, die_with_parent, fix_of
+from gradexp.engine.exits import die_of_interrupt, die_with_parent, fix_of, is_out_of_memory
 from gradexp.engine.hardware import Hardware
 from gradexp.engine.loggers import close, make_logger
 from gradexp.engine.origin import attempt, git_state
@@ -103,6 +103,8 @@ def _check_shape(student: nn.Module, loader: Loader, classes: int) -> None:
         with torch.no_grad():
             logits = student.eval()(loader.example)
     except (RuntimeError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
         raise UserError(f"model: it does not take images of {shape} ({str(error).splitlines()[0]})") from None
     if tuple(logits.shape) != (1, classes):
         raise UserError(

@@ -31,15 +31,16 @@ class Optim:
 
     def __post_init__(self) -> None:
         """Raises UserError for settings that the optimizer refuses, such as a negative learning rate."""
+        parameter = torch.nn.Parameter(torch.zeros(1))
+        parameter.grad = torch.zeros(1)
         try:
-            optimizer = self.optimizer([torch.nn.Parameter(torch.zeros(1))])
-        except ValueError as error:
+            optimizer = self.optimizer([parameter])
+            closure = inspect.signature(optimizer.step).parameters.get("closure")
+            if closure is not None and closure.default is closure.empty:
+                raise ValueError(f"{type(optimizer).__name__} evaluates the loss several times a step; choose another one")
+            optimizer.step()
+        except (ValueError, RuntimeError) as error:  # SparseAdam refuses its gradients at the first step
             raise UserError(f"optim.optimizer: {error}") from None
-        closure = inspect.signature(optimizer.step).parameters.get("closure")
-        if closure is not None and closure.default is closure.empty:
-            raise UserError(
-                f"optim.optimizer: {type(optimizer).__name__} evaluates the loss several times a step; choose another one"
-            )
 
     def total_steps(self, steps_per_pass: int) -> int:
         """Raises UserError unless exactly one of passes and steps is given."""
