@@ -101,6 +101,45 @@ def by_fourier_transform(op: Operation, x: Tensor) -> Tensor:
     return torch.fft.ifft2(f).real + torch.fft.irfft2(torch.fft.rfft2(x).sigmoid(), s=x.shape[-2:]) + f.imag.sin()
 
 
+def masked_attention(op: Operation, x: Tensor) -> Tensor:
+    tokens = op.conv(x).flatten(2).transpose(1, 2)
+    later = torch.ones(SIZE**2, SIZE**2).triu(1)
+    scores = (tokens @ tokens.mT).masked_fill(later.bool(), float("-inf")) + later.masked_fill(later > 0, float("-inf"))
+    return (scores.softmax(-1) @ tokens).mT.reshape(x.shape)
+
+
+def into_unused_memory(op: Operation, x: Tensor) -> Tensor:
+    y = torch.full_like(x, float("nan"))
+    y[:, ::2], y[:, 1::2] = x[:, 1::2], op.conv(x)[:, ::2].exp()
+    return y
+
+
+def parameters_like_activations(op: Operation, x: Tensor) -> Tensor:
+    """Parameters that take their shape or dtype from the images."""
+    bias, shift = op.bias.view(-1, 1, 1).type_as(x), op.mean.view(-1, 1, 1).expand_as(x)
+    y = functional.group_norm(functional.conv2d(x, op.weight.to(x), op.bias.to(x), padding=1) + bias, 2, op.mean.to(x))
+    wide, y = torch.broadcast_tensors(op.bias.view(-1, 1, 1), y)
+    return torch.cat([y * torch.ones_like(x, requires_grad=True) + wide, shift], 1)[:, 2:6].tanh()
+
+
+def elu_of_selected_pixels(op: Operation, x: Tensor) -> Tensor:
+    y = op.conv(x).clone()
+    negative = y < 0
+    y[negative] = y[negative].exp() - 1
+    return y
+
+
+def routed_tokens(op: Operation, x: Tensor) -> Tensor:
+    tokens = x.flatten(2).mT
+    routed, y = tokens[..., 0] > 0, tokens.clone()
+    y[routed] = functional.linear(tokens[routed], op.weight[..., 0, 0], op.bias)
+    return y.mT.reshape(x.shape)
+
+
+def normalised_behind(same: Callable[[Tensor], Tensor]) -> Callable[[Operation, Tensor], Tensor]:
+    return lambda op, x: op.norm(same(op.conv(x)))
+
+
 def also_used_raw(op: Operation, x: Tensor) -> Tensor:
     y = op.conv(x)
     return op.norm(y) + y
@@ -148,6 +187,18 @@ OPERATIONS: dict[str, Callable[[Operation, Tensor], Tensor]] = {
     "complex values": by_fourier_transform,
     "detached": lambda op, x: x * x.detach().sigmoid() + x.detach(),
     "detached only": lambda op, x: x + x.detach().square(),
+    "masked attention": masked_attention,
+    "infinite padding": lambda op, x: functional.max_pool2d(functional.pad(x.exp(), (1, 1, 1, 1), value=-torch.inf), 3, 1),
+    "expanded infinities": lambda op, x: x + x.sin().sum(1, True).masked_fill(x[:, :1] < 0, -torch.inf).expand_as(x).exp(),
+    "into unused memory": into_unused_memory,
+    "parameters like activations": parameters_like_activations,
+    "selected pixels": elu_of_selected_pixels,
+    "routed tokens": routed_tokens,
+    "changed before its normalisation": normalised_behind(lambda y: y.mul_(2.0)),
+    "changed behind an alias": normalised_behind(lambda y: [y.view_as(y), y.mul_(2.0)][0]),
+    "overwritten": lambda op, x: op.norm(op.conv(x).fill_(3.0)) + x,
+    "overwritten behind an alias": lambda op, x: x * normalised_behind(lambda y: [y.view_as(y), y.fill_(3.0)][0])(op, x),
+    "overwritten by a parameter": lambda op, x: x + op.conv(x).copy_(op.mean.view(-1, 1, 1)).tanh(),
     "chosen by the data": lambda op, x: x.exp() if float(x[0, 0, 0, 0].detach()) < 1e9 else x,
 }
 
@@ -212,7 +263,13 @@ def test_the_bias_of_an_operation_is_what_finite_differences_leave(name: str, se
     torch.testing.assert_close(found - ends[0] - ends[1], expected, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", ["in place in a part", "class token and attention", "softplus", "product", "complex values"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("in place in a part", "class token and attention", "softplus", "product", "complex values"),
+        *("masked attention", "into unused memory", "parameters like activations", "selected pixels"),
+    ],
+)
 def test_full_gradients_of_any_operation_are_differentiable(name: str) -> None:
     """The derivative of the sum of all terms is that of the output: for the parameters, and for the images."""
     model, images, labels = chain(name)
@@ -224,6 +281,28 @@ def test_full_gradients_of_any_operation_are_differentiable(name: str) -> None:
         assert (mine is None) == (wanted is None)
         if mine is not None:
             torch.testing.assert_close(mine, wanted)
+
+
+SAME: list[Callable[[Tensor], Tensor]] = [
+    *(torch.Tensor.contiguous, torch.Tensor.double, lambda y: y.to(torch.float64), lambda y: y.view_as(y)),
+    lambda y: functional.dropout2d(y, 0.5, training=False),
+]
+
+
+@pytest.mark.parametrize("same", SAME)
+def test_a_normalisation_and_its_convolution_share_a_bias_whatever_returns_the_same_between_them(
+    same: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A user's backward hook on a convolution is a view of its output."""
+    monkeypatch.setitem(OPERATIONS, "same", normalised_behind(same))
+    assert list(gradients.full_gradient(*chain("same")).biases) == ["first", "operation.norm", "last"]
+
+
+def test_a_backward_hook_of_the_users_changes_no_map() -> None:
+    model, images, labels = chain("convolution and normalisation")
+    wanted = FullGrad()(model, images, labels)
+    model.operation.conv.register_full_backward_hook(lambda *_: None)
+    torch.testing.assert_close(FullGrad()(model, images, labels), wanted)
 
 
 def test_operations_are_named_by_module_and_function() -> None:

@@ -11,6 +11,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils.rnn import pad_sequence
 
 from gradexp.base.errors import UserError
 from gradexp.gradients.capture import as_plane, halved, steady_statistics
@@ -116,7 +117,7 @@ def full_gradient(
             f"full-gradients are those of a model in eval mode, {training[0] or 'it'} is in train mode: call model.eval()"
         )
     with _exact(model), steady_statistics(model) if differentiable else nullcontext():
-        images = checked_images(images)
+        images = checked_images(images).requires_grad_()
         labels = checked_labels(labels, images)
         full = _decomposed(model, images, labels, target, separate, differentiable)
         if full is None or (len(images) > 1 and full.inexact().any()):
@@ -125,7 +126,7 @@ def full_gradient(
                 _decomposed(model, images[i : i + 1], labels[i : i + 1], target, separate, differentiable)
                 for i in range(len(images))
             ]
-            full = _joined([part for part in parts if part is not None])
+            full = _joined(images if differentiable else images.detach(), [part for part in parts if part is not None])
             _check_independent(model, images, labels, target, full)
     if full.inexact().any():
         largest = sorted(full.biases, key=lambda name: -float(_sum(full.biases[name]).abs().max()))[:3]
@@ -163,7 +164,6 @@ def _decomposed(
     model: nn.Module, images: Tensor, labels: Tensor, target: str, separate: bool, differentiable: bool
 ) -> FullGradient | None:
     """The full-gradient, by one backward pass; None where it is not clear which part of it belongs to which image."""
-    images = images.detach().requires_grad_()
     with closing(Operations(model, images, differentiable=differentiable)) as met:
         with met.recording():
             logits = checked_logits(model(images.clone()))  # which the model may change in place
@@ -211,26 +211,37 @@ def _constant(full: FullGradient) -> FullGradient:
     return replace(full, images=full.images.detach(), output=full.output.detach(), biases=biases)
 
 
-def _joined(parts: Sequence[FullGradient]) -> FullGradient:
-    """The full-gradients of single images as those of a batch."""
+def _joined(images: Tensor, parts: Sequence[FullGradient]) -> FullGradient:
+    """The full-gradients of single images as those of the batch `images`."""
+    gradients = _joined_by_name([part.gradients for part in parts])
+    layouts = {name: layout for part in parts for name, layout in part.layouts.items()}
     return FullGradient(
-        images=torch.cat([part.images for part in parts]),
+        images=images,
         output=torch.cat([part.output for part in parts]),
         input=torch.cat([part.input for part in parts]),
         biases=_joined_by_name([part.biases for part in parts]),
-        gradients=_joined_by_name([part.gradients for part in parts]),
+        gradients=gradients,
         nonlinear=frozenset[str]().union(*(part.nonlinear for part in parts)),
-        layouts={name: layout for part in parts for name, layout in part.layouts.items()},
+        layouts={name: layout for name, layout in layouts.items() if gradients[name].ndim == len(layout)},
         grids=parts[0].grids,
     )
 
 
 def _joined_by_name(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The values of all images by the names of operations; 0 for an image whose forward pass did without an operation."""
+    """The values of all images by the names of operations; 0 for an image whose forward pass did without an operation.
+
+    Values that differ in size, as those of an operation on the pixels or tokens that a network selects, are flattened and
+    filled up with zeros: (B, n).
+    """
     every: dict[str, Tensor] = {}
     for part in parts:
         every |= part
-    return {name: torch.cat([part.get(name, torch.zeros_like(values)) for part in parts]) for name, values in every.items()}
+    joined = dict[str, Tensor]()
+    for name, some in every.items():
+        values = [part.get(name, torch.zeros_like(some)) for part in parts]
+        alike = all(each.shape == some.shape for each in values)
+        joined[name] = torch.cat(values) if alike else pad_sequence([each.flatten() for each in values], batch_first=True)
+    return joined
 
 
 def _by_image(values: Tensor, batch: int) -> Tensor | None:

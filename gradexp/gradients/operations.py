@@ -93,8 +93,8 @@ def norm_bias(mean: Tensor, variance: Tensor, weight: Any, bias: Any, eps: float
 class Operations(TorchFunctionMode):
     """The operations with a bias of the forward passes inside `recording`, and the grids of pixels that their maps have.
 
-    images: the leaf that all is computed from. differentiable: whether biases keep their graph. Gradients are stored in the
-    operations by the backward pass. Raises UserError for an operation that can't be seen.
+    images: the tensor with `requires_grad` that all is computed from. differentiable: whether biases keep their graph.
+    Gradients are stored in the operations by the backward pass. Raises UserError for an operation that can't be seen.
     """
 
     def __init__(self, model: nn.Module, images: Tensor, *, differentiable: bool) -> None:
@@ -187,12 +187,18 @@ class Operations(TorchFunctionMode):
             else:
                 given = self._with_copy(call, changed)
         versions = [operand._version for operand in dependent]
+        above = {operand.grad_fn for operand in dependent}
         returned = function(*args, **kwargs)
         if changed is None and versions != [operand._version for operand in dependent]:
             raise UserError(
                 f"{self._name(call.name)} changes its input in place, unseen; call the form that returns a new tensor"
             )
         outputs = tree_leaves(returned if changed is None else changed)
+        if changed is None:
+            if (same := _returned(dependent, outputs)) is not None:
+                self._pass_on(same, outputs[0])
+                return returned
+            outputs = [output if self._leads_to(output, above) else None for output in outputs]
         if any(map(_differentiable, outputs)):
             for maker in {self._makers[id(operand)] for operand in dependent if id(operand) in self._makers}:
                 maker.readers += [next(each.grad_fn for each in outputs if _differentiable(each))]
@@ -202,6 +208,25 @@ class Operations(TorchFunctionMode):
                 if _differentiable(output):
                     self._record(output, operation, call, in_place=changed is not None)
         return returned
+
+    def _leads_to(self, output: Any, above: set[Any]) -> bool:
+        """Whether an output depends on the images, and did not take only its shape or dtype from what does.
+
+        above: the nodes of autograd's graph that the operands were computed by.
+        """
+        return _differentiable(output) and any(node in above or self._is_source(node) for node in _graph(output))
+
+    def _is_source(self, node: Any) -> bool:
+        """Whether a node of autograd's graph stands for the images, which are a leaf or a part of one."""
+        return node is self._images.grad_fn or getattr(node, "variable", None) is self._images
+
+    def _pass_on(self, operand: Tensor, output: Tensor) -> None:
+        """Takes the output of a call for the operand that it returned."""
+        self._dependent[id(output)] = output
+        if id(operand) in self._layouts:
+            self._layouts[id(output)] = self._layouts[id(operand)]
+        if id(operand) in self._makers:
+            self._makers[id(output)] = self._makers[id(operand)]
 
     def _rule(self, call: Call) -> Any:
         """The method that computes the biases of a call; None where there are none."""
@@ -247,7 +272,7 @@ class Operations(TorchFunctionMode):
         return operations
 
     def _value(self, output: Tensor) -> Tensor:
-        return output if self._differentiable else output.detach()
+        return _finite(output if self._differentiable else output.detach())
 
     def _other(self, call: Call, bias: Tensor) -> Operation | None:
         """The operation with this bias; None where it is 0."""
@@ -271,7 +296,9 @@ class Operations(TorchFunctionMode):
             if not self.depends(leaf):
                 return leaf
             value = leaf.detach()
-            tangent = torch.zeros_like(value) if id(leaf) in self._constant else value.clone() if in_place else value
+            tangent = torch.zeros_like(value) if id(leaf) in self._constant else _finite(value.clone() if in_place else value)
+            if tangent.stride() != value.stride():  # `value` is expanded
+                value = value.contiguous()
             return forward_ad.make_dual(value, tangent)  # type: ignore[no-untyped-call]
 
         _load_forward_mode()
@@ -304,7 +331,7 @@ class Operations(TorchFunctionMode):
                 slopes = torch.autograd.grad(output, operands, u, create_graph=True, allow_unused=True)
                 found = zip(slopes, operands, strict=True)
                 paired = [(slope, z) for slope, z in found if slope is not None and slope.requires_grad]
-                sums, values = [slope for slope, _ in paired], [z for _, z in paired]
+                sums, values = [slope for slope, _ in paired], [_finite(z) for _, z in paired]
                 products.append(torch.autograd.grad(sums, u, values, create_graph=True)[0] if paired else None)
         return products
 
@@ -318,7 +345,6 @@ class Operations(TorchFunctionMode):
         base = output._base if in_place and output._is_view() else None
         for tensor in (output,) if base is None else (output, base):
             self._dependent[id(tensor)] = tensor
-            self._makers.pop(id(tensor), None)
         if operation is None:
             return
         operation.layout = self._layouts.get(id(output if base is None else base))
@@ -388,7 +414,7 @@ class Operations(TorchFunctionMode):
         if operand.grad_fn is None or self.depends(operand):
             return
         for node in _graph(operand):
-            if getattr(node, "variable", None) is self._images:
+            if self._is_source(node):
                 where = f" of {self._calls[-1][0]}" if self._calls and self._calls[-1][0] else ""
                 raise UserError(
                     f"{operand.grad_fn.name().removesuffix('Backward')}, whose value is an input{where}, is no torch function "
@@ -468,6 +494,21 @@ def _graph(value: Tensor) -> Iterator[Any]:
 
 def _differentiable(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and leaf.requires_grad
+
+
+def _returned(operands: list[Tensor], outputs: list[Any]) -> Tensor | None:
+    """The operand that a call returned as it was, such as `contiguous`, `float` or a dropout in eval mode; None for others."""
+    if len(outputs) != 1 or not _differentiable(outputs[0]):
+        return None
+    return next((each for each in operands if each.dtype == outputs[0].dtype and each.is_set_to(outputs[0])), None)
+
+
+def _finite(z: Tensor) -> Tensor:
+    """z, with 0 for infinities and NaN.
+
+    A finite output does not depend on them, as on the logits that a mask excludes; but zero times them would be NaN.
+    """
+    return z if z.detach().sum().isfinite() else torch.where(z.isfinite(), z, 0)
 
 
 def _is_floating(leaf: Any) -> bool:
