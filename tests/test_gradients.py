@@ -274,8 +274,13 @@ def test_the_teacher_gets_no_gradients() -> None:
     assert not teacher.training
 
 
+def test_an_unknown_target_is_told_all_that_there_are() -> None:
+    with pytest.raises(UserError, match="label, top, logprob or all"):
+        gradients.input_gradient(net(0), batch().images, 0, target="logit")
+
+
 def test_targets_without_gradients_say_so() -> None:
-    with pytest.raises(ValueError, match=r"make them with Targets\(..., with_gradient=True\)"):
+    with pytest.raises(UserError, match=r"make them with Targets\(..., with_gradient=True\)"):
         Targets(net(1), with_gradient=False).input_gradient(batch(), "label")
 
 

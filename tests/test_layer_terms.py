@@ -843,3 +843,67 @@ def test_a_method_that_matches_needs_a_teacher() -> None:
         compose_run(["experiment=gan_test", "upstream.judge=null"])
     with pytest.raises(UserError, match=r"terms\.fooling\.mask takes its value from 'task\.mask'"):
         compose_run(["experiment=score_matching", "method=fooling"])
+
+
+def holding(teacher: nn.Module) -> nn.Module:
+    return nn.ModuleDict({"teacher": teacher})
+
+
+def test_a_teacher_computes_in_eval_mode_whoever_trains_around_it() -> None:
+    teacher, data = net(1), batch()
+    wanted = Targets(copy.deepcopy(teacher), with_gradient=False).logits(data)
+    targets, statistics = Targets(teacher, with_gradient=False), copy.deepcopy(dict(teacher.named_buffers()))
+    holding(teacher).train()
+    torch.testing.assert_close(targets.logits(data), wanted)
+    assert all(torch.equal(value, statistics[name]) for name, value in teacher.named_buffers())
+
+
+def step_with(**options: Any) -> Step:
+    return Step(batch(), net(0), **options)
+
+
+LAYER = "features.norm2"
+PYTHON: dict[str, tuple[Callable[[], Any], str]] = {
+    "a network as teacher": (lambda: step_with(teacher=net(1)), r"teacher=Targets\(model, with_gradient=True\)"),
+    "no input-gradient, one logit": (
+        lambda: GradientNorm(weight=1, reduction="sum", target="label", student_bn="running")(step_with()),
+        r"Step\(\.\.\., differentiable_input=True\)",
+    ),
+    "no input-gradient, all logits": (
+        lambda: GradientNorm(weight=1, reduction="sum", target="all", student_bn="running")(step_with()),
+        r"Step\(\.\.\., differentiable_input=True\)",
+    ),
+    "no input-gradient beside layers": (
+        lambda: step_with(student_layers=[LAYER]).student_input_gradient("label", "running"),
+        r"Step\(\.\.\., differentiable_input=True\)",
+    ),
+    "no input-gradient, one pixel": (
+        lambda: attention_jacobian(student_layers=[LAYER], teacher_layers=[LAYER], level=1)(
+            step_with(student_layers=[LAYER], teacher=Targets(net(1), with_gradient=True, layers=[LAYER]))
+        ),
+        r"Step\(\.\.\., differentiable_input=True\)",
+    ),
+    "no layer of the step": (
+        lambda: step_with().student_features(LAYER),
+        r"features.norm2 is none of the layers .*Step\(\.\.\., student_layers=\['features.norm2'\]\)",
+    ),
+    "no layer of the targets": (
+        lambda: Targets(net(1), with_gradient=True).features(batch(), LAYER),
+        r"features.norm2 is none of the layers .*Targets\(\.\.\., layers=\['features.norm2'\]\)",
+    ),
+    "no layer of the gradients": (
+        lambda: Targets(net(1), with_gradient=True).layer_gradient(batch(), LAYER, "label"),
+        r"features.norm2 is none of the layers .*Targets\(\.\.\., layers=\['features.norm2'\]\)",
+    ),
+    "targets without gradients": (
+        lambda: Targets(net(1), with_gradient=False).input_gradient(batch(), "all"),
+        r"make them with Targets\(\.\.\., with_gradient=True\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PYTHON)
+def test_what_a_step_in_python_lacks_is_named(name: str) -> None:
+    call, message = PYTHON[name]
+    with pytest.raises(UserError, match=message):
+        call()

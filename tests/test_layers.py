@@ -281,6 +281,31 @@ def test_accelerate_takes_networks_only() -> None:
         layers.accelerate(lambda images: images)  # type: ignore[arg-type]
 
 
+def test_accelerate_changes_the_layout_of_an_accelerated_network() -> None:
+    model = layers.accelerate(nn.Sequential(nn.Conv2d(3, 4, 3)))
+    for channels_last in (False, True):
+        layers.accelerate(model, channels_last=channels_last)
+        for tensor in (model[0].weight, model(torch.randn(2, 3, 6, 6))):
+            assert tensor.is_contiguous(memory_format=torch.channels_last) == channels_last
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, DOUBLE])
+def test_autocast_casts_what_it_casts_for_a_stock_convolution(dtype: torch.dtype) -> None:
+    """Float64 stays what it is."""
+    stock = nn.Conv2d(3, 4, 3).to(dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = [model(torch.ones(2, 3, 6, 6, dtype=dtype)) for model in (stock, layers.accelerate(copy.deepcopy(stock)))]
+    torch.testing.assert_close(outputs[1], outputs[0])
+
+
+def test_an_empty_batch_has_a_second_derivative() -> None:
+    images = torch.randn(0, 3, 8, 8, requires_grad=True)
+    model = layers.accelerate(nn.Sequential(nn.Conv2d(3, 4, 3), nn.MaxPool2d(2)))
+    (gradient,) = torch.autograd.grad(model(images).square().sum(), images, create_graph=True)
+    gradient.square().sum().backward()
+    assert images.grad is not None and images.grad.shape == images.shape
+
+
 def test_accelerate_keeps_names(caplog: pytest.LogCaptureFixture) -> None:
     model = Residual()
     model.norm4 = nn.GroupNorm(2, 6)

@@ -353,9 +353,21 @@ MISTAKES = {
     "sigma": (lambda: SmoothFullGrad(sigma=-0.1), "sigma=-0.1: it should be greater than or equal to 0"),
     "steps": (lambda: IntegratedGradients(steps=2.5), "steps=2.5: it should be a valid integer"),  # type: ignore[arg-type]
     "deviations": (lambda: InputGradient(std=[0.2, 0.3]), "std="),  # type: ignore[arg-type]
+    "deviations of no channels": (
+        lambda: InputGradient(std=torch.ones(3)),
+        r"std has shape \(3,\); give a number, or \(C, 1, 1\)",
+    ),
+    "no network": (lambda: FullGrad()(lambda images: images, pictures()), r"the model is a function; give a network"),  # type: ignore[arg-type]
+    "detached, one gradient": (lambda: METHODS["input_gradient"](Detached(), pictures()), "does not depend on the images"),
+    "detached, many gradients": (lambda: METHODS["smoothgrad"](Detached(), pictures()), "does not depend on the images"),
     "psi": (lambda: FullGrad(psi=["rescale", "abs", "upsample"], separate=False), r"\[abs, rescale, upsample\]"),
     "channels": (lambda: InputGradient(channels="max")(net(), pictures()), "abs, sum, square, std"),
 }
+
+
+class Detached(nn.Module):
+    def forward(self, images: Tensor) -> Tensor:
+        return images.detach().mean((2, 3))
 
 
 def hidden_nan() -> tuple[nn.Module, Tensor]:

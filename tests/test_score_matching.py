@@ -225,6 +225,27 @@ def test_a_relu_network_is_refused() -> None:
     score().check(net())
 
 
+class FunctionalReLU(nn.Sequential):
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images).relu()  # type: ignore[no-any-return]
+
+
+def test_a_hessian_that_is_exactly_zero_is_refused_at_the_first_step() -> None:
+    """No module tells that a network calls functional.relu."""
+    model = FunctionalReLU(nn.Flatten(), nn.Linear(32, CLASSES)).double()
+    term = score(estimator="hutchinson")
+    term.check(model)
+    with pytest.raises(UserError, match=r"^ScoreMatching: the Hessian is exactly zero, .*vgg11_softplus$"):
+        term(Step(batch(), model, differentiable_input=True))
+
+
+def test_the_trace_of_a_linear_network_is_zero() -> None:
+    data, model = batch(), nn.Sequential(nn.Flatten(), nn.Linear(32, CLASSES)).double()
+    at = slope_at(model, data.images, data.labels)
+    assert not gradients.exact_trace(*at).any()
+    assert not gradients.hutchinson_trace(*at, differentiable=True).any()
+
+
 def test_dropout_between_the_two_passes_of_the_taylor_estimator_is_refused() -> None:
     """It would draw two masks, whose difference is multiplied by 2/sigma^2. One pass has one mask, and eval mode none."""
     model = VGG(name="t", layers=[4], width=1, channels=2, classes=CLASSES, dropout=0.5, activation=softplus).double()

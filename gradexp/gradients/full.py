@@ -139,7 +139,9 @@ def full_gradient(
 
 
 def plain(model: nn.Module) -> nn.Module:
-    """The network inside torch.compile, DataParallel and DistributedDataParallel."""
+    """The network inside torch.compile, DataParallel and DistributedDataParallel. Raises UserError for what is no network."""
+    if not isinstance(model, nn.Module):
+        raise UserError(f"the model is a {type(model).__name__}; give a network (nn.Module)")
     while True:
         inner = getattr(model, "_orig_mod", None)
         if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):

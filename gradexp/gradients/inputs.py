@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from gradexp import layers
-from gradexp.base.errors import UserError
+from gradexp.base.errors import UserError, choose
 from gradexp.layers import ranks
 
 SCALARS = ("label", "top", "logprob")  # one number per image
@@ -80,6 +80,7 @@ def input_gradient(model: nn.Module, images: Tensor, labels: Tensor | int, *, ta
     Works under `no_grad` and `inference_mode`. Raises UserError for images that are no tensor of floating point, labels that
     are no classes of the model, and a model that does not return logits (B, K), or by no differentiable operations.
     """
+    choose("target", target, *TARGETS)
     with differentiable_anyway():
         images = checked_images(images).requires_grad_()
         labels = checked_labels(labels, images)
@@ -202,8 +203,11 @@ def angle(first: Tensor, second: Tensor) -> Tensor:
 
 
 def _product(gradient: Tensor, images: Tensor, direction: Tensor, differentiable: bool) -> Tensor:
-    """The Hessian times `direction` (Pearlmutter, 1994)."""
-    return _gradients(gradient * direction, [images], differentiable)[0]
+    """The Hessian times `direction` (Pearlmutter, 1994); zero for a linear network, whose gradient depends on no image."""
+    if not gradient.requires_grad:
+        return torch.zeros_like(images)
+    product = _gradients(gradient * direction, [images], differentiable, allow_unused=True)[0]
+    return torch.zeros_like(images) if product is None else product
 
 
 def _gradients(

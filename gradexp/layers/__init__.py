@@ -65,10 +65,11 @@ def accelerate(model: nn.Module, *, channels_last: bool = True) -> nn.Module:
         kind = type(module)
         if kind in FAST and "weight" not in vars(module):  # there, a weight is computed from parameters: weight_norm, pruning
             module.__class__ = FAST[kind]
-            if isinstance(module, Convolution) and not channels_last:
-                module.channels_last = False
-            elif isinstance(module, Convolution) and module.weight.device.type == "cpu":
-                module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
+        if type(module) is Convolution:
+            module.channels_last = channels_last
+            if module.weight.device.type == "cpu":
+                layout = torch.channels_last if channels_last else torch.contiguous_format
+                module.weight.data = module.weight.data.contiguous(memory_format=layout)
         elif _is_left_slow(module):
             unknown.add(kind.__name__)
         if _calls_fused_attention(kind):

@@ -167,4 +167,5 @@ def _autocast(x: Tensor, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor, T
     if device == "meta" or not torch.is_autocast_enabled(device):
         return x, w, b
     dtype = torch.get_autocast_dtype(device)
-    return x.to(dtype), w.to(dtype), None if b is None else b.to(dtype)
+    x, w = (each if each.dtype == torch.float64 else each.to(dtype) for each in (x, w))
+    return x, w, b if b is None or b.dtype == torch.float64 else b.to(dtype)

@@ -46,8 +46,8 @@ def _pick(values: Tensor, indices: Tensor) -> Tensor:
     if not indices.is_contiguous(memory_format=torch.channels_last):
         return values.flatten(2).gather(2, indices.flatten(2)).view_as(indices)
     flat, at = (tensor.permute(0, 2, 3, 1).flatten(1, 2) for tensor in (values, indices))
-    batch, _, height, width = indices.shape
-    return flat.gather(1, at).view(batch, height, width, -1).permute(0, 3, 1, 2)
+    batch, channels, height, width = indices.shape
+    return flat.gather(1, at).view(batch, height, width, channels).permute(0, 3, 1, 2)
 
 
 class MaxPool(nn.MaxPool2d):

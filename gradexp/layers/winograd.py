@@ -7,7 +7,8 @@ A tile of 4 x 4 outputs d * w needs 6 x 6 inputs d and, taken directly, 144 prod
 the product ⊙ has 36, and over all channels and tiles it is 36 matrix products, at which processors are best. The
 input-gradient is a convolution too, with the kernel turned; the weight-gradient is the transpose of the same expression.
 
-In fp32 the rounding error is that of the ordinary CPU kernels (3e-6 of the norm at 512 channels; theirs: 1e-6 to 6e-6).
+In fp32 the rounding error is 3e-6 of the norm at 512 channels; that of ordinary kernels is 2e-7 to 6e-6, by processor and
+memory layout.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from gradexp import gradients
 from gradexp.base.errors import UserError
 from gradexp.base.ranges import require_fields
+from gradexp.gradients.inputs import NO_PATH
 
 UNITS = ("normalised", "raw")
 CAUSES = "look at the model's weights (did its training diverge?) and at the images for NaN or infinity"
@@ -34,6 +35,10 @@ class Saliency(ABC):
 
     def __post_init__(self) -> None:
         require_fields(self)
+        for name in ("black", "std"):
+            value = getattr(self, name)
+            if isinstance(value, Tensor) and value.numel() > 1 and value.shape[1:] != (1, 1):
+                raise UserError(f"{type(self).__name__}: {name} has shape {tuple(value.shape)}; give a number, or (C, 1, 1)")
 
     def __call__(self, model: nn.Module, images: Tensor, target: Tensor | int | None = None) -> Tensor:
         """images (B, C, H, W), target: the class to explain, one for all or (B,); None for the predicted one.
@@ -96,6 +101,8 @@ def _cloned(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def _check_output(labels: Tensor | None, model: nn.Module, inputs: Any, output: Any) -> None:
     logits = gradients.checked_logits(output)
+    if torch.is_grad_enabled() and inputs[0].requires_grad and not logits.requires_grad:
+        raise UserError(NO_PATH)
     if logits.isnan().any():
         raise UserError(f"the model returns NaN; {CAUSES}")
     if labels is not None:

@@ -9,6 +9,7 @@ from gradexp.terms.step import Step
 from gradexp.terms.term import Term
 
 FLAT = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.Hardtanh)
+SMOOTH = "take a softplus network, model=resnet18 or model=vgg11_softplus"
 DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
@@ -18,8 +19,8 @@ class HessianTrace(Term):
     estimator: `taylor` (Eq. 5.9, noise of standard deviation sigma) or `hutchinson` (exact products with the Hessian).
     target: the output f, see gradients.scalar. student_bn: `batch` statistics, where the noisy images have their own
     (gradients.taylor_trace), or `running` statistics, those of the density that is evaluated after training.
-    Raises UserError for a sigma that is not positive and, before training, for a network of ReLUs and, with `taylor` and batch
-    statistics, for one with dropout.
+    Raises UserError for a sigma that is not positive; before training, for a network with modules such as nn.ReLU and, with
+    `taylor` and batch statistics, for one with dropout; with `hutchinson`, for a first batch whose Hessian is exactly 0.
     """
 
     full_precision = True  # Eq. 5.9 multiplies the difference of two logits by 2/sigma²: in bf16 only rounding would be left
@@ -34,10 +35,7 @@ class HessianTrace(Term):
 
     def check(self, student: nn.Module) -> None:
         if any(isinstance(module, FLAT) for module in student.modules()):
-            raise UserError(
-                f"{type(self).__name__}: the Hessian of a ReLU network is zero almost everywhere; take a softplus network, "
-                "model=resnet18 or model=vgg11_softplus"
-            )
+            raise UserError(f"{type(self).__name__}: the Hessian of a ReLU network is zero almost everywhere; {SMOOTH}")
         if self.estimator == "hutchinson" or self.student_bn == "running":  # one forward pass, or eval mode
             return
         if any(isinstance(module, DROPOUT) and module.p > 0 for module in student.modules()):
@@ -50,6 +48,8 @@ class HessianTrace(Term):
         """The estimate of h, differentiable: (B,). Its mean and mean square are recorded as curves."""
         trace = step.student_hessian_trace(self.estimator, self.sigma, self.target, self.student_bn)
         constant = trace.detach()
+        if self.estimator == "hutchinson" and not self.observed and not constant.any():  # once, as a device waits for it
+            raise UserError(f"{type(self).__name__}: the Hessian is exactly zero, as that of functional.relu is; {SMOOTH}")
         self.observed = {"hessian_trace": constant.mean(), "hessian_trace/squared": constant.square().mean()}
         return trace
 

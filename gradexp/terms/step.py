@@ -44,6 +44,8 @@ class Step:
         student_layers: Sequence[str] = (),
         student_biases: Sequence[Layer] = (),
     ) -> None:
+        if isinstance(teacher, nn.Module):
+            raise UserError("a step takes what terms read of a teacher: Step(..., teacher=Targets(model, with_gradient=True))")
         self.batch, self.student, self.teacher = batch, student, teacher
         self.images = batch.images.detach().requires_grad_() if differentiable_input else batch.images
         self.labels = batch.labels
@@ -63,12 +65,16 @@ class Step:
 
     def student_features(self, layer: str, student_bn: str = "batch") -> Tensor:
         """The output of one of `student_layers`, differentiable: (B, c, h, w)."""
-        return self._forward(student_bn)[1][layer]
+        features = self._forward(student_bn)[1]
+        if layer not in features:
+            raise UserError(f"{layer} is none of the layers of this step: pass Step(..., student_layers=['{layer}'])")
+        return features[layer]
 
     def student_input_gradient(self, target: str, student_bn: str) -> Tensor:
         """Differentiable: (B, C, H, W), or the full Jacobian (B, K, C, H, W) for `all`."""
         key = (target, student_bn)
         if key not in self._input_gradients:
+            self._check_input()
             if target == "all":
                 logits, recorded = self._forward(student_bn)[0], torch.is_grad_enabled()
                 gradient = gradients.gradient_of(logits, self.images, self.labels, target=target, differentiable=recorded)
@@ -85,11 +91,6 @@ class Step:
         key = (target, student_bn)
         if key not in self._layer_gradients:
             logits, features = self._forward(student_bn)
-            if not (self.images.requires_grad or self.student_layers):
-                raise UserError(
-                    "this step has no input-gradient: a term that reads it declares its gradient_target, such as 'label'; in "
-                    "Python, pass Step(..., differentiable_input=True)"
-                )
             values = {gradients.INPUT: self.images} if self.images.requires_grad else {}
             values |= {layer: features[layer] for layer in self.student_layers}
             scalar, labels = self._scalar(target)
@@ -97,6 +98,13 @@ class Step:
                 logits, values, labels, target=scalar, differentiable=torch.is_grad_enabled()
             )
         return self._layer_gradients[key]
+
+    def _check_input(self) -> None:
+        if not self.images.requires_grad:
+            raise UserError(
+                "this step has no input-gradient: a term that reads it declares its gradient_target, such as 'label'; in "
+                "Python, pass Step(..., differentiable_input=True)"
+            )
 
     def student_bias(self, layer: str, student_bn: str) -> Tensor:
         """The effective bias of one of `student_biases` (gradients.effective_bias), differentiable: (c,)."""
@@ -112,6 +120,7 @@ class Step:
 
     def student_feature_gradient(self, layer: str, pick: Callable[[Tensor], Tensor], student_bn: str) -> Tensor:
         """The input-gradient of `pick`, one value per image from a layer's output, differentiable: (B, C, H, W)."""
+        self._check_input()
         values = pick(self.student_features(layer, student_bn))
         return gradients.gradient_of_values(values, self.images, differentiable=torch.is_grad_enabled())
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gradexp import gradients
+from gradexp.base.errors import UserError
 from gradexp.data.loader import Batch
 
 POWERS = {"absolute": 1, "attention": 2}  # {kind of attention map: power of |z| in the sum over channels}
@@ -29,8 +30,8 @@ class Map(NamedTuple):
 class Targets:
     """Logits, features and gradients of a teacher, as constants; the values of one Batch object need one forward pass.
 
-    The teacher is put into eval mode and frozen, in place. with_gradient: keep the graph of the forward pass, for gradients.
-    layers: names of the modules whose outputs, or the gradients at them, will be read.
+    The teacher is frozen in place, and put into eval mode now and before each forward pass. with_gradient: keep the graph of
+    the forward pass, for gradients. layers: names of the modules whose outputs, or the gradients at them, will be read.
     """
 
     kind = "live"  # in records: computed for every batch
@@ -48,18 +49,18 @@ class Targets:
     def input_gradient(self, batch: Batch, target: str) -> Tensor:
         """(B, C, H, W), or the full Jacobian (B, K, C, H, W) for `all`."""
         if target == "all":
-            logits = self._forward(batch)
+            logits = self._forward_with_gradient(batch)
             return gradients.gradient_of(logits, self._images, batch.labels, target=target, differentiable=False)
         return self._gradients_at(batch, target)[gradients.INPUT]
 
     def features(self, batch: Batch, layer: str) -> Tensor:
         """The output of one of `layers`: (B, c, h, w)."""
         self._forward(batch)
-        return self._features[layer].detach()
+        return _of_layer(self._features, layer).detach()
 
     def layer_gradient(self, batch: Batch, layer: str, target: str) -> Tensor:
         """The gradient of `target` at one of `layers`: (B, c, h, w)."""
-        return self._gradients_at(batch, target)[layer]
+        return _of_layer(self._gradients_at(batch, target), layer)
 
     def map(self, batch: Batch, wanted: Map) -> Tensor:
         """A map of one of `layers`: (B, h, w)."""
@@ -69,11 +70,12 @@ class Targets:
 
     def feature_gradient(self, batch: Batch, layer: str, pick: Callable[[Tensor], Tensor]) -> Tensor:
         """The input-gradient of `pick`, one value per image from the output of one of `layers`: (B, C, H, W)."""
-        self._forward(batch)
-        return gradients.gradient_of_values(pick(self._features[layer]), self._images, differentiable=False)
+        self._forward_with_gradient(batch)
+        return gradients.gradient_of_values(pick(_of_layer(self._features, layer)), self._images, differentiable=False)
 
     def _forward(self, batch: Batch) -> Tensor:
         if self._batch is not batch:
+            self.teacher.eval()  # a module that has it as a part may have put it into train mode
             with torch.set_grad_enabled(self.with_gradient), gradients.captured(self.teacher, self.layers) as features:
                 self._batch = batch
                 self._images = batch.images.detach().requires_grad_(self.with_gradient)
@@ -81,11 +83,20 @@ class Targets:
             self._features, self._gradients = features, {}
         return self._logits
 
-    def _gradients_at(self, batch: Batch, target: str) -> dict[str, Tensor]:
+    def _forward_with_gradient(self, batch: Batch) -> Tensor:
         if not self.with_gradient:
-            raise ValueError("these targets have no gradients: make them with Targets(..., with_gradient=True)")
-        logits = self._forward(batch)
+            raise UserError("these targets have no gradients: make them with Targets(..., with_gradient=True)")
+        return self._forward(batch)
+
+    def _gradients_at(self, batch: Batch, target: str) -> dict[str, Tensor]:
+        logits = self._forward_with_gradient(batch)
         if target not in self._gradients:
             values = {gradients.INPUT: self._images, **self._features}
             self._gradients[target] = gradients.gradients_of(logits, values, batch.labels, target=target, differentiable=False)
         return self._gradients[target]
+
+
+def _of_layer(values: dict[str, Tensor], layer: str) -> Tensor:
+    if layer not in values:
+        raise UserError(f"{layer} is none of the layers of these targets: make them with Targets(..., layers=['{layer}'])")
+    return values[layer]
