@@ -4,6 +4,7 @@ import argparse
 import itertools
 import sys
 
+from gradexp.base.errors import UserError
 from gradexp.engine.compose import compose_run
 from gradexp.engine.exits import exit_on_errors
 from gradexp.engine.run import Paths
@@ -16,6 +17,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="which ones")
     parser.add_argument("--set", nargs="*", action="extend", default=[], metavar="KEY=VALUE", help="of trainer or paths")
     given = parser.parse_args()
+    if given.sample < 0:
+        raise UserError(f"--sample {given.sample}: it is how many records to repeat, 0 or more")
     config = compose_run(["experiment=teacher", "logger=none", *given.set])
     extra = {name: config[name] for name in ("trainer", "logger", "gradients")}
     paths, wrong = Paths.of(config), 0

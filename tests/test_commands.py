@@ -221,6 +221,14 @@ MISTAKES = {
     "dataset=cifar10": "did you mean data?",
     "upstream.teacher.optim.passes=3": "is added with a plus: +upstream.teacher.optim.passes=",
     "method.terms.jacobian.wieght=1": "did you mean weight?",
+    "method=_distilation": "did you mean _distillation?",
+    "upstream.teacher=teacher": "upstream.teacher=teacher: it is the settings of a run",
+    "paths.results=": "paths.results names no folder",
+    "~paths.outputs": "paths.outputs names no folder",
+    "optim.optimizer.lr=interval(1e-2,1e-4)": "from a smaller to a larger number",
+    "optim.optimizer.lr=tag(log,interval(0,1e-2))": "on a log scale above 0",
+    "hydra.sweeper.n_trials=0": "hydra.sweeper.n_trials=0: a search has a number of trials",
+    "hydra.sweeper.direction=min": "hydra.sweeper.direction=min: it is maximize or minimize",
 }
 
 
@@ -245,6 +253,17 @@ UNUSED = {
     ("method=ce", "optim.optimizer._target_=torch.optim.LBFGS"): "LBFGS evaluates the loss several times a step",
     ("method=ce", "optim.optimizer._target_=torch.optim.SparseAdam"): "SparseAdam does not support dense gradients",
     ("method=ce", "+optim.optimizer.betas=[0.5]"): "optim.optimizer.betas",
+    (
+        "method=ce",
+        "optim.optimizer._target_=torch.optim.Sgd",
+    ): r"optim\.optimizer\._target_=torch\.optim\.Sgd: torch\.optim has no",
+    ("method=ce", "model.layers=[64,X]"): r"model\.layers: 'X' is neither a number of channels nor M",
+    ("method=ce", "model.layers=[0]"): r"model\.layers: 0 is neither a number of channels nor M",
+    ("method=ce", "trainer.devices=2000"): "2000 devices can't share a batch of",
+    ("method=ce", "~model"): r"jacobian_distill has no model, which its task reads; add it: \+model=NAME",
+    ("method=ce", "task=noise"): r"needs a model; name the experiment that makes it: \+upstream\.model\.experiment=NAME",
+    ("method=ce", "task=pretrained"): "reads weights of a network of torchvision",
+    ("method=ce_j", "method.terms.jacobian.target=lable"): r"method\.terms\.jacobian\.target=lable: .*did you mean label",
 }
 
 
@@ -252,6 +271,25 @@ UNUSED = {
 def test_settings_that_fit_nothing_are_refused_before_the_training(words: tuple[str, ...], places: list[str]) -> None:
     with pytest.raises(UserError, match=UNUSED[words]):
         ensure(plan(["experiment=jacobian_distill", *TINY, "data.per_class=3", *words], places))
+
+
+@pytest.mark.parametrize(
+    ("logits", "message"), [((torch.zeros(1, 10),), "it gives a tuple, expected"), (torch.zeros(1, 9), r"it gives \(1, 9\)")]
+)
+def test_a_network_that_returns_no_logits_is_refused(
+    logits: Any, message: str, places: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(VGG, "forward", Mock(return_value=logits))
+    with pytest.raises(UserError, match=message):
+        ensure(plan(["experiment=jacobian_distill", *TINY, "data.per_class=3", "method=ce"], places))
+
+
+def test_a_folder_on_a_disk_that_is_not_mounted_is_told(tmp_path: Path) -> None:
+    (tmp_path / "scratch").symlink_to(tmp_path / "gone")
+    with pytest.raises(
+        UserError, match=r"paths\.outputs=.*scratch is a link to a folder that does not exist; is its disk mounted"
+    ):
+        check_overrides(["experiment=teacher", f"paths.outputs={tmp_path}/scratch/mine"])
 
 
 def test_a_device_without_memory_is_not_called_a_network_of_another_shape(

@@ -1,5 +1,6 @@
 """What a plan counts, and how near its estimates come to what runs then cost."""
 
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -92,6 +93,15 @@ def test_a_record_that_can_not_be_read_is_left_out(tmp_path: Path, capsys: pytes
     damaged.write_text("{")
     assert History.of(paths).cost(teacher)
     assert f"left out of the estimates: record {damaged} can't be read" in capsys.readouterr().err
+
+
+def test_a_record_of_a_task_whose_package_is_not_there_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths, teacher = at(tmp_path), config(*TEACHER)
+    record(paths, teacher, 10.0, data=WHOLE)
+    own = teacher | {"name": "calibration", "task": {"_target_": "mine.calibration.Calibration"}}
+    record(paths, own, 1.0)
+    assert History.of(paths).cost(teacher)
+    assert re.search("left out of the estimates: calibration [0-9a-f]{12}: task._target_=mine", capsys.readouterr().err)
 
 
 def test_a_teacher_that_was_trained_inside_a_run_is_not_its_own_cost(tmp_path: Path) -> None:

@@ -58,6 +58,11 @@ def root(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def test_statistics_are_those_of_the_channels(root: Path) -> None:
+    with pytest.raises(UserError, match=r"data\.mean has 1 numbers; the images have 3 channels"):
+        scenes(root, mean=[0.1])
+
+
 def resized_and_cut(file: Path, resize: int, size: int) -> np.ndarray:
     """The ordinary way: the whole image resized, then a window in its middle."""
     with Image.open(file) as picture:

@@ -187,8 +187,10 @@ def test_an_objective_is_the_experiments_and_nan_is_the_worst() -> None:
     assert objective(diverged, "None") is None
     assert objective({**record, "config": {"objective": "curve"}}, "None") is None
     for wrong in ("curve", "nothing"):
-        with pytest.raises(UserError, match="this run measures gan_test, test/accuracy"):
+        with pytest.raises(UserError, match=f"objective={wrong}: this run measures gan_test, test/accuracy"):
             objective({**record, "config": {"objective": wrong}}, "maximize")
+    with pytest.raises(UserError, match="objective=test/acc: this"):  # as it was typed, though images may be held out
+        objective({**record, "config": {"objective": "test/acc", "data": {"validation": 0.1}}}, "maximize")
 
 
 @pytest.mark.parametrize(

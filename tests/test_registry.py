@@ -103,6 +103,38 @@ def test_a_record_is_verified_without_running_what_it_names(places: list[str], t
     assert not written.exists()
 
 
+@pytest.fixture
+def own_conf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder conf/ of a package of the user's own."""
+    conf = tmp_path / "mine" / "conf"
+    for group in ("experiment", "data"):
+        (conf / group).mkdir(parents=True)
+    (tmp_path / "mine" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("GRADEXP_PLUGINS", "mine")
+    for function in (compose._compose, compose._by_hydra, compose._plain_settings, plugins._folder):
+        function.cache_clear()
+    return conf
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "name: theirs\nupstream: {teacher: {experiment: theirs}}",
+            r"theirs: its upstream\.teacher is a run that stands on itself",
+        ),
+        ("name: theirs\nupstream: {teacher: teacher}", r"upstream\.teacher=teacher: .* such as \{experiment: teacher\}"),
+        ("name: theirs # \xff", r"theirs\.yaml is not UTF-8"),
+    ],
+)
+def test_an_experiment_whose_upstream_runs_can_not_be_is_refused(text: str, message: str, own_conf: Path) -> None:
+    lines = f"# @package _global_\ndefaults: [jacobian_distill, _self_]\n{text}\n"
+    (own_conf / "experiment" / "theirs.yaml").write_bytes(lines.encode("latin-1"))
+    with pytest.raises(UserError, match=message):
+        check_overrides(["experiment=theirs", "scale=quick"])
+
+
 CALLBACKS = "callbacks: {x: {_target_: os.system, command: 'true'}}"
 TEACHER = "# @package _global_\ndefaults: [teacher, _self_]\n"
 
@@ -124,17 +156,9 @@ TEACHER = "# @package _global_\ndefaults: [teacher, _self_]\n"
         (f"{TEACHER}paths: {{results: theirs}}\n", "paths.results"),
     ],
 )
-def test_an_experiment_can_not_configure_hydra(text: str, key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    conf = tmp_path / "mine" / "conf"
-    for group in ("experiment", "data"):
-        (conf / group).mkdir(parents=True)
-    (conf / "data" / "theirs.yaml").write_text("x: {_target_: os.system, command: 'true'}\n")
-    (tmp_path / "mine" / "__init__.py").touch()
-    (conf / "experiment" / "theirs.yaml").write_text(text)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setenv("GRADEXP_PLUGINS", "mine")
-    for function in (compose._compose, compose._by_hydra, compose._plain_settings, plugins._folder):
-        function.cache_clear()
+def test_an_experiment_can_not_configure_hydra(text: str, key: str, own_conf: Path) -> None:
+    (own_conf / "data" / "theirs.yaml").write_text("x: {_target_: os.system, command: 'true'}\n")
+    (own_conf / "experiment" / "theirs.yaml").write_text(text)
     with pytest.raises(UserError, match=rf"a file of conf/ sets {re.escape(key)}, which only"):
         check_overrides(["experiment=theirs", "scale=quick", "hydra.verbose=false", "paths.outputs=mine"])
 

@@ -18,6 +18,7 @@ from gradexp.engine.run import ROOT
 sys.path.insert(0, str(ROOT / "scripts"))
 
 import common
+import verify
 
 COMMANDS = [file for file in sorted((ROOT / "scripts").glob("*.py")) if 'if __name__ == "__main__":' in file.read_text()]
 
@@ -39,6 +40,12 @@ def test_less_than_one_worker_is_refused(workers: str, monkeypatch: pytest.Monke
     monkeypatch.setattr(sys, "argv", ["make_table.py", "2.1", "--scale", "quick", "--workers", workers])
     with pytest.raises(SystemExit, match=f"WORKERS={workers}"):
         common.make_all("table", lambda *_: None, None)
+
+
+def test_a_negative_sample_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["verify.py", "--sample", "-3"])
+    with pytest.raises(UserError, match="--sample -3: it is how many records to repeat"):
+        verify.main()
 
 
 def test_a_killed_run_is_said_to_be_killed(tmp_path: Path) -> None:
@@ -98,7 +105,7 @@ def test_every_script_says_what_it_does(
     file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """And does nothing else."""
-    monkeypatch.setattr("sys.argv", [str(file), "--help"])
+    monkeypatch.setattr(sys, "argv", [str(file), "--help"])
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(file), run_name="__main__")
     assert ended.value.code == 0

@@ -327,11 +327,19 @@ def test_a_misspelt_key_of_a_table_is_an_error(wrong: str, right: str, tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"), [("", "title is missing"), ("title: x\nrows: [", "not YAML"), ("number: 3", "number")]
+    ("text", "said"),
+    [
+        *(("", "title is missing"), ("title: x\nrows: [", "not YAML"), ("number: 3", "number")),
+        ("like: 8\nseeds: {quik: [0]}\n", "table 9: seeds has quik, which is no scale, did you mean quick"),
+        ("like: 8\ncomparable: [papr]\n", "table 9: comparable has papr, which is no scale"),
+        ("like: 8\nrows: [{label: a, thesis: null, overrides: [scale=cpu]}]\n", "table 9: scale=cpu is no override"),
+        ("like: 8\ncolumns: [{label: a, thesis: null, overrides: [seed=1]}]\n", "table 9: seed=1 is no override"),
+    ],
 )
 def test_a_table_that_is_no_table_is_an_error(text: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report_specs, "ROOT", tmp_path)
     (tmp_path / "conf" / "table").mkdir(parents=True)
+    (tmp_path / "conf" / "table" / "8.yaml").write_text((GOLDEN / "table.yaml").read_text())
     (tmp_path / "conf" / "table" / "9.yaml").write_text(text)
     with pytest.raises(UserError, match=said):
         report_specs.load("table", "9")

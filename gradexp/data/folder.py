@@ -69,6 +69,9 @@ class FolderData(ImageData, ABC):
         super().__init__(**options)
         if self.removal is not None:
             raise UserError("data.removal is not for data sets of image files; set it to null")
+        for name, values in (("mean", mean), ("std", std)):
+            if len(values) != self.channels:
+                raise UserError(f"data.{name} has {len(values)} numbers; the images have {self.channels} channels")
         self.mean, self.std, self.skip_corrupt = mean, std, skip_corrupt
         self._opened = Opened(self._open)
 

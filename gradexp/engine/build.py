@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, is_dataclass
 from functools import cache, partial
 from typing import Any, get_type_hints
@@ -121,10 +121,23 @@ def kind_of(where: str) -> str | None:
 def locate(target: str, where: str) -> Callable[..., Any]:
     """The object that `target` names. Raises UserError for one that may not be built at the place `where`."""
     target, name = MOVED.get(target, target), kind_of(where)
-    if name is None or not KINDS[name].admits(target):
-        reason = "nothing is built there" if name is None else KINDS[name]
-        raise UserError(f"{where}._target_={target} is refused: {reason}")
-    return _imported(target)
+    if name is None:
+        raise UserError(f"{where}._target_={target} is refused: nothing is built there")
+    with _named_in(where, ("_target_",)):
+        if not KINDS[name].admits(target):
+            raise UserError(f"_target_={target} is refused: {KINDS[name]}")
+        return _imported(target)
+
+
+@contextmanager
+def _named_in(where: str, keys: Collection[str]) -> Iterator[None]:
+    """Inside, an error about one of `keys`, such as `target=x: ...`, gets the place of the key in the config in front."""
+    try:
+        yield
+    except UserError as error:
+        if str(error).partition("=")[0] in keys:
+            raise UserError(f"{where}.{error}") from error
+        raise
 
 
 def targets(node: Any, where: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
@@ -176,7 +189,11 @@ def build(node: dict[str, Any], *, where: str, **extra: Any) -> Any:
         named = parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD)
         if named and parameter.default is parameter.empty and name not in arguments:
             raise UserError(f"{where}.{name} is missing: {function.__name__} needs it")
-    return function(**arguments)
+    if inspect.isabstract(function):
+        lacks = ", ".join(sorted(vars(function)["__abstractmethods__"]))
+        raise UserError(f"{where}._target_={node['_target_']} can't be built: it does not define {lacks}")
+    with _named_in(where, settings):
+        return function(**arguments)
 
 
 def check_settings(config: dict[str, Any]) -> None:

@@ -35,7 +35,7 @@ from gradexp.base.errors import UserError, nearest
 from gradexp.base.files import draft_of
 from gradexp.base.typed import check
 from gradexp.engine import plugins
-from gradexp.engine.run import HARDWARE, ROOT, Config, Paths, Run, RunConfig, hardware
+from gradexp.engine.run import HARDWARE, ROOT, Config, Paths, Run, RunConfig, Settings, hardware
 
 CONF = ROOT / "conf"
 CACHE = ROOT / "outputs" / "cache" / "configs"
@@ -70,19 +70,24 @@ def plan(overrides: Sequence[str], extra: Sequence[str] = ()) -> Run:
     return _plan(tuple(overrides), _compose((*overrides, *extra)))
 
 
-def _plan(overrides: tuple[str, ...], config: Config) -> Run:
+def _plan(overrides: tuple[str, ...], config: Config, above: tuple[tuple[str, ...], ...] = ()) -> Run:
+    """above: the overrides of the runs that this one is an upstream run of."""
     check(RunConfig, config, f"experiment {config['name']}")
     _check_finite({key: value for key, value in config.items() if key not in HARDWARE})
     maps = ["maps"] if config.get("data", {}).get("removal") else []
     names = [*config["method"]["upstream"], *maps] if "method" in config else config["upstream"]
     _check_added(overrides, config, names)
-    upstream = {name: _upstream(config, name) for name in names}
+    upstream = {name: _upstream(config, name, (*above, overrides)) for name in names}
     for name, run in upstream.items():
         if name != "maps":  # the images of the maps themselves are checked where the maps are opened
             _check_pixels(config, run.config, name)
         _check_held_out(config, run.config, name)
     nested = {name: {key: value for key, value in run.config.items() if key not in HARDWARE} for name, run in upstream.items()}
-    return Run(config | {"upstream": nested}, Paths.of(config), overrides, upstream)
+    missing = (
+        f"experiment {config['name']} has no {{key}}, which its task reads; add it: +{{key}}=NAME, or `- /{{key}}: NAME` in "
+        f"the defaults of its file"
+    )
+    return Run(Settings(config | {"upstream": nested}, missing), Paths.of(config), overrides, upstream)
 
 
 def _check_added(overrides: Sequence[str], config: Config, names: Sequence[str]) -> None:
@@ -102,7 +107,7 @@ def _check_added(overrides: Sequence[str], config: Config, names: Sequence[str])
         raise UserError(f"upstream.{unused[0]} is set, but {user} uses {uses}{nearest(unused[0], names)}{advice}")
 
 
-def _upstream(config: Config, name: str) -> Run:
+def _upstream(config: Config, name: str, above: tuple[tuple[str, ...], ...]) -> Run:
     choices = config["upstream"].get(name)
     if choices is None:
         user = f"method {config['method']['name']}" if "method" in config else "it"
@@ -110,8 +115,12 @@ def _upstream(config: Config, name: str) -> Run:
             f"experiment {config['name']}: {user} needs a {name}, and upstream.{name} is not set; name the experiment that "
             f"makes it: +upstream.{name}.experiment=NAME"
         )
+    if not isinstance(choices, dict):
+        raise UserError(f"upstream.{name}={choices}: it is the settings of a run, such as {{experiment: {choices}}}")
     overrides = (*_as_overrides(choices), f"scale={config['scale']['name']}")
-    return _plan(overrides, _compose(overrides) | hardware(config))
+    if overrides in above:
+        raise UserError(f"experiment {config['name']}: its upstream.{name} is a run that stands on itself; name another one")
+    return _plan(overrides, _compose(overrides) | hardware(config), above)
 
 
 def _check_finite(value: Any, where: str = "") -> None:
@@ -173,6 +182,7 @@ def check_overrides(arguments: Sequence[str]) -> list[Config]:
     Raises UserError with the nearest valid word for a misspelt key or choice.
     """
     given = get_args_parser().parse_known_args(arguments)[0].overrides
+    _check_search(given)
     words = [word for word in given if not word.lstrip("+~").startswith("hydra")]
     misformed = """{!r} is not of the form key=value; a value with special characters is put in double quotes: 'key="a=b"'"""
     for word in words:
@@ -190,10 +200,26 @@ def check_overrides(arguments: Sequence[str]) -> list[Config]:
     return [compose_run(overrides) for overrides in [first, *others]]
 
 
+def _check_search(words: Sequence[str]) -> None:
+    """Raises UserError for settings of a search that Optuna refuses with a traceback."""
+    for word in words:
+        key, _, value = word.lstrip("+").partition("=")
+        if key == "hydra.sweeper.n_trials" and not (value.isdecimal() and int(value)):
+            raise UserError(f"{word}: a search has a number of trials, 1 or more")
+        if key == "hydra.sweeper.direction" and value not in ("maximize", "minimize"):
+            raise UserError(f"{word}: it is maximize or minimize")
+
+
 def _choices(override: Override) -> list[str]:
     """The override itself, one override for each value of a sweep, or none for a continuous sweep."""
     if not override.is_sweep_override():
         return [str(override.input_line)]
+    if override.is_interval_sweep():
+        interval: Any = override.value()
+        if interval.start >= interval.end or ("log" in interval.tags and interval.start <= 0):
+            raise UserError(
+                f"{override.input_line}: an interval goes from a smaller to a larger number, on a log scale above 0"
+            )
     if not override.is_discrete_sweep():
         return []
     choices = [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
@@ -290,13 +316,25 @@ def _composed(overrides: tuple[str, ...]) -> Config:
         raise UserError(
             f"{error.full_key} takes its value from {missing}, which does not exist; choose a method that fits the experiment"
         ) from error
-    except (YAMLError, UnicodeError) as error:
+    except UnicodeError as error:
+        raise UserError(f"{_not_utf_8() or 'a file of conf/'} is not UTF-8: {error}") from error
+    except YAMLError as error:
         raise UserError(f"a file of conf/ is not YAML: {' '.join(str(error).split())}") from error
     except (HydraException, OmegaConfBaseException) as error:
         raise _refusal(error) or UserError(_explain(error, overrides)) from error
     except ValueError as error:  # of Hydra, for a choice of a group that is no text, such as model=null
         raise UserError(f"{' '.join(overrides)}: {str(error).splitlines()[0]}") from error
     return resolved
+
+
+def _not_utf_8() -> Path | None:
+    """A file of the configs that is not text."""
+    for file in (file for folder in conf_folders() for file in folder.rglob("*.yaml")):
+        try:
+            file.read_text(encoding="utf-8")
+        except UnicodeError:
+            return file
+    return None
 
 
 def _refusal(error: BaseException | None) -> UserError | None:
@@ -390,7 +428,8 @@ def _missing_choice(error: MissingConfigException) -> str:
     group, _, choice = str(error.missing_cfg_file).rpartition("/")
     if not group:
         return str(error).splitlines()[0]
-    options = [option for option in error.options or [] if not option.startswith("_")]
+    files = {file.stem for folder in conf_folders() for file in (folder / group).glob("*.yaml")}
+    options = sorted(name for name in files if name.startswith("_") == choice.startswith("_"))
     return f"{group}={choice}: there is no conf/{group}/{choice}.yaml{nearest(choice, options)} Available: {', '.join(options)}"
 
 

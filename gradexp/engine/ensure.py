@@ -20,7 +20,7 @@ from gradexp.engine import clocks, plugins
 from gradexp.engine.build import check_settings
 from gradexp.engine.origin import SOURCES, git_state, versions
 from gradexp.engine.record import Record, faults, finite, judged, read_record, write_arrays, write_record
-from gradexp.engine.run import Run, hardware
+from gradexp.engine.run import Run, Settings, hardware
 from gradexp.engine.task import Finished, Task, Upstream, task_of
 
 WAITING_EVERY = 180.0  # seconds between the lines of a process that waits for another one
@@ -73,7 +73,9 @@ def _do(run: Run, waits: bool) -> None:
         if not task_of(below.config).product:
             raise UserError(f"upstream.{name}: runs of experiment {below.name} leave no file for other runs")
     task.check(run)
-    fresh = _execute(run, task, {name: finish(below, waits) for name, below in run.upstream.items()})
+    missing = f"experiment {run.name} needs a {{key}}; name the experiment that makes it: +upstream.{{key}}.experiment=NAME"
+    upstream = Settings({name: finish(below, waits) for name, below in run.upstream.items()}, missing)
+    fresh = _execute(run, task, upstream)
     if task.product:
         signature = {"run": run.id, "sha256": sha256(run.folder / task.product)}
         write_atomically(_signature(run.folder / task.product), json.dumps(signature).encode())

@@ -381,13 +381,13 @@ def objective(record: Record, direction: str) -> float | None:
     direction: `maximize` or `minimize`, the sweeper's; anything else without a sweeper, where a missing metric is None.
     Raises UserError for a metric that a sweeper needs and the run lacks.
     """
-    name, numbers = record["config"].get("objective", "test/accuracy"), numbers_of(record)
-    name = name if name in numbers else _held_out(name)
+    given, numbers = record["config"].get("objective", "test/accuracy"), numbers_of(record)
+    name = given if given in numbers else _held_out(given)
     value = numbers.get(name)
     if direction not in ("maximize", "minimize"):
         return value
     if name not in numbers:
-        raise UserError(f"objective={name}: this run measures {', '.join(sorted(numbers))}; set objective to one of them")
+        raise UserError(f"objective={given}: this run measures {', '.join(sorted(numbers))}; set objective to one of them")
     worst = -math.inf if direction == "maximize" else math.inf
     return worst if value is None else value
 

@@ -44,8 +44,10 @@ class VGG(nn.Module):
                 pools += 1
                 modules[f"pool{pools}"] = nn.MaxPool2d(2)
                 continue
+            if type(layer) is not int or layer < 1:
+                raise UserError(f"model.layers: {layer!r} is neither a number of channels nor M, which is max-pooling")
             convolutions += 1
-            out = max(1, round(int(layer) * width))
+            out = max(1, round(layer * width))
             modules[f"conv{convolutions}"] = nn.Conv2d(channels, out, kernel_size=3, padding=1)
             modules[f"norm{convolutions}"] = nn.BatchNorm2d(out)
             modules[f"relu{convolutions}"] = activation() if activation else nn.ReLU()  # not in-place: captured values stay

@@ -116,7 +116,12 @@ class History:
         known = {record["id"]: record for record in records}
         for record in records:
             folder = paths.outputs / "runs" / record["experiment"] / record["id"]
-            if learned := sample(record, history.sizes, known, folder, clock):
+            try:
+                learned = sample(record, history.sizes, known, folder, clock)
+            except UserError as error:  # a task of somebody's own, without its package
+                print(f"left out of the estimates: {record['experiment']} {record['id']}: {error}", file=sys.stderr)
+                continue
+            if learned:
                 history.add(learned)
                 history.configs[learned.signature] = record["config"]
         return history

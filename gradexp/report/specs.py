@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NotRequired, final, overload
 
@@ -15,6 +16,7 @@ from typing_extensions import TypedDict
 from gradexp.base.errors import UserError, nearest
 from gradexp.base.texts import read_yaml
 from gradexp.base.typed import check, strict
+from gradexp.engine import compose
 from gradexp.engine.plugins import conf_folders
 from gradexp.engine.run import ROOT, Run
 
@@ -212,6 +214,7 @@ def load(kind: str, number: str) -> Spec:
     files = {name: ROOT / "conf" / kind / f"{name}.yaml" for name in numbers(kind)} | own(kind)
     spec: Spec = check(KINDS[kind], {"number": number, **_content(kind, number, files)}, f"{kind} {number}")
     _check_labels(spec, f"{kind} {number}")
+    _check_scales(spec, f"{kind} {number}")
     return spec
 
 
@@ -226,6 +229,20 @@ def _content(kind: str, number: str, files: Mapping[str, Path]) -> dict[str, Any
         return content
     others = {name: file for name, file in files.items() if name != number}  # two that are like each other would never end
     return _content(kind, str(content.pop("like")), others) | content
+
+
+def _check_scales(spec: Spec, where: str) -> None:
+    """Raises UserError for a scale that does not exist, and for overrides of scale and seed, which the spec itself sets."""
+    known = sorted({file.stem for folder in compose.conf_folders() for file in (folder / "scale").glob("[!_]*.yaml")})
+    entries: list[Any] = [spec, *rows(spec), *(column for row in rows(spec) for column in columns(spec, row))]
+    for entry in entries:
+        for key in ("seeds", "scales", "comparable", "only", "notes", "overrides_at"):
+            for scale in entry.get(key, []):
+                if scale not in known:
+                    raise UserError(f"{where}: {key} has {scale}, which is no scale{nearest(scale, known)} {', '.join(known)}")
+        for word in chain(entry.get("overrides", []), *entry.get("overrides_at", {}).values()):
+            if word.startswith(("scale=", "seed=")):
+                raise UserError(f"{where}: {word} is no override of a row, column or series; set `scales` or `seeds`")
 
 
 def _check_labels(spec: Spec, where: str) -> None:

@@ -41,7 +41,10 @@ class Pretrained(Task):
 
     def find(self, run: Run) -> Path:
         """The file to load. Raises UserError where it is damaged, or missing and cannot be downloaded."""
-        name, address = published_file(run.config["model"]["architecture"])
+        architecture = run.config["model"].get("architecture")
+        if architecture is None:
+            raise UserError("task=pretrained reads weights of a network of torchvision, such as model=resnet34_imagenet")
+        name, address = published_file(architecture)
         file = run.paths.data / "weights" / (self.file or name)
         if file.exists():
             if not self.file:

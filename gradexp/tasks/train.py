@@ -10,10 +10,10 @@ import traceback
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import distributed, nn
+from torch import Tensor, distributed, nn
 
 from gradexp.base.errors import Stopped, UserError, choose, nearest
-from gradexp.data.loader import Loader
+from gradexp.data.loader import Loader, TrainingStream
 from gradexp.engine import assemble
 from gradexp.engine.assemble import make_data, make_hardware, make_model, make_optim, make_terms
 from gradexp.engine.build import build
@@ -58,7 +58,10 @@ class Train(Task):
         data.removal = None  # its maps may not be computed yet
         loader = data.train_loader(batch_size=make_optim(run.config).batch_size, device=hardware.device)
         student, teacher = hardware.place(make_model(run.config)), None
+        if not any(parameter.requires_grad for parameter in student.parameters()):
+            raise UserError(f"model: {type(student).__name__} has no parameters to train")
         _check_shape(student, loader, data.classes)
+        TrainingStream(loader, 1, world=hardware.together)  # raises where the devices can't share a batch
         if "start" in run.upstream:
             assemble.start_from(student, make_model(run.upstream["start"].config, "upstream.start.model").state_dict())
         if "teacher" in run.upstream:
@@ -106,10 +109,9 @@ def _check_shape(student: nn.Module, loader: Loader, classes: int) -> None:
         if is_out_of_memory(error):
             raise
         raise UserError(f"model: it does not take images of {shape} ({str(error).splitlines()[0]})") from None
-    if tuple(logits.shape) != (1, classes):
-        raise UserError(
-            f"model: of an image of {shape} it gives {tuple(logits.shape)}, expected (1, {classes}): data.classes logits"
-        )
+    found = tuple(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+    if found != (1, classes):
+        raise UserError(f"model: of an image of {shape} it gives {found}, expected (1, {classes}): data.classes logits")
     student.train()
 
 
