@@ -18,7 +18,7 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", action="extend", default=[], metavar="KEY=VALUE", help="of trainer or paths")
     given = parser.parse_args()
     if given.sample < 0:
-        raise UserError(f"--sample {given.sample}: it is how many records to repeat, 0 or more")
+        raise UserError(f"--sample {given.sample}: expected a number of records, 0 or more")
     config = compose_run(["experiment=teacher", "logger=none", *given.set])
     extra = {name: config[name] for name in ("trainer", "logger", "gradients")}
     paths, wrong = Paths.of(config), 0

@@ -222,7 +222,7 @@ MISTAKES = {
     "upstream.teacher.optim.passes=3": "is added with a plus: +upstream.teacher.optim.passes=",
     "method.terms.jacobian.wieght=1": "did you mean weight?",
     "method=_distilation": "did you mean _distillation?",
-    "upstream.teacher=teacher": "upstream.teacher=teacher: it is the settings of a run",
+    "upstream.teacher=teacher": "upstream.teacher=teacher: expected the settings of a run",
     "paths.results=": "paths.results names no folder",
     "~paths.outputs": "paths.outputs names no folder",
     "optim.optimizer.lr=interval(1e-2,1e-4)": "from a smaller to a larger number",

@@ -858,6 +858,16 @@ def test_a_teacher_computes_in_eval_mode_whoever_trains_around_it() -> None:
     assert all(torch.equal(value, statistics[name]) for name, value in teacher.named_buffers())
 
 
+class TwoHeads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.other = (nn.Conv2d(2, CLASSES, 3).double() for _ in range(2))
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.other(images)
+        return self.first(images).mean((2, 3))
+
+
 def step_with(**options: Any) -> Step:
     return Step(batch(), net(0), **options)
 
@@ -894,6 +904,14 @@ PYTHON: dict[str, tuple[Callable[[], Any], str]] = {
     "no layer of the gradients": (
         lambda: Targets(net(1), with_gradient=True).layer_gradient(batch(), LAYER, "label"),
         r"features.norm2 is none of the layers .*Targets\(\.\.\., layers=\['features.norm2'\]\)",
+    ),
+    "neither layers nor an input-gradient": (
+        lambda: step_with().student_layer_gradients("label", "running"),
+        r"Step\(\.\.\., differentiable_input=True\)",
+    ),
+    "a layer of another head": (
+        lambda: Targets(TwoHeads(), with_gradient=True, layers=["other"]).layer_gradient(batch(), "other", "label"),
+        "the teacher's output does not depend on layer other",
     ),
     "targets without gradients": (
         lambda: Targets(net(1), with_gradient=False).input_gradient(batch(), "all"),

@@ -289,6 +289,12 @@ def test_accelerate_changes_the_layout_of_an_accelerated_network() -> None:
             assert tensor.is_contiguous(memory_format=torch.channels_last) == channels_last
 
 
+def test_without_channels_last_the_layout_of_a_stock_network_stays() -> None:
+    stock = nn.Sequential(nn.Conv2d(3, 4, 3)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    weight = layers.accelerate(stock, channels_last=False)[0].weight  # type: ignore[index]
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, DOUBLE])
 def test_autocast_casts_what_it_casts_for_a_stock_convolution(dtype: torch.dtype) -> None:
     """Float64 stays what it is."""

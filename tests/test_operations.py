@@ -194,6 +194,8 @@ OPERATIONS: dict[str, Callable[[Operation, Tensor], Tensor]] = {
     "parameters like activations": parameters_like_activations,
     "selected pixels": elu_of_selected_pixels,
     "routed tokens": routed_tokens,
+    "changed in a part": normalised_behind(lambda y: [y[:, :2].mul_(2.0), y][1]),
+    "squashed in a part": normalised_behind(lambda y: [y[:, 0].sigmoid_(), y][1]),
     "changed before its normalisation": normalised_behind(lambda y: y.mul_(2.0)),
     "changed behind an alias": normalised_behind(lambda y: [y.view_as(y), y.mul_(2.0)][0]),
     "overwritten": lambda op, x: op.norm(op.conv(x).fill_(3.0)) + x,

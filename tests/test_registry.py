@@ -122,9 +122,12 @@ def own_conf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     [
         (
             "name: theirs\nupstream: {teacher: {experiment: theirs}}",
-            r"theirs: its upstream\.teacher is a run that stands on itself",
+            r"upstream\.teacher of experiment theirs depends on itself",
         ),
-        ("name: theirs\nupstream: {teacher: teacher}", r"upstream\.teacher=teacher: .* such as \{experiment: teacher\}"),
+        (
+            "name: theirs\nupstream: {teacher: teacher}",
+            r"=teacher: expected .* upstream\.teacher=\{experiment: NAME\}",
+        ),
         ("name: theirs # \xff", r"theirs\.yaml is not UTF-8"),
     ],
 )

@@ -357,6 +357,7 @@ MISTAKES = {
         lambda: InputGradient(std=torch.ones(3)),
         r"std has shape \(3,\); give a number, or \(C, 1, 1\)",
     ),
+    "black of no channels": (lambda: IntegratedGradients(black=torch.zeros(3)), r"black has shape \(3,\); give a number, or"),
     "no network": (lambda: FullGrad()(lambda images: images, pictures()), r"the model is a function; give a network"),  # type: ignore[arg-type]
     "detached, one gradient": (lambda: METHODS["input_gradient"](Detached(), pictures()), "does not depend on the images"),
     "detached, many gradients": (lambda: METHODS["smoothgrad"](Detached(), pictures()), "does not depend on the images"),

@@ -239,6 +239,19 @@ def test_a_hessian_that_is_exactly_zero_is_refused_at_the_first_step() -> None:
         term(Step(batch(), model, differentiable_input=True))
 
 
+def test_a_network_whose_last_layer_begins_at_zero_is_trained() -> None:
+    model = layers.accelerate(net())
+    for parameter in model.linear.parameters():
+        nn.init.zeros_(parameter)
+    assert not float(score(estimator="hutchinson")(Step(batch(), model, differentiable_input=True)))
+
+
+def test_a_trace_needs_a_gradient_with_a_graph() -> None:
+    images = batch().images
+    with pytest.raises(UserError, match="compute it with differentiable=True"):
+        gradients.hutchinson_trace(gradients.input_gradient(net(), images, 0), images, differentiable=False)
+
+
 def test_the_trace_of_a_linear_network_is_zero() -> None:
     data, model = batch(), nn.Sequential(nn.Flatten(), nn.Linear(32, CLASSES)).double()
     at = slope_at(model, data.images, data.labels)

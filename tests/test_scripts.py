@@ -44,7 +44,7 @@ def test_less_than_one_worker_is_refused(workers: str, monkeypatch: pytest.Monke
 
 def test_a_negative_sample_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["verify.py", "--sample", "-3"])
-    with pytest.raises(UserError, match="--sample -3: it is how many records to repeat"):
+    with pytest.raises(UserError, match="--sample -3: expected a number of records"):
         verify.main()
 
 

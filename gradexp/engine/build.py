@@ -131,7 +131,7 @@ def locate(target: str, where: str) -> Callable[..., Any]:
 
 @contextmanager
 def _named_in(where: str, keys: Collection[str]) -> Iterator[None]:
-    """Inside, an error about one of `keys`, such as `target=x: ...`, gets the place of the key in the config in front."""
+    """Inside, a UserError that begins with one of `keys`, such as `target=x: ...`, gets the prefix `where.`"""
     try:
         yield
     except UserError as error:

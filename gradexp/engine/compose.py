@@ -116,10 +116,13 @@ def _upstream(config: Config, name: str, above: tuple[tuple[str, ...], ...]) -> 
             f"makes it: +upstream.{name}.experiment=NAME"
         )
     if not isinstance(choices, dict):
-        raise UserError(f"upstream.{name}={choices}: it is the settings of a run, such as {{experiment: {choices}}}")
+        raise UserError(
+            f"upstream.{name}={choices}: expected the settings of a run; name its experiment: "
+            f"upstream.{name}={{experiment: NAME}}"
+        )
     overrides = (*_as_overrides(choices), f"scale={config['scale']['name']}")
     if overrides in above:
-        raise UserError(f"experiment {config['name']}: its upstream.{name} is a run that stands on itself; name another one")
+        raise UserError(f"upstream.{name} of experiment {config['name']} depends on itself; choose another experiment")
     return _plan(overrides, _compose(overrides) | hardware(config), above)
 
 
@@ -204,7 +207,8 @@ def _check_search(words: Sequence[str]) -> None:
     """Raises UserError for settings of a search that Optuna refuses with a traceback."""
     for word in words:
         key, _, value = word.lstrip("+").partition("=")
-        if key == "hydra.sweeper.n_trials" and not (value.isdecimal() and int(value)):
+        value = value.strip("'\"")
+        if key == "hydra.sweeper.n_trials" and not re.fullmatch("0*[1-9][0-9_]*", value):
             raise UserError(f"{word}: a search has a number of trials, 1 or more")
         if key == "hydra.sweeper.direction" and value not in ("maximize", "minimize"):
             raise UserError(f"{word}: it is maximize or minimize")
@@ -216,7 +220,7 @@ def _choices(override: Override) -> list[str]:
         return [str(override.input_line)]
     if override.is_interval_sweep():
         interval: Any = override.value()
-        if interval.start >= interval.end or ("log" in interval.tags and interval.start <= 0):
+        if interval.start > interval.end or ("log" in interval.tags and interval.start <= 0):
             raise UserError(
                 f"{override.input_line}: an interval goes from a smaller to a larger number, on a log scale above 0"
             )

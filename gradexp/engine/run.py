@@ -80,22 +80,26 @@ class Paths:
 
     @classmethod
     def of(cls, config: Config) -> Paths:
-        """The folders that a config names. Raises UserError for a data root other than the default that does not exist."""
-        named = config["paths"] | {"data": config["paths"]["data"] or DEFAULT_DATA}  # GRADEXP_DATA= is unset
+        """The folders that a config names.
+
+        Raises UserError for results or outputs that name no folder, for a link to nothing, and for a data root other than the
+        default that does not exist.
+        """
+        named = config["paths"] | {"data": config["paths"].get("data") or DEFAULT_DATA}  # GRADEXP_DATA= is unset
         for name in ("results", "outputs"):
             if not named.get(name):
                 raise UserError(f"paths.{name} names no folder; give one: paths.{name}=FOLDER")
         folders = {name: ROOT / Path(value).expanduser() for name, value in named.items()}
-        if folders["data"] != ROOT / DEFAULT_DATA and not folders["data"].is_dir():
-            raise UserError(
-                f"paths.data={named['data']}: there is no such folder; name the one with the data sets "
-                f"(GRADEXP_DATA=FOLDER or paths.data=FOLDER), or create it, and they are downloaded into it"
-            )
         for name, folder in folders.items():
             if gone := next((path for path in (folder, *folder.parents) if path.is_symlink() and not path.exists()), None):
                 raise UserError(
                     f"paths.{name}={named[name]}: {gone} is a link to a folder that does not exist; is its disk mounted?"
                 )
+        if folders["data"] != ROOT / DEFAULT_DATA and not folders["data"].is_dir():
+            raise UserError(
+                f"paths.data={named['data']}: there is no such folder; name the one with the data sets "
+                f"(GRADEXP_DATA=FOLDER or paths.data=FOLDER), or create it, and they are downloaded into it"
+            )
         return cls(**folders)
 
     @property
@@ -104,9 +108,9 @@ class Paths:
 
 
 class Settings(dict[str, Any]):
-    """Entries of which reading one that is missing is an error of the user's.
+    """A dict that raises UserError when a missing key is read.
 
-    missing: the message, with {key} in the place of the missing one.
+    missing: the message, with {key} in the place of the key.
     """
 
     def __init__(self, entries: Mapping[str, Any], missing: str) -> None:

@@ -203,9 +203,9 @@ def angle(first: Tensor, second: Tensor) -> Tensor:
 
 
 def _product(gradient: Tensor, images: Tensor, direction: Tensor, differentiable: bool) -> Tensor:
-    """The Hessian times `direction` (Pearlmutter, 1994); zero for a linear network, whose gradient depends on no image."""
+    """The Hessian times `direction` (Pearlmutter, 1994); zero for a linear network."""
     if not gradient.requires_grad:
-        return torch.zeros_like(images)
+        raise UserError("the input-gradient has no graph: compute it with differentiable=True")
     product = _gradients(gradient * direction, [images], differentiable, allow_unused=True)[0]
     return torch.zeros_like(images) if product is None else product
 

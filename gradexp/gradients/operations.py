@@ -78,6 +78,7 @@ class Operation:
     statistics: dict[str, Any] = field(default_factory=dict)
     before: Operation | None = None
     layout: str | None = None
+    version: int = 0  # of its output, which an in-place call changes
     readers: list[Any] = field(default_factory=list)  # nodes of autograd's graph: the operations that its output was given to
 
 
@@ -198,7 +199,7 @@ class Operations(TorchFunctionMode):
             if (same := _returned(dependent, outputs)) is not None:
                 self._pass_on(same, outputs[0])
                 return returned
-            outputs = [output if self._leads_to(output, above) else None for output in outputs]
+            outputs = [output if self._comes_from_images(output, above) else None for output in outputs]
         if any(map(_differentiable, outputs)):
             for maker in {self._makers[id(operand)] for operand in dependent if id(operand) in self._makers}:
                 maker.readers += [next(each.grad_fn for each in outputs if _differentiable(each))]
@@ -209,8 +210,8 @@ class Operations(TorchFunctionMode):
                     self._record(output, operation, call, in_place=changed is not None)
         return returned
 
-    def _leads_to(self, output: Any, above: set[Any]) -> bool:
-        """Whether an output depends on the images, and did not take only its shape or dtype from what does.
+    def _comes_from_images(self, output: Any, above: set[Any]) -> bool:
+        """Whether an output was computed from the values of the images, not only from their shape or dtype.
 
         above: the nodes of autograd's graph that the operands were computed by.
         """
@@ -221,7 +222,7 @@ class Operations(TorchFunctionMode):
         return node is self._images.grad_fn or getattr(node, "variable", None) is self._images
 
     def _pass_on(self, operand: Tensor, output: Tensor) -> None:
-        """Takes the output of a call for the operand that it returned."""
+        """Records the output of a call as the operand that the call returned unchanged."""
         self._dependent[id(output)] = output
         if id(operand) in self._layouts:
             self._layouts[id(output)] = self._layouts[id(operand)]
@@ -251,8 +252,10 @@ class Operations(TorchFunctionMode):
 
     def _norm(self, call: Call, outputs: list[Any]) -> list[Operation | None]:
         statistics = call.statistics() or {}
-        before = self._makers.get(id(statistics.pop("input")))
-        if before and (before.kind != "affine" or outputs[0].ndim == 3):  # a linear layer's channels are last, a norm's second
+        given = statistics.pop("input")
+        before = self._makers.get(id(given))
+        # A linear layer's channels are last, a norm's second.
+        if before and (before.kind != "affine" or before.version != given._version or outputs[0].ndim == 3):
             before = None
         bias = norm_bias(**statistics).view(-1, *[1] * (outputs[0].ndim - 2))
         return [Operation(self._name(call.name), "norm", bias, statistics=statistics, before=before)]
@@ -297,7 +300,7 @@ class Operations(TorchFunctionMode):
                 return leaf
             value = leaf.detach()
             tangent = torch.zeros_like(value) if id(leaf) in self._constant else _finite(value.clone() if in_place else value)
-            if tangent.stride() != value.stride():  # `value` is expanded
+            if tangent.stride() != value.stride():  # `value` is expanded, or a slice
                 value = value.contiguous()
             return forward_ad.make_dual(value, tangent)  # type: ignore[no-untyped-call]
 
@@ -348,6 +351,7 @@ class Operations(TorchFunctionMode):
         if operation is None:
             return
         operation.layout = self._layouts.get(id(output if base is None else base))
+        operation.version = output._version
         self.all.append(operation)
         self._makers[id(output)] = operation
         if base is not None:
@@ -508,7 +512,9 @@ def _finite(z: Tensor) -> Tensor:
 
     A finite output does not depend on them, as on the logits that a mask excludes; but zero times them would be NaN.
     """
-    return z if z.detach().sum().isfinite() else torch.where(z.isfinite(), z, 0)
+    if z.device.type == "cpu" and z.detach().sum().isfinite():  # other devices would wait for it
+        return z
+    return torch.where(z.isfinite(), z, 0)
 
 
 def _is_floating(leaf: Any) -> bool:

@@ -66,8 +66,9 @@ def accelerate(model: nn.Module, *, channels_last: bool = True) -> nn.Module:
         if kind in FAST and "weight" not in vars(module):  # there, a weight is computed from parameters: weight_norm, pruning
             module.__class__ = FAST[kind]
         if type(module) is Convolution:
+            changes = channels_last or kind is Convolution  # a stock network's weights keep their layout otherwise
             module.channels_last = channels_last
-            if module.weight.device.type == "cpu":
+            if changes and module.weight.device.type == "cpu":
                 layout = torch.channels_last if channels_last else torch.contiguous_format
                 module.weight.data = module.weight.data.contiguous(memory_format=layout)
         elif _is_left_slow(module):

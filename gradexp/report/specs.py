@@ -16,7 +16,7 @@ from typing_extensions import TypedDict
 from gradexp.base.errors import UserError, nearest
 from gradexp.base.texts import read_yaml
 from gradexp.base.typed import check, strict
-from gradexp.engine import compose
+from gradexp.engine.compose import conf_folders as all_conf_folders
 from gradexp.engine.plugins import conf_folders
 from gradexp.engine.run import ROOT, Run
 
@@ -233,15 +233,18 @@ def _content(kind: str, number: str, files: Mapping[str, Path]) -> dict[str, Any
 
 def _check_scales(spec: Spec, where: str) -> None:
     """Raises UserError for a scale that does not exist, and for overrides of scale and seed, which the spec itself sets."""
-    known = sorted({file.stem for folder in compose.conf_folders() for file in (folder / "scale").glob("[!_]*.yaml")})
+    known = sorted({file.stem for folder in all_conf_folders() for file in (folder / "scale").glob("[!_]*.yaml")})
+    above: list[Any] = [] if "series" in spec else [*spec.get("upstream", [])]
     entries: list[Any] = [spec, *rows(spec), *(column for row in rows(spec) for column in columns(spec, row))]
-    for entry in entries:
-        for key in ("seeds", "scales", "comparable", "only", "notes", "overrides_at"):
-            for scale in entry.get(key, []):
+    for entry in above + entries:
+        for key in ("seeds", "scales", "comparable", "only", "notes", "needs", "overrides_at"):
+            for scale in entry.get(key) or []:
                 if scale not in known:
-                    raise UserError(f"{where}: {key} has {scale}, which is no scale{nearest(scale, known)} {', '.join(known)}")
+                    raise UserError(
+                        f"{where}: {key} has {scale}, which is no scale{nearest(scale, known)} Available: {', '.join(known)}"
+                    )
         for word in chain(entry.get("overrides", []), *entry.get("overrides_at", {}).values()):
-            if word.startswith(("scale=", "seed=")):
+            if word.startswith("scale=") or (word.startswith("seed=") and entry not in above):
                 raise UserError(f"{where}: {word} is no override of a row, column or series; set `scales` or `seeds`")
 
 

@@ -37,7 +37,7 @@ class Saliency(ABC):
         require_fields(self)
         for name in ("black", "std"):
             value = getattr(self, name)
-            if isinstance(value, Tensor) and value.numel() > 1 and value.shape[1:] != (1, 1):
+            if isinstance(value, Tensor) and value.numel() > 1 and value.ndim < 3:  # which would be taken for rows or columns
                 raise UserError(f"{type(self).__name__}: {name} has shape {tuple(value.shape)}; give a number, or (C, 1, 1)")
 
     def __call__(self, model: nn.Module, images: Tensor, target: Tensor | int | None = None) -> Tensor:
@@ -101,7 +101,8 @@ def _cloned(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def _check_output(labels: Tensor | None, model: nn.Module, inputs: Any, output: Any) -> None:
     logits = gradients.checked_logits(output)
-    if torch.is_grad_enabled() and inputs[0].requires_grad and not logits.requires_grad:
+    differentiable = any(isinstance(each, Tensor) and each.requires_grad for each in inputs)
+    if torch.is_grad_enabled() and differentiable and not logits.requires_grad:
         raise UserError(NO_PATH)
     if logits.isnan().any():
         raise UserError(f"the model returns NaN; {CAUSES}")

@@ -48,7 +48,9 @@ class HessianTrace(Term):
         """The estimate of h, differentiable: (B,). Its mean and mean square are recorded as curves."""
         trace = step.student_hessian_trace(self.estimator, self.sigma, self.target, self.student_bn)
         constant = trace.detach()
-        if self.estimator == "hutchinson" and not self.observed and not constant.any():  # once, as a device waits for it
+        # Looked at once, as a device waits for it. Where the last layer begins at zero, so does the gradient.
+        is_flat = self.estimator == "hutchinson" and not self.observed and not constant.any()
+        if is_flat and step.student_input_gradient(self.target, self.student_bn).any():
             raise UserError(f"{type(self).__name__}: the Hessian is exactly zero, as that of functional.relu is; {SMOOTH}")
         self.observed = {"hessian_trace": constant.mean(), "hessian_trace/squared": constant.square().mean()}
         return trace

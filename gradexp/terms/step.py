@@ -90,6 +90,8 @@ class Step:
         """
         key = (target, student_bn)
         if key not in self._layer_gradients:
+            if not self.student_layers:
+                self._check_input()
             logits, features = self._forward(student_bn)
             values = {gradients.INPUT: self.images} if self.images.requires_grad else {}
             values |= {layer: features[layer] for layer in self.student_layers}

@@ -60,7 +60,11 @@ class Targets:
 
     def layer_gradient(self, batch: Batch, layer: str, target: str) -> Tensor:
         """The gradient of `target` at one of `layers`: (B, c, h, w)."""
-        return _of_layer(self._gradients_at(batch, target), layer)
+        slopes = self._gradients_at(batch, target)
+        _of_layer(self._features, layer)
+        if layer not in slopes:
+            raise UserError(f"the teacher's output does not depend on layer {layer}")
+        return slopes[layer]
 
     def map(self, batch: Batch, wanted: Map) -> Tensor:
         """A map of one of `layers`: (B, h, w)."""

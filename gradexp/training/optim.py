@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -38,7 +39,8 @@ class Optim:
             closure = inspect.signature(optimizer.step).parameters.get("closure")
             if closure is not None and closure.default is closure.empty:
                 raise ValueError(f"{type(optimizer).__name__} evaluates the loss several times a step; choose another one")
-            optimizer.step()
+            with suppress(AssertionError):  # capturable=true is for other devices
+                optimizer.step()
         except (ValueError, RuntimeError) as error:  # SparseAdam refuses its gradients at the first step
             raise UserError(f"optim.optimizer: {error}") from None
 
