@@ -274,7 +274,7 @@ def test_settings_that_fit_nothing_are_refused_before_the_training(words: tuple[
 
 
 @pytest.mark.parametrize(
-    ("logits", "message"), [((torch.zeros(1, 10),), "it gives a tuple, expected"), (torch.zeros(1, 9), r"it gives \(1, 9\)")]
+    ("logits", "message"), [((torch.zeros(1, 10),), "returns a tuple, where logits"), (torch.zeros(1, 9), r"it gives \(1, 9\)")]
 )
 def test_a_network_that_returns_no_logits_is_refused(
     logits: Any, message: str, places: list[str], monkeypatch: pytest.MonkeyPatch

@@ -10,7 +10,7 @@ import traceback
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import distributed, nn
 
 from gradexp.base.errors import Stopped, UserError, choose, nearest
 from gradexp.data.loader import Loader, TrainingStream
@@ -26,7 +26,7 @@ from gradexp.engine.record import judged
 from gradexp.engine.run import Config, Paths, Run
 from gradexp.engine.task import Finished, Result, Sizes, Task, Upstream, digests_of, images_of
 from gradexp.evaluate.accuracy import accuracy_on_test
-from gradexp.gradients import TARGETS
+from gradexp.gradients import TARGETS, checked_logits
 from gradexp.layers import ranks
 from gradexp.terms import Term
 from gradexp.training.optim import Optim
@@ -104,14 +104,15 @@ def _check_shape(student: nn.Module, loader: Loader, classes: int) -> None:
     shape = " x ".join(map(str, loader.example.shape[1:]))
     try:
         with torch.no_grad():
-            logits = student.eval()(loader.example)
+            logits = checked_logits(student.eval()(loader.example))
     except (RuntimeError, ValueError) as error:
         if is_out_of_memory(error):
             raise
         raise UserError(f"model: it does not take images of {shape} ({str(error).splitlines()[0]})") from None
-    found = tuple(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
-    if found != (1, classes):
-        raise UserError(f"model: of an image of {shape} it gives {found}, expected (1, {classes}): data.classes logits")
+    if tuple(logits.shape) != (1, classes):
+        raise UserError(
+            f"model: of an image of {shape} it gives {tuple(logits.shape)}, expected (1, {classes}): data.classes logits"
+        )
     student.train()
 
 
