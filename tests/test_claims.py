@@ -31,7 +31,7 @@ RNG = np.random.default_rng(0)
 def comparison(differences: list[float] | None, **changes: Any) -> dict[str, Any]:
     found = estimate(differences, confidence=0.95, resamples=500) if differences else None
     numbers = asdict(found) if found else {"n": 0}
-    return {"label": "a > b", "in_scale": True, "fitted": False, "runs": [], **numbers, **changes}
+    return {"label": "a > b", "in_scale": True, "left_out": "", "runs": [], **numbers, **changes}
 
 
 Stated = tuple[dict[str, Any], list[dict[str, Any]]]
@@ -41,10 +41,11 @@ def claim(*samples: list[float] | None, name: str = "x", **changes: Any) -> Stat
     return stated(*map(comparison, samples), name=name, **changes)
 
 
-def stated(*comparisons: dict[str, Any], name: str = "x", section: str = "§2.6", withheld: str = "") -> Stated:
+def stated(*comparisons: dict[str, Any], name: str = "x", section: str = "§2.6", **changes: Any) -> Stated:
     """Rows of a claim and of its comparisons."""
-    texts = {"claim": "a is better than b", "because": "", "withheld": withheld, "item": "table 2.1", "unit": "seeds"}
+    texts = {"claim": "a is better than b", "because": "", "withheld": "", "withheld_in_part": "", "item": "table 2.1"}
     row = {"id": name, "section": section, "chapter": section[1:].partition(".")[0], "comparable": True, **texts}
+    row |= {"unit": "seeds", "post_hoc": False, **changes}
     return row, [{"id": name, **one} for one in comparisons]
 
 
@@ -67,13 +68,16 @@ UP, DOWN, UNSURE = [2.0, 2.2, 1.9, 2.1], [-2.0, -2.2, -1.9, -2.1], [2.0, -1.0, 1
     ("samples", "verdict"),
     [
         ([UP, UP], "holds"),
-        ([UP, DOWN], "contradicted"),
-        ([DOWN, None], "contradicted"),
+        ([DOWN], "contradicted"),
+        ([UP, DOWN], "contradicted in 1 of 2 comparisons"),
+        ([DOWN, None], "contradicted in 1 of 2 comparisons"),
         ([UP, UNSURE], "undecided (n = 4)"),
+        ([UP[:3], UNSURE], "undecided (n = 4)"),
         ([UP, [2.0]], "direction only: for"),
         ([UP, None], "direction only: for, 1 of 2 run"),
         ([[-3.0], [-1.0]], "direction only: against"),
         ([[3.0], [-1.0]], "direction only: mixed"),
+        ([[3.0], [0.0]], "direction only: for"),
         ([[float("inf"), 1.0], UP], "direction only: for"),
         ([None, None], "not run"),
     ],
@@ -86,7 +90,7 @@ def test_verdicts(samples: list[list[float] | None], verdict: str) -> None:
 
 def test_a_comparison_outside_the_scale_is_not_counted() -> None:
     judged = judge(stated(comparison(UP), comparison(None, in_scale=False)))
-    assert only(judged).verdict == "holds"
+    assert only(judged).words == "holds where tested (1 of 2 comparisons)"
     assert "1 of 1 agree; 1 not part of this scale" in claims.to_markdown(judged, "cpu")
 
 
@@ -129,11 +133,11 @@ def test_one_comparison_that_goes_the_other_way_is_enough() -> None:
 
 
 def test_what_took_part_in_a_choice_is_shown_and_does_not_count() -> None:
-    judged = judge(stated(comparison(UP), comparison(DOWN, fitted=True)))
+    judged = judge(stated(comparison(UP), comparison(DOWN, left_out="fitted")))
     assert only(judged).verdict == "holds"
     text = claims.to_markdown(judged, "cpu")
-    assert "1 of 1 agree; 1 took part in a choice" in text
-    assert "a > b (took part in choosing a setting)" in text
+    assert "1 of 1 agree; 1 used to choose a setting" in text
+    assert "a > b (used to choose a setting)" in text
 
 
 def test_a_withheld_claim_is_not_judged_and_not_in_holms_family() -> None:
@@ -142,6 +146,14 @@ def test_a_withheld_claim_is_not_judged_and_not_in_holms_family() -> None:
     assert judged.claims["verdict"].tolist() == ["holds", "withheld", "withheld"]
     assert judged.claims["p_holm"].isna().tolist() == [False, True, True]
     assert "Withheld: The networks are not" in claims.to_markdown(judged, "cpu")
+
+
+def test_a_claim_that_was_added_when_its_numbers_were_known_is_not_tested() -> None:
+    judged = judge(
+        claim([2.0, 1.0, 3.0, 0.9], name="a"), claim(UP, name="b", post_hoc=True), claim(DOWN, name="c", post_hoc=True)
+    )
+    assert judged.claims["words"].tolist() == ["holds", "direction only: for, post hoc", "direction only: against, post hoc"]
+    assert judged.claims["p_holm"].isna().tolist() == [False, True, True]
 
 
 def test_family_wise_error_rate() -> None:
@@ -196,6 +208,7 @@ MISTAKES = {
     "cell": ({"greater": [{"rwo": "Cross-Entropy (CE)"}, 0]}, "did you mean row?"),
     "exception": ({"except": [["a", "b", "1"]]}, "there is no comparison"),
     "fitted": ({"fitted": {"quick": [["Cross-Entropy (CE)", "1000"]]}}, "fitted: there is no comparison"),
+    "withheld": ({"withheld": {"quick": {"because": "No.", "cells": [["A", "1"]]}}}, "withheld: there is no comparison"),
     "unit": ({"unit": "image"}, "'seeds' or 'images'"),
     "kind": ({"item": "tabel 2.1"}, "`table NUMBER`"),
     "panel": ({"item": "figure 5.3", "panel": "c", "metric": "accuracy"}, "figure 5.3 has a, b"),
@@ -238,6 +251,7 @@ def test_from_records_to_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             record(tmp_path, words, {"test/accuracy": value})
     common = {"section": "§2.6.1", "claim": "A | helps.", "item": "table 2.1", "at": ["1"]}
     rows = ["CE + match activations (A)", "Cross-Entropy (CE)", "Match activations (A) only"]
+    part = {"because": "No.", "cells": [[rows[2], "1"]]}
     found = [
         {"id": "a", "greater": rows[:2], **common},
         {"id": "b", "less": rows[:2], **common},
@@ -252,10 +266,12 @@ def test_from_records_to_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         {"id": "k", "greater": rows[:2], **common, "withheld": {"cpu": "No."}, "fitted": {"cpu": [[*rows[:2], "1"]]}},
         {"id": "l", "greater": [rows[0], rows[1:]], **common, "fitted": {"quick": [[rows[2], "1"]]}},
         {"id": "m", "greater": [rows[0], rows[1:]], **common, "fitted": {"quick": [[rows[0], rows[2], "1"]]}},
+        {"id": "n", "greater": [rows[0], rows[1:]], **common, "withheld": {"quick": part}},
     ]
     judged = read(tmp_path, found)
+    some = "holds where tested (1 of 2 comparisons)"
     verdicts = ["holds", "contradicted", "holds", "contradicted", "direction only: for", "holds"]
-    verdicts += ["not part of this scale", "not part of this scale", "holds", "withheld", "holds", "holds", "holds"]
+    verdicts += ["not part of this scale", "not part of this scale", "holds", "withheld", "holds", some, some, some]
     assert judged.claims["words"].tolist() == verdicts
     assert judged.claims.loc["a", "n"] == 8
     first = judged.comparisons.drop_duplicates("id").set_index("id")
@@ -263,8 +279,9 @@ def test_from_records_to_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert first.loc["h", "thesis"] == first.loc["i", "thesis"]
     assert first.loc["a", "low"] < 1 < first.loc["a", "high"]
     md, csv = claims.write(judged, "quick", tmp_path)
-    assert "13 claims: 7 holds, 2 contradicted, 1 direction only, 1 withheld, 2 not part of this scale." in md.read_text()
-    assert len(csv.read_text().splitlines()) == 14
+    assert "14 claims: 8 holds, 2 contradicted, 1 direction only, 1 withheld, 2 not part of this scale." in md.read_text()
+    assert len(csv.read_text().splitlines()) == 15
+    assert "*Withheld in part: No.*" in md.read_text() and "1 of 1 agree; 1 withheld" in md.read_text()
     assert r"A \| helps" in md.read_text()
 
 
@@ -278,7 +295,7 @@ def test_a_diverged_run_recognises_nothing(tmp_path: Path, form: str) -> None:
     common = {"section": "§2.6.1", "claim": "A helps.", "item": "table 2.1", "at": ["1"]}
     found = read(tmp_path, [{"id": "a", form: rows[:2], **common}, {"id": "b", form: rows[1:], **common}])
     direction = "for" if form == "greater" else "against"
-    assert found.claims["words"].tolist() == [f"direction only: {direction}", "direction only: mixed"]
+    assert found.claims["words"].tolist() == [f"direction only: {direction}", "direction only: none"]
 
 
 def test_a_cell_that_occurs_twice_has_twice_its_error(tmp_path: Path) -> None:
@@ -323,6 +340,7 @@ def test_images_of_one_model_are_a_sample_of_their_own(digest: str, suffix: str,
     over_images = read(tmp_path, [spec | {"at": ["RF = 0.5"], "unit": "images"}])
     over_seeds = read(tmp_path, [spec | {"at": ["RF = 0.5"]}])
     assert only(over_images).words == verdict
+    assert "| 400 images |" in claims.to_markdown(over_images, "quick")
     assert only(over_seeds).verdict == "direction only"
     assert over_images.comparisons["label"].tolist() == [f"Gradient < Random, RF = 0.5{suffix}"]
     assert "table 3.2, over images; another setting" in claims.to_markdown(over_images, "quick")
@@ -413,10 +431,13 @@ def test_a_chapter_says_what_its_evidence_is_at_the_scale(tmp_path: Path) -> Non
     file = tmp_path / "claims.yaml"
     spec = {"id": "x", "section": "§2.6", "claim": "", "item": "table 2.1", "greater": ["Match {A + J}", "Cross-Entropy (CE)"]}
     content = {"confidence": 0.95, "resamples": 500, "claims": [spec]}
-    file.write_text(yaml.safe_dump(content | {"findings": {"2": {"quick": "Jacobians\nhelp <b>.", "cpu": "Not here."}}}))
+    file.write_text(yaml.safe_dump(content | {"findings": {"2": {"quick": ["Jacobians\nhelp <b>."], "cpu": ["Not here."]}}}))
     page = claims.to_markdown(claims.read(file, "quick", at(tmp_path, fake_plan)), "quick")
-    assert "### Chapter 2\n\nJacobians help &lt;b>.\n\n1 claims" in page and "Not here." not in page
-    for findings, message in (({"3": {"cpu": "A"}}, "no claim is of chapter '3'; expected 2"), ({"2": {"gpu": "A"}}, "gpu")):
+    assert "### Chapter 2\n\n- Jacobians help &lt;b>.\n\n1 claims" in page and "Not here." not in page
+    for findings, message in (
+        ({"3": {"cpu": ["A"]}}, "no claim is of chapter '3'; expected 2"),
+        ({"2": {"gpu": ["A"]}}, "gpu"),
+    ):
         file.write_text(yaml.safe_dump(content | {"findings": findings}))
         with pytest.raises(UserError, match=message):
             claims.load(file)

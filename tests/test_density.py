@@ -760,7 +760,7 @@ def test_the_runs_that_test_the_account_of_table_5_1_have_the_w_that_their_rows_
     assert told == 6
     assert {run_id(config["upstream"]["judge"]) for config in runs.values()} == {run_id(ours["upstream"]["judge"])}
     passes = {label: config["upstream"]["model"]["optim"]["passes"] for label, config in runs.items()}
-    assert {label for label, count in passes.items() if count != 10} == {"the same, 20 passes, the rate in steps"}
+    assert {label for label, count in passes.items() if count != 10} == {"the same, 20 epochs, the rate in steps"}
     shared = {run_id(plan(seeds[0]).config) for *_, seeds in specs.cells(specs.load("table", "5.2"), "cpu") if seeds}
     assert len(shared & {run_id(config) for config in runs.values()}) == 4  # the score-matching rows with a μ above 0
 

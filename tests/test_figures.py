@@ -127,9 +127,10 @@ def test_a_figure_says_how_its_runs_depart_and_where_they_come_from(tmp_path: Pa
     caption = figures.caption(spec, "quick", figures.gather(spec, "quick", planner), planner)
     note, departed, seeds, origin = caption.sentences
     assert (note, seeds) == ("Of students.", "Seeds: 3.")
-    assert departed.startswith("Scale quick departs from scale=paper in: ")
-    assert "`data.per_class` 5 (paper: 50)" in departed
-    assert "`data.name` digits (paper: cifar100)" in departed
+    assert departed == "Scale quick departs from scale=paper in 11 settings, listed under Records."
+    listed = caption.details[0]
+    assert listed.startswith("Departures from scale=paper: `") and listed.count("(paper: ") == 11
+    assert "`data.per_class` 5 (paper: 50)" in listed and "`data.name` digits (paper: cifar100)" in listed
     assert origin == "Computed by 1 run in 2 min, in precision 32 on here, from commit cccccccc (clean)."
     own = {**spec, "seeds": {"quick": [3]}}  # a figure of the user's own need not have scale=paper
     assert figures.caption(own, "quick", figures.gather(own, "quick", planner), planner).sentences[1] == departed

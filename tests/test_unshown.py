@@ -52,7 +52,7 @@ def test_a_teacher_whose_students_are_missing_is_shown_where_a_caption_quotes_it
     monkeypatch.setattr(specs, "every", lambda scale: {"table 2.1": quoted_by_none})
     (found,) = find(tmp_path, (TEACHER, {}))
     assert found.nearest.startswith("upstream of table 2.1, ")
-    assert found.departures == "nothing: the run that stands on it is missing"
+    assert found.departures == "nothing: the run that uses it is missing"
 
 
 def test_a_record_is_compared_with_the_nearest_planned_run(tmp_path: Path) -> None:

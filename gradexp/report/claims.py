@@ -27,7 +27,7 @@ from gradexp.base.typed import check, strict
 from gradexp.engine.record import used_digests
 from gradexp.engine.run import Run
 from gradexp.report import specs
-from gradexp.report.comparisons import ClaimSpec, Grid, Pair, Scale, pairs
+from gradexp.report.comparisons import ClaimSpec, Grid, Pair, Part, Scale, pairs
 from gradexp.report.inference import BOOTSTRAP_FROM, Estimate, estimate, estimate_over_images, holm
 from gradexp.report.specs import Planner
 from gradexp.report.unshown import Unshown
@@ -36,7 +36,7 @@ from gradexp.report.writing import csv, rendered, write_beside
 OTHER = "other"  # the chapter of second readings of a claim, and of substitutes for one
 VERDICTS = ("holds", "contradicted", "undecided", "direction only", "withheld", "not part of this scale", "not run")
 NUMBERS = ["thesis", "noise", *(each.name for each in fields(Estimate) if each.name != "n")]
-COLUMNS = ["id", "label", "in_scale", "fitted", "runs", "seeds", "n", *NUMBERS]  # of Judged.comparisons
+COLUMNS = ["id", "label", "in_scale", "left_out", "runs", "seeds", "n", *NUMBERS]  # of Judged.comparisons
 
 
 @strict
@@ -53,7 +53,7 @@ class ClaimsFile(TypedDict):
     confidence: Annotated[float, Gt(0), Lt(1)]
     resamples: Count
     claims: list[dict[str, Any]]  # ClaimSpecs, of which `load` checks each
-    findings: NotRequired[dict[str, dict[Scale, str]]]  # what a chapter's evidence says, by chapter and scale
+    findings: NotRequired[dict[str, dict[Scale, list[str]]]]  # what a chapter's evidence says, by chapter and scale
     untested: NotRequired[list[Untested]]
 
 
@@ -87,17 +87,17 @@ class Judged:
     """Claims with their verdicts, and the comparisons behind them.
 
     claims, one row each, indexed by id: section, chapter (or OTHER), claim, item, unit (of the sample: `seeds`, or the `images`
-    of one model), because, withheld (why this scale's numbers are not judged), comparable (with the thesis's numbers); and what
-    `judge` adds. comparisons, one row each: id, label, in_scale, fitted (its cells took part in choosing a setting: not
-    counted), thesis (the difference of the thesis's numbers), noise (standard error inside the runs), runs, seeds (planned),
-    and the fields of Estimate (n=0: not run).
+    of one model), because, withheld (why this scale's numbers are not judged), withheld_in_part, post_hoc, comparable (with the
+    thesis's numbers); and what `judge` adds. comparisons, one row each: id, label, in_scale, left_out (why it is not counted:
+    `fitted`, its cells took part in choosing a setting; `withheld`; or ""), thesis (the difference of the thesis's numbers),
+    noise (standard error inside the runs), runs, seeds (planned), and the fields of Estimate (n=0: not run).
     """
 
     claims: pd.DataFrame
     comparisons: pd.DataFrame
     confidence: float
     untested: Sequence[Untested] = ()
-    findings: Mapping[str, str] = field(default_factory=dict)  # by chapter
+    findings: Mapping[str, Sequence[str]] = field(default_factory=dict)  # by chapter
 
 
 def read(file: Path, scale: str, plan: Planner) -> Judged:
@@ -112,33 +112,51 @@ def read(file: Path, scale: str, plan: Planner) -> Judged:
             comparisons += _comparisons(spec, grid, content)
         except UserError as error:
             raise UserError(f"{file.name}, claim {spec['id']}: {error}") from None
-        withheld: Mapping[Any, str] = spec.get("withheld", {})
-        texts = {"claim": spec["claim"], "because": spec.get("because", ""), "withheld": withheld.get(scale, "")}
-        row = {key: " ".join(text.split()) for key, text in texts.items()} | {"unit": spec.get("unit", "seeds")}
-        named = {"id": spec["id"], "section": spec["section"], "chapter": _chapter(spec), "item": spec["item"]}
-        claims.append({**named, "comparable": grid.comparable, **row})
+        reason = _withheld(spec, scale)
+        part = "" if isinstance(reason, str) else reason["because"]
+        texts = {"claim": spec["claim"], "because": spec.get("because", ""), "withheld_in_part": part}
+        texts["withheld"] = reason if isinstance(reason, str) else ""
+        row = {key: " ".join(text.split()) for key, text in texts.items()}
+        row |= {"id": spec["id"], "section": spec["section"], "chapter": _chapter(spec), "item": spec["item"]}
+        facts = {"unit": spec.get("unit", "seeds"), "post_hoc": spec.get("post_hoc", False), "comparable": grid.comparable}
+        claims.append({**row, **facts})
     numbers = pd.DataFrame(comparisons, columns=COLUMNS).astype(dict.fromkeys(NUMBERS, float))
-    by_scale: Mapping[str, Mapping[Any, str]] = content.get("findings", {})
-    findings = {chapter: " ".join(texts[scale].split()) for chapter, texts in by_scale.items() if scale in texts}
+    by_scale: Mapping[str, Mapping[Any, list[str]]] = content.get("findings", {})
+    findings = {chapter: texts[scale] for chapter, texts in by_scale.items() if scale in texts}
     frame = pd.DataFrame(claims).set_index("id")
     return judge(Judged(frame, numbers, content["confidence"], content.get("untested", []), findings))
 
 
+def _withheld(spec: ClaimSpec, scale: Any) -> str | Part:
+    return spec.get("withheld", {}).get(scale, "")
+
+
+def _left_out(spec: ClaimSpec, grid: Grid, known: Iterable[Pair]) -> dict[tuple[str, ...], str]:
+    """{comparison or cell that is not counted at this scale: why}, see Judged.comparisons."""
+    fitted: Mapping[Any, list[list[str]]] = spec.get("fitted", {})
+    reason = _withheld(spec, grid.scale)
+    withheld = [] if isinstance(reason, str) else reason["cells"]
+    found = {}
+    for why, entries in (("withheld", withheld), ("fitted", fitted.get(grid.scale, []))):
+        for entry in (tuple(map(str, each)) for each in entries):
+            if not any(pair.matches(entry) for pair in known):
+                raise UserError(f"{why}: there is no comparison and no cell of one {entry}")
+            found[entry] = why
+    return found
+
+
 def _comparisons(spec: ClaimSpec, grid: Grid, content: ClaimsFile) -> list[dict[str, Any]]:
     """Rows of Judged.comparisons; the names of cells are checked at scales that the claim is not about, too."""
-    counted = [pair for pair in pairs(spec, grid) if not pair.excepted]
-    by_scale: Mapping[Any, list[list[str]]] = spec.get("fitted", {})
-    fitted = [tuple(map(str, entry)) for entry in by_scale.get(grid.scale, [])]
-    for entry in fitted:
-        if not any(pair.matches(entry) for pair in counted):
-            raise UserError(f"fitted: there is no comparison and no cell of one {entry}")
+    stated = [pair for pair in pairs(spec, grid) if not pair.excepted]
+    left_out = _left_out(spec, grid, stated)
     rows = []
-    for pair in counted:
+    for pair in stated:
         if not pair.gap.cells:
             raise UserError(f"{pair.label}: two numbers are compared; name a cell")
         printed = sum(sign * grid.thesis(cell) for sign, cell in pair.gap.cells)
         row = {"id": spec["id"], "label": pair.label, "thesis": pair.gap.constant + printed}
-        row |= {"fitted": any(map(pair.matches, fitted)), "in_scale": False, "runs": [], "seeds": 0, "n": 0}
+        row |= {"left_out": next((why for entry, why in left_out.items() if pair.matches(entry)), "")}
+        row |= {"in_scale": False, "runs": [], "seeds": 0, "n": 0}
         is_counted = grid.scale in spec.get("scales", [grid.scale])
         rows.append(row | (_compare(pair, grid, spec.get("unit", "seeds"), content) if is_counted else {}))
     return rows
@@ -163,10 +181,13 @@ def _compare(pair: Pair, grid: Grid, unit: str, content: ClaimsFile) -> dict[str
         found = estimate(gaps.tolist(), confidence=content["confidence"], resamples=content["resamples"])
         return {**row, **asdict(found)}
     mean = float(gaps.mean())
-    models = {str(used_digests(record.get("upstream", {}))) for run in unique if (record := run.record())}
-    if len(models) > 1:  # how much these differ is not known
-        return {**row, **asdict(Estimate(mean, n=1)), "label": f"{pair.label} (the model was trained more than once)"}
-    return {**row, **asdict(estimate_over_images(mean, noise, content["confidence"]))}
+    records = [record for run in unique if (record := run.record())]
+    row["n"] = n = min(record.get("images", 1) for record in records)
+    if (
+        len({str(used_digests(record.get("upstream", {}))) for record in records}) > 1
+    ):  # how much the models differ is not known
+        return {**row, "mean": mean, "label": f"{pair.label} (the model was trained more than once)"}
+    return {**row, **asdict(estimate_over_images(mean, noise, n, content["confidence"]))}
 
 
 def _stand_apart(runs: Iterable[Run | None]) -> bool:
@@ -180,21 +201,22 @@ def _stand_apart(runs: Iterable[Run | None]) -> bool:
 
 
 def judge(found: Judged) -> Judged:
-    """Add the verdicts; Holm's correction is over the claims of a chapter that are tested and not withheld.
+    """Add the verdicts; Holm's correction is over the claims of a chapter that are tested, not withheld and not post hoc.
 
     All comparisons of a claim must hold: once all are tested, the largest p-value supports it (an intersection-union test).
-    One that fails is enough, so the smallest, times the number planned, opposes it. Columns: comparisons, fitted, planned (of
-    this scale that count), run, agreeing, opposing, n (the smallest number of seeds), seeds (planned), p_for, p_against
-    (one-sided), p (two-sided), p_holm, verdict, and words (the verdict with its direction, number of seeds or restriction to
-    one model).
+    One that fails is enough, so the smallest, times the number planned, opposes it. Columns: comparisons, fitted and held_back
+    (the numbers of those left out), planned (of this scale that count), run, agreeing, opposing, n (the smallest sample), seeds
+    (planned), p_for, p_against (one-sided), p (two-sided), p_holm, verdict, and words (the verdict with its direction, extent,
+    sample or restriction to one model).
     """
     in_scale = found.comparisons[found.comparisons["in_scale"]]
-    counted = in_scale[~in_scale["fitted"]]
+    counted = in_scale[in_scale["left_out"] == ""]
     signs = {"agrees": lambda frame: frame["mean"] > 0, "opposes": lambda frame: frame["mean"] < 0}  # neither: NaN
     done = counted[counted["n"] > 0].assign(**signs).groupby("id")
     counts = {
         "comparisons": found.comparisons.groupby("id").size(),
-        "fitted": in_scale.groupby("id")["fitted"].sum(),
+        "fitted": (in_scale["left_out"] == "fitted").groupby(in_scale["id"]).sum(),
+        "held_back": (in_scale["left_out"] == "withheld").groupby(in_scale["id"]).sum(),
         "planned": counted.groupby("id").size(),
         "run": done.size(),
         "agreeing": done["agrees"].sum(),
@@ -202,13 +224,14 @@ def judge(found: Judged) -> Judged:
         "n": done["n"].min(),
         "seeds": done["seeds"].min(),
         "tested": done["p_for"].count(),
+        "weakest": counted.sort_values("p_for").groupby("id")["n"].last(),  # sample of the comparison with the largest p-value
     }
     claims = found.claims.join(pd.DataFrame(counts)).fillna(dict.fromkeys(counts, 0)).astype(dict.fromkeys(counts, int))
-    complete, level = claims["tested"] == claims["planned"], 1 - found.confidence
+    complete, level = (claims["tested"] == claims["planned"]) & ~claims["post_hoc"], 1 - found.confidence
     claims["p_for"] = done["p_for"].max().reindex(claims.index).where(complete, 1.0)
     claims["p_against"] = (claims["planned"] * done["p_against"].min().reindex(claims.index)).clip(upper=1)
     claims["p"] = (2 * claims[["p_for", "p_against"]].min(axis=1)).clip(upper=1)
-    family = claims[(claims["tested"] > 0) & (claims["withheld"] == "")]
+    family = claims[(claims["tested"] > 0) & (claims["withheld"] == "") & ~claims["post_hoc"]]
     claims["p_holm"] = family.groupby("chapter")["p"].transform(lambda p: holm(p.tolist())).reindex(claims.index)
     decided = claims["p_holm"] < level
     verdicts = {
@@ -227,14 +250,18 @@ def judge(found: Judged) -> Judged:
 
 
 def _words(row: Any) -> str:
-    if row.unit == "images" and row.verdict in ("holds", "contradicted"):
-        return f"{row.verdict}, for this model"
+    model = ", for this model" if row.unit == "images" else ""
+    if row.verdict == "holds":
+        part = f" where tested ({row.planned} of {row.comparisons} comparisons)" if row.planned < row.comparisons else ""
+        return f"holds{part}{model}"
+    if row.verdict == "contradicted":
+        part = f" in {row.opposing} of {row.planned} comparisons" if row.planned > 1 else ""
+        return f"contradicted{part}{model}"
     if row.verdict == "direction only":
-        direction = "for" if row.agreeing == row.run else "against" if row.opposing == row.run else "mixed"
-        return f"direction only: {direction}" + (f", {row.run} of {row.planned} run" if row.run < row.planned else "")
-    if row.verdict == "undecided" and row.unit == "seeds":
-        return f"undecided (n = {row.n})"
-    return str(row.verdict)
+        signs = {(True, True): "mixed", (True, False): "for", (False, True): "against", (False, False): "none"}
+        run = f", {row.run} of {row.planned} run" if row.run < row.planned else ""
+        return f"direction only: {signs[row.agreeing > 0, row.opposing > 0]}{run}{', post hoc' if row.post_hoc else ''}"
+    return f"undecided (n = {row.weakest})" if row.verdict == "undecided" and not model else str(row.verdict)
 
 
 # --- files ------------------------------------------------------------------------------------------------
@@ -246,10 +273,11 @@ def tally(verdicts: Iterable[str], what: str = "claims") -> str:
     return f"{counts.total()} {what}: {', '.join(f'{counts[name]} {name}' for name in VERDICTS if counts[name])}."
 
 
-def explanation(found: Judged) -> list[str]:
-    """How verdicts are made, as list items in Markdown."""
-    numbers = {"level": f"{1 - found.confidence:g}", "confidence": f"{found.confidence:.0%}", "bootstrap": BOOTSTRAP_FROM}
-    return [f"- {' '.join(text.format(**numbers).split())}" for text in specs.settings()["verdicts"]]
+def explanation(found: Judged) -> dict[str, list[str]]:
+    """What the verdicts mean (`words`) and how they are made (`tests`), in Markdown."""
+    numbers = {"level": f"{1 - found.confidence:.0%}", "confidence": f"{found.confidence:.0%}", "bootstrap": BOOTSTRAP_FROM}
+    texts = specs.settings()["verdicts"]
+    return {kind: [" ".join(text.format(**numbers).split()) for text in listed] for kind, listed in texts.items()}
 
 
 def views(found: Judged) -> list[dict[str, Any]]:
@@ -261,10 +289,10 @@ def views(found: Judged) -> list[dict[str, Any]]:
 
 def to_csv(found: Judged) -> str:
     """One line a claim."""
-    frame = found.claims.reset_index().drop(columns="seeds").rename(columns={"n": "seeds"})
+    frame = found.claims.reset_index()
     for name in ("p", "p_holm"):
         frame[name] = frame[name].map("{:.4g}".format, na_action="ignore")
-    columns = ["id", "section", "item", "claim", "verdict", "unit", "comparisons", "planned", "run", "agreeing", "seeds"]
+    columns = ["id", "section", "item", "claim", "verdict", "words", "unit", "comparisons", "planned", "run", "agreeing", "n"]
     return csv(frame[[*columns, "p", "p_holm"]])
 
 

@@ -28,6 +28,14 @@ Except = TypedDict("Except", {"except": NotRequired[list[list[str]]]})  # a keyw
 
 
 @strict
+class Part(TypedDict):
+    """Comparisons of a claim, each by its names or one of its cells, that are withheld, and why."""
+
+    because: str
+    cells: list[list[str]]
+
+
+@strict
 class ClaimSpec(Except):
     """The head of conf/claims.yaml describes the keys."""
 
@@ -47,18 +55,20 @@ class ClaimSpec(Except):
     at: NotRequired[list[str | float]]
     unit: NotRequired[Literal["seeds", "images"]]
     because: NotRequired[str]
-    withheld: NotRequired[dict[Scale, str]]
+    withheld: NotRequired[dict[Scale, str | Part]]
+    post_hoc: NotRequired[bool]
     fitted: NotRequired[dict[Scale, list[list[str]]]]
 
 
 @strict
 class CellSpec(TypedDict, total=False):
-    """A cell as a claim names it; minus: another cell, the name of its row, or a number."""
+    """A cell as a claim names it; minus: another cell, the name of its row, or a number; label: its name on the page."""
 
     row: str
     column: str
     metric: str
     minus: Any
+    label: str
 
 
 class CellName(NamedTuple):
@@ -191,7 +201,7 @@ class Pair(NamedTuple):
     excepted: bool  # the thesis's own numbers contradict it
 
     def matches(self, entry: tuple[str, ...]) -> bool:
-        """Whether an entry of `fitted` names the comparison, [a, b, at], or one of its cells, [row, column]."""
+        """Whether an entry of `fitted` or `withheld` names the comparison, [a, b, at], or one of its cells, [row, column]."""
         return self.names == entry or any((cell.row, cell.column) == entry for _, cell in self.gap.cells)
 
 
@@ -249,5 +259,6 @@ def _sum(node: Any, at: str, spec: ClaimSpec, grid: Grid) -> Sum:
         **{own: str(node.get(own, "")), other: str(node.get(other, at))}, metric=node.get("metric", spec.get("metric"))
     )
     grid.check(cell)
-    found = Sum(" at ".join(str(node[key]) for key in ("row", "column", "metric") if key in node), ((1, cell),))
+    name = node.get("label") or " at ".join(str(node[key]) for key in ("row", "column", "metric") if key in node)
+    found = Sum(name, ((1, cell),))
     return found - _sum(node["minus"], at, spec, grid) if "minus" in node else found

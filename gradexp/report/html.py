@@ -110,7 +110,8 @@ def table_view(table: tables.Table, panels: Panels, close: float) -> View:
 def sorted_sentences(caption: provenance.Caption) -> View:
     """A caption's sentences as `notes`, which the page shows, and `origin`, about its runs, which it folds."""
     notes = [sentence for sentence in caption.sentences if sentence not in caption.origin]
-    return {"notes": notes, "origin": [*caption.origin, *caption.details], "departures": caption.departures}
+    details = [detail for detail in caption.details if not detail.startswith("Departures ")]  # the page has a table of them
+    return {"notes": notes, "origin": [*caption.origin, *details], "departures": caption.departures}
 
 
 def figure_view(
@@ -157,7 +158,7 @@ def claim_views(judged: claims.Judged, panels: Panels) -> list[View]:
     """
     views = claims.views(judged)
     for view in views:
-        view["standing"] = "mixed" if view["words"].endswith("mixed") else view["verdict"]
+        view["standing"] = "mixed" if ": mixed" in view["words"] else view["verdict"]
         runs = dict.fromkeys(itertools.chain(*(row["runs"] for row in view["details"])))
         panels.add(f"claim-{view['id']}", f"Claim, {view['item']}", view["claim"], {"verdict": view["verdict"]}, runs)
     return views
@@ -184,8 +185,8 @@ def render(
     made_by: str,
     bench: Sequence[View] = (),
     costs: Sequence[View] = (),
-    explanation: Sequence[str] = (),
-    findings: Mapping[str, str] = {},
+    explanation: Mapping[str, Sequence[str]] = {},
+    findings: Mapping[str, Sequence[str]] = {},
     unshown: Sequence[Unshown] = (),
 ) -> str:
     """The page. views: as for `chapters`; made_by: version and commit of the code; explanation: of verdicts, in Markdown;

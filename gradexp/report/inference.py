@@ -15,7 +15,7 @@ BOOTSTRAP_FROM = 6  # seeds; resampled means stay in [min, max], which covers th
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean difference over n seeds, with its interval and one-sided p-values; NaN for what can't be estimated."""
+    """A mean difference over n seeds or images, with its interval and one-sided p-values; NaN for what can't be estimated."""
 
     mean: float
     n: int
@@ -53,17 +53,17 @@ def estimate(differences: Sequence[float], *, confidence: float, resamples: int)
     return Estimate(mean, n, std, float(low), float(high), p_for, p_against)
 
 
-def estimate_over_images(mean: float, noise: float, confidence: float) -> Estimate:
-    """Difference of means over the images of one model: the images are the sample, the model is fixed (normal theory).
+def estimate_over_images(mean: float, noise: float, n: int, confidence: float) -> Estimate:
+    """Difference of means over n images of one model: the images are the sample, the model is fixed (normal theory).
 
     noise: its standard error, computed as if the two means were over different images, because records keep only means and
     deviations. They are over the same images, so it is conservative if the same images are hard for both methods.
     """
     if not (noise > 0 and math.isfinite(mean)):
-        return Estimate(mean, 1)
+        return Estimate(mean, n)
     half = float(stats.norm.ppf((1 + confidence) / 2)) * noise
     tails = (float(tail(mean / noise)) for tail in (stats.norm.sf, stats.norm.cdf))
-    return Estimate(mean, 1, math.nan, mean - half, mean + half, *tails)
+    return Estimate(mean, n, math.nan, mean - half, mean + half, *tails)
 
 
 def holm(p: Sequence[float]) -> list[float]:

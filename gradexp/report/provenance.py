@@ -9,10 +9,11 @@ from gradexp.engine.record import Clock, Record, used_digests, value_of
 from gradexp.engine.run import Config, Run, identity
 from gradexp.report import specs
 from gradexp.report.specs import Planner, Spec, UpstreamSpec, item_of, read_thesis
-from gradexp.report.writing import rendered
+from gradexp.report.writing import one_line, rendered
 
 # Keys that are not compared: they are no part of the protocol (the scale's name, versions), or follow from the data set.
 IGNORED = ("scale", "_target_", "version", "channels", "classes", "size")
+LISTED = 8  # departures that a caption lists; more are among its details
 
 
 class Caption(NamedTuple):
@@ -34,6 +35,8 @@ def caption(spec: Spec, scale: str, runs: Sequence[Run], plan: Planner, *, print
     """
     pairs = list(counterparts(spec, scale, plan))
     departures, described = departed(pairs), () if "series" in spec else tuple(spec.get("described", ()))
+    listed = [f"`{key}` {a} (paper: {b})" for key, (a, b) in departures.items() if not key.startswith(described)]
+    folded = [f"Departures from scale=paper: {'; '.join(listed)}."] if len(listed) > LISTED else []
     origin = origin_of(*records_of(runs))
     text = rendered(
         "caption.txt",
@@ -43,12 +46,14 @@ def caption(spec: Spec, scale: str, runs: Sequence[Run], plan: Planner, *, print
         seeds=specs.seeds_of(spec, scale),
         begun=any(run.finished for run in runs),
         departures=departures,
-        listed=[f"`{key}` {a} (paper: {b})" for key, (a, b) in departures.items() if not key.startswith(described)],
+        listed=listed,
+        folded=folded,
         upstream=list(_upstream(spec, scale, plan)),
         printed=printed,
         held_out=any(config.get("data", {}).get("validation") for config, _ in pairs),
     )
-    return Caption([*text.splitlines(), *origin.sentences], origin.details, departures, origin.sentences)
+    details = [*map(one_line, folded), *origin.details]
+    return Caption([*text.splitlines(), *origin.sentences], details, departures, origin.sentences)
 
 
 def counterparts(spec: Spec, scale: str, plan: Planner) -> Iterator[tuple[Config, Config]]:

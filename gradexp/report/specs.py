@@ -174,7 +174,7 @@ class ReportSettings(TypedDict):
     scales: dict[str, str]
     chapters: list[dict[str, Any]]
     bench: dict[str, str]
-    verdicts: list[str]
+    verdicts: dict[Literal["words", "tests"], list[str]]
 
 
 Spec = TableSpec | FigureSpec

@@ -41,7 +41,7 @@ class Unshown:
     def departures(self) -> str:
         short = {key: [shorten(text, LENGTH, placeholder=" …") for text in pair] for key, pair in self.differences.items()}
         listed = [f"`{key}` {here} (there {there})" for key, (here, there) in short.items()]
-        return _shortened(listed, LISTED) or ("nothing: the run that stands on it is missing" if self.nearest else "")
+        return _shortened(listed, LISTED) or ("nothing: the run that uses it is missing" if self.nearest else "")
 
 
 def _shortened(texts: list[str], limit: int) -> str:
