@@ -100,6 +100,12 @@ def test_the_objective_is_the_number_or_the_first_ones_are(objective: str | None
     assert Unshown(record, "", {}).numbers == numbers
 
 
+def test_long_settings_are_shown_from_where_they_differ() -> None:
+    same = ", ".join(["64"] * 30)
+    found = Unshown(whole("cpu", 0, ROW), "x", {"layers": (f"[{same}, 'M']", f"[{same}]"), "name": ("a b", "a c")})
+    assert found.departures == "`layers` … 64, 'M'] (there … 64]); `name` a b (there a c)"
+
+
 def test_many_differences_are_counted() -> None:
     found = Unshown(whole("cpu", 0, ROW), "x", {f"key{i}": ("1", "2") for i in range(7)})
     assert found.departures.endswith("`key3` 1 (there 2); and 3 more")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from textwrap import shorten
 
@@ -39,9 +40,16 @@ class Unshown:
 
     @property
     def departures(self) -> str:
-        short = {key: [shorten(text, LENGTH, placeholder=" …") for text in pair] for key, pair in self.differences.items()}
-        listed = [f"`{key}` {here} (there {there})" for key, (here, there) in short.items()]
+        pairs = {key: _shortened_pair(pair) for key, pair in self.differences.items()}
+        listed = [f"`{key}` {here} (there {there})" for key, (here, there) in pairs.items()]
         return _shortened(listed, LISTED) or ("nothing: the run that uses it is missing" if self.nearest else "")
+
+
+def _shortened_pair(pair: tuple[str, str]) -> list[str]:
+    """Both texts, from the word in which they differ if one is long."""
+    same = "".join(one for one, other in takewhile(lambda both: both[0] == both[1], zip(*pair, strict=False)))
+    start = same.rfind(" ") + 1 if max(map(len, pair)) > LENGTH else 0
+    return [shorten("… " * (start > 0) + text[start:], LENGTH, placeholder=" …") for text in pair]
 
 
 def _shortened(texts: list[str], limit: int) -> str:
