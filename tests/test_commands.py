@@ -273,6 +273,11 @@ def test_settings_that_fit_nothing_are_refused_before_the_training(words: tuple[
         ensure(plan(["experiment=jacobian_distill", *TINY, "data.per_class=3", *words], places))
 
 
+def test_an_upstream_run_that_a_check_reads_is_named(places: list[str]) -> None:
+    with pytest.raises(UserError, match=r"gan_test needs a judge; .*\+upstream\.judge\.experiment=NAME"):
+        ensure(plan(["experiment=gan_test", "scale=quick", "~upstream.judge"], places))
+
+
 @pytest.mark.parametrize(
     ("logits", "message"), [((torch.zeros(1, 10),), "returns a tuple, where logits"), (torch.zeros(1, 9), r"it gives \(1, 9\)")]
 )

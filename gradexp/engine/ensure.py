@@ -73,8 +73,7 @@ def _do(run: Run, waits: bool) -> None:
         if not task_of(below.config).product:
             raise UserError(f"upstream.{name}: runs of experiment {below.name} leave no file for other runs")
     task.check(run)
-    missing = f"experiment {run.name} needs a {{key}}; name the experiment that makes it: +upstream.{{key}}.experiment=NAME"
-    upstream = Settings({name: finish(below, waits) for name, below in run.upstream.items()}, missing)
+    upstream = Settings({name: finish(below, waits) for name, below in run.upstream.items()}, run.upstream.missing)
     fresh = _execute(run, task, upstream)
     if task.product:
         signature = {"run": run.id, "sha256": sha256(run.folder / task.product)}

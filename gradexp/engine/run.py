@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NotRequired
+from typing import Any, Literal, NotRequired, TypeVar
 
 from pydantic import ConfigDict, with_config
 from typing_extensions import TypedDict
@@ -22,6 +22,7 @@ from gradexp.engine.record import Record, read_record
 from gradexp.engine.record import identity as identity
 from gradexp.engine.record import run_id as run_id
 
+Value = TypeVar("Value")
 Node = dict[str, Any]  # a `_target_` and its settings, which are checked against its declared types
 DEFAULT_DATA = "data"  # as in conf/config.yaml; the only data root that need not exist
 ROOT = Path(__file__).resolve().parents[2]
@@ -107,17 +108,17 @@ class Paths:
         return self.outputs / "cache"
 
 
-class Settings(dict[str, Any]):
+class Settings(dict[str, Value]):
     """A dict that raises UserError when a missing key is read.
 
     missing: the message, with {key} in the place of the key.
     """
 
-    def __init__(self, entries: Mapping[str, Any], missing: str) -> None:
+    def __init__(self, entries: Mapping[str, Value], missing: str) -> None:
         super().__init__(entries)
         self.missing = missing
 
-    def __missing__(self, key: str) -> Any:
+    def __missing__(self, key: str) -> Value:
         raise UserError(self.missing.format(key=key))
 
 
@@ -169,11 +170,14 @@ class Run:
         return shlex.join(["python", "run.py", *words]) if words else None
 
     @cached_property
-    def upstream(self) -> Mapping[str, Run]:
-        """Its upstream runs on the same hardware, by their names in its config."""
-        if self.below is not None:
-            return self.below
-        return {name: Run(config | hardware(self.config), self.paths) for name, config in self.config["upstream"].items()}
+    def upstream(self) -> Settings[Run]:
+        """Its upstream runs on the same hardware, by their names in its config. Reading another name raises UserError."""
+        runs = self.below
+        if runs is None:
+            configs = self.config["upstream"]
+            runs = {name: Run(config | hardware(self.config), self.paths) for name, config in configs.items()}
+        advice = "name the experiment that makes it: +upstream.{key}.experiment=NAME"
+        return Settings(runs, f"experiment {self.name} needs a {{key}}; {advice}")
 
     @property
     def record_path(self) -> Path:
