@@ -3,7 +3,7 @@
 from common import CLAIMS, arguments, planner, shared, shown
 
 from gradexp.engine.exits import exit_on_errors
-from gradexp.engine.plugins import conf_folders
+from gradexp.engine.plugins import own_conf_folders
 from gradexp.engine.run import Paths
 from gradexp.report import claims, unshown
 
@@ -12,7 +12,7 @@ def main() -> None:
     given = arguments(__doc__).parse_args()
     with exit_on_errors():
         paths = Paths.of(shared(given.scale, given.set))
-        own = [file for folder in conf_folders() if (file := folder / "claims.yaml").exists()]
+        own = [file for folder in own_conf_folders() if (file := folder / "claims.yaml").exists()]
         plan = planner(given.set)
         idle = unshown.find(given.scale, plan, paths.results)
         for file, results, listed in [(CLAIMS, paths.results, idle), *((file, paths.results / "own", []) for file in own)]:

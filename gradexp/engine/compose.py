@@ -421,7 +421,7 @@ def _with_values(overrides: tuple[str, ...]) -> DictConfig | None:
 
 def conf_folders() -> tuple[Path, ...]:
     """conf/, and those of the packages of the user's own."""
-    return CONF, *plugins.conf_folders()
+    return CONF, *plugins.own_conf_folders()
 
 
 def _is_group(key: str) -> bool:

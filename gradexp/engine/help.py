@@ -9,7 +9,7 @@ from pathlib import Path
 
 from gradexp.base.errors import UserError, nearest
 from gradexp.base.texts import read_text
-from gradexp.engine.plugins import conf_folders
+from gradexp.engine.plugins import own_conf_folders
 from gradexp.engine.run import ROOT
 
 EXAMPLES = {
@@ -28,7 +28,7 @@ END = (
 
 def text(words: Sequence[str]) -> str:
     """The help for a command line. Raises UserError for an unknown experiment."""
-    folders = [*conf_folders(), ROOT / "conf"]
+    folders = [*own_conf_folders(), ROOT / "conf"]
     headers = {file.stem: _header(file) for conf in folders for file in sorted((conf / "experiment").glob("[!_]*.yaml"))}
     chosen = next((word.partition("=")[2] for word in words if word.startswith("experiment=")), None)
     if chosen is not None:

@@ -41,7 +41,7 @@ def _folder(name: str) -> tuple[str, Path]:
     return name, folder
 
 
-def conf_folders() -> list[Path]:
+def own_conf_folders() -> list[Path]:
     """The folders conf/ of the packages that have one."""
     return [folder / "conf" for folder in packages().values() if (folder / "conf").is_dir()]
 
@@ -50,7 +50,7 @@ class PluginConfigs(SearchPathPlugin):
     """Hydra looks for a config in conf/ first, then in those of the packages."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        for folder in conf_folders():
+        for folder in own_conf_folders():
             search_path.append("gradexp-plugins", f"file://{folder}")
 
 

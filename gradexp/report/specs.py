@@ -16,8 +16,8 @@ from typing_extensions import TypedDict
 from gradexp.base.errors import UserError, nearest
 from gradexp.base.texts import read_yaml
 from gradexp.base.typed import check, strict
-from gradexp.engine.compose import conf_folders as all_conf_folders
-from gradexp.engine.plugins import conf_folders
+from gradexp.engine.compose import conf_folders
+from gradexp.engine.plugins import own_conf_folders
 from gradexp.engine.run import ROOT, Run
 
 Planner = Callable[[Sequence[str]], Run]
@@ -195,7 +195,7 @@ def numbers(kind: str) -> list[str]:
 
 def own(kind: str) -> dict[str, Path]:
     """{name: file} of the tables or figures in packages that GRADEXP_PLUGINS names, which are rendered to results/own."""
-    return {file.stem: file for folder in conf_folders() for file in sorted((folder / kind).glob("*.yaml"))}
+    return {file.stem: file for folder in own_conf_folders() for file in sorted((folder / kind).glob("*.yaml"))}
 
 
 def folder_of(kind: str, number: str, results: Path) -> Path:
@@ -233,7 +233,7 @@ def _content(kind: str, number: str, files: Mapping[str, Path]) -> dict[str, Any
 
 def _check_scales(spec: Spec, where: str) -> None:
     """Raises UserError for a scale that does not exist, and for overrides of scale and seed, which the spec itself sets."""
-    known = sorted({file.stem for folder in all_conf_folders() for file in (folder / "scale").glob("[!_]*.yaml")})
+    known = sorted({file.stem for folder in conf_folders() for file in (folder / "scale").glob("[!_]*.yaml")})
     above: list[Any] = [] if "series" in spec else [*spec.get("upstream", [])]
     entries: list[Any] = [spec, *rows(spec), *(column for row in rows(spec) for column in columns(spec, row))]
     for entry in above + entries:
