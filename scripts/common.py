@@ -1,7 +1,6 @@
 """What the scripts share: arguments, runs that are missing, messages."""
 
 import argparse
-import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from gradexp.base.errors import MissingError, UserError
 from gradexp.engine.compose import compose_ahead, compose_run, plan, refuse_many_devices
 from gradexp.engine.exits import exit_on_errors
 from gradexp.engine.launchers import Failure, generations, make_launcher, missing, run_all
-from gradexp.engine.run import ROOT, Config, Paths
+from gradexp.engine.run import ROOT, Config, Paths, part_of
 from gradexp.report import specs
 from gradexp.report.specs import Planner
 
@@ -70,7 +69,7 @@ def planner(extra: Sequence[str]) -> Planner:
 def shared(scale: str, words: Sequence[str]) -> Config:
     """A config with the hardware and paths of all runs. Raises UserError for an override that decides numbers."""
     for word in words:
-        key = re.split("[.=]", word.lstrip("+~"), maxsplit=1)[0]
+        key = part_of(word)
         if key == "launcher":
             raise UserError(f"{word}: only tables and figures take it: LAUNCHER=slurm SET='launcher.KEY=VALUE'")
         if key not in SETTABLE:

@@ -13,7 +13,7 @@ from pathlib import Path
 from gradexp.base.errors import UserError
 from gradexp.engine.compose import compose_run
 from gradexp.engine.record import Record, numbers_of, read_record
-from gradexp.engine.run import HARDWARE, ROOT, Config, Paths, Run, hardware, record_files
+from gradexp.engine.run import HARDWARE, ROOT, Config, Paths, Run, hardware, part_of, record_files
 
 SHORTEST = 4  # characters of an id that are enough if only one record begins with them
 
@@ -25,10 +25,9 @@ def answer(arguments: Sequence[str]) -> Run | None:
         raise UserError(f"type python run.py {option} ID")
     name, *words = rest
     for word in words:
-        key = word.lstrip("+~").partition("=")[0]
-        if option == "--show" and key != "paths.results":
+        if option == "--show" and not word.startswith("paths.results="):
             raise UserError(f"{word}: with --show only paths.results can be set, the folder of the record")
-        if key.partition(".")[0] not in HARDWARE:
+        if part_of(word) not in HARDWARE:
             raise UserError(f"{word}: with --id only {', '.join(HARDWARE)} can be set, which do not change the run")
     named = [ROOT / Path(word.partition("=")[2]).expanduser() for word in words if word.startswith("paths.results=")]
     file = find_record(name, *named[-1:], ROOT / "results")

@@ -166,7 +166,7 @@ class Run:
     @property
     def recorded_command(self) -> str | None:
         """The command without overrides of hardware and paths; None for a run made from a config alone."""
-        words = [word for word in self.overrides if re.split(r"[.=]", word.lstrip("+~"), maxsplit=1)[0] not in HARDWARE]
+        words = [word for word in self.overrides if part_of(word) not in HARDWARE]
         return shlex.join(["python", "run.py", *words]) if words else None
 
     @cached_property
@@ -208,6 +208,11 @@ class Run:
     def pieces(self) -> Path:
         """The folder of the finished pieces of an unfinished evaluation."""
         return self.folder / "pieces"
+
+
+def part_of(override: str) -> str:
+    """The part of a config that an override sets: `trainer` of `+trainer.devices=2`."""
+    return re.split("[.=]", override.lstrip("+~"), maxsplit=1)[0]
 
 
 def hardware(config: Config) -> Config:
