@@ -58,7 +58,7 @@ def main(words: list[str] | None = None) -> None:
     with exit_on_errors():
         files = out_files(given.pictures, given.out, given.method)
         readable = [path for path in files if can_be_read(path)]
-        failed = len(readable) < len(files)
+        explained = 0
         if readable:
             configs = method_configs(given.method, given.set)
             classifier, hardware = make_classifier(given, next(iter(configs.values())))
@@ -67,9 +67,10 @@ def main(words: list[str] | None = None) -> None:
             for path in readable:
                 try:
                     explain(path, files[path], classifier, methods, target, hardware)
+                    explained += 1
                 except UserError as error:
-                    failed = complain(error)
-        if failed:
+                    complain(error)
+        if explained < len(files):
             sys.exit(1)
 
 
@@ -157,13 +158,13 @@ def can_be_read(path: Path) -> bool:
     try:
         pictures.read(path, note=lambda line: None)
     except UserError as error:
-        return not complain(error)
+        complain(error)
+        return False
     return True
 
 
-def complain(error: UserError) -> bool:
+def complain(error: UserError) -> None:
     print(f"error: {error}", file=sys.stderr, flush=True)
-    return True
 
 
 # --- networks -------------------------------------------------------------------------------------------------
@@ -173,11 +174,8 @@ def make_classifier(given: argparse.Namespace, config: Config) -> tuple[Classifi
     """The network that `--model` names, on the device that it runs on. config: of the hardware for a published one."""
     source, _, name = given.model.rpartition(":")
     if not source:
-        source = (
-            "experiment"
-            if any((folder / "experiment" / f"{name}.yaml").exists() for folder in conf_folders())
-            else "torchvision"
-        )
+        is_experiment = any((folder / "experiment" / f"{name}.yaml").exists() for folder in conf_folders())
+        source = "experiment" if is_experiment else "torchvision"
     if source == "experiment":
         for option in ("weights", "size"):
             if getattr(given, option) is not None:
@@ -276,15 +274,14 @@ def method_configs(names: str, overrides: Sequence[str]) -> dict[str, Config]:
     """
     general = [word for word in overrides if word.startswith(("trainer.", "scale"))]
     own = [word for word in overrides if word.startswith("saliency.")]
-    configs = {}
-    for name in names_of(names):
-        words = ["experiment=saliency_gallery", f"saliency={name}", *general]
-        keys = compose_run(words)["saliency"]
-        configs[name] = compose_run([*words, *(word for word in own if key_of(word) in keys)])
+    commands = {name: ["experiment=saliency_gallery", f"saliency={name}", *general] for name in names_of(names)}
+    keys = {name: compose_run(words)["saliency"] for name, words in commands.items()}
     for word in own:
-        if not any(key_of(word) in config["saliency"] for config in configs.values()):
-            compose_run([*words, word])  # explains what is wrong
-    return configs
+        if not any(key_of(word) in known for known in keys.values()):
+            compose_run([*list(commands.values())[-1], word])  # raises UserError, which names the nearest key
+    return {
+        name: compose_run([*words, *(word for word in own if key_of(word) in keys[name])]) for name, words in commands.items()
+    }
 
 
 def make_methods(configs: Mapping[str, Config], classifier: Classifier, hardware: Hardware) -> dict[str, Saliency]:
