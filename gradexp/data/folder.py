@@ -157,21 +157,15 @@ class FileLoader(Loader):
 
     def _made(self, wanted: Sequence[tuple[Tensor, Tensor]]) -> Iterator[Batch]:
         """The batches of these rows and views, in order; about AHEAD images are decoded before they are asked for."""
-        begun: deque[list[Future[np.ndarray]]] = deque()
+        waiting, decoding = deque(wanted), deque[list[Future[np.ndarray]]]()
         with ThreadPoolExecutor(THREADS) as pool:
-
-            def begin(rows: Tensor, view: Tensor) -> None:
-                pairs = zip(rows.tolist(), view.tolist(), strict=True)
-                begun.append([pool.submit(self._read, *pair) for pair in pairs])
-
-            ahead = 1 + AHEAD // self.batch_size
             try:
-                for pair in wanted[:ahead]:
-                    begin(*pair)
-                for number, (rows, view) in enumerate(wanted):
-                    for pair in wanted[number + ahead : number + ahead + 1]:
-                        begin(*pair)
-                    yield self._batch(np.stack([image.result() for image in begun.popleft()]), rows, view)
+                for rows, view in wanted:
+                    while waiting and len(decoding) <= 1 + AHEAD // self.batch_size:
+                        next_rows, next_view = waiting.popleft()
+                        pairs = zip(next_rows.tolist(), next_view.tolist(), strict=True)
+                        decoding.append([pool.submit(self._read, *pair) for pair in pairs])
+                    yield self._batch(np.stack([image.result() for image in decoding.popleft()]), rows, view)
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
 
