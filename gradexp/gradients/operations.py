@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from inspect import unwrap
 from typing import Any
 
@@ -180,7 +180,7 @@ class Operations(TorchFunctionMode):
         if not dependent:
             return function(*args, **kwargs)
         call = Call(function, getattr(function, "__name__", str(function)), args, kwargs, operands)
-        changed = call.changed()
+        changed = call.changed
         rule, given = self._rule(call), call
         if changed is not None and rule == self._linearise:
             if aside := call.aside():  # before its operand is changed
@@ -241,7 +241,8 @@ class Operations(TorchFunctionMode):
             return None
         if call.name in AFFINE and any(map(self.depends, call.operands[:2])):
             return self._affine
-        return self._linearise if call.statistics() is None else self._norm
+        statistics = call.statistics()
+        return self._linearise if statistics is None else partial(self._norm, statistics=statistics)
 
     def _affine(self, call: Call, outputs: list[Any]) -> list[Operation | None]:
         weight, bias = (
@@ -250,9 +251,8 @@ class Operations(TorchFunctionMode):
         shaped = bias if bias is None or call.name == "linear" else bias.view(-1, *[1] * (weight.ndim - 2))
         return [Operation(self._name(call.name), "affine", shaped, channels=bias)]
 
-    def _norm(self, call: Call, outputs: list[Any]) -> list[Operation | None]:
-        statistics = call.statistics() or {}
-        given = statistics.pop("input")
+    def _norm(self, call: Call, outputs: list[Any], statistics: dict[str, Any]) -> list[Operation | None]:
+        given = call.arguments["input"]
         before = self._makers.get(id(given))
         # A linear layer's channels are last, a norm's second.
         if before and (before.kind != "affine" or before.version != given._version or outputs[0].ndim == 3):
@@ -293,13 +293,15 @@ class Operations(TorchFunctionMode):
 
     def _by_forward_mode(self, call: Call) -> list[Tensor | None]:
         """The operation is evaluated once more, on dual numbers whose tangent is the operand itself."""
-        in_place = call.changed() is not None
 
         def dual(leaf: Any) -> Any:
             if not self.depends(leaf):
                 return leaf
             value = leaf.detach()
-            tangent = torch.zeros_like(value) if id(leaf) in self._constant else _finite(value.clone() if in_place else value)
+            if id(leaf) in self._constant:
+                tangent = torch.zeros_like(value)
+            else:
+                tangent = _finite(value if call.changed is None else value.clone())
             if tangent.stride() != value.stride():  # `value` is expanded, or a slice
                 value = value.contiguous()
             return forward_ad.make_dual(value, tangent)  # type: ignore[no-untyped-call]
@@ -316,13 +318,13 @@ class Operations(TorchFunctionMode):
 
     def _by_reverse_mode(self, call: Call) -> list[Tensor | None]:
         """Differentiable: d/du <J'u, z>, which is J z, at u = 0."""
-        operands, changed = list[Tensor](), call.changed()
+        operands = list[Tensor]()
 
         def copied(leaf: Any) -> Any:  # what is in the network may be changed in place later
             if not self.depends(leaf) or id(leaf) in self._constant:
                 return leaf
             operands.append(leaf.clone() if leaf.requires_grad else leaf.clone().requires_grad_())
-            return operands[-1].clone() if leaf is changed else operands[-1]
+            return operands[-1].clone() if leaf is call.changed else operands[-1]
 
         with torch.enable_grad():
             products: list[Tensor | None] = []
@@ -345,20 +347,18 @@ class Operations(TorchFunctionMode):
             self._layouts[id(output)] = layout
             if output.ndim == 4:
                 self._shapes[output.shape] = layout
-        base = output._base if in_place and output._is_view() else None
-        for tensor in (output,) if base is None else (output, base):
-            self._dependent[id(tensor)] = tensor
+        # What changes through a view is the tensor behind it, and later operations may take that through any other view.
+        base = output._base if in_place and output._base is not None else output
+        self._dependent |= {id(tensor): tensor for tensor in (output, base)}
         if operation is None:
             return
-        operation.layout = self._layouts.get(id(output if base is None else base))
+        operation.layout = self._layouts.get(id(base))
         operation.version = output._version
         self.all.append(operation)
         self._makers[id(output)] = operation
-        if base is not None:
-            # What changed is the tensor behind the view, and later operations may take it through any other view.
+        if base is not output:
             operation.bias = _behind(operation.bias, output, base)
-        hooked = output if base is None else base
-        self._hooks.append(hooked.register_hook(partial(_keep, operation)))  # type: ignore[no-untyped-call]
+        self._hooks.append(base.register_hook(partial(_keep, operation)))  # type: ignore[no-untyped-call]
 
     def _layout(self, output: Tensor, call: Call) -> str | None:
         """The layout of an output; None for one without pixels, such as a product of maps."""
@@ -448,9 +448,9 @@ class Call:
     def outputs(self) -> list[Any]:
         """Calls. Returns the leaves of what it returns, or the tensor that it changes."""
         returned = self.function(*self.args, **self.kwargs)
-        changed = self.changed()
-        return tree_leaves(returned if changed is None else changed)
+        return tree_leaves(returned if self.changed is None else self.changed)
 
+    @cached_property
     def changed(self) -> Tensor | None:
         """The tensor that the call changes in place or writes to, if it does."""
         if isinstance(self.kwargs.get("out"), Tensor):
@@ -458,32 +458,32 @@ class Call:
             return written
         first = self.args[0] if self.args else self.kwargs.get("input")
         method = self.name == "__setitem__" or (self.name.endswith("_") and not self.name.endswith("__"))
-        if method or _named_arguments(self).get("inplace"):
+        if method or self.arguments.get("inplace"):
             assert isinstance(first, Tensor)
             return first
         return None
 
     def aside(self) -> Call | None:
         """The same call of a function with an argument `inplace`, with a result of its own; None for other calls."""
-        arguments = _named_arguments(self)
-        return replace(self, args=(), kwargs=arguments | {"inplace": False}) if arguments.get("inplace") else None
+        is_inplace = self.arguments.get("inplace")
+        return replace(self, args=(), kwargs=self.arguments | {"inplace": False}) if is_inplace else None
 
     def statistics(self) -> dict[str, Any] | None:
-        """Of a batch normalisation by running statistics: its input, and what `norm_bias` takes. None for other calls."""
-        if self.name not in ("batch_norm", "normalise"):
+        """What `norm_bias` takes, of a batch normalisation by running statistics; None for other calls."""
+        given = self.arguments
+        if self.name not in ("batch_norm", "normalise") or given.get("training"):
             return None
-        given = _named_arguments(self)
-        if given.get("training") or given.get("running_mean") is None or given.get("running_var") is None:
+        if given.get("running_mean") is None or given.get("running_var") is None:
             return None
-        names = {"input": "input", "mean": "running_mean", "variance": "running_var", "weight": "weight", "bias": "bias"}
+        names = {"mean": "running_mean", "variance": "running_var", "weight": "weight", "bias": "bias"}
         return {key: given.get(name) for key, name in names.items()} | {"eps": given.get("eps", 1e-5)}
 
-
-def _named_arguments(call: Call) -> dict[str, Any]:
-    """The arguments by their names, as far as these are known: those of builtin functions are not."""
-    code = getattr(unwrap(call.function), "__code__", None)
-    names = code.co_varnames[: code.co_argcount] if code else ()
-    return dict(zip(names, call.args, strict=False)) | call.kwargs
+    @cached_property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments by their names, as far as these are known: those of builtin functions are not."""
+        code = getattr(unwrap(self.function), "__code__", None)
+        names = code.co_varnames[: code.co_argcount] if code else ()
+        return dict(zip(names, self.args, strict=False)) | self.kwargs
 
 
 def _graph(value: Tensor) -> Iterator[Any]:
