@@ -119,7 +119,8 @@ def _versions(folders: tuple[Path, ...]) -> dict[str, int]:
 
 def notes(files: Sequence[Path], paths: Paths) -> Iterator[str]:
     """What a reader of these records should know, though nothing is wrong: by which sources, and from which files."""
-    dated = {file.stem: record["sources"] for file in files if "sources" in (record := read_record(file))}
+    records = {file: read_record(file) for file in files}
+    dated = {file.stem: record["sources"] for file, record in records.items() if "sources" in record}
     if len(dated) < len(files):
         yield f"{len(files) - len(dated)} records do not state by which sources they were computed: they are older"
     changed: dict[str, list[str]] = {}
@@ -129,7 +130,6 @@ def notes(files: Sequence[Path], paths: Paths) -> Iterator[str]:
             changed.setdefault(", ".join(differing), []).append(name)
     for packages, names in changed.items():
         yield f"{len(names)} records were computed by other sources of {packages} than today's: {_listed(names)}"
-    records = {file: read_record(file) for file in files}
     again = [file.stem for file, record in records.items() if _made_again(record, paths)]
     if again:
         yield f"the files of {len(again)} runs were made again on this machine, with other last bits: {_listed(again)}"
