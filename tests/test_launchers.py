@@ -186,6 +186,7 @@ def test_an_objective_is_the_experiments_and_nan_is_the_worst() -> None:
     assert (objective(diverged, "maximize"), objective(diverged, "minimize")) == (-math.inf, math.inf)
     assert objective(diverged, "None") is None
     assert objective({**record, "config": {"objective": "curve"}}, "None") is None
+    assert objective({**record, "config": {"objective": None}}, "None") is None
     for wrong in ("curve", "nothing"):
         with pytest.raises(UserError, match=f"objective={wrong}: this run measures gan_test, test/accuracy"):
             objective({**record, "config": {"objective": wrong}}, "maximize")

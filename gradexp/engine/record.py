@@ -276,7 +276,7 @@ def _parsed(path: Path, *_state: int) -> Record:
     return record
 
 
-def judged(metrics: dict[str, Any], config: Config) -> dict[str, Any]:
+def judged(metrics: dict[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
     """The metrics with names that state which images they are of: `validation/` for `test/` where some were held out."""
     if config.get("data", {}).get("validation") is None:
         return metrics
@@ -382,7 +382,7 @@ def objective(record: Record, direction: str) -> float | None:
     Raises UserError for a metric that a sweeper needs and the run lacks.
     """
     given, numbers = record["config"].get("objective", "test/accuracy"), numbers_of(record)
-    name = given if given in numbers else _held_out(given)
+    name = given if given is None or given in numbers else _held_out(given)
     value = numbers.get(name)
     if direction not in ("maximize", "minimize"):
         return value

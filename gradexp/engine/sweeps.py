@@ -9,7 +9,7 @@ from typing import Any
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from gradexp.engine.record import judged
 
@@ -27,9 +27,8 @@ class SweepTable(Callback):
         finished = job_return.status == JobStatus.COMPLETED
         result = job_return.return_value if finished else "failed"
         words = dict(word.split("=", 1) for word in job_return.overrides or [] if "=" in word)
-        held_out = OmegaConf.select(config, "data.validation")
-        (name,) = judged({config.objective: result}, {"data": {"validation": held_out}})
-        (folder / ROW).write_text(json.dumps(words | {name: result}))
+        measured: Any = judged({config.objective or "objective": result}, config)
+        (folder / ROW).write_text(json.dumps(words | measured))
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         folder = Path(config.hydra.sweep.dir)
