@@ -73,8 +73,9 @@ def _canonical(value: Any, name: str = "") -> Any:
         kept = {key: _canonical(item, key) for key, item in value.items() if item is not None}
         if "_target_" in kept:
             kept["_target_"] = FORMER.get(kept["_target_"], kept["_target_"])
-        idle = [key for key, item in kept.items() if name == "terms" and isinstance(item, dict) and item.get("weight") == 0]
-        return {key: item for key, item in kept.items() if key not in idle}
+        if name == "terms":
+            return {key: item for key, item in kept.items() if not (isinstance(item, dict) and item.get("weight") == 0)}
+        return kept
     if isinstance(value, list):
         return [_canonical(item) for item in value]
     if isinstance(value, float) and value.is_integer():
@@ -401,10 +402,8 @@ def print_summary(record: Record) -> None:
         shown = "nan" if value is None else f"{value:.2f}" if abs(value) >= 1 else f"{value:.3g}"
         words.append(f"{name}={shown}")
     shown = " ".join(words[:8] + (["..."] if len(words) > 8 else []))
-    made = (
-        f"precision {record.get('precision', 'unknown')}, {record['ended'][:10]}"  # a record may answer for another precision
-    )
-    print(f"run {record['id']} {record['status']}: {shown} ({made})", flush=True)
+    precision = record.get("precision", "unknown")  # a record may answer for a run in another one
+    print(f"run {record['id']} {record['status']}: {shown} (precision {precision}, {record['ended'][:10]})", flush=True)
 
 
 def numbers_of(record: Record) -> dict[str, float | None]:
