@@ -309,6 +309,14 @@ def test_every_package_that_computes_has_a_digest() -> None:
     assert SOURCES.keys() == packages - {"base", "report"}
 
 
+def test_a_package_that_was_moved_to_another_folder_has_the_same_digest(tmp_path: Path) -> None:
+    folders = [tmp_path / place / "mine" for place in ("here", "there")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        (folder / "terms.py").write_text("weight = 1\n")
+    assert len({origin._digest(folder, folder) for folder in folders}) == 1
+
+
 TINY = ["scale=quick", "scale.width=0.04", "optim.passes=2", "data.per_class=3", "trainer.threads=1", "logger=none"]
 
 

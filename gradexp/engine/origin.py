@@ -94,20 +94,21 @@ def versions() -> dict[str, str]:
 
 def _digests() -> dict[str, str]:
     """{package: digest of its source files}, for the packages that decide numbers, those of the user's own among them."""
-    folders = {package: ROOT / "gradexp" / package for package in PACKAGES}
+    home = ROOT / "gradexp"
+    digests = {package: _digest(home, home / package) for package in PACKAGES}
     with suppress(UserError):  # for a package that does not exist, which is raised when a run is composed
-        folders |= plugins.packages()
-    files = {folder: [folder] if folder.is_file() else sorted(folder.rglob("*.py")) for folder in folders.values()}
-    folders["engine"] = ROOT / "gradexp" / "engine"
-    files[folders["engine"]] = [folders["engine"] / f"{name}.py" for name in ENGINE]
-    digests = {}
-    for package, folder in folders.items():
-        digest = hashlib.sha256()
-        for file in files[folder]:
-            content, name = file.read_bytes(), file.relative_to(folder.parents[1])
+        digests |= {name: _digest(folder, folder) for name, folder in plugins.packages().items()}
+    return digests | {"engine": _digest(home, *(home / "engine" / f"{name}.py" for name in ENGINE))}
+
+
+def _digest(home: Path, *paths: Path) -> str:
+    """Of the names and contents of source files; paths: files, and folders of them, inside the package at `home`."""
+    digest = hashlib.sha256()
+    for path in paths:
+        for file in [path] if path.is_file() else sorted(path.rglob("*.py")):
+            content, name = file.read_bytes(), file.relative_to(home.parent)
             digest.update(f"{name.as_posix()} {len(content)} ".encode() + content)
-        digests[package] = digest.hexdigest()[:12]
-    return digests
+    return digest.hexdigest()[:12]
 
 
 SOURCES = _digests()  # when this module is imported, with the code itself: the files may change while a process runs
