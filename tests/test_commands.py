@@ -273,6 +273,11 @@ def test_settings_that_fit_nothing_are_refused_before_the_training(words: tuple[
         ensure(plan(["experiment=jacobian_distill", *TINY, "data.per_class=3", *words], places))
 
 
+def test_a_score_without_a_batch_size_is_refused_before_the_training(places: list[str]) -> None:
+    with pytest.raises(UserError, match=r"evaluate\.batch_size is missing: .*\+evaluate\.batch_size=64"):
+        ensure(plan(["experiment=pixel_perturbation", "scale=quick", "~evaluate.batch_size"], places))
+
+
 def test_an_upstream_run_that_a_check_reads_is_named(places: list[str]) -> None:
     with pytest.raises(UserError, match=r"gan_test needs a judge; .*\+upstream\.judge\.experiment=NAME"):
         ensure(plan(["experiment=gan_test", "scale=quick", "~upstream.judge"], places))

@@ -7,15 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradexp.engine.evaluation import PerImageTask
 from gradexp.engine.run import Run
 from gradexp.engine.task import Result, Upstream
 from gradexp.evaluate.model_randomisation import UNTOUCHED, layers_from_output, maps_of, randomise, rank_correlation
 from gradexp.saliency.method import predicted
-from gradexp.tasks.saliency_score import SaliencyTask
+from gradexp.tasks.saliency_score import ScoringTask
 
 
-class ModelRandomisation(SaliencyTask, PerImageTask):
+class ModelRandomisation(ScoringTask):
     """Rank correlation of maps with those of the trained model, as its layers are randomised one after another from the output.
 
     All maps are of the class that the trained model predicts, and a method draws the same noise for every model. Metrics are
@@ -27,9 +26,8 @@ class ModelRandomisation(SaliencyTask, PerImageTask):
         evaluation, model, method = self.parts(run, upstream)
         if evaluation.diverged:
             return evaluation.result({})
-        options, seed = run.config["evaluate"], run.config["seed"]
-        rows = evaluation.first_rows(options["images"], options["batch_size"])
-        batches = [evaluation.batch(part).images for part in rows]
+        seed = run.config["seed"]
+        batches = [evaluation.batch(rows).images for rows in self.rows(evaluation)]
         classes = [predicted(model, images, None) for images in batches]
         groups = layers_from_output(model)
         original = maps_of(model, method, batches, classes, seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -33,7 +34,21 @@ class SaliencyTask(EvaluationTask):
         return evaluation, evaluation.model("model"), make_saliency(run.config, evaluation.data, evaluation.hardware)
 
 
-class SaliencyScore(SaliencyTask, PerImageTask):
+class ScoringTask(SaliencyTask, PerImageTask):
+    """One that works on the first `evaluate.images` test images, `evaluate.batch_size` at a time."""
+
+    def check_setup(self, evaluation: Evaluation) -> None:
+        super().check_setup(evaluation)
+        if "batch_size" not in evaluation.run.config["evaluate"]:
+            raise UserError("evaluate.batch_size is missing: set how many images are scored at a time: +evaluate.batch_size=64")
+
+    def rows(self, evaluation: Evaluation) -> Sequence[Tensor]:
+        """The row numbers of these images, a tensor for each batch."""
+        options = evaluation.run.config["evaluate"]
+        return evaluation.first_rows(options["images"], options["batch_size"])
+
+
+class SaliencyScore(ScoringTask):
     """Metrics: mean `test/NAME` and standard deviation `test/NAME/std` (N - 1) over test images of what `evaluate` measures.
 
     A model that diverged makes the run `diverged`.
@@ -58,11 +73,11 @@ class SaliencyScore(SaliencyTask, PerImageTask):
             scores |= completeness(method, model, batch.images)
             return scored, {name: values.cpu() for name, values in scores.items()}
 
-        options = run.config["evaluate"]
-        pieces = evaluation.pieces.each("scores", evaluation.first_rows(options["images"], options["batch_size"]), measure)
+        pieces = evaluation.pieces.each("scores", self.rows(evaluation), measure)
         images = sum(scored for scored, _ in pieces)
         if not images:
-            raise UserError(f"evaluate.images={options['images']}: none of these test images can be scored; raise it")
+            wanted = run.config["evaluate"]["images"]
+            raise UserError(f"evaluate.images={wanted}: none of these test images can be scored; raise it")
         metrics: dict[str, Any] = {}
         for name in dict.fromkeys(name for _, scores in pieces for name in scores):
             values = torch.cat([scores[name] for _, scores in pieces if name in scores]).double()
