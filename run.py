@@ -13,7 +13,8 @@ from omegaconf import DictConfig
 from gradexp import __version__
 from gradexp.engine import help
 from gradexp.engine.build import check_settings
-from gradexp.engine.compose import CONF, check_overrides, plan, refuse_copies, refuse_many_devices
+from gradexp.engine.command_line import check_overrides, refuse_copies, refuse_many_devices
+from gradexp.engine.compose import CONF, plan
 from gradexp.engine.ensure import ensure
 from gradexp.engine.exits import exit_on_errors
 from gradexp.engine.known import answer

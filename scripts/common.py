@@ -11,7 +11,8 @@ from typing import Any
 from joblib import cpu_count
 
 from gradexp.base.errors import MissingError, UserError
-from gradexp.engine.compose import compose_ahead, compose_run, plan, refuse_many_devices
+from gradexp.engine.command_line import refuse_many_devices
+from gradexp.engine.compose import compose_ahead, compose_run, plan
 from gradexp.engine.exits import exit_on_errors
 from gradexp.engine.launchers import Failure, generations, make_launcher, missing, run_all
 from gradexp.engine.run import ROOT, Config, Paths, part_of

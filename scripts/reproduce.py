@@ -25,7 +25,7 @@ from typing_extensions import TypedDict
 from gradexp.base.errors import BUSY, STOPPED, UserError, nearest
 from gradexp.base.texts import read_yaml
 from gradexp.base.typed import check, strict
-from gradexp.engine.compose import refuse_many_devices
+from gradexp.engine.command_line import refuse_many_devices
 from gradexp.engine.exits import exit_on_errors
 from gradexp.engine.launchers import Local, Work, last_line, missing, slots_of
 from gradexp.engine.run import ROOT, Run

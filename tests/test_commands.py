@@ -22,7 +22,8 @@ from gradexp.base.errors import UserError
 from gradexp.engine import compose, help, plugins
 from gradexp.engine import ensure as ensuring
 from gradexp.engine.build import locate
-from gradexp.engine.compose import CONF, check_overrides, plan
+from gradexp.engine.command_line import check_overrides
+from gradexp.engine.compose import CONF, plan
 from gradexp.engine.ensure import ensure
 from gradexp.engine.known import answer
 from gradexp.engine.launchers import run_all

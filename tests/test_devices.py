@@ -15,7 +15,8 @@ from gradexp.data.loader import TensorLoader
 from gradexp.data.sources import Split
 from gradexp.engine.assemble import accelerate, make_terms
 from gradexp.engine.build import build
-from gradexp.engine.compose import compose_run, refuse_copies
+from gradexp.engine.command_line import refuse_copies
+from gradexp.engine.compose import compose_run
 from gradexp.sampling import Ascent
 from gradexp.terms.targets import Targets
 from gradexp.training.classifier import Classifier

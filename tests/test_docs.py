@@ -143,7 +143,7 @@ def test_readme_names_only_make_targets_that_exist() -> None:
 
 
 def test_readme_commands_compose() -> None:
-    from gradexp.engine.compose import check_overrides
+    from gradexp.engine.command_line import check_overrides
 
     typed = [line for line in commands("README.md") if line.startswith("python run.py")]
     assert len(typed) >= 4

@@ -11,7 +11,8 @@ import pytest
 from gradexp.base.errors import UserError
 from gradexp.engine import compose, plugins
 from gradexp.engine.build import KINDS, check_settings, kind_of, locate, targets
-from gradexp.engine.compose import check_overrides, compose_run
+from gradexp.engine.command_line import check_overrides
+from gradexp.engine.compose import compose_run
 from gradexp.engine.ensure import ensure
 from gradexp.engine.record import write_record
 from gradexp.engine.run import ROOT, Paths, Run, run_id
