@@ -139,30 +139,35 @@ EXTRA_TOKENS = 8  # at most so many tokens without a place (class, registers) in
 
 
 def as_plane(values: Tensor, sizes: Collection[tuple[int, ...]], layout: str = "") -> Tensor | None:
-    """(B, c, h, w), (B, h, w, c), (B, h, w) or (B, N, c) with N tokens -> (B, c, h, w); None for values of other sizes (h, w).
+    """Values over pixels or tokens as (B, c, h, w); None where they are of none of these sizes (h, w).
 
-    layout: a letter for each dimension, of b, c, h, w and n, where it is known; the images are first all the same. Of the sizes
-    that fit N tokens, the one that leaves the fewest, at most EXTRA_TOKENS, in front of the grid is taken.
+    layout: a letter for each dimension, of b, c, h, w and n (tokens), the images first all the same. Where it is not known,
+    four dimensions are taken for (B, c, h, w) or else (B, h, w, c), and three for tokens, (B, N, c).
     """
-    letters = "b" + layout.replace("b", "")
-    if layout and len(layout) != values.ndim:
-        return None
-    if letters in ("bhw", "bwh"):
-        plane = (values if letters == "bhw" else values.mT)[:, None]
-        return plane if tuple(plane.shape[2:]) in sizes else None
-    if layout and values.ndim == 3 and letters != "bnc":  # all pixels in a row, or rows or columns of their own
-        return None
-    if values.ndim == 4:
-        forms = [[letters.index(letter) for letter in "bchw"]] if layout else [[0, 1, 2, 3], [0, 3, 1, 2]]
-        planes = [values.permute(form) for form in forms]
-        return next((plane for plane in planes if tuple(plane.shape[2:]) in sizes), None)
-    if values.ndim == 3:
-        extra = {size: values.shape[1] - math.prod(size) for size in sizes}
-        fitting = [size for size in extra if 0 <= extra[size] <= EXTRA_TOKENS]
-        if fitting:
-            size = min(fitting, key=lambda size: extra[size])
-            return values[:, extra[size] :].transpose(1, 2).unflatten(2, size)  # type: ignore[no-untyped-call]
+    forms = [f"b{layout.replace('b', '')}"] if layout else ["bchw", "bhwc", "bnc"]
+    for form in forms:
+        if len(form) != values.ndim:
+            continue
+        if form == "bnc":
+            return _grid_of_tokens(values, sizes)
+        maps = values
+        if set(form) == set("bhw"):  # without channels
+            form, maps = f"bc{form[1:]}", values[:, None]
+        if set(form) == set("bchw"):
+            plane = maps.permute([form.index(letter) for letter in "bchw"])
+            if tuple(plane.shape[2:]) in sizes:
+                return plane
     return None
+
+
+def _grid_of_tokens(tokens: Tensor, sizes: Collection[tuple[int, ...]]) -> Tensor | None:
+    """(B, N, c) -> (B, c, h, w), of the size that leaves the fewest tokens in front of the grid, at most EXTRA_TOKENS."""
+    extra = {size: tokens.shape[1] - math.prod(size) for size in sizes}
+    fitting = [size for size in extra if 0 <= extra[size] <= EXTRA_TOKENS]
+    if not fitting:
+        return None
+    size = min(fitting, key=lambda size: extra[size])
+    return tokens[:, extra[size] :].transpose(1, 2).unflatten(2, size)  # type: ignore[no-untyped-call]
 
 
 def halved(grid: tuple[int, ...]) -> Iterator[tuple[int, int]]:
