@@ -284,7 +284,7 @@ def _intact(folder: Path) -> bool:
 
 @lru_cache(maxsize=64)
 def _digest(file: Path, size: int, changed: int) -> str:
-    """Of the contents, computed once per process."""
+    """SHA-256 of the contents, computed once per process for each size and time of change, which `_stamp` gives."""
     return sha256(file)
 
 

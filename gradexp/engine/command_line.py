@@ -81,7 +81,7 @@ def refuse_many_devices(config: Config) -> None:
 
 
 def refuse_copies(words: Sequence[str], environment: Mapping[str, str]) -> None:
-    """Raises UserError where torchrun or srun started several copies of a command, which starts its processes itself."""
+    """Raises UserError where torchrun or srun started several copies of this command: it starts its processes itself."""
     if "TORCHELASTIC_RUN_ID" in environment:
         launcher, count, machines = "torchrun", int(environment["WORLD_SIZE"]), int(environment.get("GROUP_WORLD_SIZE", 1))
     else:

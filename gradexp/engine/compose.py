@@ -36,8 +36,8 @@ from gradexp.engine.run import HARDWARE, ROOT, Config, Paths, Run, RunConfig, Se
 
 CONF = ROOT / "conf"
 CACHE = ROOT / "outputs" / "cache" / "configs"
-FEW = 20  # configs, for which no processes are started
-STATES = 4  # of conf/ whose configs are kept
+FEW = 20  # up to so many configs are composed in this process alone
+STATES = 4  # versions of conf/, the last ones, whose configs are kept on disk
 PIXELS = ("normalise", "mean", "std", "size", "channels")  # of data: what a network must share with its upstream runs
 ELSEWHERE = {  # names that other frameworks have: ours
     **dict.fromkeys(("max_epochs", "epochs", "num_epochs"), "optim.passes"),
@@ -68,7 +68,7 @@ def plan(overrides: Sequence[str], extra: Sequence[str] = ()) -> Run:
 
 
 def _plan(overrides: tuple[str, ...], config: Config, above: tuple[tuple[str, ...], ...] = ()) -> Run:
-    """above: the overrides of the runs that this one is an upstream run of."""
+    """above: the overrides of the runs that stand on this one, by which a run that depends on itself is recognised."""
     check(RunConfig, config, f"experiment {config['name']}")
     _check_finite({key: value for key, value in config.items() if key not in HARDWARE})
     maps = ["maps"] if config.get("data", {}).get("removal") else []
@@ -255,7 +255,7 @@ def _not_utf_8() -> Path | None:
 
 
 def _refusal(error: BaseException | None) -> UserError | None:
-    """The UserError of a resolver, which OmegaConf and Hydra wrap in their own; raises a Ctrl-C, which they wrap, too."""
+    """The UserError that a resolver raised, out of the error that OmegaConf or Hydra made of it. A Ctrl-C is raised again."""
     while error is not None and not isinstance(error, UserError):
         error = error.__cause__ or error.__context__
         if isinstance(error, KeyboardInterrupt):
@@ -286,7 +286,7 @@ def _by_hydra(overrides: tuple[str, ...]) -> DictConfig:
 
 @cache
 def _plain_settings(overrides: tuple[str, ...]) -> dict[str, Any]:
-    """Those without an experiment."""
+    """The same where no experiment is chosen: what conf/config.yaml and the command line set."""
     return _settings(_with_hydra(("~experiment", *overrides)))
 
 
@@ -296,7 +296,7 @@ def _with_hydra(overrides: tuple[str, ...]) -> DictConfig:
 
 
 def _settings(config: DictConfig) -> dict[str, Any]:
-    """Hydra's own settings, without those that Hydra fills, and the folders."""
+    """{dotted name: value} of `hydra`, without what Hydra itself fills in, and of `paths`."""
     parts: Any = {part: OmegaConf.to_container(config[part]) for part in ("hydra", "paths")}
     for filled in ("overrides", "runtime"):
         parts["hydra"].pop(filled)

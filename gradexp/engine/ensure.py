@@ -31,10 +31,10 @@ def ensure(run: Run, *, product: bool = False, waits: bool = True) -> Record:
 
     product: whether the file that the run leaves for other runs must exist too. A run whose record exists but whose file was
     deleted is done again, and keeps its record. The record is written last and atomically.
-    waits: for another process that is doing the run or an upstream run of it. Raises BusyError instead where it is false.
+    waits: whether to wait for another process that is doing the run or a run upstream of it; if not, BusyError is raised.
     """
     if (record := _usable_record(run, product)) and not (run.checkpoint.exists() or run.pieces.exists()):
-        check_settings(hardware(run.config))  # which decides nothing here, but may be mistyped
+        check_settings(hardware(run.config))  # it decides nothing here, but a mistake in it is told
         _note_changes(run, record)
         return record
     with _locked(run, waits):

@@ -37,7 +37,8 @@ PRELOADED = ["gradexp.tasks.train", "gradexp.engine.fit", "gradexp.engine.compos
 class Work:
     """What `python run.py OVERRIDES` does, with its output in a log; called in a process of its own.
 
-    waits: whether to wait for another process that is doing the run. If not, the exit code is BUSY. The log is appended to.
+    waits: whether to wait for another process that is doing the run, with a new log. If not, the exit code is BUSY, and what is
+    printed is appended to the log, as the other process may be writing to it.
     """
 
     overrides: tuple[str, ...]
@@ -48,7 +49,7 @@ class Work:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         output = self.log.open("a", buffering=1)  # stays open: an exit message is written after this function
         if self.waits:
-            output.truncate(0)  # another process that does the run at the same time goes on behind what is written here
+            output.truncate(0)  # where another process is doing the run, both append to the same file
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
         sys.stdout = sys.stderr = output

@@ -125,7 +125,7 @@ class Operations(TorchFunctionMode):
             yield
 
     def close(self) -> None:
-        """Removes the hooks on gradients and the references into autograd's graph, which else would keep each other alive."""
+        """Removes hooks on gradients and references into autograd's graph, which would otherwise keep each other alive."""
         for hook in self._hooks:
             hook.remove()
         for operation in self.all:
@@ -138,7 +138,7 @@ class Operations(TorchFunctionMode):
     def merged(self, output: Tensor) -> list[Operation]:
         """The operations, each batch normalisation together with the layer in front of it, unless others use its output.
 
-        output: what the images' path leads to. An operation that is on no path to it uses nothing.
+        output: of the network. An operation that it does not depend on does not count as a user.
         """
         swallowed, reached = set(), set(_graph(output))
         for operation in self.all:
