@@ -377,6 +377,8 @@ def test_a_validation_split_takes_the_place_of_the_test_set(tmp_path: Path) -> N
 def test_wrong_choices_are_errors(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="standard or none"):
         digits(tmp_path, normalise="zca")
+    with pytest.raises(UserError, match=r"only_classes=\[1, 1\] names a class twice"):
+        digits(tmp_path, classes=2, only_classes=[1, 1])
 
 
 def test_cifar10_has_the_columns_of_the_hub() -> None:

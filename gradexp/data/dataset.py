@@ -53,6 +53,8 @@ class ImageData:
         choose("data.normalise", normalise, "standard", "none")
         if only_classes is not None and len(only_classes) != classes:
             raise UserError(f"data.only_classes names {len(only_classes)} classes, data.classes={classes}: make them agree")
+        if only_classes is not None and len(set(only_classes)) < len(only_classes):
+            raise UserError(f"data.only_classes={list(only_classes)} names a class twice: name each once")
         for key, value in (("channels", channels), ("size", size)):
             if (layout := getattr(self, "layout", None)) and value != getattr(layout, key):
                 raise UserError(f"data.{key}={value}: images of {layout.title} have {getattr(layout, key)}")
