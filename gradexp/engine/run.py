@@ -14,7 +14,7 @@ from pydantic import ConfigDict, with_config
 from typing_extensions import TypedDict
 
 from gradexp.base.errors import UserError
-from gradexp.base.ranges import Count, Seed
+from gradexp.base.ranges import Count, Probability, Seed
 from gradexp.base.typed import FileName, check, strict
 from gradexp.engine.record import HARDWARE as HARDWARE
 from gradexp.engine.record import Config as Config
@@ -29,6 +29,14 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @strict
+class DropoutConfig(TypedDict):
+    """Dropout behind one layer (training/dropout.py)."""
+
+    layer: str
+    probability: Probability
+
+
+@strict
 class MethodConfig(TypedDict):
     """conf/method/."""
 
@@ -36,7 +44,7 @@ class MethodConfig(TypedDict):
     module: str
     upstream: list[str]
     terms: dict[str, Node]
-    dropout: NotRequired[dict[str, Any] | None]
+    dropout: NotRequired[DropoutConfig | None]
     angle: NotRequired[str | None]
 
 

@@ -29,6 +29,7 @@ from gradexp.evaluate.accuracy import accuracy_on_test
 from gradexp.gradients import TARGETS, checked_logits
 from gradexp.layers import ranks
 from gradexp.terms import Term
+from gradexp.training.dropout import dropout_after
 from gradexp.training.optim import Optim
 from gradexp.training.targets import make_targets
 
@@ -62,6 +63,8 @@ class Train(Task):
             raise UserError(f"model: {type(student).__name__} has no parameters to train")
         _check_shape(student, loader, data.classes)
         TrainingStream(loader, 1, world=hardware.together)  # raises where the devices can't share a batch
+        with dropout_after(student, run.config["method"].get("dropout"), loader.example):
+            pass  # raises for a layer that the model does not have
         if "start" in run.upstream:
             assemble.start_from(student, make_model(run.upstream["start"].config, "upstream.start.model").state_dict())
         if "teacher" in run.upstream:
