@@ -266,6 +266,8 @@ UNUSED = {
     ("method=ce", "trainer.devices=2000"): "2000 devices can't share a batch of",
     ("method=ce", "~model"): r"jacobian_distill has no model, which its task reads; add it: \+model=NAME",
     ("method=ce", "task=noise"): r"needs a model; name the experiment that makes it: \+upstream\.model\.experiment=NAME",
+    ("method=ce", "task=noise", "task.sigmas=[]"): r"task\.sigmas=\[\]: it .*at least 1 item",
+    ("method=ce_j", "~method.terms.jacobian.weight"): r"method\.terms\.jacobian\.weight is missing: Jacobian needs it",
     ("method=ce", "task=pretrained"): "reads weights of a network of torchvision",
     ("method=ce_j", "method.terms.jacobian.target=lable"): r"method\.terms\.jacobian\.target=lable: .*did you mean label",
 }

@@ -1,8 +1,9 @@
 """Types of settings with a range. gradexp.engine.build checks configs against them, `require` what is passed from Python."""
 
+from collections.abc import Sequence
 from typing import Annotated, Any, get_type_hints
 
-from annotated_types import Ge, Gt, Le, Lt
+from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic import ConfigDict, Strict, TypeAdapter
 
 from gradexp.base.errors import UserError
@@ -15,6 +16,7 @@ Positive = Annotated[float, Gt(0)]
 NonNegative = Annotated[float, Ge(0)]
 Fraction = Annotated[float, Ge(0), Le(1)]
 Probability = Annotated[float, Ge(0), Lt(1)]  # of dropping: not everything
+Sigmas = Annotated[Sequence[NonNegative], MinLen(1)]  # standard deviations of noise
 Gaussian = Annotated[tuple[float, NonNegative], Strict(False)]  # mean and standard deviation; YAML has lists, not tuples
 
 

@@ -59,7 +59,7 @@ def make_data(run: Run) -> ImageData:
 
 def make_terms(config: Config) -> dict[str, Term]:
     """The method's loss terms by name, without those of weight 0."""
-    nodes = {name: node for name, node in config["method"]["terms"].items() if node["weight"] != 0}
+    nodes = {name: node for name, node in config["method"]["terms"].items() if node.get("weight") != 0}
     return {name: build(node, where=f"method.terms.{name}") for name, node in nodes.items()}
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from gradexp.base.ranges import Count, NonNegative
+from gradexp.base.ranges import Count, Sigmas
 from gradexp.engine.evaluation import Evaluation, PerImageTask, Statistics
 from gradexp.engine.run import Run
 from gradexp.engine.task import Result, Upstream
@@ -24,7 +23,7 @@ class DensityRatio(PerImageTask):
     sigmas: standard deviations of the noise. images: test images, None for all. statistics: see Evaluation.model, `clean`.
     """
 
-    sigmas: Sequence[NonNegative]
+    sigmas: Sigmas
     images: Count | None = None
     statistics: Statistics = None
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from math import nan
 from typing import Any
 
 import numpy as np
 
-from gradexp.base.ranges import Count, NonNegative
+from gradexp.base.ranges import Count, Sigmas
 from gradexp.engine.evaluation import Evaluation, EvaluationTask
 from gradexp.engine.run import Config, Run
 from gradexp.engine.task import Result, Sizes, Upstream, images_of
@@ -25,7 +24,7 @@ class Noise(EvaluationTask):
     run `diverged`.
     """
 
-    sigmas: Sequence[NonNegative]
+    sigmas: Sigmas
     draws: Count
 
     def __call__(self, run: Run, upstream: Upstream) -> Result:
