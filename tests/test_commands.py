@@ -279,9 +279,17 @@ def test_settings_that_fit_nothing_are_refused_before_the_training(words: tuple[
         ensure(plan(["experiment=jacobian_distill", *TINY, "data.per_class=3", *words], places))
 
 
-def test_a_score_without_a_batch_size_is_refused_before_the_training(places: list[str]) -> None:
-    with pytest.raises(UserError, match=r"evaluate\.batch_size is missing: .*\+evaluate\.batch_size=64"):
-        ensure(plan(["experiment=pixel_perturbation", "scale=quick", "~evaluate.batch_size"], places))
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("~evaluate.batch_size", r"evaluate\.batch_size is missing: .*\+evaluate\.batch_size=64"),
+        ("evaluate.fractions=[]", r"evaluate\.fractions=\[\]: it .*at least 1 item"),
+        ("evaluate.fractions=[2.0]", r"evaluate\.fractions=\[2\.0\]: it should be less than or equal to 1"),
+    ],
+)
+def test_settings_of_a_score_are_checked_before_the_training(word: str, message: str, places: list[str]) -> None:
+    with pytest.raises(UserError, match=message):
+        ensure(plan(["experiment=pixel_perturbation", "scale=quick", word], places))
 
 
 def test_an_upstream_run_that_a_check_reads_is_named(places: list[str]) -> None:

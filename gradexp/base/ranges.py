@@ -16,6 +16,7 @@ Positive = Annotated[float, Gt(0)]
 NonNegative = Annotated[float, Ge(0)]
 Fraction = Annotated[float, Ge(0), Le(1)]
 Probability = Annotated[float, Ge(0), Lt(1)]  # of dropping: not everything
+Fractions = Annotated[Sequence[Fraction], MinLen(1)]
 Sigmas = Annotated[Sequence[NonNegative], MinLen(1)]  # standard deviations of noise
 Gaussian = Annotated[tuple[float, NonNegative], Strict(False)]  # mean and standard deviation; YAML has lists, not tuples
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gradexp.base.errors import UserError, choose
+from gradexp.base.ranges import Fractions
 from gradexp.data.loader import Batch
 from gradexp.evaluate import masking
 from gradexp.gradients import evaluating
@@ -81,7 +82,7 @@ class PixelPerturbation:
     def __init__(
         self,
         *,
-        fractions: Sequence[float],
+        fractions: Fractions,
         order: str,
         fill: str | float,
         area: str | None = None,
