@@ -35,7 +35,7 @@ def mark(words: tuple[str, ...] = WORDS) -> None:
     """Changes the stored config, so that it is recognised when it is read."""
     forget()
     compose._compose(words)
-    compose._cached(words).write_bytes(gzip.compress(b'{"stored": true}'))
+    compose._cache_file(words).write_bytes(gzip.compress(b'{"stored": true}'))
 
 
 def is_read(words: tuple[str, ...] = WORDS) -> bool:
@@ -46,7 +46,7 @@ def is_read(words: tuple[str, ...] = WORDS) -> bool:
 def test_a_config_comes_back_as_hydra_composed_it() -> None:
     forget()
     composed = compose._compose(WORDS)
-    assert json.loads(gzip.decompress(compose._cached(WORDS).read_bytes())) == composed == compose._composed(WORDS)
+    assert json.loads(gzip.decompress(compose._cache_file(WORDS).read_bytes())) == composed == compose._compose_anew(WORDS)
     mark()
     assert is_read()
     assert not is_read(WORDS[:2])
@@ -80,7 +80,7 @@ def test_a_change_of_what_configs_come_from_is_noticed(conf: Path, change: str, 
 def test_a_damaged_or_unwritable_file_costs_nothing_but_time(monkeypatch: pytest.MonkeyPatch) -> None:
     forget()
     good = compose._compose(WORDS)
-    file = compose._cached(WORDS)
+    file = compose._cache_file(WORDS)
     written = file.read_bytes()
     flipped = [written[:position] + bytes([written[position] ^ 4]) + written[position + 1 :] for position in range(10, 30)]
     for content in (os.urandom(4096), written[:-9], b"", b'{"seed": 3}', *flipped):

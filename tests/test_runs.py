@@ -427,8 +427,8 @@ def test_values_are_set_as_hydra_sets_them(words: str) -> None:
     overrides = tuple(words.split())
     with initialize_config_dir(str(compose_module.CONF), version_base="1.3"):
         expected = OmegaConf.to_container(compose("config", overrides=list(overrides)), resolve=True)
-    assert compose_module._composed((*overrides, "++seed=11", "trainer.threads=13")) != expected
-    assert compose_module._composed(overrides) == expected
+    assert compose_module._compose_anew((*overrides, "++seed=11", "trainer.threads=13")) != expected
+    assert compose_module._compose_anew(overrides) == expected
 
 
 def test_a_scale_without_a_value_is_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -439,7 +439,7 @@ def test_a_scale_without_a_value_is_refused_in_one_line(tmp_path: Path, monkeypa
     groups = ("data=digits", "logger=csv", "optim=mnist", "paths.results=elsewhere")
     for words, known in (((), "{paper: wandb, cpu: wandb, quick: csv}"), (groups, "{paper: 4, cpu: 0, quick: 4}")):
         with pytest.raises(UserError) as caught:
-            compose_module._composed(("experiment=teacher", "scale=tiny", *words))
+            compose_module._compose_anew(("experiment=teacher", "scale=tiny", *words))
         assert str(caught.value) == f"scale=tiny: by_scale:{known} in conf/ has no value for it; add 'tiny: VALUE' there"
 
 
@@ -524,4 +524,4 @@ def test_ctrl_c_while_hydra_composes_is_ctrl_c(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(compose_module, "_with_values", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        compose_module._composed(("experiment=teacher", "seed=123456"))
+        compose_module._compose_anew(("experiment=teacher", "seed=123456"))

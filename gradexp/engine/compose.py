@@ -179,10 +179,10 @@ def _as_overrides(choices: Config, prefix: str = "") -> list[str]:
 @cache
 def _compose(overrides: tuple[str, ...]) -> Config:
     """The resolved config; kept on disk, as Hydra takes a tenth of a second for each and a report names hundreds of runs."""
-    file = _cached(overrides)
+    file = _cache_file(overrides)
     with suppress(OSError, EOFError, ValueError, zlib.error):  # missing or damaged
         return json.loads(gzip.decompress(file.read_bytes()))
-    config = _composed(overrides)
+    config = _compose_anew(overrides)
     with suppress(OSError):
         for folder in sorted(CACHE.glob("*"), key=lambda folder: folder.stat().st_mtime)[:-STATES]:
             shutil.rmtree(folder, ignore_errors=True)
@@ -194,7 +194,7 @@ def _compose(overrides: tuple[str, ...]) -> Config:
 
 def compose_ahead(commands: Iterable[Sequence[str]], extra: Sequence[str] = ()) -> None:
     """Composes the configs of many runs on all cores and keeps them on disk, where `plan` finds them."""
-    absent = [words for words in dict.fromkeys(map(tuple, commands)) if not _cached((*words, *extra)).exists()]
+    absent = [words for words in dict.fromkeys(map(tuple, commands)) if not _cache_file((*words, *extra)).exists()]
     if len(absent) > FEW and cpu_count() > 1:
         size = math.ceil(len(absent) / (4 * cpu_count()))  # neighbours share groups, which are composed once in a process
         parts = [absent[start : start + size] for start in range(0, len(absent), size)]
@@ -207,8 +207,8 @@ def _plan_quietly(commands: Sequence[tuple[str, ...]], extra: tuple[str, ...]) -
             plan(words, extra)
 
 
-def _cached(overrides: tuple[str, ...]) -> Path:
-    """The file of a config, named by all that it comes from: conf/, this module, overrides, the environment."""
+def _cache_file(overrides: tuple[str, ...]) -> Path:
+    """Where a config is kept on disk, named by all that it comes from: conf/, this module, overrides, the environment."""
     sources = _sources(conf_folders())
     environment = {name: os.environ.get(name) for name in VARIABLE.findall(sources + " ".join(overrides))}
     state, key = (hashlib.sha256(text.encode()).hexdigest() for text in (sources, json.dumps([overrides, environment])))
@@ -222,7 +222,8 @@ def _sources(folders: tuple[Path, ...]) -> str:
     return "\n".join([version("hydra-core"), version("omegaconf"), *texts])
 
 
-def _composed(overrides: tuple[str, ...]) -> Config:
+def _compose_anew(overrides: tuple[str, ...]) -> Config:
+    """The resolved config. Raises UserError for whatever Hydra or OmegaConf refuse."""
     try:
         composed = _with_values(overrides) or _by_hydra(overrides)
         resolved: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
@@ -271,7 +272,7 @@ def _by_hydra(overrides: tuple[str, ...]) -> DictConfig:
     from somebody else must not do so; a user may on the command line.
     """
     own = tuple(word for word in overrides if word.lstrip("+~").startswith("paths."))
-    config = _with_hydra(overrides)
+    config = _including_hydra(overrides)
     settings, plain = _settings(config), _plain_settings(own)
     for key in settings:
         if settings[key] != plain.get(key):
@@ -287,10 +288,11 @@ def _by_hydra(overrides: tuple[str, ...]) -> DictConfig:
 @cache
 def _plain_settings(overrides: tuple[str, ...]) -> dict[str, Any]:
     """The same where no experiment is chosen: what conf/config.yaml and the command line set."""
-    return _settings(_with_hydra(("~experiment", *overrides)))
+    return _settings(_including_hydra(("~experiment", *overrides)))
 
 
-def _with_hydra(overrides: tuple[str, ...]) -> DictConfig:
+def _including_hydra(overrides: tuple[str, ...]) -> DictConfig:
+    """The config that Hydra composes, with the settings of Hydra itself as `hydra`."""
     with hydra_on_conf():
         return compose("config", overrides=list(overrides), return_hydra_config=True)
 
