@@ -282,7 +282,7 @@ def test_settings_that_fit_nothing_are_refused_before_the_training(words: tuple[
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("~evaluate.batch_size", r"evaluate\.batch_size is missing: .*\+evaluate\.batch_size=64"),
+        ("~evaluate.batch_size", r"evaluate\.batch_size is missing, .*\+evaluate\.batch_size=VALUE"),
         ("evaluate.fractions=[]", r"evaluate\.fractions=\[\]: it .*at least 1 item"),
         ("evaluate.fractions=[2.0]", r"evaluate\.fractions=\[2\.0\]: it should be less than or equal to 1"),
     ],
@@ -290,6 +290,12 @@ def test_settings_that_fit_nothing_are_refused_before_the_training(words: tuple[
 def test_settings_of_a_score_are_checked_before_the_training(word: str, message: str, places: list[str]) -> None:
     with pytest.raises(UserError, match=message):
         ensure(plan(["experiment=pixel_perturbation", "scale=quick", word], places))
+
+
+@pytest.mark.parametrize("setting", ["task.sampling.start", "task.denoising.noise"])
+def test_samples_without_a_start_are_refused_before_the_training(setting: str, places: list[str]) -> None:
+    with pytest.raises(UserError, match=f"{setting} is null: set the "):
+        ensure(plan(["experiment=implicit_samples", "scale=quick", f"{setting}=null"], places))
 
 
 def test_an_upstream_run_that_a_check_reads_is_named(places: list[str]) -> None:

@@ -84,7 +84,12 @@ def _plan(overrides: tuple[str, ...], config: Config, above: tuple[tuple[str, ..
         f"experiment {config['name']} has no {{key}}, which its task reads; add it: +{{key}}=NAME, or `- /{{key}}: NAME` in "
         f"the defaults of its file"
     )
-    return Run(Settings(config | {"upstream": nested}, missing), Paths.of(config), overrides, upstream)
+    sections = {
+        part: Settings(value, f"{part}.{{key}} is missing, which the task reads; set it: +{part}.{{key}}=VALUE")
+        for part, value in config.items()
+        if isinstance(value, dict)
+    }
+    return Run(Settings(config | sections | {"upstream": nested}, missing), Paths.of(config), overrides, upstream)
 
 
 def _check_added(overrides: Sequence[str], config: Config, names: Sequence[str]) -> None:

@@ -278,7 +278,7 @@ class Slurm:
             while waiting:
                 for index in [index for index, job in waiting.items() if job.done()]:
                     yield index, _code(waiting.pop(index))
-                time.sleep(POLL)
+                time.sleep(POLL if waiting else 0)
         except KeyboardInterrupt:
             jobs = " ".join(sorted({job.job_id.partition("_")[0] for job in waiting.values()}))
             print(f"the jobs go on, and the same command would submit them again; to end them: scancel {jobs}", flush=True)

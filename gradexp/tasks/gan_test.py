@@ -38,6 +38,8 @@ class SamplingTask(EvaluationTask):
             raise UserError(
                 f"data.normalise={evaluation.data.normalise}: sampling clips pixels to [0, 1]; use data.normalise=none"
             )
+        if self.sampling.start is None:
+            raise UserError("task.sampling.start is null: set the mean and standard deviation of where samples start")
 
     def work(self, config: Config, sizes: Sizes) -> float | None:
         return float(self.samples * self.sampling.steps)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gradexp import gradients
+from gradexp.base.errors import UserError
 from gradexp.base.ranges import Count
 from gradexp.data.loader import mix
 from gradexp.engine.evaluation import Evaluation, as_bytes
@@ -31,6 +32,11 @@ class ImplicitSamples(SamplingTask):
     denoising: Ascent
     images: Count
     shown: Count
+
+    def check_setup(self, evaluation: Evaluation) -> None:
+        super().check_setup(evaluation)
+        if self.denoising.noise is None:
+            raise UserError("task.denoising.noise is null: set the standard deviation of the noise that is added to images")
 
     def __call__(self, run: Run, upstream: Upstream) -> Result:
         evaluation = Evaluation(run, upstream)

@@ -39,8 +39,7 @@ class ScoringTask(SaliencyTask, PerImageTask):
 
     def check_setup(self, evaluation: Evaluation) -> None:
         super().check_setup(evaluation)
-        if "batch_size" not in evaluation.run.config["evaluate"]:
-            raise UserError("evaluate.batch_size is missing: set how many images are scored at a time: +evaluate.batch_size=64")
+        evaluation.run.config["evaluate"]["batch_size"]  # raises UserError where it is missing
 
     def rows(self, evaluation: Evaluation) -> Sequence[Tensor]:
         """The row numbers of these images, a tensor for each batch."""
@@ -77,7 +76,7 @@ class SaliencyScore(ScoringTask):
         images = sum(scored for scored, _ in pieces)
         if not images:
             wanted = run.config["evaluate"]["images"]
-            raise UserError(f"evaluate.images={wanted}: none of these test images can be scored; raise it")
+            raise UserError(f"evaluate.images={wanted}: none of these test images can be scored; take more, or other classes")
         metrics: dict[str, Any] = {}
         for name in dict.fromkeys(name for _, scores in pieces for name in scores):
             values = torch.cat([scores[name] for _, scores in pieces if name in scores]).double()
