@@ -151,6 +151,9 @@ def test_readme_commands_compose() -> None:
         check_overrides(shlex.split(line.partition("#")[0])[2:])
 
 
+SOFT = ("soft targets, T = 1", "soft targets, T = 4")
+
+
 def mean(item: str, row: str, column: str, metric: str | None = None) -> float:
     """The mean over seeds of a cell of the committed records at scale=cpu."""
     return float(Grid(item, None, "cpu", plan).values(CellName(row, column, metric))["value"].mean())
@@ -176,6 +179,8 @@ def test_headline_numbers_of_the_readme_are_those_of_the_records() -> None:
     assert here("Gain from a teacher's Jacobians") == "{:.1f}, {:.1f}, {:.1f}: holds".format(
         *(gain("table 2.1", column) for column in ("1", "5", "10"))
     )
+    losses = [mean("table 2.1-readings", row, "test accuracy (%)") for row in ("logits, squared error", *SOFT)]
+    assert here("Squared error") == "{:+.1f}, {:+.1f}: contradicted".format(*(losses[0] - soft for soft in losses[1:]))
     kept = ", ".join(f"{left(row):.0f}" for row in ("λ = 0", "λ = 0.01", "λ = 0.1", "λ = 1.0", "λ = 10.0"))
     assert here("Share of accuracy") == f"{kept} %; λ = 10 is not trained to the end"
     assert here("Gain from Jacobians of attention") == f"{gain('table 2.3', '10'):.1f} (inside CIFAR-100): undecided"
@@ -202,7 +207,8 @@ def test_verdicts_counted_in_the_readme_are_those_of_the_claims() -> None:
     ways = [claims["words"].str.startswith(f"direction only: {way}").sum() for way in ("for", "against", "mixed")]
     assert f"tests {len(claims)} claims of the thesis, each a set of comparisons" in text and part == 2
     assert f"over seeds, {seeds['holds']} hold, two of them in the cells that this scale has" in text
-    assert f"and {seeds['undecided']} are undecided; over the images of one network, {images['holds']} hold" in text
+    assert f"{seeds['contradicted']} is contradicted and {seeds['undecided']} are undecided; over the images of one" in text
+    assert f"one network, {images['holds']} hold" in text
     assert f"{images['contradicted']} are contradicted in a few of their comparisons, and {images['undecided']}" in text
     assert f"{count['direction only']} have only a direction" in text
     assert "{} for the claim, {} against it and {} mixed".format(*ways) in text
