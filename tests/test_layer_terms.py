@@ -584,7 +584,7 @@ def test_proposition_10(noise: str, bias: str) -> None:
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-@pytest.mark.parametrize("bias", ["explicit", "effective"])
+@pytest.mark.parametrize("bias", ["explicit", "effective", "none"])
 @pytest.mark.parametrize("noise", ["position", "channel"])
 def test_the_penalty_on_bias_gradients_against_its_definition(noise: str, bias: str, training: bool) -> None:
     model, data = net(0).train(training), batch()
@@ -592,7 +592,8 @@ def test_the_penalty_on_bias_gradients_against_its_definition(noise: str, bias: 
     (slope,) = slopes(plain, data.labels, [plain.outputs["features.norm2"]])
     if noise == "channel":
         slope = slope.sum((2, 3), keepdim=True)
-    expected = (getattr(plain, bias)["features.norm2"] * slope).square().sum().item() / 4
+    factor = 1 if bias == "none" else getattr(plain, bias)["features.norm2"]
+    expected = (factor * slope).square().sum().item() / 4
     found = value(bias_gradient(noise=noise, bias=bias, student_bn="batch"), model, data=data)
     assert found.item() == pytest.approx(expected, rel=1e-10)
 
@@ -625,7 +626,7 @@ def test_a_bias_of_zero_is_moved_by_cross_entropy_and_not_by_its_penalty() -> No
     with torch.no_grad():
         model.features.norm2.bias.zero_()  # type: ignore[operator, union-attr]
     parameters = list(model.parameters())
-    for kind, flat in (("explicit", True), ("effective", False)):
+    for kind, flat in (("explicit", True), ("effective", False), ("none", False)):
         found = torch.autograd.grad(value(bias_gradient(bias=kind), model), parameters, allow_unused=True)
         assert all(g is None or not g.any() for g in found) == flat
     (moved,) = torch.autograd.grad(value(CrossEntropy(weight=1), model), model.get_parameter("features.norm2.bias"))

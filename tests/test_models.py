@@ -59,6 +59,29 @@ def test_the_authors_vgg11_has_the_parameters_of_his_code() -> None:
     assert build(small["model"], where="model").eval()(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
 
 
+def test_the_authors_initialisation() -> None:
+    """Standard deviations of each kind of parameter, within six standard errors; without it they are torch's."""
+
+    def deviations(init: str | None) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        model = tiny(layers=[64, "M", 256], classes=400, init=init)
+        return {name: value.detach().square().mean().sqrt() for name, value in model.named_parameters()}
+
+    ours, his = deviations(None), deviations("author")
+    for name, expected_std, count in [
+        ("features.conv1.weight", (2 / (9 * 64)) ** 0.5, 27 * 64),
+        ("features.conv2.weight", (2 / (9 * 256)) ** 0.5, 9 * 64 * 256),
+        ("features.conv2.bias", 0.1, 256),
+        ("linear.weight", 0.01, 256 * 400),
+        ("linear.bias", 1.0, 400),
+    ]:
+        assert his[name] == pytest.approx(expected_std, rel=6 / (2 * count) ** 0.5)
+        assert ours[name] != pytest.approx(expected_std, rel=0.1)
+    assert all(his[name] == ours[name] for name in his if "norm" in name)
+    with pytest.raises(UserError, match=r"model\.init=autor: .*did you mean author"):
+        tiny(init="autor")
+
+
 def test_a_flattened_head_has_weights_for_each_pixel() -> None:
     """The linear layer is the flattened map's own, pixel by pixel; one whose weights repeat is the average's."""
     torch.manual_seed(0)
