@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
@@ -21,7 +21,7 @@ from gradexp.engine import launchers
 from gradexp.engine.callbacks import Checkpointer
 from gradexp.engine.compose import compose_run, plan
 from gradexp.engine.ensure import ensure
-from gradexp.engine.launchers import Local, generations, make_launcher, visible_gpus
+from gradexp.engine.launchers import Local, Work, generations, make_launcher, run_all, visible_gpus
 from gradexp.engine.record import objective
 from gradexp.engine.run import ROOT, Paths, Run, run_id
 
@@ -48,6 +48,28 @@ def test_upstream_runs_come_in_an_earlier_generation_and_once(places: list[str])
     for run in runs:
         check(run)
     assert len(found) == 3
+
+
+def test_a_file_that_was_deleted_is_made_before_the_runs_that_would_wait_for_it(places: list[str]) -> None:
+    """By a stage of its own, which the runs that need it share; a file that is there needs none."""
+    words = ["experiment=jacobian_distill", *TINY, "+upstream.teacher.optim.passes=2"]
+    students = [plan([*words, f"seed={seed}"], places) for seed in (0, 1)]
+    teacher = students[0].upstream["teacher"]
+    ensure(teacher)
+    assert generations(students) == [students]
+    (teacher.folder / "weights.pt").unlink()
+    assert generations(students) == [[teacher], students]
+    works: list[Work] = []
+
+    class Noting(Local):
+        def do(self, given: Sequence[Work], workers: int) -> Iterator[tuple[int, int]]:
+            works.extend(given)
+            yield from super().do(given, workers)
+
+    assert run_all(students, workers=2, extra=places, launcher=Noting()) == []
+    assert [work.product for work in works] == [True, False, False]
+    assert "rebuilt teacher" in (teacher.folder / "log.txt").read_text()
+    assert all("rebuilt" not in (student.folder / "log.txt").read_text() for student in students)
 
 
 class Lease:

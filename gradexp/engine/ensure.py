@@ -33,12 +33,12 @@ def ensure(run: Run, *, product: bool = False, waits: bool = True) -> Record:
     deleted is done again, and keeps its record. The record is written last and atomically.
     waits: whether to wait for another process that is doing the run or a run upstream of it; if not, BusyError is raised.
     """
-    if (record := _usable_record(run, product)) and not (run.checkpoint.exists() or run.pieces.exists()):
+    if (record := usable_record(run, product)) and not (run.checkpoint.exists() or run.pieces.exists()):
         check_settings(hardware(run.config))  # it decides nothing here, but a mistake in it is told
         _note_changes(run, record)
         return record
     with _locked(run, waits):
-        if not _usable_record(run, product):
+        if not usable_record(run, product):
             _do(run, waits)
         # What only an unfinished run needs; drafts are those of killed attempts, as this process holds the lock.
         remove_sealed(run.checkpoint)
@@ -89,11 +89,11 @@ def finish(run: Run, waits: bool = True) -> Finished:
     return Finished(run, ensure(run, product=True, waits=waits), run.folder / task_of(run.config).product)
 
 
-def _usable_record(run: Run, product: bool) -> Record | None:
+def usable_record(run: Run, product: bool) -> Record | None:
     """The record, if it exists, and with it the product where that is needed."""
     record = run.record()
-    usable = record and (not product or is_product(run.folder / task_of(run.config).product, record))
-    return record if usable else None
+    file = task_of(run.config).product if product else ""
+    return record if record and (not file or is_product(run.folder / file, record)) else None
 
 
 def is_product(file: Path, record: Record) -> bool:

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from gradexp.base.errors import Stopped, UserError
 from gradexp.base.ranges import Count, Index, Positive
 from gradexp.engine.build import build
 from gradexp.engine.compose import compose_run, plan
-from gradexp.engine.ensure import ensure
+from gradexp.engine.ensure import ensure, usable_record
 from gradexp.engine.exits import die_of_interrupt, exit_on_errors, keeping_handlers
 from gradexp.engine.origin import git_state
 from gradexp.engine.record import print_summary
@@ -38,12 +39,13 @@ class Work:
     """What `python run.py OVERRIDES` does, with its output in a log; called in a process of its own.
 
     waits: whether to wait for another process that is doing the run, with a new log. If not, the exit code is BUSY, and what is
-    printed is appended to the log, as the other process may be writing to it.
+    printed is appended to the log, as the other process may be writing to it. product: see `ensure`.
     """
 
     overrides: tuple[str, ...]
     log: Path
     waits: bool = True
+    product: bool = False
 
     def __call__(self, threads: int | None = None) -> None:
         self.log.parent.mkdir(parents=True, exist_ok=True)
@@ -59,7 +61,7 @@ class Work:
             torch.set_num_threads(threads)
         try:
             with exit_on_errors():
-                print_summary(ensure(plan(self.overrides), waits=self.waits))
+                print_summary(ensure(plan(self.overrides), product=self.product, waits=self.waits))
         except KeyboardInterrupt as interrupt:  # multiprocessing would print a traceback
             die_of_interrupt(interrupt)
 
@@ -78,7 +80,7 @@ def run_all(
     extra: hardware overrides for every run. The cores are shared out among the workers.
     """
     launcher, stages, begun = launcher or Local(), generations(runs), time.monotonic()
-    total, count, failed = sum(map(len, stages)), 0, dict[Run, Failure]()
+    total, count, failed, wanted = sum(map(len, stages)), 0, dict[Run, Failure](), set(runs)
     for stage in stages:
         ready = []
         for run in stage:
@@ -87,7 +89,7 @@ def run_all(
                 failed[run] = Failure(run.command, cause.log)
             else:
                 ready.append(run)
-        works = [Work((*run.overrides, *extra), run.folder / "log.txt") for run in ready]
+        works = [Work((*run.overrides, *extra), run.folder / "log.txt", product=run not in wanted) for run in ready]
         for index, code in launcher.do(works, workers) if works else ():
             run, log = ready[index], works[index].log
             count += 1
@@ -104,15 +106,16 @@ def missing(runs: Iterable[Run]) -> list[Run]:
 
 
 def generations(runs: Sequence[Run]) -> list[list[Run]]:
-    """The runs and their missing upstream runs, once each, every run in a later generation than its upstream runs.
-
-    An upstream run with a record but without its weights is done again by the first run that needs it; others wait for it.
+    """The missing ones of these runs and what must be done first, once each, every run in a later generation than its upstream
+    runs. An upstream run whose record exists but whose file was deleted is done again, before the runs that would wait for it.
     """
     depth: dict[Run, int] = {}
+    is_there = cache(lambda run: usable_record(run, product=True) is not None)
 
     def visit(run: Run) -> int:
         if run not in depth:
-            depth[run] = 1 + max(map(visit, missing(run.upstream.values())), default=-1)
+            below = [needed for needed in run.upstream.values() if not is_there(needed)]
+            depth[run] = 1 + max(map(visit, below), default=-1)
         return depth[run]
 
     levels = sorted({visit(run) for run in missing(runs)})
@@ -273,7 +276,7 @@ class Slurm:
             signal_delay_s=self.warning,
         )
         with executor.batch():
-            waiting = dict(enumerate([executor.submit(Job(work.overrides, work.log)) for work in works]))
+            waiting = dict(enumerate([executor.submit(Job(work.overrides, work.log, product=work.product)) for work in works]))
         try:
             while waiting:
                 for index in [index for index, job in waiting.items() if job.done()]:
