@@ -183,9 +183,8 @@ def _compare(pair: Pair, grid: Grid, unit: str, content: ClaimsFile) -> dict[str
     mean = float(gaps.mean())
     records = [record for run in unique if (record := run.record())]
     row["n"] = n = min(record.get("images", 1) for record in records)
-    if (
-        len({str(used_digests(record.get("upstream", {}))) for record in records}) > 1
-    ):  # how much the models differ is not known
+    models = {str(used_digests(record.get("upstream", {}))) for record in records}
+    if len(models) > 1:  # how much these differ is not known
         return {**row, "mean": mean, "label": f"{pair.label} (the model was trained more than once)"}
     return {**row, **asdict(estimate_over_images(mean, noise, n, content["confidence"]))}
 
