@@ -36,9 +36,9 @@ def main(_: DictConfig) -> float | None:
         if hydra_config.mode == RunMode.MULTIRUN:
             refuse_many_devices(run.config)
         record = ensure(run)
-        print_summary(record)
+        print_summary(record, run.config["objective"])
         direction = hydra_config.sweeper.get("direction")
-        return objective(record, str(getattr(direction, "name", direction)))
+        return objective(record, run.config["objective"], str(getattr(direction, "name", direction)))
 
 
 if __name__ == "__main__":

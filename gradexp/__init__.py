@@ -25,6 +25,8 @@ WHERE = {
     "records": "gradexp.report.records",
 }
 
+__all__ = list(WHERE)
+
 
 def __getattr__(name: str) -> Any:
     if name not in WHERE:

@@ -355,8 +355,10 @@ def test_a_record_of_other_code_of_ones_own_says_so(
     monkeypatch.setattr(plugins, "packages", lambda: {"mine": Path("mine")})
     monkeypatch.setitem(ensuring.SOURCES, "mine", "a")
     run = plan(words, places)
-    for digest, told in (("a", False), ("a", False), ("b", True)):
+    of_mine = [("model", {"_target_": "mine.nets.Net"})]
+    for digest, built, told in (("a", [], False), ("a", of_mine, False), ("b", of_mine, True), ("b", [], False)):
         monkeypatch.setitem(ensuring.SOURCES, "mine", digest)
+        monkeypatch.setattr(ensuring, "targets", lambda _, built=built: built)
         ensure(run)
         assert (f"{run.id}: answered from its record, and mine has changed since" in capsys.readouterr().out) == told
 

@@ -202,18 +202,16 @@ def test_an_interrupted_command_names_the_jobs_that_go_on(
 
 
 def test_an_objective_is_the_experiments_and_nan_is_the_worst() -> None:
-    record = {"config": {"objective": "gan_test"}, "metrics": {"gan_test": 71.0, "test/accuracy": None, "curve": [1.0]}}
-    assert objective(record, "maximize") == 71.0
-    diverged = {**record, "config": {"objective": "test/accuracy"}}
-    assert (objective(diverged, "maximize"), objective(diverged, "minimize")) == (-math.inf, math.inf)
-    assert objective(diverged, "None") is None
-    assert objective({**record, "config": {"objective": "curve"}}, "None") is None
-    assert objective({**record, "config": {"objective": None}}, "None") is None
+    record = {"config": {"objective": "test/accuracy"}, "metrics": {"gan_test": 71.0, "test/accuracy": None, "curve": [1.0]}}
+    assert objective(record, "gan_test", "maximize") == 71.0  # and not the objective of the run that made the record
+    worst = [objective(record, "test/accuracy", direction) for direction in ("maximize", "minimize")]
+    assert worst == [-math.inf, math.inf]
+    assert [objective(record, given, "None") for given in ("test/accuracy", "curve", None)] == [None] * 3
     for wrong in ("curve", "nothing"):
         with pytest.raises(UserError, match=f"objective={wrong}: this run measures gan_test, test/accuracy"):
-            objective({**record, "config": {"objective": wrong}}, "maximize")
+            objective(record, wrong, "maximize")
     with pytest.raises(UserError, match="objective=test/acc: this"):  # as it was typed, though images may be held out
-        objective({**record, "config": {"objective": "test/acc", "data": {"validation": 0.1}}}, "maximize")
+        objective({**record, "config": {"data": {"validation": 0.1}}}, "test/acc", "maximize")
 
 
 @pytest.mark.parametrize(

@@ -77,9 +77,11 @@ def test_two_processes_that_write_one_log_leave_whole_lines(tmp_path: Path) -> N
     script = f"""
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from gradexp.engine import launchers
-launchers.ensure = launchers.plan = lambda *_, **__: None
-def wait(_):
+launchers.ensure = lambda *_, **__: None
+launchers.plan = lambda *_: SimpleNamespace(config={{"objective": None}})
+def wait(*_):
     print("first, before", flush=True)
     while not Path({str(done)!r}).exists():
         time.sleep(0.01)
@@ -87,7 +89,7 @@ def wait(_):
 if "{{part}}" == "first":
     launchers.print_summary = wait
 else:
-    launchers.print_summary = lambda _: print("second")
+    launchers.print_summary = lambda *_: print("second")
 launchers.Work((), Path({str(log)!r}))()
 """
     first = subprocess.Popen([sys.executable, "-c", script.replace("{part}", "first")], cwd=ROOT)

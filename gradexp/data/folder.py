@@ -67,6 +67,8 @@ class FolderData(ImageData, ABC):
 
     def __init__(self, *, mean: Sequence[float], std: Sequence[float], skip_corrupt: bool, **options: Any) -> None:
         super().__init__(**options)
+        if self.channels != 3:
+            raise UserError(f"data.channels={self.channels}: files of pictures are read as RGB; take data.channels=3")
         if self.removal is not None:
             raise UserError("data.removal is not for data sets of image files; set it to null")
         for name, values in (("mean", mean), ("std", std)):

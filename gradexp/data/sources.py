@@ -35,6 +35,12 @@ class Split:
     images: np.ndarray
     labels: np.ndarray
 
+    def __post_init__(self) -> None:
+        for name, values, dtype, ndim in (("images", self.images, np.uint8, 4), ("labels", self.labels, np.int64, 1)):
+            if values.dtype != dtype or values.ndim != ndim:
+                what = f"{values.dtype} {values.shape}"
+                raise UserError(f"{name} of a data set are {what}, expected images (N, C, H, W) uint8 and labels (N,) int64")
+
     def only(self, classes: Sequence[int]) -> Split:
         """The images of these classes, numbered anew from 0 in the order of `classes`."""
         rows, labels = subsets.only(self.labels, classes)

@@ -52,7 +52,8 @@ class Kind:
             return False
         if inspect.isclass(located):
             return self.base is not None and issubclass(located, _imported(self.base))
-        return self.returns is not None and located.__annotations__.get("return") == self.returns
+        returned = located.__annotations__.get("return")  # text, in a module with `from __future__ import annotations`
+        return self.returns is not None and getattr(returned, "__name__", returned) == self.returns
 
     def __str__(self) -> str:
         options = [*self.names]
@@ -78,7 +79,7 @@ KINDS: dict[str, Kind] = {
     "removal": Kind("a removal of pixels", ("gradexp.data.removal.Removal",)),
     "saliency": Kind("a saliency method", package="gradexp.saliency", base="gradexp.saliency.method.Saliency"),
     "sampling": Kind("a sampler", ("gradexp.sampling.Ascent",)),
-    "schedule": Kind("a schedule", ("gradexp.training.optim.steps_down", "gradexp.training.optim.one_cycle")),
+    "schedule": Kind("a schedule", package="gradexp.training.optim", returns="float"),
     "task": Kind("a task", package="gradexp.tasks", base="gradexp.engine.task.Task"),
     "term": Kind("a loss term", package="gradexp.terms", base="gradexp.terms.term.Term"),
     "trainer": Kind("the hardware", ("gradexp.engine.hardware.Hardware",)),

@@ -307,7 +307,8 @@ def _settings(config: DictConfig) -> dict[str, Any]:
     parts: Any = {part: OmegaConf.to_container(config[part]) for part in ("hydra", "paths")}
     for filled in ("overrides", "runtime"):
         parts["hydra"].pop(filled)
-    parts["hydra"]["job"].pop("override_dirname")
+    for filled in ("override_dirname", "name"):  # `name` is `app` before Hydra's main and `run` inside
+        parts["hydra"]["job"].pop(filled)
     return {f"{part}.{key}": value for part, settings in parts.items() for key, value in settings.items()}
 
 

@@ -17,7 +17,7 @@ import filelock
 from gradexp.base.errors import BusyError, UserError
 from gradexp.base.files import draft_of, intact, remove_drafts, remove_sealed, sha256, write_atomically
 from gradexp.engine import clocks, plugins
-from gradexp.engine.build import check_settings
+from gradexp.engine.build import check_settings, targets
 from gradexp.engine.origin import SOURCES, git_state, versions
 from gradexp.engine.record import Record, faults, finite, judged, read_record, write_arrays, write_record
 from gradexp.engine.run import Run, Settings, hardware
@@ -50,8 +50,9 @@ def ensure(run: Run, *, product: bool = False, waits: bool = True) -> Record:
 
 def _note_changes(run: Run, record: Record) -> None:
     """Says where code of the user's own has changed since the record was made; that of gradexp has versions."""
-    known = record.get("sources", {})
-    if changed := [name for name in plugins.packages() if known.get(name, SOURCES.get(name)) != SOURCES.get(name)]:
+    known, built = record.get("sources", {}), [node["_target_"] for _, node in targets(run.config)]
+    used = [name for name in plugins.packages() if any(target.startswith(f"{name}.") for target in built)]
+    if changed := [name for name in used if known.get(name, SOURCES.get(name)) != SOURCES.get(name)]:
         print(f"{run.name} {run.id}: answered from its record, and {', '.join(changed)} has changed since; to do it again, "
               f"delete {run.record_path}, or give what changed a setting of its own (docs/extend.md)", flush=True)  # fmt: skip
 

@@ -61,7 +61,8 @@ class Work:
             torch.set_num_threads(threads)
         try:
             with exit_on_errors():
-                print_summary(ensure(plan(self.overrides), product=self.product, waits=self.waits))
+                run = plan(self.overrides)
+                print_summary(ensure(run, product=self.product, waits=self.waits), run.config["objective"])
         except KeyboardInterrupt as interrupt:  # multiprocessing would print a traceback
             die_of_interrupt(interrupt)
 

@@ -376,15 +376,16 @@ def finite(value: Any) -> Any:
     return json.loads(json.dumps(value), parse_constant=lambda _: None)
 
 
-def objective(record: Record, direction: str) -> float | None:
-    """The metric that the config names `objective`; for a sweeper, the worst value where the training diverged.
+def objective(record: Record, given: str | None, direction: str) -> float | None:
+    """The metric `given`, a run's `objective`; for a sweeper, the worst value where the training diverged.
 
+    given: of the run and not of the record, which may answer a run with another objective, as it is not part of an id.
     direction: `maximize` or `minimize`, the sweeper's; anything else without a sweeper, where a missing metric is None.
     Raises UserError for a metric that a sweeper needs and the run lacks.
     """
-    given, numbers = record["config"].get("objective", "test/accuracy"), numbers_of(record)
+    numbers = numbers_of(record)
     name = given if given is None or given in numbers else _held_out(given)
-    value = numbers.get(name)
+    value = None if name is None else numbers.get(name)
     if direction not in ("maximize", "minimize"):
         return value
     if name not in numbers:
@@ -393,12 +394,12 @@ def objective(record: Record, direction: str) -> float | None:
     return worst if value is None else value
 
 
-def print_summary(record: Record) -> None:
-    """Prints the last line of a run."""
+def print_summary(record: Record, first: str | None = None) -> None:
+    """Prints the last line of a run. first: the metric that is printed first."""
     numbers = numbers_of(record)
     numbers = {name: value for name, value in numbers.items() if name.startswith(("test/", "validation/"))} or numbers
     words = []
-    for name, value in sorted(numbers.items()):
+    for name, value in sorted(numbers.items(), key=lambda entry: (entry[0] != first, entry[0].endswith("/std"), entry[0])):
         shown = "nan" if value is None else f"{value:.2f}" if abs(value) >= 1 else f"{value:.3g}"
         words.append(f"{name}={shown}")
     shown = " ".join(words[:8] + (["..."] if len(words) > 8 else []))

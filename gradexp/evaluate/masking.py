@@ -59,6 +59,11 @@ def remove(images: Tensor, mask: Tensor, replacement: str | float | Tensor) -> T
     replacement: `image_mean` (each image's mean colour), `imputed` (see impute), a number, or a colour (C, 1, 1). Raises
     UserError for another word.
     """
+    if mask.dtype != torch.bool or mask.shape != (len(images), 1, *images.shape[2:]):
+        wanted = (len(images), 1, *images.shape[2:])
+        raise UserError(
+            f"the mask is {mask.dtype} of shape {tuple(mask.shape)}; give bool of shape {wanted}, a value for each pixel"
+        )
     if replacement == "image_mean":
         return torch.where(mask, images.mean((2, 3), keepdim=True), images)
     if replacement == "imputed":

@@ -22,6 +22,7 @@ from gradexp.gradients.inputs import (
     checked_labels,
     checked_logits,
     differentiable_anyway,
+    fitting,
     gradient_of,
     scalar,
 )
@@ -167,7 +168,7 @@ def _decomposed(
 ) -> FullGradient | None:
     """The full-gradient, by one backward pass; None where it is not clear which part of it belongs to which image."""
     with closing(Operations(model, images, differentiable=differentiable)) as met:
-        with met.recording():
+        with met.recording(), fitting(model, images):
             logits = checked_logits(model(images.clone()))  # which the model may change in place
         met.check_seen(logits)
         if target != "top":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -84,7 +85,8 @@ def input_gradient(model: nn.Module, images: Tensor, labels: Tensor | int, *, ta
     with differentiable_anyway():
         images = checked_images(images).requires_grad_()
         labels = checked_labels(labels, images)
-        logits = checked_logits(model(images.clone()))  # which the model may change in place
+        with fitting(model, images):
+            logits = checked_logits(model(images.clone()))  # which the model may change in place
         if target in ("label", "logprob") and labels.device.type == "cpu":  # elsewhere, each call would wait for the device
             check_classes(labels, logits)
         return gradient_of(logits, images, labels, target=target, differentiable=False).detach()
@@ -109,6 +111,27 @@ def checked_images(images: Any) -> Tensor:
     if not images.is_floating_point():
         raise UserError(f"images are {images.dtype}, which has no gradients: give images.float(), scaled as the model expects")
     return constant(images)
+
+
+@contextmanager
+def fitting(model: nn.Module, images: Tensor) -> Iterator[None]:
+    """Inside, an error of torch about images of another dtype, device or number of channels than the model's is a UserError."""
+    try:
+        yield
+    except RuntimeError as error:
+        own = next((each for each in model.parameters() if each.is_floating_point()), images)
+        if images.dtype != own.dtype and "type" in str(error):
+            raise UserError(
+                f"the images are {images.dtype}, the model's parameters {own.dtype}: give images.to({own.dtype})"
+            ) from error
+        if images.device != own.device:
+            raise UserError(
+                f"the images are on {images.device}, the model on {own.device}: give images.to({str(own.device)!r})"
+            ) from error
+        found = re.search(r"to have (\d+) channels, but got (\d+)", str(error))
+        if found and images.ndim == 4 and int(found[2]) == images.shape[1]:
+            raise UserError(f"the images have {found[2]} channels, the model takes {found[1]}; convert the images") from error
+        raise
 
 
 def checked_labels(labels: Any, images: Tensor) -> Tensor:

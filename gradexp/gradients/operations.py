@@ -51,12 +51,14 @@ PLANAR = {  # the outputs (B, c, h, w) are planes
 TURNING = {"transpose", "permute", "movedim", "moveaxis", "swapaxes", "swapdims", "__get__"}  # the last is x.mT
 PRODUCTS = {"matmul", "__matmul__", "bmm", "baddbmm", "einsum", "scaled_dot_product_attention"}  # of two maps: no planes
 REDUCING = {"mean", "sum", "amax", "amin", "max", "min", "prod", "std", "var", "logsumexp", "median"}  # with `dim` first
+MOVING = {"flip", "fliplr", "flipud", "rot90", "gather", "index_select", "take_along_dim", "sort", "argsort"}
 RESHAPING = {"reshape", "view", "view_as", "unflatten", "flatten"}
 
 # A letter for each dimension: images, channels, rows, columns, pixels (or tokens of a grid). Shapes do not show the layout: the
 # attention of 64 tokens is (B, heads, 64, 64), and so may be a map.
 MAP, TOKENS, FLAT = "bchw", "bnc", "bcn"
 PLANES = ("bhw", "bwh")  # without channels
+MOVED = "-"  # pixels or tokens that are no longer where they were: flipped, rolled, picked, or column by column
 
 
 @dataclass(eq=False)
@@ -190,6 +192,8 @@ class Operations(TorchFunctionMode):
         versions = [operand._version for operand in dependent]
         above = {operand.grad_fn for operand in dependent}
         returned = function(*args, **kwargs)
+        if changed is None and rule:
+            returned = tree_map(partial(_own, operands), returned)
         if changed is None and versions != [operand._version for operand in dependent]:
             raise UserError(
                 f"{self._name(call.name)} changes its input in place, unseen; call the form that returns a new tensor"
@@ -345,14 +349,15 @@ class Operations(TorchFunctionMode):
             self.grids.add(tuple(output.shape[-2:]))
         if layout := self._layout(output, call):
             self._layouts[id(output)] = layout
-            if output.ndim == 4:
+            if output.ndim == 4 and layout != MOVED:
                 self._shapes[output.shape] = layout
         # What changes through a view is the tensor behind it, and later operations may take that through any other view.
         base = output._base if in_place and output._base is not None else output
         self._dependent |= {id(tensor): tensor for tensor in (output, base)}
         if operation is None:
             return
-        operation.layout = self._layouts.get(id(base))
+        layout = self._layouts.get(id(base))
+        operation.layout = None if layout == MOVED else layout
         operation.version = output._version
         self.all.append(operation)
         self._makers[id(output)] = operation
@@ -363,6 +368,10 @@ class Operations(TorchFunctionMode):
     def _layout(self, output: Tensor, call: Call) -> str | None:
         """The layout of an output; None for one without pixels, such as a product of maps."""
         given = [operand for operand in call.operands if self.depends(operand)]
+        known = [layout for each in given if (layout := self._layouts.get(id(each)))]
+        if (known and set(known) == {MOVED}) or (known and call.name in MOVING) or (known and call.picks()):
+            return MOVED
+        given = [each for each in given if self._layouts.get(id(each)) != MOVED]
         if output.ndim not in (3, 4) or (call.name in PRODUCTS and len(given) > 1):
             return None
         if call.name in PLANAR and output.ndim == 4:
@@ -402,7 +411,10 @@ class Operations(TorchFunctionMode):
         """A map where an earlier one has the shape. Three dimensions are those of tokens unless they are a flattened map."""
         if output.ndim == 4:
             return self._shapes.get(output.shape)
-        is_flat = self._layouts.get(id(given)) == MAP and output.shape[1] == given.shape[1]
+        layout = self._layouts.get(id(given)) or ""
+        if "w" in layout and "h" in layout and layout.index("w") < layout.index("h"):
+            return MOVED
+        is_flat = layout == MAP and output.shape[1] == given.shape[1]
         return FLAT if is_flat else TOKENS
 
     def _with_copy(self, call: Call, changed: Tensor) -> Call:
@@ -468,6 +480,10 @@ class Call:
         is_inplace = self.arguments.get("inplace")
         return replace(self, args=(), kwargs=self.arguments | {"inplace": False}) if is_inplace else None
 
+    def picks(self) -> bool:
+        """Whether it takes pixels or tokens by a tensor of indices."""
+        return self.name == "__getitem__" and any(isinstance(leaf, Tensor) for leaf in tree_leaves(self.args[1:]))
+
     def statistics(self) -> dict[str, Any] | None:
         """What `norm_bias` takes, of a batch normalisation by running statistics; None for other calls."""
         given = self.arguments
@@ -498,6 +514,17 @@ def _graph(value: Tensor) -> Iterator[Any]:
 
 def _differentiable(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and leaf.requires_grad
+
+
+def _own(operands: list[Tensor], leaf: Any) -> Any:
+    """A copy of an output that is a view of a hidden tensor, as instance_norm returns it; other outputs as they are.
+
+    An in-place operation on such a view would leave its hook behind, on a node that no gradient reaches any more.
+    """
+    if not _differentiable(leaf) or leaf._base is None:
+        return leaf
+    memory = leaf.untyped_storage().data_ptr()
+    return leaf if any(memory == each.untyped_storage().data_ptr() for each in operands) else leaf.clone()
 
 
 def _returned(operands: list[Tensor], outputs: list[Any]) -> Tensor | None:

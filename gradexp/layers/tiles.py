@@ -7,6 +7,7 @@ keeps the result beside this file. Arrays are channels last: (B, H, W, C).
 from __future__ import annotations
 
 import os
+import sys
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,8 @@ import torch
 from torch import Tensor
 
 # Read once, by numba's import. Threads beyond torch's would wait in a loop, on a core that another run may need.
-os.environ["NUMBA_NUM_THREADS"] = str(torch.get_num_threads())
+if "numba" not in sys.modules:  # where it is, it has read this, and refuses another number once its threads run
+    os.environ["NUMBA_NUM_THREADS"] = str(torch.get_num_threads())
 import numba
 
 Array = Any  # numba compiles a loop for each type that it is called with

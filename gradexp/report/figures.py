@@ -24,6 +24,7 @@ from matplotlib.figure import Figure
 
 from gradexp.base.errors import MissingError, UserError
 from gradexp.base.files import sha256, write_atomically
+from gradexp.engine.plugins import packages
 from gradexp.engine.record import Record, curves_path, metric_of, read_arrays
 from gradexp.engine.run import ROOT, Run
 from gradexp.report import provenance, specs
@@ -157,7 +158,8 @@ def make_once(
     kept = cache / "figures" / f"{sha256_of(str(stem))}.json"
     paths = [run.record_path for one in series for run in one.runs if run.finished]  # records hold the digests of arrays
     records = [sha256(file) for path in paths for file in (path, curves_path(path)) if file.exists()]
-    state = sha256_of([spec, scale, text, records, [sha256(file) for file in _sources()], mpl.__version__])
+    code = [*_sources(), *(file for folder in packages().values() for file in sorted(folder.rglob("*.py")))]
+    state = sha256_of([spec, scale, text, records, [sha256(file) for file in code], mpl.__version__])
     with suppress(OSError, ValueError):
         before = json.loads(kept.read_text())
         if before.pop("state") == state and all(sha256(Path(file)) == digest for file, digest in before.items()):

@@ -66,7 +66,8 @@ def counterparts(spec: Spec, scale: str, plan: Planner) -> Iterator[tuple[Config
             seed, words = next(iter(commands.items()))
             known = [column] if "series" in spec else [column, *spec["columns"]]
             there = next((entry for entry in known if "paper" in entry.get("scales", ["paper"])), column)
-            yield plan(words).config, plan(specs.command(spec, row, there, "paper", seed)).config
+            protocol: Any = {**spec, "overrides": []}  # without what a table sets for all of its cells
+            yield plan(words).config, plan(specs.command(protocol, row, there, "paper", seed)).config
 
 
 def _upstream(spec: Spec, scale: str, plan: Planner) -> Iterator[tuple[UpstreamSpec, Run, float | None, specs.Thesis | None]]:

@@ -13,7 +13,7 @@ import pandas as pd
 
 from gradexp.base.errors import UserError
 from gradexp.engine.compose import plan
-from gradexp.engine.record import Record, metric_of, read_record
+from gradexp.engine.record import Record, metric_of, read_record, value_of
 from gradexp.engine.run import ROOT, Config, Run, record_files
 from gradexp.report import specs
 from gradexp.report.specs import Cell, Planner, Spec, Thesis, label_of, thesis_of
@@ -108,7 +108,8 @@ def cells(spec: Spec, scale: str, plan: Planner) -> pd.DataFrame:
         for seed, run in (runs or {None: None}).items():
             record = run.record() if run else None
             for part, (metric, spread, thesis) in enumerate(shown):
-                numbers = (number(record, metric), number(record, spread), thesis.value, thesis.std, thesis.bold)
+                read = number if "series" in spec else _cell_number
+                numbers = (read(record, metric), read(record, spread), thesis.value, thesis.std, thesis.bold)
                 rows.append((*head, part, metric, seed, run, record is not None, *numbers))
     return pd.DataFrame(rows, columns=COLUMNS).astype({"seed": "Int64", "run": object})
 
@@ -118,7 +119,15 @@ def _metrics(spec: Spec, cell: Cell) -> Iterator[tuple[str | None, str | None, T
     keys = ("metric", "spread", "thesis_metric")
     metric, spread, quantity = (specs.setting(key, cell.row, cell.column, spec) for key in keys)
     for name, printed in zip_longest(*(value if isinstance(value, list) else [value] for value in (metric, quantity))):
+        if name is None and "series" not in spec and metric is None:
+            where = f"table {spec['number']}, row {cell.row['label']}, column {label_of(cell.column)}"
+            raise UserError(f"{where}: no metric is named; add `metric: test/accuracy`, or another one, to the table")
         yield name, spread, Thesis() if "series" in spec else thesis_of(spec, cell.row, cell.column, printed)
+
+
+def _cell_number(record: Record | None, metric: str | None) -> float:
+    """As `number`, of a table's cell: raises UserError for a curve, which would look as if the run had diverged."""
+    return math.nan if record is None or metric is None else value_of(record, metric)
 
 
 def number(record: Record | None, metric: str | None) -> float:

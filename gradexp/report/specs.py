@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NotRequired, final, overload
+from typing import Annotated, Any, Literal, NamedTuple, NotRequired, final, overload
 
 import pandas as pd
+from annotated_types import MinLen
 from typing_extensions import TypedDict
 
 from gradexp.base.errors import UserError, nearest
@@ -87,8 +88,9 @@ class TableSpec(Item, Shown):
     corner: str
     best: Best
     best_per: NotRequired[Literal["row", "column", "table"]]
-    rows: list[RowSpec]
-    columns: list[ColumnSpec]
+    overrides: NotRequired[list[str]]  # of all cells, before those of rows and columns
+    rows: Annotated[list[RowSpec], MinLen(1)]
+    columns: Annotated[list[ColumnSpec], MinLen(1)]
     thesis: NotRequired[str]  # the item in results/thesis.csv, if it is not the number
     where: NotRequired[dict[str, str]]
     described: NotRequired[list[str]]  # starts of settings whose departures the notes describe
@@ -344,8 +346,8 @@ def commands(spec: Spec, scale: str) -> list[list[str]]:
 def command(spec: Spec, row: RowOrSeries, column: ColumnOrPoint, scale: str, seed: int) -> list[str]:
     """The overrides of one cell and seed. A row, a series or a column may name an experiment of its own."""
     first = [f"experiment={setting('experiment', row, column, spec)}", f"scale={scale}"]
-    of_scale = spec.get("overrides_at", {}).get(scale, []) if "series" in spec else []
-    own = [*of_scale, *row.get("overrides", []), *column.get("overrides", [])]
+    common = spec.get("overrides_at", {}).get(scale, []) if "series" in spec else spec.get("overrides", [])
+    own = [*common, *row.get("overrides", []), *column.get("overrides", [])]
     return [*first, *own, f"seed={seed}"]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from gradexp import gradients
 from gradexp.base.errors import UserError
 from gradexp.base.ranges import require_fields
-from gradexp.gradients.inputs import NO_PATH
+from gradexp.gradients.inputs import NO_PATH, fitting
 
 UNITS = ("normalised", "raw")
 CAUSES = "look at the model's weights (did its training diverge?) and at the images for NaN or infinity"
@@ -32,6 +31,13 @@ class Saliency(ABC):
 
     black: Tensor | float = 0.0
     std: Tensor | float = 1.0
+
+    def __new__(cls, *given: Any, **_: Any) -> Any:
+        if given:
+            raise UserError(
+                f"{cls.__name__} takes settings by their names, and then the network: {cls.__name__}()(model, images)"
+            )
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         require_fields(self)
@@ -49,6 +55,9 @@ class Saliency(ABC):
         """
         with explaining(model, images, target) as (model, labels):
             saliency = self.map(model, gradients.constant(images), labels).detach()
+        expected = (len(images), 1, *images.shape[-2:])
+        if tuple(saliency.shape) != expected:
+            raise UserError(f"{type(self).__name__}: map returned {tuple(saliency.shape)}, expected (B, 1, H, W) = {expected}")
         if not saliency.isfinite().all():
             raise UserError(f"{type(self).__name__}: the map is not finite; {CAUSES}")
         return saliency
@@ -74,17 +83,10 @@ def explaining(model: nn.Module, images: Tensor, target: Tensor | int | None) ->
         stack.enter_context(gradients.evaluating(model))
         if model._compiled_call_impl:  # model.compile() would keep the hooks
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        try:
-            stack.enter_context(model.register_forward_pre_hook(_cloned))
-            stack.enter_context(model.register_forward_hook(partial(_check_output, labels)))
-            yield model, labels
-        except RuntimeError as error:
-            found = re.search(r"to have (\d+) channels, but got (\d+)", str(error))
-            if found and int(found[2]) == images.shape[1]:
-                raise UserError(
-                    f"the images have {found[2]} channels, the model takes {found[1]}; convert the images"
-                ) from error
-            raise
+        stack.enter_context(fitting(model, images))
+        stack.enter_context(model.register_forward_pre_hook(_cloned))
+        stack.enter_context(model.register_forward_hook(partial(_check_output, labels)))
+        yield model, labels
 
 
 def checked(images: Tensor, target: Tensor | int | None) -> Tensor | None:

@@ -41,7 +41,7 @@ def psi(maps: Tensor, steps: Sequence[str], size: Sequence[int]) -> Tensor:
     if "rescale_channels" in steps:
         low, high = maps.amin((2, 3), keepdim=True), maps.amax((2, 3), keepdim=True)
         return upsample(((maps - low) / _span(low, high)).sum(1, keepdim=True), size)
-    total = maps.sum(1, keepdim=True)
+    total = maps.sum(1, keepdim=True, dtype=torch.promote_types(maps.dtype, torch.float32))
     if "rescale" in steps:
         low, high = maps.amin((1, 2, 3), keepdim=True), maps.amax((1, 2, 3), keepdim=True)
         total = (total - maps.shape[1] * low) / _span(low, high)

@@ -79,9 +79,10 @@ class Train(Task):
         training = prepare(run, upstream)
         module, hardware = training.module, training.hardware
         together = hardware.together > 1
-        # With several processes the first one has its own logger; a CSV file of this process would only hold the final metrics.
-        logger = None if together and run.config["logger"]["_target_"].endswith("csv") else make_logger(run)
+        logger = None if together else make_logger(run)
         steps = training.fit_in_processes(train_part) if together else training.fit(logger)
+        if together and not run.config["logger"]["_target_"].endswith("csv"):  # whose file would only hold the final metrics
+            logger = make_logger(run)  # after the first process closed its own: W&B refuses a run that is open elsewhere
         if steps < module.total_steps and not module.diverged:
             raise RuntimeError(f"the training ended after {steps} of {module.total_steps} steps; nothing is recorded")
         metrics: dict[str, Any] = module.curves | module.summary()
@@ -239,6 +240,7 @@ def train_part(text: str) -> None:
         training = prepare(run, {name: finish(below) for name, below in run.upstream.items()})
         logger = make_logger(run) if training.hardware.rank == 0 else None
         training.fit(logger)
+        close(logger, {})
     except Stopped as error:
         close(logger, {})
         from gradexp.engine.fit import EXITED

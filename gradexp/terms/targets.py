@@ -89,7 +89,10 @@ class Targets:
 
     def _forward_with_gradient(self, batch: Batch) -> Tensor:
         if not self.with_gradient:
-            raise UserError("these targets have no gradients: make them with Targets(..., with_gradient=True)")
+            raise UserError(
+                "these targets have no gradients: a term that reads a teacher's declares needs_teacher = True and its "
+                "gradient_target, such as 'label'; in Python, make them with Targets(..., with_gradient=True)"
+            )
         return self._forward(batch)
 
     def _gradients_at(self, batch: Batch, target: str) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
+from gradexp.base.errors import UserError
 from gradexp.engine.record import Record, value_of
 from gradexp.report.figures import COLUMN_WIDTH, PALETTE, Row, Series
 from gradexp.report.specs import FigureSpec, Thesis, read_thesis
@@ -105,9 +106,13 @@ POINTS = ["series", "x", "mean", "std", "error", "n"]
 THESIS: Any = {"marker": "o", "markerfacecolor": "none", "linestyle": "none", "alpha": 0.45, "markersize": 5}
 
 
-def style(label: str) -> dict[str, Any]:
-    """Arguments of `plot` for a method. Random's line is broad and below the others, so that none hides it."""
-    colour, marker, dashes = METHODS.get(label) or SPARE[sum(label.encode()) % len(SPARE)]
+def style(label: str, labels: Sequence[str] = ()) -> dict[str, Any]:
+    """Arguments of `plot` for a method. Random's line is broad and below the others, so that none hides it.
+
+    labels: of the figure; those that are not in METHODS get the spare styles in this order.
+    """
+    own = [name for name in labels if name not in METHODS] or [label]
+    colour, marker, dashes = METHODS.get(label) or SPARE[own.index(label) % len(SPARE)]
     below = {"linewidth": 3.0, "alpha": 0.6, "zorder": 1} if label == "Random" else {"zorder": 3 if "FullGrad" in label else 2}
     return {"color": colour, "marker": marker, "linestyle": dashes, "markersize": 3.5, "linewidth": 1.2, **below}
 
@@ -147,6 +152,8 @@ def retrained_accuracy(spec: FigureSpec, series: Sequence[Series]) -> tuple[Figu
         rows.append((one.label, one.spec["x"], values.mean(), std, std, len(values)))
     points = pd.DataFrame(rows, columns=POINTS)
     start, rest = points[points["series"] == BASELINE], points[points["series"] != BASELINE]
+    if start.empty:
+        raise UserError(f"figure {spec['number']}: every curve starts at the series {BASELINE!r}, which it has not; add it")
     labels = rest["series"].unique()
     lines = [frame for label in labels for frame in (start.assign(series=label), rest[rest["series"] == label])]
     figure, axes = _by_method(spec, pd.concat(lines))
@@ -180,8 +187,9 @@ def _by_method(spec: FigureSpec, points: pd.DataFrame, suffixes: Mapping[str, st
     """A line with a band for each series, beside its legend. suffixes: what follows a series' label there."""
     figure = Figure(figsize=(1.5 * COLUMN_WIDTH, 0.9 * COLUMN_WIDTH))
     axes = figure.subplots()
+    labels = [str(label) for label in points["series"].unique()]
     for label, line in points.groupby("series", sort=False):
-        look = style(str(label))
+        look = style(str(label), labels)
         axes.plot(line["x"], line["mean"], label=f"{label}{(suffixes or {}).get(str(label), '')}", **look)
         if line["error"].notna().any():
             low, high = line["mean"] - line["error"], line["mean"] + line["error"]

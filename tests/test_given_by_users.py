@@ -1,0 +1,62 @@
+"""What users hand to the library: networks with in-place operations, masks, maps of their own, images of another kind."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gradexp import FullGrad, evaluate, full_gradient
+from gradexp.base.errors import UserError
+from gradexp.saliency.method import Saliency
+
+IMAGES = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def network(*, inplace: bool) -> nn.Module:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 6, 3), nn.InstanceNorm2d(6, affine=True), nn.ReLU(inplace), nn.Flatten(), nn.Linear(216, 5)]
+    return nn.Sequential(*layers).double().eval()
+
+
+def test_an_output_that_is_a_view_of_a_hidden_tensor_may_be_changed_in_place() -> None:
+    """instance_norm returns one; its bias-gradients were lost behind an in-place ReLU."""
+    plain, changed = network(inplace=False), network(inplace=True)
+    assert FullGrad().completeness_error(changed, IMAGES).max() < 1e-12
+    torch.testing.assert_close(FullGrad()(changed, IMAGES), FullGrad()(plain, IMAGES))
+
+
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
+def test_maps_of_low_precision_are_summed_in_float32(precision: torch.dtype) -> None:
+    """Pixels that tie would be removed in an order that the network did not choose."""
+    model, images = network(inplace=False).to(precision), torch.randn(1, 3, 8, 8).to(precision)
+    saliency = FullGrad()(model, images)
+    assert saliency.dtype == torch.float32
+    assert saliency.unique().numel() > 0.9 * saliency.numel()
+
+
+class Shaped(Saliency):
+    def map(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        return images[:, 0]
+
+
+def test_a_map_of_another_shape_is_refused() -> None:
+    with pytest.raises(UserError, match=r"Shaped: map returned \(2, 8, 8\), expected \(B, 1, H, W\) = \(2, 1, 8, 8\)"):
+        Shaped()(network(inplace=False), IMAGES)
+
+
+def test_settings_come_before_the_network() -> None:
+    with pytest.raises(UserError, match=r"takes settings by their names, and then the network: FullGrad\(\)\(model, images\)"):
+        FullGrad(network(inplace=False))  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("mask", [torch.ones(2, 3, 8, 8).bool(), torch.ones(2, 8, 8).bool(), torch.ones(2, 1, 8, 8)])
+def test_a_mask_has_one_truth_value_for_each_pixel(mask: Tensor) -> None:
+    with pytest.raises(UserError, match=r"give bool of shape \(2, 1, 8, 8\)"):
+        evaluate.remove(IMAGES, mask, 0.0)
+
+
+def test_images_of_another_precision_or_with_other_channels_are_refused() -> None:
+    model = network(inplace=False)
+    with pytest.raises(UserError, match=r"the images are torch.float32, the model's parameters torch.float64: give images.to"):
+        FullGrad()(model, IMAGES.float())
+    with pytest.raises(UserError, match="the images have 1 channels, the model takes 3"):
+        full_gradient(model, IMAGES[:, :1], 0)
