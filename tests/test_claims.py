@@ -26,12 +26,13 @@ pytestmark = pytest.mark.usefixtures("sample_records")
 
 FILE = ROOT / "conf" / "claims.yaml"
 RNG = np.random.default_rng(0)
+WRITTEN, LATER = "2026-12-01T12:00:00Z", "2026-12-01T12:00:01+00:00"
 
 
 def comparison(differences: list[float] | None, **changes: Any) -> dict[str, Any]:
     found = estimate(differences, confidence=0.95, resamples=500) if differences else None
     numbers = asdict(found) if found else {"n": 0}
-    return {"label": "a > b", "in_scale": True, "left_out": "", "runs": [], **numbers, **changes}
+    return {"label": "a > b", "in_scale": True, "left_out": "", "known": False, "runs": [], **numbers, **changes}
 
 
 Stated = tuple[dict[str, Any], list[dict[str, Any]]]
@@ -45,7 +46,7 @@ def stated(*comparisons: dict[str, Any], name: str = "x", section: str = "§2.6"
     """Rows of a claim and of its comparisons."""
     texts = {"claim": "a is better than b", "because": "", "withheld": "", "withheld_in_part": "", "item": "table 2.1"}
     row = {"id": name, "section": section, "chapter": section[1:].partition(".")[0], "comparable": True, **texts}
-    row |= {"unit": "seeds", "post_hoc": False, **changes}
+    row |= {"unit": "seeds", **changes}
     return row, [{"id": name, **one} for one in comparisons]
 
 
@@ -70,6 +71,9 @@ UP, DOWN, UNSURE = [2.0, 2.2, 1.9, 2.1], [-2.0, -2.2, -1.9, -2.1], [2.0, -1.0, 1
         ([UP, UP], "holds"),
         ([DOWN], "contradicted"),
         ([UP, DOWN], "contradicted in 1 of 2 comparisons"),
+        ([DOWN, [-x for x in UNSURE]], "contradicted in 1 of 2 comparisons"),  # the second is against it, not significantly
+        ([[1.0], [0.0]], "direction only: mixed"),  # a tie is not in favour
+        ([[-1.0], [0.0]], "direction only: mixed"),
         ([DOWN, None], "contradicted in 1 of 2 comparisons"),
         ([UP, UNSURE], "undecided (n = 4)"),
         ([UP[:3], UNSURE], "undecided (n = 4)"),
@@ -77,7 +81,6 @@ UP, DOWN, UNSURE = [2.0, 2.2, 1.9, 2.1], [-2.0, -2.2, -1.9, -2.1], [2.0, -1.0, 1
         ([UP, None], "direction only: for, 1 of 2 run"),
         ([[-3.0], [-1.0]], "direction only: against"),
         ([[3.0], [-1.0]], "direction only: mixed"),
-        ([[3.0], [0.0]], "direction only: for"),
         ([[float("inf"), 1.0], UP], "direction only: for"),
         ([None, None], "not run"),
     ],
@@ -148,12 +151,40 @@ def test_a_withheld_claim_is_not_judged_and_not_in_holms_family() -> None:
     assert "Withheld: The networks are not" in claims.to_markdown(judged, "cpu")
 
 
-def test_a_claim_that_was_added_when_its_numbers_were_known_is_not_tested() -> None:
-    judged = judge(
-        claim([2.0, 1.0, 3.0, 0.9], name="a"), claim(UP, name="b", post_hoc=True), claim(DOWN, name="c", post_hoc=True)
-    )
+def test_a_claim_that_was_written_when_a_comparison_was_known_is_not_tested() -> None:
+    some = stated(comparison(UP), comparison(UP, known=True), name="b")
+    judged = judge(claim([2.0, 1.0, 3.0, 0.9], name="a"), some, stated(comparison(DOWN, known=True), name="c"))
     assert judged.claims["words"].tolist() == ["holds", "direction only: for, post hoc", "direction only: against, post hoc"]
     assert judged.claims["p_holm"].isna().tolist() == [False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("ended", "own", "is_known"),
+    [
+        (("11:00:00+00:00", "11:59:59+00:00"), None, True),
+        (("11:00:00+00:00", "12:00:00+00:00"), None, False),  # the last run ended when the claim was there
+        (("11:00:00+00:00", "11:59:59+00:00"), "2026-12-01T11:30:00Z", False),  # the claim's own time, not that of the file
+        (("12:30:00+01:00", "11:00:00+00:00"), None, True),  # 11:30 UTC
+    ],
+)
+def test_a_comparison_is_known_if_all_its_runs_had_ended(
+    ended: tuple[str, str], own: str | None, is_known: bool, tmp_path: Path
+) -> None:
+    for method, moment in zip(("ce_a", "a"), ended, strict=True):
+        words = ["experiment=jacobian_distill", "scale=quick", f"method={method}", "data.per_class=1", "seed=0"]
+        record(tmp_path, words, {"test/accuracy": 5.0}, ended=f"2026-12-01T{moment}")
+    rows = ["CE + match activations (A)", "Match activations (A) only"]
+    spec = {"id": "x", "section": "§2.6", "claim": "", "item": "table 2.1", "greater": rows, "at": ["1", "5"]}
+    found = read(tmp_path, [spec | ({"written": own} if own else {})])
+    assert found.comparisons["known"].tolist() == [is_known, False]  # the second has not run
+    assert only(found).post_hoc == is_known
+    assert ("(run before the claim was written)" in claims.to_markdown(found, "quick")) == is_known
+
+
+def test_the_time_of_a_claim_has_a_zone(tmp_path: Path) -> None:
+    spec = {"id": "x", "section": "§2.6", "claim": "", "item": "table 2.1", "greater": ["a", "b"], "written": "2026-12-01"}
+    with pytest.raises(UserError, match="written='2026-12-01' should name a time zone, as 2026-12-31T23:59:59Z does"):
+        read(tmp_path, [spec])
 
 
 def test_family_wise_error_rate() -> None:
@@ -179,7 +210,7 @@ def test_the_thesis_bears_out_its_own_words(spec: dict[str, Any]) -> None:
     cells = grid(spec)
     found = pairs(spec, cells)
     assert found
-    assert spec["section"].startswith(("§", "other, §"))
+    assert spec["section"].startswith(("§", "other, §", "other, table "))
     for pair in found:
         gap = pair.gap.constant + sum(sign * cells.thesis(cell) for sign, cell in pair.gap.cells)
         if math.isnan(gap):
@@ -227,16 +258,14 @@ def test_misspelt_names_are_errors_that_name_the_nearest(mistake: str, tmp_path:
 
 def read(folder: Path, found: list[dict[str, Any]], scale: str = "quick") -> Judged:
     file = folder / "claims.yaml"
-    file.write_text(yaml.safe_dump({"confidence": 0.95, "resamples": 500, "claims": found}))
+    file.write_text(yaml.safe_dump({"confidence": 0.95, "resamples": 500, "written": WRITTEN, "claims": found}))
     return claims.read(file, scale, at(folder, fake_plan))
 
 
 def record(folder: Path, words: list[str], metrics: dict[str, Any], **facts: Any) -> None:
     config = fake_plan(words).config
-    write_record(
-        folder / "runs" / config["name"] / f"{run_id(config)}.json",
-        {"id": run_id(config), "status": "finished", "metrics": metrics, "config": {"task": {"draws": 10}}, **facts},
-    )
+    known = {"id": run_id(config), "status": "finished", "config": {"task": {"draws": 10}}, "precision": "32", "ended": LATER}
+    write_record(folder / "runs" / config["name"] / f"{run_id(config)}.json", {**known, "metrics": metrics, **facts})
 
 
 def test_from_records_to_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -347,15 +376,17 @@ def test_images_of_one_model_are_a_sample_of_their_own(digest: str, suffix: str,
     assert over_seeds.comparisons["noise"].tolist() == pytest.approx([2**0.5 * 0.4 / 20])
 
 
-@pytest.mark.parametrize(
-    ("digest", "suffix"), [("a", ""), ("b", " (1 of 2 seeds: with different trainings of one upstream run)")]
-)
-def test_pairs_over_two_trainings_of_a_teacher_say_so(digest: str, suffix: str, tmp_path: Path) -> None:
+UNLIKE = " (1 of 2 seeds: different trainings of one upstream run; 1 of 2 seeds: different precisions)"
+
+
+@pytest.mark.parametrize(("digest", "suffix"), [("a", ""), ("b", UNLIKE)])
+def test_pairs_of_unlike_runs_say_so(digest: str, suffix: str, tmp_path: Path) -> None:
     for seed, method in itertools.product((0, 1), ("ce_a", "a")):
         words = ["experiment=jacobian_distill", "scale=cpu", f"method={method}", "data.per_class=1", f"seed={seed}"]
         used = digest if (method, seed) == ("a", 1) else "a"
         made = {"teacher": {"id": "t", "experiment": "teacher", "weights_sha256": used}}
-        record(tmp_path, words, {"test/accuracy": 5.0 + seed}, upstream=made)
+        precision = "bf16" if (digest, method, seed) == ("b", "ce_a", 0) else "32"
+        record(tmp_path, words, {"test/accuracy": 5.0 + seed}, upstream=made, precision=precision)
     rows = ["CE + match activations (A)", "Match activations (A) only"]
     spec = {"id": "x", "section": "§2.6", "claim": "", "item": "table 2.1", "greater": rows, "at": ["1"]}
     found = read(tmp_path, [spec], "cpu")

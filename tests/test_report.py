@@ -106,9 +106,10 @@ def picture(results: Path, scale: str) -> np.ndarray:
 def judged(sources: Sequence[Run], claim: str = "A beats CE.") -> claims.Judged:
     """One claim that holds, with one comparison."""
     numbers = {"n": 2, "mean": 3.5, "low": 1.0, "high": 6.0, "p_for": 0.02, "p_against": 0.98, "thesis": 5.04}
-    comparison = {"id": "2.1-a", "label": "A minus CE, 1", "in_scale": True, "left_out": "", "runs": list(sources), **numbers}
+    comparison = {"id": "2.1-a", "label": "A minus CE, 1", "in_scale": True, "left_out": "", "known": False}
+    comparison |= {"runs": list(sources), **numbers}
     texts = {"claim": claim, "because": "", "withheld": "", "withheld_in_part": "", "section": "§2.6.1", "chapter": "2"}
-    facts = {"item": "table 2.1", "unit": "seeds", "post_hoc": False, "comparable": True}
+    facts = {"item": "table 2.1", "unit": "seeds", "comparable": True}
     row = pd.DataFrame([{"id": "2.1-a", **texts, **facts}]).set_index("id")
     comparisons = pd.DataFrame([comparison], columns=claims.COLUMNS).astype(dict.fromkeys(claims.NUMBERS, float))
     return claims.judge(claims.Judged(row, comparisons, 0.95))

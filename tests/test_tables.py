@@ -187,11 +187,14 @@ def test_a_caption_counts_the_uses_of_each_file_of_a_teacher_that_ran_more_than_
     assert provenance.origin_of([unpacked]).sentences[0].endswith("from commit none (clean).")
     second["remade"] = {"test/accuracy": 63.8612}  # as older records have it
     sentences, details, *_ = provenance.origin_of(records)
-    assert sentences[1:] == ["The teacher (run aa) ran 2 times; used are file 01234567 by 2 runs, file 98765432 by 1 run."]
+    files = "file 01234567 by 2 runs, file 98765432 (test/accuracy 63.8612) by 1 run"
+    origin = "its record, which is of the first training, does not name the file"
+    assert sentences[1:] == [f"The teacher (run aa) ran 2 times; used are {files}; {origin}."]
     assert details == ["File 01234567 of run aa: run0, run1.", "File 98765432 of run aa: run2."]
     # All runs may use the second file, while the teacher's record describes the first one.
     (sentence,) = provenance.origin_of(records[2:]).sentences[1:]
-    assert sentence == "The teacher (run aa) ran again after its record was written; used are file 98765432 by 1 run."
+    second = "file 98765432 (test/accuracy 63.8612) by 1 run"
+    assert sentence == f"The teacher (run aa) ran again after its record was written; used are {second}; {origin}."
 
 
 def test_a_table_says_where_the_models_that_it_looks_at_were_trained(tmp_path: Path) -> None:

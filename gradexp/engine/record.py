@@ -31,9 +31,16 @@ HARDWARE = ("paths", "trainer", "logger", "launcher", "gradients", "objective")
 RECORD_LIMIT = 64 * 1024  # bytes; longer curves go to a compressed file beside the record
 SEAL = '\n  "record_sha256": "'  # where a record's text has the digest of the rest
 
+
+def _moment(text: str) -> str:
+    if datetime.fromisoformat(text).tzinfo is None:
+        raise ValueError("should name a time zone, as 2026-12-31T23:59:59Z does")
+    return text
+
+
 Metric = float | None | list[float | None]  # null where a number is not finite
 RunId = Annotated[str, StringConstraints(pattern="^[0-9a-f]{12}$")]
-Moment = Annotated[str, AfterValidator(lambda text: datetime.fromisoformat(text) and text)]
+Moment = Annotated[str, AfterValidator(_moment)]
 Config = dict[str, Any]
 Clock = Literal["wall", "cpu"]
 
@@ -113,6 +120,7 @@ class Used(TypedDict):
     id: RunId
     experiment: NotRequired[FileName]
     data: NotRequired[Images]  # records before 2026-11-29 lack it
+    remade: NotRequired[dict[str, float]]  # metrics of a later training; records until 2026-11-25 have it
 
 
 @lenient

@@ -12,6 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, NotRequired, cast
 
@@ -24,7 +25,7 @@ from gradexp.base.errors import UserError
 from gradexp.base.ranges import Count
 from gradexp.base.texts import read_yaml
 from gradexp.base.typed import check, strict
-from gradexp.engine.record import used_digests
+from gradexp.engine.record import Moment, Record, used_digests
 from gradexp.engine.run import Run
 from gradexp.report import specs
 from gradexp.report.comparisons import ClaimSpec, Grid, Pair, Part, Scale, pairs
@@ -36,7 +37,7 @@ from gradexp.report.writing import csv, rendered, write_beside
 OTHER = "other"  # the chapter of second readings of a claim, and of substitutes for one
 VERDICTS = ("holds", "contradicted", "undecided", "direction only", "withheld", "not part of this scale", "not run")
 NUMBERS = ["thesis", "noise", *(each.name for each in fields(Estimate) if each.name != "n")]
-COLUMNS = ["id", "label", "in_scale", "left_out", "runs", "seeds", "n", *NUMBERS]  # of Judged.comparisons
+COLUMNS = ["id", "label", "in_scale", "left_out", "known", "runs", "seeds", "n", *NUMBERS]  # of Judged.comparisons
 
 
 @strict
@@ -52,6 +53,7 @@ class Untested(TypedDict):
 class ClaimsFile(TypedDict):
     confidence: Annotated[float, Gt(0), Lt(1)]
     resamples: Count
+    written: NotRequired[Moment]  # of claims that name no other time
     claims: list[dict[str, Any]]  # ClaimSpecs, of which `load` checks each
     findings: NotRequired[dict[str, dict[Scale, list[str]]]]  # what a chapter's evidence says, by chapter and scale
     untested: NotRequired[list[Untested]]
@@ -87,10 +89,11 @@ class Judged:
     """Claims with their verdicts, and the comparisons behind them.
 
     claims, one row each, indexed by id: section, chapter (or OTHER), claim, item, unit (of the sample: `seeds`, or the `images`
-    of one model), because, withheld (why this scale's numbers are not judged), withheld_in_part, post_hoc, comparable (with the
-    thesis's numbers); and what `judge` adds. comparisons, one row each: id, label, in_scale, left_out (why it is not counted:
-    `fitted`, its cells took part in choosing a setting; `withheld`; or ""), thesis (the difference of the thesis's numbers),
-    noise (standard error inside the runs), runs, seeds (planned), and the fields of Estimate (n=0: not run).
+    of one model), because, withheld (why this scale's numbers are not judged), withheld_in_part, comparable (with the thesis's
+    numbers); and what `judge` adds. comparisons, one row each: id, label, in_scale, left_out (why it is not counted:
+    `fitted`, its cells took part in choosing a setting; `withheld`; or ""), known (all its runs had ended when the claim was
+    written), thesis (the difference of the thesis's numbers), noise (standard error inside the runs), runs, seeds (planned),
+    and the fields of Estimate (n=0: not run).
     """
 
     claims: pd.DataFrame
@@ -118,8 +121,7 @@ def read(file: Path, scale: str, plan: Planner) -> Judged:
         texts["withheld"] = reason if isinstance(reason, str) else ""
         row = {key: " ".join(text.split()) for key, text in texts.items()}
         row |= {"id": spec["id"], "section": spec["section"], "chapter": _chapter(spec), "item": spec["item"]}
-        facts = {"unit": spec.get("unit", "seeds"), "post_hoc": spec.get("post_hoc", False), "comparable": grid.comparable}
-        claims.append({**row, **facts})
+        claims.append({**row, "unit": spec.get("unit", "seeds"), "comparable": grid.comparable})
     numbers = pd.DataFrame(comparisons, columns=COLUMNS).astype(dict.fromkeys(NUMBERS, float))
     by_scale: Mapping[str, Mapping[Any, list[str]]] = content.get("findings", {})
     findings = {chapter: texts[scale] for chapter, texts in by_scale.items() if scale in texts}
@@ -154,12 +156,20 @@ def _comparisons(spec: ClaimSpec, grid: Grid, content: ClaimsFile) -> list[dict[
         if not pair.gap.cells:
             raise UserError(f"{pair.label}: two numbers are compared; name a cell")
         printed = sum(sign * grid.thesis(cell) for sign, cell in pair.gap.cells)
-        row = {"id": spec["id"], "label": pair.label, "thesis": pair.gap.constant + printed}
+        row: dict[str, Any] = {"id": spec["id"], "label": pair.label, "thesis": pair.gap.constant + printed}
         row |= {"left_out": next((why for entry, why in left_out.items() if pair.matches(entry)), "")}
-        row |= {"in_scale": False, "runs": [], "seeds": 0, "n": 0}
-        is_counted = grid.scale in spec.get("scales", [grid.scale])
-        rows.append(row | (_compare(pair, grid, spec.get("unit", "seeds"), content) if is_counted else {}))
+        row |= {"in_scale": False, "known": False, "runs": [], "seeds": 0, "n": 0}
+        if grid.scale in spec.get("scales", [grid.scale]):
+            row |= _compare(pair, grid, spec.get("unit", "seeds"), content)
+            row["known"] = _known(row["runs"], spec.get("written", content.get("written")))
+        rows.append(row)
     return rows
+
+
+def _known(runs: Iterable[Run], written: str | None) -> bool:
+    """Whether all of a comparison's finished runs, of which there is at least one, had ended when the claim was written."""
+    ended = [datetime.fromisoformat(record["ended"]) for run in runs if (record := run.record())]
+    return written is not None and bool(ended) and max(ended) < datetime.fromisoformat(written)
 
 
 def _compare(pair: Pair, grid: Grid, unit: str, content: ClaimsFile) -> dict[str, Any]:
@@ -176,8 +186,11 @@ def _compare(pair: Pair, grid: Grid, unit: str, content: ClaimsFile) -> dict[str
     if not len(numbers):
         return row
     if unit == "seeds":
-        if apart := sum(_stand_apart([each.get(seed) for each in grids]) for seed in numbers.index):
-            row["label"] = f"{pair.label} ({apart} of {len(numbers)} seeds: with different trainings of one upstream run)"
+        compared = [[run.record() for each in grids if (run := each.get(seed))] for seed in numbers.index]
+        unlike = {"different trainings of one upstream run": _stand_apart, "different precisions": _differ_in_precision}
+        counts = {what: sum(map(differ, compared)) for what, differ in unlike.items()}
+        if notes := [f"{count} of {len(numbers)} seeds: {what}" for what, count in counts.items() if count]:
+            row["label"] = f"{pair.label} ({'; '.join(notes)})"
         found = estimate(gaps.tolist(), confidence=content["confidence"], resamples=content["resamples"])
         return {**row, **asdict(found)}
     mean = float(gaps.mean())
@@ -189,24 +202,28 @@ def _compare(pair: Pair, grid: Grid, unit: str, content: ClaimsFile) -> dict[str
     return {**row, **asdict(estimate_over_images(mean, noise, n, content["confidence"]))}
 
 
-def _stand_apart(runs: Iterable[Run | None]) -> bool:
+def _stand_apart(records: Iterable[Record | None]) -> bool:
     """Whether runs that are compared used different files of one upstream run, which was then trained more than once."""
     used: dict[str, set[str]] = {}
-    for run in runs:
-        if run and (record := run.record()):
-            for below in record.get("upstream", {}).values():
-                used.setdefault(str(below["id"]), set()).update(used_digests({"": below}).values())
+    for record in filter(None, records):
+        for below in record.get("upstream", {}).values():
+            used.setdefault(str(below["id"]), set()).update(used_digests({"": below}).values())
     return any(len(digests) > 1 for digests in used.values())
+
+
+def _differ_in_precision(records: Iterable[Record | None]) -> bool:
+    return len({record["precision"] for record in filter(None, records)}) > 1
 
 
 def judge(found: Judged) -> Judged:
     """Add the verdicts; Holm's correction is over the claims of a chapter that are tested, not withheld and not post hoc.
 
-    All comparisons of a claim must hold: once all are tested, the largest p-value supports it (an intersection-union test).
-    One that fails is enough, so the smallest, times the number planned, opposes it. Columns: comparisons, fitted and held_back
-    (the numbers of those left out), planned (of this scale that count), run, agreeing, opposing, n (the smallest sample), seeds
-    (planned), p_for, p_against (one-sided), p (two-sided), p_holm, verdict, and words (the verdict with its direction, extent,
-    sample or restriction to one model).
+    A claim is post hoc if one of its comparisons was known when it was written. All comparisons of a claim must hold: once
+    all are tested, the largest p-value supports it (an intersection-union test). One that fails is enough, so the smallest,
+    times the number planned, opposes it. Columns: comparisons, fitted and held_back (the numbers of those left out), planned
+    (of this scale that count), run, agreeing, opposing, n (the smallest sample), seeds (planned), post_hoc, refuting (how
+    many are significantly against it, without Holm's correction), p_for, p_against (one-sided), p (two-sided), p_holm,
+    verdict, and words (the verdict with its direction, extent, sample or restriction to one model).
     """
     in_scale = found.comparisons[found.comparisons["in_scale"]]
     counted = in_scale[in_scale["left_out"] == ""]
@@ -226,9 +243,12 @@ def judge(found: Judged) -> Judged:
         "weakest": counted.sort_values("p_for").groupby("id")["n"].last(),  # sample of the comparison with the largest p-value
     }
     claims = found.claims.join(pd.DataFrame(counts)).fillna(dict.fromkeys(counts, 0)).astype(dict.fromkeys(counts, int))
+    claims["post_hoc"] = claims.index.isin(done["known"].any().loc[lambda known: known].index)
     complete, level = (claims["tested"] == claims["planned"]) & ~claims["post_hoc"], 1 - found.confidence
     claims["p_for"] = done["p_for"].max().reindex(claims.index).where(complete, 1.0)
     claims["p_against"] = (claims["planned"] * done["p_against"].min().reindex(claims.index)).clip(upper=1)
+    single = (2 * counted["p_against"] * counted["id"].map(claims["planned"]) < level).groupby(counted["id"]).sum()
+    claims["refuting"] = single.reindex(claims.index).fillna(0).astype(int)
     claims["p"] = (2 * claims[["p_for", "p_against"]].min(axis=1)).clip(upper=1)
     family = claims[(claims["tested"] > 0) & (claims["withheld"] == "") & ~claims["post_hoc"]]
     claims["p_holm"] = family.groupby("chapter")["p"].transform(lambda p: holm(p.tolist())).reindex(claims.index)
@@ -254,12 +274,13 @@ def _words(row: Any) -> str:
         part = f" where tested ({row.planned} of {row.comparisons} comparisons)" if row.planned < row.comparisons else ""
         return f"holds{part}{model}"
     if row.verdict == "contradicted":
-        part = f" in {row.opposing} of {row.planned} comparisons" if row.planned > 1 else ""
+        part = f" in {row.refuting} of {row.planned} comparisons" if row.planned > 1 else ""
         return f"contradicted{part}{model}"
     if row.verdict == "direction only":
-        signs = {(True, True): "mixed", (True, False): "for", (False, True): "against", (False, False): "none"}
+        signs = {"for": row.agreeing == row.run, "against": row.opposing == row.run, "none": row.agreeing + row.opposing == 0}
+        sign = next((name for name, is_so in signs.items() if is_so), "mixed")
         run = f", {row.run} of {row.planned} run" if row.run < row.planned else ""
-        return f"direction only: {signs[row.agreeing > 0, row.opposing > 0]}{run}{', post hoc' if row.post_hoc else ''}"
+        return f"direction only: {sign}{run}{', post hoc' if row.post_hoc else ''}"
     return f"undecided (n = {row.weakest})" if row.verdict == "undecided" and not model else str(row.verdict)
 
 

@@ -16,7 +16,7 @@ from typing_extensions import TypedDict
 
 from gradexp.base.errors import UserError, nearest
 from gradexp.base.typed import check, strict
-from gradexp.engine.record import Record, metric_of
+from gradexp.engine.record import Moment, Record, metric_of
 from gradexp.engine.run import Run
 from gradexp.report import specs
 from gradexp.report.specs import Planner, Thesis, read_thesis, thesis_of
@@ -56,7 +56,7 @@ class ClaimSpec(Except):
     unit: NotRequired[Literal["seeds", "images"]]
     because: NotRequired[str]
     withheld: NotRequired[dict[Scale, str | Part]]
-    post_hoc: NotRequired[bool]
+    written: NotRequired[Moment]
     fitted: NotRequired[dict[Scale, list[list[str]]]]
 
 

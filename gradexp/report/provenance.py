@@ -172,15 +172,20 @@ def own_seconds(record: Record, known: Mapping[str, Record], clock: Clock) -> fl
 
 
 def _repeated(records: Sequence[Record], known: Mapping[str, Record]) -> Iterator[dict[str, Any]]:
-    """The upstream runs that ran more than once, or whose record describes another file: name, id, files ({digest: users})."""
+    """The upstream runs that ran more than once, or whose record describes another file.
+
+    Each as name, id, files ({digest: users}), recorded (the file that its record describes, "" where that is not known), remade
+    ({digest: metrics} of later trainings, which older records note).
+    """
     used: dict[tuple[str, str], dict[str, list[str]]] = {}
+    remade: dict[str, dict[str, Any]] = {}  # by run
     for record in records:
         upstream = record.get("upstream", {})
         for name, digest in used_digests(upstream).items():
             used.setdefault((name, upstream[name]["id"]), {}).setdefault(digest[:8], []).append(record["id"])
-    # Records until 2026-11-25 note a teacher that was trained again; today's hold its digest.
-    older = {run["id"] for record in records for run in record.get("upstream", {}).values() if "remade" in run}
+            if "remade" in upstream[name]:
+                remade.setdefault(upstream[name]["id"], {})[digest[:8]] = upstream[name]["remade"]
     for (name, number), files in used.items():
         recorded = known[number].get("product", {}).get("sha256", "")[:8] if number in known else ""
-        if len(files) > 1 or number in older or recorded not in ("", *files):
-            yield {"name": name, "id": number, "files": files}
+        if len(files) > 1 or number in remade or recorded not in ("", *files):
+            yield {"name": name, "id": number, "files": files, "recorded": recorded, "remade": remade.get(number, {})}
