@@ -697,7 +697,7 @@ def test_figure_5_5_has_the_three_energies_before_and_after(tmp_path: Path) -> N
     pictures = np.zeros((2, 3, 4, 4), dtype=np.uint8)
     figure, rows = fooling(spec, series_of(tmp_path, spec, metrics, images=pictures, mask=np.ones((4, 4)), **maps))
     assert len(figure.axes) == 2 * (1 + len(spec["columns"]))
-    assert figure.get_suptitle() == "test accuracy 61.0 % before, 60.0 % after"
+    assert figure.axes[0].get_title() == "accuracy 61.0→60.0 %\nmask 22.0 %"
     drawn, *others = (one["label"] for one in spec["series"])
     whose = [row["what"].partition(": ")[0] if row["what"].startswith(drawn) else drawn for row in rows]
     for i, label in enumerate([drawn, *others]):

@@ -120,6 +120,9 @@ def test_density_ratio_of_a_linear_logit_is_log_normal() -> None:
     found = density_ratio(Slope(slopes), [data], sigmas=[0.0, 0.5, 1.0], seed=0)
     size = slopes[0].norm().item()
     assert found["density_ratio"] == pytest.approx([math.exp((s * size) ** 2 / 2) for s in (0, 0.5, 1)], rel=0.05)
+    variances = (math.exp(2 * (s * size) ** 2) - math.exp((s * size) ** 2) for s in (0, 0.5))  # log-normal
+    ratios = [math.sqrt(variance) for variance in variances]
+    assert found["density_ratio/std"][:2] == pytest.approx(ratios, rel=0.1)
     assert found["density_ratio/log_std"] == pytest.approx([0, size / 2, size], rel=0.03)
     assert found["density_ratio/log"] == pytest.approx([0, 0, 0], abs=4 * size / count**0.5)
 

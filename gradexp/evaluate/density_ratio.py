@@ -13,7 +13,8 @@ from gradexp.data.loader import Batch
 def density_ratio(model: nn.Module, batches: Iterable[Batch], *, sigmas: Sequence[float], seed: int) -> dict[str, list[float]]:
     """Mean over images of p(x + η | y) / p(x | y) = exp(f_y(x + η) - f_y(x)), η ~ N(0, sigma² I), for each sigma.
 
-    `density_ratio/log`: mean of the logarithm; `density_ratio/log_std`: its standard deviation over images (N - 1).
+    `density_ratio/log`: mean of the logarithm; `density_ratio/std` and `density_ratio/log_std`: standard deviations over images
+    of the ratio and of its logarithm (N - 1).
     One direction is drawn per image and scaled by each sigma; `seed` gives the same ones for every model, which must be in
     eval mode. Raises UserError for a negative sigma.
     """
@@ -28,6 +29,7 @@ def density_ratio(model: nn.Module, batches: Iterable[Batch], *, sigmas: Sequenc
     return {
         "sigma": list(sigmas),
         "density_ratio": logs.exp().mean(1).tolist(),
+        "density_ratio/std": logs.exp().std(1).tolist(),
         "density_ratio/log": logs.mean(1).tolist(),
         "density_ratio/log_std": logs.std(1).tolist(),
     }

@@ -55,6 +55,8 @@ def samples(spec: FigureSpec, series: Sequence[Series]) -> tuple[Figure, list[Ro
 def fooling(spec: FigureSpec, series: Sequence[Series]) -> tuple[Figure, list[Row]]:
     """One image a row: the mask, and each gradient of `columns` in red over the image, with its mean energy in the mask.
 
+    Above the first column is the test accuracy before and after.
+
     spec: `columns`: [{label, array, metric}]; further `metrics` and `thesis`, {metric: number}, for the CSV file. Only the
     first series is drawn; the CSV file has the metrics of all.
     """
@@ -62,14 +64,14 @@ def fooling(spec: FigureSpec, series: Sequence[Series]) -> tuple[Figure, list[Ro
     arrays, images = one.arrays[0], one.arrays[0]["images"]
     columns: Any = spec["columns"]
     heads = {"mask": "energy/uniform"} | {column["label"]: column["metric"] for column in columns}
+    before, after = (one.metric(f"test/accuracy{when}")[0] for when in ("/before", ""))
     titles = [f"{label}\n{one.metric(metric)[0]:.1f} %" for label, metric in heads.items()]
+    titles[0] = f"accuracy {before:.1f}→{after:.1f} %\n{titles[0]}"
     figure, grid = _grid(len(images), len(heads), WIDTH / len(heads) * len(images) + 0.5, titles)
     for i, axes in enumerate(grid):
         maps = [arrays["mask"], *(arrays[column["array"]][i] for column in columns)]
         for panel, saliency in zip(axes, maps, strict=True):
             show(panel, red_over(images[i], saliency))
-    before, after = (one.metric(f"test/accuracy{when}")[0] for when in ("/before", ""))
-    figure.suptitle(f"test accuracy {before:.1f} % before, {after:.1f} % after", fontsize=8)
     printed: Any = spec.get("thesis", {})
     own = heads | {metric: metric for metric in spec["metrics"]}
     listed = [(one, label, metric, printed.get(metric, "")) for label, metric in own.items()]
