@@ -127,7 +127,7 @@ def test_a_figure_says_how_its_runs_depart_and_where_they_come_from(tmp_path: Pa
     caption = figures.caption(spec, "quick", figures.gather(spec, "quick", planner), planner)
     note, departed, seeds, origin = caption.sentences
     assert (note, seeds) == ("Of students.", "Seeds: 3.")
-    assert departed == "Scale quick departs from scale=paper in 11 settings, listed under Records."
+    assert departed == "Scale quick departs from scale=paper in 11 settings, which its .md file lists."
     listed = caption.details[0]
     assert listed.startswith("Departures from scale=paper: `") and listed.count("(paper: ") == 11
     assert "`data.per_class` 5 (paper: 50)" in listed and "`data.name` digits (paper: cifar100)" in listed
