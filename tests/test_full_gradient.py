@@ -94,6 +94,20 @@ def test_proposition_6_is_exact(name: str, fast: bool, separate: bool) -> None:
     assert not any(module._forward_hooks for module in model.modules())
 
 
+@pytest.mark.parametrize("name", ["vgg softplus", "torchvision resnet"])
+def test_full_gradients_of_a_log_probability_sum_up_to_its_linear_part(name: str, recwarn: pytest.WarningsRecorder) -> None:
+    """log p is not linear in the logits z: the sum is z_label - Σ p_k z_k, of the whole batch in one pass, with no warning."""
+    model, (images, labels) = randomised(NETS[name]()), data()
+    passes: list[int] = []
+    model.register_forward_pre_hook(lambda _, inputs: passes.append(len(inputs[0])))
+    full = gradients.full_gradient(model, images, labels, target="logprob")
+    assert passes == [3] and not recwarn.list
+    logits = model(images).detach()
+    expected = logits[torch.arange(3), labels] - (logits.softmax(1) * logits).sum(1)
+    torch.testing.assert_close(full.total(), expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(full.output, logits.log_softmax(1)[torch.arange(3), labels])
+
+
 @pytest.mark.parametrize("make", [vgg, resnet])
 def test_proposition_5_without_biases_the_input_gradient_is_all(make: Callable[[], nn.Module]) -> None:
     model = randomised(make())

@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gradexp import FullGrad, evaluate, full_gradient
+from gradexp import FullGrad, accelerate, evaluate, full_gradient
 from gradexp.base.errors import UserError
+from gradexp.evaluate.pixel_perturbation import PixelPerturbation
+from gradexp.saliency import SmoothFullGrad
 from gradexp.saliency.method import Saliency
 
 IMAGES = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -33,6 +35,13 @@ def test_maps_of_low_precision_are_summed_in_float32(precision: torch.dtype) -> 
     assert saliency.unique().numel() > 0.9 * saliency.numel()
 
 
+def test_a_mean_of_maps_of_low_precision_is_as_precise_as_one_map() -> None:
+    """Copies without noise: a sum of a hundred in bfloat16 is off by per cents."""
+    model, images = network(inplace=False).to(torch.bfloat16), IMAGES.to(torch.bfloat16)
+    one, mean = FullGrad()(model, images), SmoothFullGrad(samples=100, sigma=0.0)(model, images)
+    torch.testing.assert_close(mean, one, rtol=2e-3, atol=2e-3)
+
+
 class Shaped(Saliency):
     def map(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
         return images[:, 0]
@@ -46,6 +55,19 @@ def test_a_map_of_another_shape_is_refused() -> None:
 def test_settings_come_before_the_network() -> None:
     with pytest.raises(UserError, match=r"takes settings by their names, and then the network: FullGrad\(\)\(model, images\)"):
         FullGrad(network(inplace=False))  # type: ignore[misc]
+
+
+def test_a_misspelt_filling_is_refused_before_maps_are_computed() -> None:
+    wrong: Saliency = Shaped()  # which would fail
+    with pytest.raises(UserError, match=r"^fill=grey: it must be image_mean, imputed or a number$"):
+        evaluate.perturb_pixels(network(inplace=False), IMAGES, wrong, fill="grey")
+    with pytest.raises(UserError, match=r"^evaluate\.fill=grey: it must be black, image_mean, imputed or a number$"):
+        PixelPerturbation(fractions=[0.1], order="least", fill="black", readings={"a": {"fill": "grey"}})
+
+
+def test_activations_are_not_called_slow(caplog: pytest.LogCaptureFixture) -> None:
+    accelerate(nn.Sequential(nn.Conv2d(3, 4, 3), nn.LeakyReLU(), nn.Tanh(), nn.Dropout2d(), nn.Softmax(1)))
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("mask", [torch.ones(2, 3, 8, 8).bool(), torch.ones(2, 8, 8).bool(), torch.ones(2, 1, 8, 8)])

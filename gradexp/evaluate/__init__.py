@@ -23,6 +23,7 @@ WHERE = {
     "remove": "masking",
     "salient_mask": "masking",
 }
+__all__ = list(WHERE)
 
 
 def __getattr__(name: str) -> Any:

@@ -53,12 +53,22 @@ def salient_mask(
     return ORDERS[choose("order", order, *ORDERS)](salient_ranks(model, images, method, seed=seed), fraction)
 
 
+FILLS = ("image_mean", "imputed")  # words for `remove`; numbers and colours are the others
+
+
+def check_fill(name: str, fill: str | float | Tensor, *further: str) -> None:
+    """Raises UserError for a word that is neither one of `remove` nor of `further`."""
+    if isinstance(fill, str) and fill not in (*further, *FILLS):
+        raise UserError(f"{name}={fill}: it must be {', '.join((*further, *FILLS))} or a number")
+
+
 def remove(images: Tensor, mask: Tensor, replacement: str | float | Tensor) -> Tensor:
     """Images (B, C, H, W) whose pixels in `mask` (B, 1, H, W) are replaced.
 
     replacement: `image_mean` (each image's mean colour), `imputed` (see impute), a number, or a colour (C, 1, 1). Raises
     UserError for another word.
     """
+    check_fill("replacement", replacement)
     if mask.dtype != torch.bool or mask.shape != (len(images), 1, *images.shape[2:]):
         wanted = (len(images), 1, *images.shape[2:])
         raise UserError(
@@ -68,8 +78,6 @@ def remove(images: Tensor, mask: Tensor, replacement: str | float | Tensor) -> T
         return torch.where(mask, images.mean((2, 3), keepdim=True), images)
     if replacement == "imputed":
         return impute(images, mask)
-    if isinstance(replacement, str):
-        raise UserError(f"replacement={replacement}: it must be image_mean, imputed or a number")
     return torch.where(mask, torch.as_tensor(replacement, dtype=images.dtype, device=images.device), images)
 
 

@@ -36,6 +36,7 @@ def perturb_pixels(
     [0, 1].
     """
     choose("order", order, *masking.ORDERS)
+    masking.check_fill("fill", fill)
     ranks = masking.salient_ranks(model, images, method, seed=seed)
     with torch.no_grad(), evaluating(model):
         before, top = model(images).max(1)
@@ -99,6 +100,7 @@ class PixelPerturbation:
             self.readings[f"{name}/"] = Reading(**{"order": order, "fill": fill, **changed})
         for reading in self.readings.values():
             choose("evaluate.order", reading.order, *masking.ORDERS)
+            masking.check_fill("evaluate.fill", reading.fill, "black")
 
     def __call__(self, model: nn.Module, method: Saliency, batch: Batch, *, black: Tensor, seed: int) -> dict[str, Tensor]:
         """{`output_change@removed=FRACTION`: (B,)}, and `output_change_area` with an area; computed in eval mode.

@@ -36,7 +36,8 @@ class FullGradient:
     images (B, C, H, W), output (B,), input: input-gradient (B, C, H, W). biases: {operation: bias-gradient f^b, that is bias
     times gradient}, gradients: {operation: the gradient alone}, both (B, ...). nonlinear: operations that are no convolution,
     linear layer or batch normalisation. layouts: {operation: that of its output, as letters for the dimensions}, of maps and
-    tokens. grids: sizes (h, w) of the network's maps.
+    tokens. grids: sizes (h, w) of the network's maps. linear: Σ_k z_k ∂output/∂z_k over the logits z, to which everything sums
+    up; None where it is the output, which is a logit. (B,).
     """
 
     images: Tensor
@@ -47,6 +48,7 @@ class FullGradient:
     nonlinear: frozenset[str] = frozenset()
     layouts: Mapping[str, str] = field(default_factory=dict)
     grids: frozenset[tuple[int, ...]] = frozenset()
+    linear: Tensor | None = None
 
     def total(self) -> Tensor:
         """Input term plus all bias terms: the output (Eq. 3.1). (B,)."""
@@ -78,10 +80,15 @@ class FullGradient:
         return total
 
     def inexact(self) -> Tensor:
-        """Whether `total` misses the output by more than rounding explains; (B,) bool."""
-        magnitude = torch.stack([values.abs() for values in (*self._sums, self.output)]).sum(0)
-        difference = (self.total() - self.output).abs()
-        return self.output.isfinite() & ~(difference <= magnitude * torch.finfo(self.output.dtype).eps ** 0.5)
+        """Whether `total` misses what it should be by more than rounding explains; (B,) bool."""
+        magnitude = torch.stack([values.abs() for values in (*self._sums, self.expected)]).sum(0)
+        difference = (self.total() - self.expected).abs()
+        return self.expected.isfinite() & ~(difference <= magnitude * torch.finfo(self.expected.dtype).eps ** 0.5)
+
+    @property
+    def expected(self) -> Tensor:
+        """What `total` is but for rounding: the output, or its `linear` part. (B,)."""
+        return self.output if self.linear is None else self.linear
 
     @cached_property
     def _sums(self) -> list[Tensor]:
@@ -99,10 +106,11 @@ def full_gradient(
 ) -> FullGradient:
     """Input-gradient and bias-gradients of all operations of `model`, in eval mode, in one backward pass (§3.4).
 
-    Any network of torch functions: the biases are those of `gradexp.gradients.operations`. An operation is named by its module,
-    and by its function where the module has several; the second call of a module is `name:2`. A batch normalisation and the
-    layer in front of it share one bias, under the name of the normalisation; `separate` keeps both. The sum over everything
-    is the output, exactly, for `target="label"` and `"top"`, which ignores `labels`. images (B, C, H, W), labels (B,) or one
+    Any network of torch functions: the biases are those of `gradexp.gradients.operations`. An operation is named by its
+    module, and by its function where the module has several; the second call of a module is `name:2`. A batch normalisation
+    and the layer in front of it share one bias, under the name of the normalisation; `separate` keeps both. The sum over
+    everything is the output, exactly, for `target="label"` and `"top"`, which ignores `labels`; for `"logprob"`, which is not
+    linear in the logits z, it is z_label - Σ_k p_k z_k with the probabilities p. images (B, C, H, W), labels (B,) or one
     class for all, the classes that are explained. differentiable: with the graph for a further backward pass. Works under
     `no_grad`, `inference_mode` and autocast.
 
@@ -132,8 +140,8 @@ def full_gradient(
     if full.inexact().any():
         largest = sorted(full.biases, key=lambda name: -float(_sum(full.biases[name]).abs().max()))[:3]
         warnings.warn(
-            f"the full-gradients of {type(model).__name__} sum up to {full.total().tolist()} and not to the output, "
-            f"{full.output.tolist()}, in {full.output.dtype}; the largest terms are those of {', '.join(largest)}",
+            f"the full-gradients of {type(model).__name__} sum up to {full.total().tolist()} and not to "
+            f"{full.expected.tolist()}, in {full.output.dtype}; the largest terms are those of {', '.join(largest)}",
             stacklevel=2,
         )
     return full
@@ -192,8 +200,16 @@ def _decomposed(
     output = scalar(logits, labels, target)
     nonlinear = frozenset(operation.name for operation in operations if operation.kind == "other")
     layouts = {operation.name: operation.layout for operation in operations if operation.layout}
-    full = FullGradient(images, output, at_input, biases, gradients, nonlinear, layouts, frozenset(met.grids))
+    linear = _linear_part(logits, labels, target) if target == "logprob" else None
+    full = FullGradient(images, output, at_input, biases, gradients, nonlinear, layouts, frozenset(met.grids), linear)
     return full if differentiable else _constant(full)
+
+
+def _linear_part(logits: Tensor, labels: Tensor, target: str) -> Tensor:
+    """Σ_k z_k ∂s/∂z_k of the scalar s that is explained, over the logits z. (B, K) -> (B,)."""
+    logits = logits.detach().requires_grad_()
+    (slopes,) = torch.autograd.grad(scalar(logits, labels, target).sum(), logits)
+    return (slopes * logits.detach()).sum(1)
 
 
 def _check_independent(model: nn.Module, images: Tensor, labels: Tensor, target: str, alone: FullGradient) -> None:
@@ -227,6 +243,7 @@ def _joined(images: Tensor, parts: Sequence[FullGradient]) -> FullGradient:
         nonlinear=frozenset[str]().union(*(part.nonlinear for part in parts)),
         layouts={name: layout for name, layout in layouts.items() if gradients[name].ndim == len(layout)},
         grids=parts[0].grids,
+        linear=None if parts[0].linear is None else torch.cat([part.linear for part in parts if part.linear is not None]),
     )
 
 

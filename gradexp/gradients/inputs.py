@@ -76,6 +76,8 @@ def gradient_of_values(values: Tensor, images: Tensor, *, differentiable: bool) 
 def input_gradient(model: nn.Module, images: Tensor, labels: Tensor | int, *, target: str = "label") -> Tensor:
     """Input-gradient of `model` in its present mode, as a constant.
 
+    A model in train mode uses batch statistics and updates its running ones, as in any forward pass.
+
     images (B, C, H, W), labels (B,) or one class for all -> (B, C, H, W), or (B, K, C, H, W) for `target="all"`. target: of
     which output, `label` (logit of `labels`), `top` (largest logit), `logprob` (log-probability of `labels`) or `all` logits.
     Works under `no_grad` and `inference_mode`. Raises UserError for images that are no tensor of floating point, labels that

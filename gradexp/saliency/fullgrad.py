@@ -108,5 +108,6 @@ class SmoothFullGrad(FullGrad):
         for _ in range(self.samples):
             copies = images + noise * torch.randn_like(images)
             for name, maps in super().terms(model, copies, labels).items():
+                maps = gradients.precise(maps)
                 sums[name] = sums[name] + maps if name in sums else maps
         return {name: maps / self.samples for name, maps in sums.items()}
