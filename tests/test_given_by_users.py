@@ -1,14 +1,20 @@
 """What users hand to the library: networks with in-place operations, masks, maps of their own, images of another kind."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from gradexp import FullGrad, accelerate, evaluate, full_gradient
 from gradexp.base.errors import UserError
+from gradexp.data.digits import Digits
+from gradexp.data.sources import Split
 from gradexp.evaluate.pixel_perturbation import PixelPerturbation
 from gradexp.saliency import SmoothFullGrad
 from gradexp.saliency.method import Saliency
+from gradexp.training.optim import Optim
 
 IMAGES = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
@@ -40,6 +46,29 @@ def test_a_mean_of_maps_of_low_precision_is_as_precise_as_one_map() -> None:
     model, images = network(inplace=False).to(torch.bfloat16), IMAGES.to(torch.bfloat16)
     one, mean = FullGrad()(model, images), SmoothFullGrad(samples=100, sigma=0.0)(model, images)
     torch.testing.assert_close(mean, one, rtol=2e-3, atol=2e-3)
+
+
+class Careless(torch.optim.SGD):
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        super().step()
+
+
+def test_an_optimizer_calls_its_closure() -> None:
+    settings = {"batch_size": 1, "schedule": lambda progress: 1.0, "passes": 1, "steps": None}
+    with pytest.raises(UserError, match=r"optim.optimizer: Careless\.step does not call its closure, which computes the"):
+        Optim(optimizer=lambda parameters: Careless(parameters, lr=0.1), **settings)  # type: ignore[arg-type]
+
+
+class Untested(Digits):
+    def splits(self) -> dict[str, Split]:
+        return {"train": super().splits()["train"]}
+
+
+def test_a_data_set_has_both_splits(tmp_path: Path) -> None:
+    sizes: Any = {"classes": 10, "channels": 3, "size": 32, "crop": 0, "seed": 0, "root": tmp_path, "cache": tmp_path}
+    data = Untested(name="digits", per_class=1, flip=False, normalise="none", validation=None, **sizes)
+    with pytest.raises(UserError, match=r"data=digits: its splits\(\) have train, and no test; add it"):
+        data.test_loader(batch_size=1, device="cpu")
 
 
 class Shaped(Saliency):

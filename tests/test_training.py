@@ -215,7 +215,9 @@ def test_a_training_whose_means_are_read_late_is_interrupted(
     assert told(ensure(again)) == told(record)
 
 
-def test_losing_the_evaluation_loses_no_training(places: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_losing_the_evaluation_loses_no_training(
+    places: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Interrupted after the last step, at any checkpoint: the next attempt ends with the undisturbed numbers."""
     undisturbed = ensure(run([f"{place}/0" for place in places]))
     again = [f"{place}/1" for place in places]
@@ -230,6 +232,7 @@ def test_losing_the_evaluation_loses_no_training(places: list[str], monkeypatch:
     (checkpoint,) = Path(run(again).folder).glob("last.ckpt")
     assert torch.load(checkpoint, weights_only=True)["global_step"] == 5
     resumed = ensure(run(again))
+    assert f"resumes after step 5, from {checkpoint}" in capsys.readouterr().out
     assert resumed["metrics"] == undisturbed["metrics"]
     assert not checkpoint.exists()
 

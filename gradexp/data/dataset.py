@@ -100,6 +100,8 @@ class ImageData:
         return test, np.arange(len(test.labels))
 
     def _kept(self, name: str) -> Any:
+        if name not in self._whole:
+            raise UserError(f"data={self.name}: its splits() have {', '.join(self._whole) or 'nothing'}, and no {name}; add it")
         split = self._whole[name]
         return split if self.only_classes is None else split.only(self.only_classes)
 

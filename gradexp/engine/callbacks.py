@@ -123,6 +123,12 @@ class Checkpointer(lightning.Callback):
         total = {clock: self.earlier[clock] + seconds for clock, seconds in spent.items()}
         return {**total, "run": self.run, "attempts": [*self.attempts, self.origin]}
 
+    def on_load_checkpoint(
+        self, trainer: lightning.Trainer, module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if trainer.is_global_zero:
+            print(f"resumes after step {checkpoint['global_step']}, from {self.path}", flush=True)
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.earlier = {clock: state[clock] for clock in clocks.CLOCKS}
         self.attempts = [origin for origin in state.get("attempts", []) if origin != self.origin]

@@ -43,18 +43,8 @@ FAST: dict[type[nn.Module], type[nn.Module]] = {
 # Stock layers whose double backward is first-order work already.
 PLAIN = (
     *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.Hardtanh, nn.Hardswish, nn.SiLU, nn.GELU, nn.Mish),
-    *(
-        nn.Sigmoid,
-        nn.Tanh,
-        nn.LogSigmoid,
-        nn.Softmax,
-        nn.LogSoftmax,
-        nn.Linear,
-        nn.LayerNorm,
-        nn.AvgPool2d,
-        nn.AdaptiveAvgPool2d,
-    ),
-    *(nn.Dropout, nn.Dropout2d, nn.Identity, nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ZeroPad2d),
+    *(nn.Sigmoid, nn.Tanh, nn.LogSigmoid, nn.Softmax, nn.LogSoftmax, nn.Linear, nn.LayerNorm, nn.AvgPool2d),
+    *(nn.AdaptiveAvgPool2d, nn.Dropout, nn.Dropout2d, nn.Identity, nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.ZeroPad2d),
 )
 
 

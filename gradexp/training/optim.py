@@ -17,6 +17,16 @@ from gradexp.base.ranges import Count, Fraction, NonNegative
 Schedule = Callable[[float], float]
 
 
+class _Closure:
+    """A computation of the loss, which an optimizer's step may or may not call."""
+
+    called = False
+
+    def __call__(self) -> float:
+        self.called = True
+        return 0.0
+
+
 @dataclass(frozen=True)
 class Optim:
     """Length of a training in passes over the training subset or in steps, batch size, optimizer, learning-rate schedule.
@@ -36,11 +46,14 @@ class Optim:
         parameter.grad = torch.zeros(1)
         try:
             optimizer = self.optimizer([parameter])
-            closure = inspect.signature(optimizer.step).parameters.get("closure")
-            if closure is not None and closure.default is closure.empty:
+            required = inspect.signature(optimizer.step).parameters.get("closure")
+            if required is not None and required.default is required.empty:
                 raise ValueError(f"{type(optimizer).__name__} evaluates the loss several times a step; choose another one")
+            closure = _Closure()
             with suppress(AssertionError):  # capturable=true is for other devices
-                optimizer.step()
+                optimizer.step(closure)
+                if not closure.called:
+                    raise ValueError(f"{type(optimizer).__name__}.step does not call its closure, which computes the gradients")
         except (ValueError, RuntimeError) as error:  # SparseAdam refuses its gradients at the first step
             raise UserError(f"optim.optimizer: {error}") from None
 
