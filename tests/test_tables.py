@@ -337,9 +337,11 @@ def test_a_misspelt_key_of_a_table_is_an_error(wrong: str, right: str, tmp_path:
         ("like: 8\ncomparable: [papr]\n", "table 9: comparable has papr, which is no scale"),
         ("like: 8\nrows: [{label: a, thesis: null, overrides: [scale=cpu]}]\n", "table 9: scale=cpu is no override"),
         ("like: 8\ncolumns: [{label: a, thesis: null, overrides: [seed=1]}]\n", "table 9: seed=1 is no override"),
+        ("like: 8\nrows: [{label: a, thesis: CEE, overrides: []}]\n", "thesis: CEE: .* no such row of 2.1, did you mean CE"),
     ],
 )
 def test_a_table_that_is_no_table_is_an_error(text: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    report_specs.read_thesis()  # which is kept
     monkeypatch.setattr(report_specs, "ROOT", tmp_path)
     (tmp_path / "conf" / "table").mkdir(parents=True)
     (tmp_path / "conf" / "table" / "8.yaml").write_text((GOLDEN / "table.yaml").read_text())

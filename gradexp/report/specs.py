@@ -217,6 +217,7 @@ def load(kind: str, number: str) -> Spec:
     spec: Spec = check(KINDS[kind], {"number": number, **_content(kind, number, files)}, f"{kind} {number}")
     _check_labels(spec, f"{kind} {number}")
     _check_scales(spec, f"{kind} {number}")
+    _check_thesis(spec, f"{kind} {number}")
     return spec
 
 
@@ -260,6 +261,18 @@ def _check_labels(spec: Spec, where: str) -> None:
             shown = Counter((entry["label"], entry.get("panel")) for entry in listed if scale in entry.get("scales", [scale]))
             if twice := [label for (label, _), count in shown.items() if count > 1]:
                 raise UserError(f"{where}: two {name} have the label {twice[0]!r}; give each its own")
+
+
+def _check_thesis(spec: Spec, where: str) -> None:
+    """Raises UserError for a name that the thesis has no number under: a misspelt one would leave a cell without its number."""
+    listed: list[tuple[str, int, Any]] = [("row", 1, row) for row in rows(spec)]
+    listed += [("column", 2, column) for row in rows(spec) for column in columns(spec, row)]
+    for what, place, entry in listed:
+        if (name := entry.get("thesis")) is not None:
+            known = {key[place] for key in read_thesis() if key[0] == item_of(spec)}
+            if str(name) not in known:
+                said = f"results/thesis.csv has no such {what} of {item_of(spec)}{nearest(str(name), known)}"
+                raise UserError(f"{where}: thesis: {name}: {said}")
 
 
 @overload
