@@ -201,3 +201,26 @@ def test_no_more_threads_than_torch_has() -> None:
     environment = {**os.environ, "NUMBA_NUM_THREADS": "2"}  # as a command inherits it from one that had more
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     assert ended.stdout.split() == ["1", "1"]
+
+
+OTHERS = """
+import numba, numpy
+
+@numba.njit(parallel=True)
+def started(values):
+    for i in numba.prange(len(values)):
+        values[i] += 1
+    return values
+
+started(numpy.zeros(8))
+import torch
+torch.set_num_threads(numba.get_num_threads() + 1)
+from gradexp.layers import winograd
+x, w = torch.randn(2, 8, 8, 8), torch.randn(8, 8, 3, 3)
+torch.testing.assert_close(winograd.convolve(x, w), torch.conv2d(x, w, padding=1), rtol=1e-4, atol=1e-4)
+"""
+
+
+def test_a_program_may_use_numba_before() -> None:
+    """Numba refuses another number of threads once its own run; the loops then run on as many as it has."""
+    subprocess.run([sys.executable, "-c", OTHERS], check=True, cwd=ROOT, timeout=120)

@@ -1,5 +1,6 @@
 """What users hand to the library: networks with in-place operations, masks, maps of their own, images of another kind."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,45 @@ def test_an_output_that_is_a_view_of_a_hidden_tensor_may_be_changed_in_place() -
     plain, changed = network(inplace=False), network(inplace=True)
     assert FullGrad().completeness_error(changed, IMAGES).max() < 1e-12
     torch.testing.assert_close(FullGrad()(changed, IMAGES), FullGrad()(plain, IMAGES))
+
+
+class Moving(nn.Module):
+    """Two convolutions with biases; what is between them moves pixels."""
+
+    def __init__(self, move: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.move = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 5, 3, padding=1), move
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.second(self.move(self.first(images).relu())).relu().mean((2, 3))
+
+
+MOVES: dict[str, Callable[[Tensor], Tensor]] = {
+    "flipped": lambda maps: maps.flip(-1),
+    "rolled": lambda maps: maps.roll(3, 2),
+    "rolled and rolled on": lambda maps: torch.roll(maps.roll((3, -1), (2, 3)), dims=(2, 3), shifts=(3, -1)),
+    "column by column": lambda maps: maps.transpose(2, 3).flatten(2).unflatten(2, (8, 8)),
+}
+
+
+@pytest.mark.parametrize("name", MOVES)
+def test_terms_whose_pixels_were_moved_are_on_no_map(name: str) -> None:
+    """They would be drawn where the pixels are no longer."""
+    model = Moving(MOVES[name]).double().eval()
+    full, still = full_gradient(model, IMAGES, 0), full_gradient(Moving(lambda maps: maps).double().eval(), IMAGES, 0)
+    assert {"first", "second"} <= still.planes().keys()
+    assert "first" in full.planes() and "second" not in full.planes()
+    assert full.error().max() < 1e-12
+    torch.testing.assert_close(full.outside(), full.biases["second"].sum((1, 2, 3)))
+
+
+@pytest.mark.parametrize(
+    "move", [lambda maps: maps.roll((3, 1), (2, -1)).tanh().roll((7, 5), (3, 2)), lambda maps: maps.roll(8, 2)]
+)
+def test_pixels_that_were_rolled_back_are_in_their_places(move: Callable[[Tensor], Tensor]) -> None:
+    full = full_gradient(Moving(move).double().eval(), IMAGES, 0)
+    assert {"first", "second"} <= full.planes().keys() and "tanh" not in full.planes()
 
 
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])

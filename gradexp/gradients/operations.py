@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
 from inspect import unwrap
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -58,6 +59,7 @@ RESHAPING = {"reshape", "view", "view_as", "unflatten", "flatten"}
 # attention of 64 tokens is (B, heads, 64, 64), and so may be a map.
 MAP, TOKENS, FLAT = "bchw", "bnc", "bcn"
 PLANES = ("bhw", "bwh")  # without channels
+Shifts = frozenset[tuple[int, int]]  # (dimension, by how much it is rolled)
 MOVED = "-"  # pixels or tokens that are no longer where they were: flipped, rolled, picked, or column by column
 
 
@@ -108,6 +110,7 @@ class Operations(TorchFunctionMode):
         self._dependent = {id(images): images}  # what depends on the images; kept alive, so that no id is used twice
         self._layouts: dict[int, str] = {id(images): MAP}  # of those of them that are maps or tokens
         self._shapes = {images.shape: MAP}  # of maps, with the layout of the last one
+        self._rolled: dict[tuple[torch.Size, Shifts], str] = {}  # the layouts of what was rolled
         self._constant: set[int] = set()  # copies of tensors that did not depend on the images before a call wrote to them
         self._makers: dict[int, Operation] = {}  # by the id of the output
         self._calls: list[tuple[str, bool]] = []  # modules that are being called: name, whether it is a leaf
@@ -369,6 +372,8 @@ class Operations(TorchFunctionMode):
         """The layout of an output; None for one without pixels, such as a product of maps."""
         given = [operand for operand in call.operands if self.depends(operand)]
         known = [layout for each in given if (layout := self._layouts.get(id(each)))]
+        if call.name == "roll":
+            return self._layout_of_roll(output, call, known)
         if (known and set(known) == {MOVED}) or (known and call.name in MOVING) or (known and call.picks()):
             return MOVED
         given = [each for each in given if self._layouts.get(id(each)) != MOVED]
@@ -389,6 +394,19 @@ class Operations(TorchFunctionMode):
                     return None
                 return turned(layout, operand, output) if call.name in TURNING else layout
         return TOKENS if output.ndim == 3 and (not alike or call.name in (*TURNING, "linear")) else None
+
+    def _layout_of_roll(self, output: Tensor, call: Call, known: Sequence[str]) -> str | None:
+        """Rolled pixels are elsewhere until they are rolled back, as behind the attention of shifted windows."""
+        shifts = call.shifts(output)
+        if not known or shifts is None:
+            return MOVED if known else None
+        if not shifts:
+            return known[0]
+        back = frozenset((dim, -shift % output.shape[dim]) for dim, shift in shifts)
+        if known[0] == MOVED:
+            return self._rolled.get((output.shape, back), MOVED)
+        self._rolled[output.shape, shifts] = known[0]
+        return MOVED
 
     def _reduced(self, output: Tensor, given: Tensor, call: Call) -> str | None:
         """The layout of what is left of `given`, four dimensions, without one of them."""
@@ -479,6 +497,15 @@ class Call:
         """The same call of a function with an argument `inplace`, with a result of its own; None for other calls."""
         is_inplace = self.arguments.get("inplace")
         return replace(self, args=(), kwargs=self.arguments | {"inplace": False}) if is_inplace else None
+
+    def shifts(self, output: Tensor) -> Shifts | None:
+        """Of a `roll`, the dimensions that it shifts, and by how much; None where it rolls a tensor as if it were flat."""
+        given = (self.kwargs.get(name, value) for name, value in zip_longest(("input", "shifts", "dims"), self.args))
+        _, shifts, dims = ((each,) if isinstance(each, int) else each for each in given)
+        if not dims:
+            return None
+        moved = ((dim % output.ndim, shift % output.shape[dim]) for dim, shift in zip(dims, shifts, strict=True))
+        return frozenset((dim, shift) for dim, shift in moved if shift)
 
     def picks(self) -> bool:
         """Whether it takes pixels or tokens by a tensor of indices."""
