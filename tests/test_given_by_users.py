@@ -1,6 +1,7 @@
 """What users hand to the library: networks with in-place operations, masks, maps of their own, images of another kind."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,17 @@ def test_an_optimizer_calls_its_closure() -> None:
     settings = {"batch_size": 1, "schedule": lambda progress: 1.0, "passes": 1, "steps": None}
     with pytest.raises(UserError, match=r"optim.optimizer: Careless\.step does not call its closure, which computes the"):
         Optim(optimizer=lambda parameters: Careless(parameters, lr=0.1), **settings)  # type: ignore[arg-type]
+
+
+def test_a_schedule_of_null_is_a_constant_learning_rate() -> None:
+    weight = nn.Parameter(torch.ones(1))
+    optim = Optim(batch_size=1, optimizer=partial(torch.optim.SGD, lr=0.25), schedule=None, passes=1, steps=None)
+    optimizer, schedule = optim.build([weight], total_steps=3)
+    for _ in range(3):
+        weight.grad = torch.ones(1)
+        optimizer.step()
+        schedule.step()
+    assert weight.item() == 0.25
 
 
 class Untested(Digits):

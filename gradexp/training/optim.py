@@ -31,12 +31,12 @@ class _Closure:
 class Optim:
     """Length of a training in passes over the training subset or in steps, batch size, optimizer, learning-rate schedule.
 
-    optimizer: called with the parameters. schedule: progress in [0, 1) -> factor of the learning rate.
+    optimizer: called with the parameters. schedule: progress in [0, 1) -> factor of the learning rate; None: it is constant.
     """
 
     batch_size: Count
     optimizer: Callable[..., torch.optim.Optimizer]
-    schedule: Schedule
+    schedule: Schedule | None
     passes: Count | None
     steps: Count | None
 
@@ -68,7 +68,8 @@ class Optim:
     def build(self, parameters: Sequence[torch.nn.Parameter], total_steps: int) -> tuple[torch.optim.Optimizer, LambdaLR]:
         fused = {"fused": True} if "fused" in inspect.signature(self.optimizer).parameters else {}
         optimizer = self.optimizer(parameters, **fused)
-        return optimizer, LambdaLR(optimizer, lambda step: self.schedule(step / total_steps))
+        schedule = self.schedule or (lambda progress: 1.0)
+        return optimizer, LambdaLR(optimizer, lambda step: schedule(step / total_steps))
 
 
 def steps_down(progress: float, *, at: Sequence[Fraction], factor: NonNegative) -> float:
