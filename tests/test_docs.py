@@ -9,6 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from commands import run_python
+from test_findings import difference
 
 from gradexp.engine.compose import plan
 from gradexp.engine.run import ROOT
@@ -179,6 +180,9 @@ def test_headline_numbers_of_the_readme_are_those_of_the_records() -> None:
     assert here("Squared error") == "{:+.1f}, {:+.1f}: contradicted".format(*(losses[0] - soft for soft in losses[1:]))
     noisy = [mean("table 2.2", f"λ = {weight}", "0.4", "test/accuracy@noise=0.4") for weight in ("0", "0.01", "0.1", "1.0")]
     assert here("Accuracy at noise") == "{:.1f}, {:.1f}, {:.1f}, {:.1f} %: mixed".format(*noisy)
+    none, *gained = ("No regularisation", "Dropout (p = 0.5)", "Bias weight decay (0.1)", "Bias-gradient (100)")
+    regularised = [difference("4.3-late", f"{row} > {none}, 50").mean for row in gained]
+    assert here("Gain from dropout") == "{:.1f}, {:.1f}, {:.1f}: too few seeds to decide".format(*regularised)
     assert here("Gain from Jacobians of attention") == f"{gain('table 2.3', '10'):.1f} (inside CIFAR-100): undecided"
     flips = [mean("table 3.1", "Δ log-odds", method) for method in ("FullGrad (no abs)", "IntegratedGrad")]
     assert here("Digit flipping") == "{:.1f} ({:.1f})".format(*flips)

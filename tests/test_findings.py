@@ -18,6 +18,7 @@ FILE = ROOT / "conf" / "claims.yaml"
 TEST = "test accuracy (%)"
 A, A_J, CE_A, CE_A_J = "Match activations (A) only", "Match {A + J}", "CE + match activations (A)", "CE + match {A + J}"
 ACTIVATIONS, GRADIENTS, FULL = "Match Activations", "Match i-gradients (iG)", "Match Fullgrad (FG)"
+NONE = "No regularisation"
 PLAIN, ANTI, NORM, SCORE = "Baseline ResNet", "+ Anti-Score-Matching", "+ Gradient Norm-regularization", "+ Score-Matching"
 
 
@@ -43,7 +44,8 @@ def gains(item: str, row: str, over: str, *columns: str, cell: Callable[..., flo
 def difference(claim: str, label: str) -> Any:
     """The comparison of a claim whose label begins so."""
     comparisons = read(FILE, "cpu", plan).comparisons
-    (found,) = comparisons[(comparisons["id"] == claim) & comparisons["label"].str.startswith(label)].itertuples()
+    there = (comparisons["id"] == claim) & comparisons["in_scale"]
+    (found,) = comparisons[there & comparisons["label"].str.startswith(label)].itertuples()
     return found
 
 
@@ -99,6 +101,13 @@ def chapter_4() -> Stated:
     yield "add {:.1f} points beside input-gradients and attention ({:.1f} in the thesis)", biases
     squares = [f"{what}squares, before the ReLU, squared" for what in ("FG, and ", "iG, and ")]
     yield "({:.1f} % against {:.1f})", [ours("table 4.1-readings-attention", row, TEST) for row in squares]
+    none, dropout, decay, penalty = NONE, "Dropout (p = 0.5)", "Bias weight decay (0.1)", "Bias-gradient (100)"
+    regularised = [difference("4.3-late", f"{row} > {none}, 50") for row in (dropout, decay, penalty)]
+    yield "dropout adds {:.1f} points and weight decay of biases {:.1f}", [each.mean for each in regularised[:2]]
+    yield "({:.1f} and {:.1f}), but two seeds", [each.thesis for each in regularised[:2]]
+    yield "the thesis's best ({:.1f}), adds {:.1f} with its constant", [regularised[2].thesis, regularised[2].mean]
+    averaged = "effective bias, one draw per position, mean"
+    yield "gives {:.1f} %, against {:.1f} without", [ours("table 4.3-readings", row, "50") for row in (averaged, "none")]
 
 
 def chapter_5() -> Stated:

@@ -100,9 +100,11 @@ class ImageData:
         return test, np.arange(len(test.labels))
 
     def _kept(self, name: str) -> Any:
-        if name not in self._whole:
-            raise UserError(f"data={self.name}: its splits() have {', '.join(self._whole) or 'nothing'}, and no {name}; add it")
-        split = self._whole[name]
+        try:
+            split = self._whole[name]
+        except KeyError:
+            known = ", ".join(self._whole) or "nothing"
+            raise UserError(f"data={self.name}: its splits() have {known}, and no {name}; add it") from None
         return split if self.only_classes is None else split.only(self.only_classes)
 
     @property
