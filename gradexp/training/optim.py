@@ -51,7 +51,7 @@ class Optim:
                 raise ValueError(f"{type(optimizer).__name__} evaluates the loss several times a step; choose another one")
             closure = _Closure()
             with suppress(AssertionError):  # capturable=true is for other devices
-                optimizer.step(closure)
+                optimizer.step(closure=closure)
                 if not closure.called:
                     raise ValueError(f"{type(optimizer).__name__}.step does not call its closure, which computes the gradients")
         except (ValueError, RuntimeError) as error:  # SparseAdam refuses its gradients at the first step
