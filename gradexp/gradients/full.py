@@ -51,12 +51,12 @@ class FullGradient:
     linear: Tensor | None = None
 
     def total(self) -> Tensor:
-        """Input term plus all bias terms: the output (Eq. 3.1). (B,)."""
+        """Input term plus all bias terms: the output (Eq. 3.1), or its `linear` part. (B,)."""
         return torch.stack(self._sums).sum(0)
 
     def error(self) -> Tensor:
-        """How far `total` is from the output, relative to it. (B,)."""
-        return self.relative(self.total() - self.output).abs()
+        """How far `total` is from what it should be, relative to the output. (B,)."""
+        return self.relative(self.total() - self.expected).abs()
 
     def relative(self, values: Tensor) -> Tensor:
         """`values` divided by the output; where that is 0, 0 for a value of 0, and infinite for others. (B,) -> (B,)."""
