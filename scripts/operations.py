@@ -26,6 +26,7 @@ from gradexp.data.loader import Batch
 from gradexp.engine.assemble import make_model, make_optim, make_terms
 from gradexp.engine.build import build
 from gradexp.engine.run import ROOT, Config
+from gradexp.engine.task import task_of
 from gradexp.evaluate.model_randomisation import layers_from_output
 from gradexp.training.targets import live_targets
 
@@ -269,5 +270,5 @@ def _unit(config: Config) -> Unit:
 
 def unit_of(config: Config) -> Operations:
     """Operations of one unit of the run's work; none for tasks that look at a few images."""
-    count = UNITS.get(config["task"]["_target_"].rpartition(".")[2])
+    count = UNITS.get(type(task_of(config)).__name__)
     return count(config) if count else Operations((), 1.0)

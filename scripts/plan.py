@@ -87,7 +87,8 @@ def count(configs: Iterable[Config], history: costs.History, hardware: Hardware)
     units = operations.counts(unknown | gauge)
     is_gpu = hardware.kind == "gpu"
     computed = {name: unit.gpu_seconds if is_gpu else unit.flops / CORE_FLOPS for name, unit in units.items()}
-    ratios = [history.samples[name][-1].rate / computed[name] for name in gauge] if here or not is_gpu else []
+    counted = [name for name in gauge if computed[name]] if here or not is_gpu else []
+    ratios = [history.samples[name][-1].rate / computed[name] for name in counted]
     factor = statistics.median(ratios) if ratios else 1.0
     for name in unknown:
         rate, unit = computed[name] * factor, units[name]

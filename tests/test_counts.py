@@ -1,13 +1,17 @@
 """Operation counts, and the estimates that the plan makes of them where nothing was measured."""
 
+import dataclasses
 import json
 from hashlib import sha256
 
 import operations
+import plan
 import pytest
 import torch
 from torch import nn
 
+from gradexp.engine import build
+from gradexp.engine.assemble import declare_hardware
 from gradexp.engine.compose import compose_run
 from gradexp.engine.task import task_of
 from gradexp.report import costs
@@ -39,6 +43,24 @@ def test_jacobians_double_the_operations_of_a_step(words: list[str]) -> None:
     else:
         teacher = operations.forward({**compose_run([*words, "scale=cpu"])}, "teacher").flops
         assert (other.flops - 2 * teacher) / plain.flops == pytest.approx(2, rel=0.1)
+
+
+def test_a_record_with_the_former_name_of_its_task_is_counted() -> None:
+    """The cost of a training with such a record corrects the counts of others."""
+    config = compose_run(["experiment=teacher", "model=vgg4", "scale=cpu"])
+    former = config | {"task": config["task"] | {"_target_": build.FORMER[config["task"]["_target_"]]}}
+    assert costs.signature(former) == costs.signature(config)
+    assert operations.unit_of(former).flops == operations.unit_of(config).flops > 0
+
+
+def test_a_count_of_zero_corrects_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    known, unknown = (compose_run(["experiment=teacher", f"model={name}", "scale=cpu"]) for name in ("vgg4", "vgg9"))
+    name, other = costs.signature(known), costs.signature(unknown)
+    history = History(samples={name: [Sample(name, 1.0, 5.0, 5.0, 1.0, 1.0, "")]}, configs={name: known}, device="")
+    unit = operations.Unit("", 1e9, 1e9, 1, 1.0, "32", 1e-3, 1)
+    monkeypatch.setattr(operations, "counts", lambda _: {name: dataclasses.replace(unit, flops=0.0), other: unit})
+    plan.count([unknown], history, declare_hardware(unknown))
+    assert history.counts[other].rate == 1e9 / plan.CORE_FLOPS
 
 
 def test_stored_counts_are_those_of_today() -> None:
