@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -50,6 +51,15 @@ MOVES: dict[str, Callable[[Tensor], Tensor]] = {
     "flipped": lambda maps: maps.flip(-1),
     "rolled": lambda maps: maps.roll(3, 2),
     "rolled and rolled on": lambda maps: torch.roll(maps.roll((3, -1), (2, 3)), dims=(2, 3), shifts=(3, -1)),
+    "rolled twice and back once": lambda maps: maps.roll(3, 2).roll(3, 2).roll(-3, 2),
+    "rolled twice at once and back once": lambda maps: maps.roll((1, 1), (2, 2)).roll(-1, 2),
+    "rolled both ways and back in one": lambda maps: maps.roll(3, 2).roll(2, 3).roll(-3, 2),
+    "rolled, flipped, rolled back": lambda maps: maps.roll(3, 2).flip(3).roll(-3, 2),
+    "rolled, column by column, rolled back": lambda maps: (
+        maps.roll(3, 2).transpose(2, 3).flatten(2).unflatten(2, (8, 8)).roll(-3, 2)
+    ),
+    "rolled and rolled back as windows": lambda maps: maps.roll(3, 2).unflatten(2, (2, 4)).roll(-3, 3).flatten(2, 3),
+    "rolled by two distances": lambda maps: maps.roll(3, 2) + maps.roll(2, 2),
     "column by column": lambda maps: maps.transpose(2, 3).flatten(2).unflatten(2, (8, 8)),
 }
 
@@ -65,12 +75,22 @@ def test_terms_whose_pixels_were_moved_are_on_no_map(name: str) -> None:
     torch.testing.assert_close(full.outside(), full.biases["second"].sum((1, 2, 3)))
 
 
-@pytest.mark.parametrize(
-    "move", [lambda maps: maps.roll((3, 1), (2, -1)).tanh().roll((7, 5), (3, 2)), lambda maps: maps.roll(8, 2)]
-)
-def test_pixels_that_were_rolled_back_are_in_their_places(move: Callable[[Tensor], Tensor]) -> None:
-    full = full_gradient(Moving(move).double().eval(), IMAGES, 0)
-    assert {"first", "second"} <= full.planes().keys() and "tanh" not in full.planes()
+PUT_BACK: dict[str, Callable[[Tensor], Tensor]] = {
+    "both ways at once": lambda maps: maps.roll((3, 1), (2, -1)).tanh().roll((7, 5), (3, 2)),
+    "both ways, one at a time": lambda maps: maps.roll((3, 1), (2, 3)).tanh().roll(-1, 3).roll(-3, 2),
+    "in two steps": lambda maps: maps.roll(np.int64(3), 2).tanh().roll(-1, 2).roll(-2, 2),
+    "as windows in between": lambda maps: maps.roll(3, 2).unflatten(2, (2, 4)).tanh().flatten(2, 3).roll(-3, 2),
+    "all the way round": lambda maps: maps.roll(8, 2),
+    "channels": lambda maps: maps.roll(1, 1),
+    "beside what stayed": lambda maps: maps.roll(1, 2) + maps,
+    "beside what stayed, in place": lambda maps: maps.roll(1, 2).add_(maps),
+}
+
+
+@pytest.mark.parametrize("name", PUT_BACK)
+def test_pixels_that_were_rolled_back_are_in_their_places(name: str) -> None:
+    full = full_gradient(Moving(PUT_BACK[name]).double().eval(), IMAGES, 0)
+    assert {"first", "second"} <= full.planes().keys() and "move" not in full.planes() and "tanh" not in full.planes()
 
 
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])

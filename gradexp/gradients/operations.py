@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
 from inspect import unwrap
 from itertools import zip_longest
-from typing import Any
+from operator import index
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -59,8 +60,9 @@ RESHAPING = {"reshape", "view", "view_as", "unflatten", "flatten"}
 # attention of 64 tokens is (B, heads, 64, 64), and so may be a map.
 MAP, TOKENS, FLAT = "bchw", "bnc", "bcn"
 PLANES = ("bhw", "bwh")  # without channels
-Shifts = frozenset[tuple[int, int]]  # (dimension, by how much it is rolled)
-MOVED = "-"  # pixels or tokens that are no longer where they were: flipped, rolled, picked, or column by column
+Shifts = frozenset[tuple[tuple[str, int], int]]  # of what is rolled: letter and size of a dimension, and by how much
+UNSHIFTED: Shifts = frozenset()
+MOVED = "-"  # pixels or tokens that are no longer where they were: flipped, picked, or column by column
 
 
 @dataclass(eq=False)
@@ -110,7 +112,7 @@ class Operations(TorchFunctionMode):
         self._dependent = {id(images): images}  # what depends on the images; kept alive, so that no id is used twice
         self._layouts: dict[int, str] = {id(images): MAP}  # of those of them that are maps or tokens
         self._shapes = {images.shape: MAP}  # of maps, with the layout of the last one
-        self._rolled: dict[tuple[torch.Size, Shifts], str] = {}  # the layouts of what was rolled
+        self._shifts: dict[int, Shifts] = {}  # of what depends on the images and is rolled
         self._constant: set[int] = set()  # copies of tensors that did not depend on the images before a call wrote to them
         self._makers: dict[int, Operation] = {}  # by the id of the output
         self._calls: list[tuple[str, bool]] = []  # modules that are being called: name, whether it is a leaf
@@ -233,6 +235,7 @@ class Operations(TorchFunctionMode):
         self._dependent[id(output)] = output
         if id(operand) in self._layouts:
             self._layouts[id(output)] = self._layouts[id(operand)]
+        self._shifts[id(output)] = self._shifts.get(id(operand), UNSHIFTED)
         if id(operand) in self._makers:
             self._makers[id(output)] = self._makers[id(operand)]
 
@@ -350,7 +353,8 @@ class Operations(TorchFunctionMode):
     def _record(self, output: Tensor, operation: Operation | None, call: Call, *, in_place: bool) -> None:
         if call.name in PLANAR and output.ndim == 4:
             self.grids.add(tuple(output.shape[-2:]))
-        if layout := self._layout(output, call):
+        layout, self._shifts[id(output)] = self._place(output, call)
+        if layout:
             self._layouts[id(output)] = layout
             if output.ndim == 4 and layout != MOVED:
                 self._shapes[output.shape] = layout
@@ -360,7 +364,7 @@ class Operations(TorchFunctionMode):
         if operation is None:
             return
         layout = self._layouts.get(id(base))
-        operation.layout = None if layout == MOVED else layout
+        operation.layout = None if layout == MOVED or self._shifts.get(id(base)) else layout
         operation.version = output._version
         self.all.append(operation)
         self._makers[id(output)] = operation
@@ -368,12 +372,37 @@ class Operations(TorchFunctionMode):
             operation.bias = _behind(operation.bias, output, base)
         self._hooks.append(base.register_hook(partial(_keep, operation)))  # type: ignore[no-untyped-call]
 
+    def _place(self, output: Tensor, call: Call) -> tuple[str | None, Shifts]:
+        """The layout that an output would have if nothing were rolled, and by how much it is.
+
+        Rolled pixels are elsewhere until they are rolled back, as behind the attention of shifted windows.
+        """
+        known = [each for each in call.operands if id(each) in self._layouts or self._shifts.get(id(each))]
+        found = {self._shifts.get(id(each), UNSHIFTED) for each in known if self._layouts.get(id(each)) != MOVED}
+        shifts = UNSHIFTED if UNSHIFTED in found or not found else found.pop()
+        if found - {shifts} and shifts:
+            return MOVED, UNSHIFTED
+        if call.name == "roll":
+            return self._rolled(call, shifts)
+        layout = self._layout(output, call)
+        return layout, UNSHIFTED if layout == MOVED else shifts
+
+    def _rolled(self, call: Call, shifts: Shifts) -> tuple[str | None, Shifts]:
+        """Layout and shifts behind a `roll` of a tensor with these shifts. No pixel moves if channels are rolled."""
+        given, moves = call.operands[0], call.moves()
+        layout = self._layouts.get(id(given), MOVED)
+        if layout == MOVED or moves is None:
+            return MOVED, UNSHIFTED
+        total = Counter(dict(shifts))
+        for dim, by in moves:
+            total[layout[dim], given.shape[dim]] += by
+        left = ((of, by % of[1]) for of, by in total.items() if of[0] != "c")
+        return layout, frozenset((of, by) for of, by in left if by)
+
     def _layout(self, output: Tensor, call: Call) -> str | None:
         """The layout of an output; None for one without pixels, such as a product of maps."""
         given = [operand for operand in call.operands if self.depends(operand)]
         known = [layout for each in given if (layout := self._layouts.get(id(each)))]
-        if call.name == "roll":
-            return self._layout_of_roll(output, call, known)
         if (known and set(known) == {MOVED}) or (known and call.name in MOVING) or (known and call.picks()):
             return MOVED
         given = [each for each in given if self._layouts.get(id(each)) != MOVED]
@@ -394,19 +423,6 @@ class Operations(TorchFunctionMode):
                     return None
                 return turned(layout, operand, output) if call.name in TURNING else layout
         return TOKENS if output.ndim == 3 and (not alike or call.name in (*TURNING, "linear")) else None
-
-    def _layout_of_roll(self, output: Tensor, call: Call, known: Sequence[str]) -> str | None:
-        """Rolled pixels are elsewhere until they are rolled back, as behind the attention of shifted windows."""
-        shifts = call.shifts(output)
-        if not known or shifts is None:
-            return MOVED if known else None
-        if not shifts:
-            return known[0]
-        back = frozenset((dim, -shift % output.shape[dim]) for dim, shift in shifts)
-        if known[0] == MOVED:
-            return self._rolled.get((output.shape, back), MOVED)
-        self._rolled[output.shape, shifts] = known[0]
-        return MOVED
 
     def _reduced(self, output: Tensor, given: Tensor, call: Call) -> str | None:
         """The layout of what is left of `given`, four dimensions, without one of them."""
@@ -498,14 +514,11 @@ class Call:
         is_inplace = self.arguments.get("inplace")
         return replace(self, args=(), kwargs=self.arguments | {"inplace": False}) if is_inplace else None
 
-    def shifts(self, output: Tensor) -> Shifts | None:
-        """Of a `roll`, the dimensions that it shifts, and by how much; None where it rolls a tensor as if it were flat."""
-        given = (self.kwargs.get(name, value) for name, value in zip_longest(("input", "shifts", "dims"), self.args))
-        _, shifts, dims = ((each,) if isinstance(each, int) else each for each in given)
-        if not dims:
-            return None
-        moved = ((dim % output.ndim, shift % output.shape[dim]) for dim, shift in zip(dims, shifts, strict=True))
-        return frozenset((dim, shift) for dim, shift in moved if shift)
+    def moves(self) -> list[tuple[int, int]] | None:
+        """Of a `roll`, (dimension, by how much it is rolled); None where it rolls a tensor as if it were flat."""
+        given = (self.kwargs.get(name, value) for name, value in zip_longest(("shifts", "dims"), self.args[1:]))
+        shifts, dims = ([index(each)] if isinstance(each, SupportsIndex) else list(each or ()) for each in given)
+        return list(zip(dims, shifts, strict=True)) if dims else None
 
     def picks(self) -> bool:
         """Whether it takes pixels or tokens by a tensor of indices."""
