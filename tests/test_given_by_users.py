@@ -114,10 +114,27 @@ class Careless(torch.optim.SGD):
         super().step()
 
 
-def test_an_optimizer_calls_its_closure() -> None:
-    settings = {"batch_size": 1, "schedule": lambda progress: 1.0, "passes": 1, "steps": None}
-    with pytest.raises(UserError, match=r"optim.optimizer: Careless\.step does not call its closure, which computes the"):
-        Optim(optimizer=lambda parameters: Careless(parameters, lr=0.1), **settings)  # type: ignore[arg-type]
+class Closed(torch.optim.SGD):
+    def step(self) -> None:  # type: ignore[override]
+        super().step()
+
+
+class Reading(torch.optim.SGD):
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        assert closure().item() == 0
+
+
+SETTINGS: Any = {"batch_size": 1, "schedule": lambda progress: 1.0, "passes": 1, "steps": None}
+
+
+@pytest.mark.parametrize(("kind", "what"), [(Careless, "does not call its closure"), (Closed, "takes no closure")])
+def test_an_optimizer_calls_its_closure(kind: type[torch.optim.SGD], what: str) -> None:
+    with pytest.raises(UserError, match=rf"optim.optimizer: {kind.__name__}\.step {what}, which computes the"):
+        Optim(optimizer=partial(kind, lr=0.1), **SETTINGS)
+
+
+def test_an_optimizer_may_read_the_loss() -> None:
+    Optim(optimizer=partial(Reading, lr=0.1), **SETTINGS)
 
 
 def test_a_schedule_of_null_is_a_constant_learning_rate() -> None:

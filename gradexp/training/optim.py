@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
@@ -22,9 +23,9 @@ class _Closure:
 
     called = False
 
-    def __call__(self) -> float:
+    def __call__(self) -> Any:
         self.called = True
-        return 0.0
+        return torch.zeros(())
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,10 @@ class Optim:
         parameter.grad = torch.zeros(1)
         try:
             optimizer = self.optimizer([parameter])
-            required = inspect.signature(optimizer.step).parameters.get("closure")
-            if required is not None and required.default is required.empty:
+            takes = inspect.signature(optimizer.step).parameters
+            if not takes:
+                raise ValueError(f"{type(optimizer).__name__}.step takes no closure, which computes the gradients")
+            if "closure" in takes and takes["closure"].default is inspect.Parameter.empty:
                 raise ValueError(f"{type(optimizer).__name__} evaluates the loss several times a step; choose another one")
             closure = _Closure()
             with suppress(AssertionError):  # capturable=true is for other devices
