@@ -32,7 +32,7 @@ WRITTEN, LATER = "2026-12-01T12:00:00Z", "2026-12-01T12:00:01+00:00"
 def comparison(differences: list[float] | None, **changes: Any) -> dict[str, Any]:
     found = estimate(differences, confidence=0.95, resamples=500) if differences else None
     numbers = asdict(found) if found else {"n": 0}
-    return {"label": "a > b", "in_scale": True, "left_out": "", "known": False, "runs": [], **numbers, **changes}
+    return {"label": "a > b", "in_scale": True, "left_out": "", "runs": [], **numbers, "fresh": numbers["n"], **changes}
 
 
 Stated = tuple[dict[str, Any], list[dict[str, Any]]]
@@ -152,33 +152,57 @@ def test_a_withheld_claim_is_not_judged_and_not_in_holms_family() -> None:
 
 
 def test_a_claim_that_was_written_when_a_comparison_was_known_is_not_tested() -> None:
-    some = stated(comparison(UP), comparison(UP, known=True), name="b")
-    judged = judge(claim([2.0, 1.0, 3.0, 0.9], name="a"), some, stated(comparison(DOWN, known=True), name="c"))
+    some = stated(comparison(UP), comparison(UP, fresh=0), name="b")
+    judged = judge(claim([2.0, 1.0, 3.0, 0.9], name="a"), some, stated(comparison(DOWN, fresh=0), name="c"))
     assert judged.claims["words"].tolist() == ["holds", "direction only: for, post hoc", "direction only: against, post hoc"]
     assert judged.claims["p_holm"].isna().tolist() == [False, True, True]
 
 
 @pytest.mark.parametrize(
-    ("ended", "own", "is_known"),
+    ("ended", "own", "known"),
     [
-        (("11:00:00+00:00", "11:59:59+00:00"), None, True),
-        (("11:00:00+00:00", "12:00:00+00:00"), None, False),  # the last run ended when the claim was there
-        (("11:00:00+00:00", "11:59:59+00:00"), "2026-12-01T11:30:00Z", False),  # the claim's own time, not that of the file
-        (("12:30:00+01:00", "11:00:00+00:00"), None, True),  # 11:30 UTC
+        (["11:00:00+00:00", "11:59:59+00:00"], None, 1),
+        (["11:00:00+00:00", "12:00:00+00:00"], None, 0),  # the last run ended when the claim was there
+        (["11:00:00+00:00", "11:59:59+00:00"], "2026-12-01T11:30:00Z", 0),  # the claim's own time, not that of the file
+        (["12:30:00+01:00", "11:00:00+00:00"], None, 1),  # 11:30 UTC
+        (["11:00:00+00:00", "11:59:59+00:00", "13:00:00+00:00", "13:00:00+00:00"], None, 1),  # one seed before, one behind
+        (["11:00:00+00:00", "11:59:59+00:00", "11:00:00+00:00", "13:00:00+00:00"], None, 1),
     ],
 )
-def test_a_comparison_is_known_if_all_its_runs_had_ended(
-    ended: tuple[str, str], own: str | None, is_known: bool, tmp_path: Path
+def test_a_seed_is_known_if_all_its_runs_had_ended(
+    ended: list[str], own: str | None, known: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for method, moment in zip(("ce_a", "a"), ended, strict=True):
-        words = ["experiment=jacobian_distill", "scale=quick", f"method={method}", "data.per_class=1", "seed=0"]
+    spec = specs.load("table", "2.1") | {"seeds": {"quick": [0, 1]}}
+    monkeypatch.setattr(specs, "load", lambda kind, number: spec)
+    for place, moment in enumerate(ended):
+        words = ["experiment=jacobian_distill", "scale=quick", f"method={('ce_a', 'a')[place % 2]}", "data.per_class=1"]
+        words += [f"seed={place // 2}"]
         record(tmp_path, words, {"test/accuracy": 5.0}, ended=f"2026-12-01T{moment}")
     rows = ["CE + match activations (A)", "Match activations (A) only"]
-    spec = {"id": "x", "section": "§2.6", "claim": "", "item": "table 2.1", "greater": rows, "at": ["1", "5"]}
-    found = read(tmp_path, [spec | ({"written": own} if own else {})])
-    assert found.comparisons["known"].tolist() == [is_known, False]  # the second has not run
-    assert only(found).post_hoc == is_known
-    assert ("(run before the claim was written)" in claims.to_markdown(found, "quick")) == is_known
+    stated = {"id": "x", "section": "§2.6", "claim": "", "item": "table 2.1", "greater": rows, "at": ["1", "5"]}
+    found = read(tmp_path, [stated | ({"written": own} if own else {})])
+    seeds = len(ended) // 2
+    assert found.comparisons["fresh"].tolist() == [seeds - known, 0]  # the second has not run
+    assert only(found).post_hoc == (known == seeds)
+    page = claims.to_markdown(found, "quick")
+    assert ("(run before the claim was written)" in page) == (known == seeds)
+    assert ("(1 of 2 seeds: known when the claim was written, not tested)" in page) == (0 < known < seeds)
+
+
+def test_known_seeds_are_in_the_mean_and_not_in_the_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = specs.load("table", "2.1") | {"seeds": {"quick": list(range(4))}}
+    monkeypatch.setattr(specs, "load", lambda kind, number: spec)
+    for seed, gap in enumerate([9.0, 1.0, 2.0, 1.5]):
+        for method, value in (("ce_a", 10.0 + gap), ("a", 10.0)):
+            words = ["experiment=jacobian_distill", "scale=quick", f"method={method}", "data.per_class=1", f"seed={seed}"]
+            moment = LATER if seed else "2026-12-01T11:00:00Z"
+            record(tmp_path, words, {"test/accuracy": value}, ended=moment)
+    rows = ["CE + match activations (A)", "Match activations (A) only"]
+    stated = {"id": "x", "section": "§2.6", "claim": "", "item": "table 2.1", "greater": rows, "at": ["1"]}
+    found = read(tmp_path, [stated])
+    row, alone = found.comparisons.iloc[0], estimate([1.0, 2.0, 1.5], confidence=0.95, resamples=500)
+    assert (row["mean"], row["n"], row["fresh"], row["p_for"]) == (3.375, 4, 3, pytest.approx(alone.p_for))
+    assert (only(found).n, only(found).verdict) == (3, "holds")
 
 
 def test_the_time_of_a_claim_has_a_zone(tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ def picture(results: Path, scale: str) -> np.ndarray:
 def judged(sources: Sequence[Run], claim: str = "A beats CE.") -> claims.Judged:
     """One claim that holds, with one comparison."""
     numbers = {"n": 2, "mean": 3.5, "low": 1.0, "high": 6.0, "p_for": 0.02, "p_against": 0.98, "thesis": 5.04}
-    comparison = {"id": "2.1-a", "label": "A minus CE, 1", "in_scale": True, "left_out": "", "known": False}
+    comparison = {"id": "2.1-a", "label": "A minus CE, 1", "in_scale": True, "left_out": "", "fresh": 2}
     comparison |= {"runs": list(sources), **numbers}
     texts = {"claim": claim, "because": "", "withheld": "", "withheld_in_part": "", "section": "§2.6.1", "chapter": "2"}
     facts = {"item": "table 2.1", "unit": "seeds", "comparable": True}

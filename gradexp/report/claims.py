@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NotRequired, cast
 
@@ -26,7 +27,6 @@ from gradexp.base.ranges import Count
 from gradexp.base.texts import read_yaml
 from gradexp.base.typed import check, strict
 from gradexp.engine.record import Moment, Record, used_digests
-from gradexp.engine.run import Run
 from gradexp.report import specs
 from gradexp.report.comparisons import ClaimSpec, Grid, Pair, Part, Scale, pairs
 from gradexp.report.inference import BOOTSTRAP_FROM, Estimate, estimate, estimate_over_images, holm
@@ -37,7 +37,7 @@ from gradexp.report.writing import csv, rendered, write_beside
 OTHER = "other"  # the chapter of second readings of a claim, and of substitutes for one
 VERDICTS = ("holds", "contradicted", "undecided", "direction only", "withheld", "not part of this scale", "not run")
 NUMBERS = ["thesis", "noise", *(each.name for each in fields(Estimate) if each.name != "n")]
-COLUMNS = ["id", "label", "in_scale", "left_out", "known", "runs", "seeds", "n", *NUMBERS]  # of Judged.comparisons
+COLUMNS = ["id", "label", "in_scale", "left_out", "runs", "seeds", "n", "fresh", *NUMBERS]  # of Judged.comparisons
 
 
 @strict
@@ -91,9 +91,9 @@ class Judged:
     claims, one row each, indexed by id: section, chapter (or OTHER), claim, item, unit (of the sample: `seeds`, or the `images`
     of one model), because, withheld (why this scale's numbers are not judged), withheld_in_part, comparable (with the thesis's
     numbers); and what `judge` adds. comparisons, one row each: id, label, in_scale, left_out (why it is not counted:
-    `fitted`, its cells took part in choosing a setting; `withheld`; or ""), known (all its runs had ended when the claim was
-    written), thesis (the difference of the thesis's numbers), noise (standard error inside the runs), runs, seeds (planned),
-    and the fields of Estimate (n=0: not run).
+    `fitted`, its cells took part in choosing a setting; `withheld`; or ""), thesis (the difference of the thesis's numbers),
+    noise (standard error inside the runs), runs, seeds (planned), fresh (how many of the n seeds or images were not known when
+    the claim was written) and the fields of Estimate (n=0: not run), whose p-values are those of the fresh ones.
     """
 
     claims: pd.DataFrame
@@ -158,22 +158,19 @@ def _comparisons(spec: ClaimSpec, grid: Grid, content: ClaimsFile) -> list[dict[
         printed = sum(sign * grid.thesis(cell) for sign, cell in pair.gap.cells)
         row: dict[str, Any] = {"id": spec["id"], "label": pair.label, "thesis": pair.gap.constant + printed}
         row |= {"left_out": next((why for entry, why in left_out.items() if pair.matches(entry)), "")}
-        row |= {"in_scale": False, "known": False, "runs": [], "seeds": 0, "n": 0}
+        row |= {"in_scale": False, "runs": [], "seeds": 0, "n": 0, "fresh": 0}
         if grid.scale in spec.get("scales", [grid.scale]):
-            row |= _compare(pair, grid, spec.get("unit", "seeds"), content)
-            row["known"] = _known(row["runs"], spec.get("written", content.get("written")))
+            row |= _compare(pair, grid, spec, content)
         rows.append(row)
     return rows
 
 
-def _known(runs: Iterable[Run], written: str | None) -> bool:
-    """Whether all of a comparison's finished runs, of which there is at least one, had ended when the claim was written."""
-    ended = [datetime.fromisoformat(record["ended"]) for run in runs if (record := run.record())]
-    return written is not None and bool(ended) and max(ended) < datetime.fromisoformat(written)
+def _compare(pair: Pair, grid: Grid, spec: ClaimSpec, content: ClaimsFile) -> dict[str, Any]:
+    """A comparison on the seeds whose runs are finished in all its cells.
 
-
-def _compare(pair: Pair, grid: Grid, unit: str, content: ClaimsFile) -> dict[str, Any]:
-    """A comparison on the seeds whose runs are finished in all its cells."""
+    It is tested on those of them of which at least one run had not ended when the claim was written.
+    """
+    written = spec.get("written", content.get("written"))
     times, cells = zip(*pair.gap.cells, strict=True)
     grids = [grid.runs(cell) for cell in cells]
     runs = [list(each.values()) for each in grids]
@@ -185,21 +182,32 @@ def _compare(pair: Pair, grid: Grid, unit: str, content: ClaimsFile) -> dict[str
     row = {"in_scale": all(runs), "noise": noise, "runs": unique, "seeds": min(map(len, runs))}
     if not len(numbers):
         return row
-    if unit == "seeds":
+    if spec.get("unit", "seeds") == "seeds":
         compared = [[run.record() for each in grids if (run := each.get(seed))] for seed in numbers.index]
+        fresh = [gap for gap, records in zip(gaps, compared, strict=True) if not _ended(records, written)]
         unlike = {"different trainings of one upstream run": _stand_apart, "different precisions": _differ_in_precision}
         counts = {what: sum(map(differ, compared)) for what, differ in unlike.items()}
+        counts["known when the claim was written, not tested"] = len(gaps) - len(fresh) if fresh else 0
         if notes := [f"{count} of {len(numbers)} seeds: {what}" for what, count in counts.items() if count]:
             row["label"] = f"{pair.label} ({'; '.join(notes)})"
-        found = estimate(gaps.tolist(), confidence=content["confidence"], resamples=content["resamples"])
-        return {**row, **asdict(found)}
+        of = partial(estimate, confidence=content["confidence"], resamples=content["resamples"])
+        tested = of(fresh) if fresh else Estimate(math.nan, 0)
+        found = replace(of(gaps.tolist()), p_for=tested.p_for, p_against=tested.p_against)
+        return {**row, **asdict(found), "fresh": len(fresh)}
     mean = float(gaps.mean())
     records = [record for run in unique if (record := run.record())]
     row["n"] = n = min(record.get("images", 1) for record in records)
+    row["fresh"] = 0 if _ended(records, written) else n
     models = {str(used_digests(record.get("upstream", {}))) for record in records}
     if len(models) > 1:  # how much these differ is not known
         return {**row, "mean": mean, "label": f"{pair.label} (the model was trained more than once)"}
     return {**row, **asdict(estimate_over_images(mean, noise, n, content["confidence"]))}
+
+
+def _ended(records: Iterable[Record | None], written: str | None) -> bool:
+    """Whether all runs had ended when the claim was written."""
+    ended = [datetime.fromisoformat(record["ended"]) for record in records if record]
+    return written is not None and max(ended) < datetime.fromisoformat(written)
 
 
 def _stand_apart(records: Iterable[Record | None]) -> bool:
@@ -218,17 +226,19 @@ def _differ_in_precision(records: Iterable[Record | None]) -> bool:
 def judge(found: Judged) -> Judged:
     """Add the verdicts; Holm's correction is over the claims of a chapter that are tested, not withheld and not post hoc.
 
-    A claim is post hoc if one of its comparisons was known when it was written. All comparisons of a claim must hold: once
-    all are tested, the largest p-value supports it (an intersection-union test). One that fails is enough, so the smallest,
+    A claim is post hoc if no seed of one of its comparisons is fresh. All comparisons of a claim must hold: once all are
+    tested, the largest p-value supports it (an intersection-union test). One that fails is enough, so the smallest,
     times the number planned, opposes it. Columns: comparisons, fitted and held_back (the numbers of those left out), planned
-    (of this scale that count), run, agreeing, opposing, n (the smallest sample), seeds (planned), post_hoc, refuting (how
-    many are significantly against it, without Holm's correction), p_for, p_against (one-sided), p (two-sided), p_holm,
-    verdict, and words (the verdict with its direction, extent, sample or restriction to one model).
+    (of this scale that count), run, agreeing, opposing, n (the smallest sample, of fresh ones if it is tested), seeds
+    (planned), post_hoc, refuting (how many are significantly against it, without Holm's correction), p_for, p_against
+    (one-sided), p (two-sided), p_holm, verdict, and words (the verdict with its direction, extent, sample or restriction to
+    one model).
     """
     in_scale = found.comparisons[found.comparisons["in_scale"]]
     counted = in_scale[in_scale["left_out"] == ""]
     signs = {"agrees": lambda frame: frame["mean"] > 0, "opposes": lambda frame: frame["mean"] < 0}  # neither: NaN
-    done = counted[counted["n"] > 0].assign(**signs).groupby("id")
+    sample = {"sample": lambda frame: frame["fresh"].where(frame["fresh"] > 1, frame["n"])}
+    done = counted[counted["n"] > 0].assign(**signs, **sample).groupby("id")
     counts = {
         "comparisons": found.comparisons.groupby("id").size(),
         "fitted": (in_scale["left_out"] == "fitted").groupby(in_scale["id"]).sum(),
@@ -237,13 +247,13 @@ def judge(found: Judged) -> Judged:
         "run": done.size(),
         "agreeing": done["agrees"].sum(),
         "opposing": done["opposes"].sum(),
-        "n": done["n"].min(),
+        "n": done["sample"].min(),
         "seeds": done["seeds"].min(),
         "tested": done["p_for"].count(),
-        "weakest": counted.sort_values("p_for").groupby("id")["n"].last(),  # sample of the comparison with the largest p-value
+        "weakest": counted.sort_values("p_for").groupby("id")["fresh"].last(),  # of the largest p-value
     }
     claims = found.claims.join(pd.DataFrame(counts)).fillna(dict.fromkeys(counts, 0)).astype(dict.fromkeys(counts, int))
-    claims["post_hoc"] = claims.index.isin(done["known"].any().loc[lambda known: known].index)
+    claims["post_hoc"] = claims.index.isin(done["fresh"].min().loc[lambda fresh: fresh == 0].index)
     complete, level = (claims["tested"] == claims["planned"]) & ~claims["post_hoc"], 1 - found.confidence
     claims["p_for"] = done["p_for"].max().reindex(claims.index).where(complete, 1.0)
     claims["p_against"] = (claims["planned"] * done["p_against"].min().reindex(claims.index)).clip(upper=1)
