@@ -176,6 +176,7 @@ def test_a_caption_lists_departures_from_the_paper() -> None:
 
 
 HERE = {"precision": "32", "device": "here", "git": {"commit": "c" * 40, "dirty": False}, "seconds": {"wall": 3600}}
+ALONE = {"wall": 3600, "upstream": 0}
 
 
 def test_a_caption_counts_the_uses_of_each_file_of_a_teacher_that_ran_more_than_once() -> None:
@@ -185,16 +186,22 @@ def test_a_caption_counts_the_uses_of_each_file_of_a_teacher_that_ran_more_than_
     assert same[:2] == (["Computed by 2 runs in 2.0 h, in precision 32 on here, from commit cccccccc (clean)."], [])
     unpacked = {**records[0], "git": {"commit": None, "dirty": False}}
     assert provenance.origin_of([unpacked]).sentences[0].endswith("from commit none (clean).")
+    records[2]["seconds"] = ALONE
     second["remade"] = {"test/accuracy": 63.8612}  # as older records have it
     sentences, details, *_ = provenance.origin_of(records)
     files = "file 01234567 by 2 runs, file 98765432 (test/accuracy 63.8612) by 1 run"
-    origin = "its record, which is of the first training, does not name the file"
-    assert sentences[1:] == [f"The teacher (run aa) ran 2 times; used are {files}; {origin}."]
+    assert sentences[1:] == [f"The teacher (run aa) ran more than once; used are {files}."]
     assert details == ["File 01234567 of run aa: run0, run1.", "File 98765432 of run aa: run2."]
     # All runs may use the second file, while the teacher's record describes the first one.
     (sentence,) = provenance.origin_of(records[2:]).sentences[1:]
-    second = "file 98765432 (test/accuracy 63.8612) by 1 run"
-    assert sentence == f"The teacher (run aa) ran again after its record was written; used are {second}; {origin}."
+    only = "file 98765432 (test/accuracy 63.8612) by 1 run"
+    assert sentence == f"The teacher (run aa) ran more than once; used are {only}."
+    origin = "its record, which is of the first training, does not name the file"
+    (sentence,) = provenance.origin_of(records[2:], [{"id": "aa", **HERE, "seconds": ALONE}]).sentences[1:]
+    assert sentence == f"The teacher (run aa) ran more than once; used are {only}; {origin}."
+    second["remade"] = {}  # nothing was measured
+    (sentence,) = provenance.origin_of(records[2:]).sentences[1:]
+    assert sentence == "The teacher (run aa) ran more than once; used are file 98765432 by 1 run."
 
 
 def test_a_table_says_where_the_models_that_it_looks_at_were_trained(tmp_path: Path) -> None:
@@ -338,6 +345,7 @@ def test_a_misspelt_key_of_a_table_is_an_error(wrong: str, right: str, tmp_path:
         ("like: 8\nrows: [{label: a, thesis: null, overrides: [scale=cpu]}]\n", "table 9: scale=cpu is no override"),
         ("like: 8\ncolumns: [{label: a, thesis: null, overrides: [seed=1]}]\n", "table 9: seed=1 is no override"),
         ("like: 8\nrows: [{label: a, thesis: CEE, overrides: []}]\n", "thesis: CEE: .* no such row of 2.1, did you mean CE"),
+        ('like: 8\ncolumns: [{label: a, thesis: "51", overrides: []}]\n', "thesis: 51: .* no such column of 2.1"),
     ],
 )
 def test_a_table_that_is_no_table_is_an_error(text: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

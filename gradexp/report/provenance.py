@@ -174,8 +174,8 @@ def own_seconds(record: Record, known: Mapping[str, Record], clock: Clock) -> fl
 def _repeated(records: Sequence[Record], known: Mapping[str, Record]) -> Iterator[dict[str, Any]]:
     """The upstream runs that ran more than once, or whose record describes another file.
 
-    Each as name, id, files ({digest: users}), recorded (the file that its record describes, "" where that is not known), remade
-    ({digest: metrics} of later trainings, which older records note).
+    Each as name, id, files ({digest: users}), known (whether there is a record of it), recorded (the file that this describes,
+    "" if it does not say) and remade ({digest: metrics} of later trainings, which older records note).
     """
     used: dict[tuple[str, str], dict[str, list[str]]] = {}
     remade: dict[str, dict[str, Any]] = {}  # by run
@@ -188,4 +188,5 @@ def _repeated(records: Sequence[Record], known: Mapping[str, Record]) -> Iterato
     for (name, number), files in used.items():
         recorded = known[number].get("product", {}).get("sha256", "")[:8] if number in known else ""
         if len(files) > 1 or number in remade or recorded not in ("", *files):
-            yield {"name": name, "id": number, "files": files, "recorded": recorded, "remade": remade.get(number, {})}
+            facts = {"known": number in known, "recorded": recorded, "remade": remade.get(number, {})}
+            yield {"name": name, "id": number, "files": files, **facts}
