@@ -105,6 +105,7 @@ def test_full_gradients_of_a_log_probability_sum_up_to_its_linear_part(name: str
     logits = model(images).detach()
     expected = logits[torch.arange(3), labels] - (logits.softmax(1) * logits).sum(1)
     torch.testing.assert_close(full.total(), expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(full.relative(full.total()), torch.ones_like(expected))
     assert full.error().max() < 1e-10
     torch.testing.assert_close(full.output, logits.log_softmax(1)[torch.arange(3), labels])
 

@@ -55,12 +55,12 @@ class FullGradient:
         return torch.stack(self._sums).sum(0)
 
     def error(self) -> Tensor:
-        """How far `total` is from what it should be, relative to the output. (B,)."""
+        """How far `total` is from what it should be, relative to that. (B,)."""
         return self.relative(self.total() - self.expected).abs()
 
     def relative(self, values: Tensor) -> Tensor:
-        """`values` divided by the output; where that is 0, 0 for a value of 0, and infinite for others. (B,) -> (B,)."""
-        return torch.where(values == 0, 0, values / self.output)
+        """`values` divided by what `total` should be. Where that is 0, 0 for a value of 0, and infinite for others. (B,)."""
+        return torch.where(values == 0, 0, values / self.expected)
 
     def planes(self, values: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Those of `values` (default: the bias-gradients) of maps and token grids, as (B, c, h, w)."""
@@ -70,7 +70,7 @@ class FullGradient:
         return {name: plane for name, plane in planes.items() if plane is not None}
 
     def outside(self) -> Tensor:
-        """The part of the output whose bias-gradients have no spatial location: those of linear layers, class tokens. (B,)."""
+        """The part of `total` whose bias-gradients have no spatial location: those of linear layers, class tokens. (B,)."""
         planes, total = self.planes(), torch.zeros_like(_sum(self.input))
         for name, values in self.biases.items():
             if name not in planes:
