@@ -186,14 +186,16 @@ def test_a_seed_is_known_if_all_its_runs_had_ended(
     assert only(found).post_hoc == (known == seeds)
     page = claims.to_markdown(found, "quick")
     assert ("(run before the claim was written)" in page) == (known == seeds)
-    assert ("(1 of 2 seeds: known when the claim was written, not tested)" in page) == (0 < known < seeds)
+    assert "left out)" not in page  # one seed alone is no sample
 
 
-def test_known_seeds_are_in_the_mean_and_not_in_the_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("known", [9.0, -100.0, None])
+def test_known_seeds_are_left_out(known: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A seed that diverged leaves no test."""
     spec = specs.load("table", "2.1") | {"seeds": {"quick": list(range(4))}}
     monkeypatch.setattr(specs, "load", lambda kind, number: spec)
-    for seed, gap in enumerate([9.0, 1.0, 2.0, 1.5]):
-        for method, value in (("ce_a", 10.0 + gap), ("a", 10.0)):
+    for seed, gap in enumerate([known, 1.0, 2.0, 1.5]):
+        for method, value in (("ce_a", gap and 10.0 + gap), ("a", 10.0)):
             words = ["experiment=jacobian_distill", "scale=quick", f"method={method}", "data.per_class=1", f"seed={seed}"]
             moment = LATER if seed else "2026-12-01T11:00:00Z"
             record(tmp_path, words, {"test/accuracy": value}, ended=moment)
@@ -201,8 +203,12 @@ def test_known_seeds_are_in_the_mean_and_not_in_the_test(tmp_path: Path, monkeyp
     stated = {"id": "x", "section": "§2.6", "claim": "", "item": "table 2.1", "greater": rows, "at": ["1"]}
     found = read(tmp_path, [stated])
     row, alone = found.comparisons.iloc[0], estimate([1.0, 2.0, 1.5], confidence=0.95, resamples=500)
-    assert (row["mean"], row["n"], row["fresh"], row["p_for"]) == (3.375, 4, 3, pytest.approx(alone.p_for))
-    assert (only(found).n, only(found).verdict) == (3, "holds")
+    if known is None:
+        assert (row["mean"], row["n"], only(found).verdict) == (-math.inf, 4, "direction only")
+        return
+    assert (row["mean"], row["n"], row["fresh"], row["p_for"]) == (1.5, 3, 3, pytest.approx(alone.p_for))
+    assert (only(found).n, only(found).agreeing, only(found).verdict) == (3, 1, "holds")
+    assert row["label"].endswith("(1 of 4 seeds: known when the claim was written, left out)")
 
 
 def test_the_time_of_a_claim_has_a_zone(tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NotRequired, cast
 
@@ -92,8 +91,8 @@ class Judged:
     of one model), because, withheld (why this scale's numbers are not judged), withheld_in_part, comparable (with the thesis's
     numbers); and what `judge` adds. comparisons, one row each: id, label, in_scale, left_out (why it is not counted:
     `fitted`, its cells took part in choosing a setting; `withheld`; or ""), thesis (the difference of the thesis's numbers),
-    noise (standard error inside the runs), runs, seeds (planned), fresh (how many of the n seeds or images were not known when
-    the claim was written) and the fields of Estimate (n=0: not run), whose p-values are those of the fresh ones.
+    noise (standard error inside the runs), runs, seeds (planned), fresh (how many of its seeds or images were not known when
+    the claim was written) and the fields of Estimate (n=0: not run).
     """
 
     claims: pd.DataFrame
@@ -168,7 +167,8 @@ def _comparisons(spec: ClaimSpec, grid: Grid, content: ClaimsFile) -> list[dict[
 def _compare(pair: Pair, grid: Grid, spec: ClaimSpec, content: ClaimsFile) -> dict[str, Any]:
     """A comparison on the seeds whose runs are finished in all its cells.
 
-    It is tested on those of them of which at least one run had not ended when the claim was written.
+    Seeds whose runs had all ended when the claim was written are left out if at least two others remain; with fewer, all are
+    shown and none is tested.
     """
     written = spec.get("written", content.get("written"))
     times, cells = zip(*pair.gap.cells, strict=True)
@@ -187,12 +187,14 @@ def _compare(pair: Pair, grid: Grid, spec: ClaimSpec, content: ClaimsFile) -> di
         fresh = [gap for gap, records in zip(gaps, compared, strict=True) if not _ended(records, written)]
         unlike = {"different trainings of one upstream run": _stand_apart, "different precisions": _differ_in_precision}
         counts = {what: sum(map(differ, compared)) for what, differ in unlike.items()}
-        counts["known when the claim was written, not tested"] = len(gaps) - len(fresh) if fresh else 0
+        is_tested = len(fresh) > 1 and bool(np.isfinite(gaps).all())
+        counts["known when the claim was written, left out"] = len(gaps) - len(fresh) if is_tested else 0
         if notes := [f"{count} of {len(numbers)} seeds: {what}" for what, count in counts.items() if count]:
             row["label"] = f"{pair.label} ({'; '.join(notes)})"
-        of = partial(estimate, confidence=content["confidence"], resamples=content["resamples"])
-        tested = of(fresh) if fresh else Estimate(math.nan, 0)
-        found = replace(of(gaps.tolist()), p_for=tested.p_for, p_against=tested.p_against)
+        sample = fresh if is_tested else gaps.tolist()
+        found = estimate(sample, confidence=content["confidence"], resamples=content["resamples"])
+        if not is_tested:
+            found = replace(found, p_for=math.nan, p_against=math.nan)
         return {**row, **asdict(found), "fresh": len(fresh)}
     mean = float(gaps.mean())
     records = [record for run in unique if (record := run.record())]
@@ -229,7 +231,7 @@ def judge(found: Judged) -> Judged:
     A claim is post hoc if no seed of one of its comparisons is fresh. All comparisons of a claim must hold: once all are
     tested, the largest p-value supports it (an intersection-union test). One that fails is enough, so the smallest,
     times the number planned, opposes it. Columns: comparisons, fitted and held_back (the numbers of those left out), planned
-    (of this scale that count), run, agreeing, opposing, n (the smallest sample, of fresh ones if it is tested), seeds
+    (of this scale that count), run, agreeing, opposing, n (the smallest sample), seeds
     (planned), post_hoc, refuting (how many are significantly against it, without Holm's correction), p_for, p_against
     (one-sided), p (two-sided), p_holm, verdict, and words (the verdict with its direction, extent, sample or restriction to
     one model).
@@ -237,8 +239,7 @@ def judge(found: Judged) -> Judged:
     in_scale = found.comparisons[found.comparisons["in_scale"]]
     counted = in_scale[in_scale["left_out"] == ""]
     signs = {"agrees": lambda frame: frame["mean"] > 0, "opposes": lambda frame: frame["mean"] < 0}  # neither: NaN
-    sample = {"sample": lambda frame: frame["fresh"].where(frame["fresh"] > 1, frame["n"])}
-    done = counted[counted["n"] > 0].assign(**signs, **sample).groupby("id")
+    done = counted[counted["n"] > 0].assign(**signs).groupby("id")
     counts = {
         "comparisons": found.comparisons.groupby("id").size(),
         "fitted": (in_scale["left_out"] == "fitted").groupby(in_scale["id"]).sum(),
@@ -247,10 +248,10 @@ def judge(found: Judged) -> Judged:
         "run": done.size(),
         "agreeing": done["agrees"].sum(),
         "opposing": done["opposes"].sum(),
-        "n": done["sample"].min(),
+        "n": done["n"].min(),
         "seeds": done["seeds"].min(),
         "tested": done["p_for"].count(),
-        "weakest": counted.sort_values("p_for").groupby("id")["fresh"].last(),  # of the largest p-value
+        "weakest": counted.sort_values("p_for").groupby("id")["n"].last(),  # sample of the largest p-value
     }
     claims = found.claims.join(pd.DataFrame(counts)).fillna(dict.fromkeys(counts, 0)).astype(dict.fromkeys(counts, int))
     claims["post_hoc"] = claims.index.isin(done["fresh"].min().loc[lambda fresh: fresh == 0].index)
