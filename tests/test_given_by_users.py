@@ -47,6 +47,12 @@ class Moving(nn.Module):
         return self.second(self.move(self.first(images).relu())).relu().mean((2, 3))
 
 
+def overwritten(maps: Tensor) -> Tensor:
+    copy = maps.clone()
+    copy[:] = maps.flip(3)
+    return copy
+
+
 MOVES: dict[str, Callable[[Tensor], Tensor]] = {
     "flipped": lambda maps: maps.flip(-1),
     "rolled": lambda maps: maps.roll(3, 2),
@@ -59,6 +65,10 @@ MOVES: dict[str, Callable[[Tensor], Tensor]] = {
         maps.roll(3, 2).transpose(2, 3).flatten(2).unflatten(2, (8, 8)).roll(-3, 2)
     ),
     "rolled and rolled back as windows": lambda maps: maps.roll(3, 2).unflatten(2, (2, 4)).roll(-3, 3).flatten(2, 3),
+    "rolled, beside a gate that is not": lambda maps: maps.roll(3, 2) + maps.mean((2, 3), keepdim=True),
+    "rolled, beside a mean over rows": lambda maps: maps.roll(3, 2) - maps.mean(2, keepdim=True),
+    "written over by what is rolled": lambda maps: maps.clone().copy_(maps.roll(3, 2)),
+    "written over by what is flipped": overwritten,
     "rolled by two distances": lambda maps: maps.roll(3, 2) + maps.roll(2, 2),
     "column by column": lambda maps: maps.transpose(2, 3).flatten(2).unflatten(2, (8, 8)),
 }
@@ -81,6 +91,8 @@ PUT_BACK: dict[str, Callable[[Tensor], Tensor]] = {
     "in two steps": lambda maps: maps.roll(np.int64(3), 2).tanh().roll(-1, 2).roll(-2, 2),
     "as windows in between": lambda maps: maps.roll(3, 2).unflatten(2, (2, 4)).tanh().flatten(2, 3).roll(-3, 2),
     "all the way round": lambda maps: maps.roll(8, 2),
+    "beside a gate": lambda maps: (maps.roll(3, 2) * maps.mean((2, 3), keepdim=True)).roll(-3, 2),
+    "a gate's channels": lambda maps: maps * maps.mean((2, 3)).roll(1, 1)[:, :, None, None],
     "channels": lambda maps: maps.roll(1, 1),
     "beside what stayed": lambda maps: maps.roll(1, 2) + maps,
     "beside what stayed, in place": lambda maps: maps.roll(1, 2).add_(maps),
@@ -91,6 +103,29 @@ PUT_BACK: dict[str, Callable[[Tensor], Tensor]] = {
 def test_pixels_that_were_rolled_back_are_in_their_places(name: str) -> None:
     full = full_gradient(Moving(PUT_BACK[name]).double().eval(), IMAGES, 0)
     assert {"first", "second"} <= full.planes().keys() and "move" not in full.planes() and "tanh" not in full.planes()
+
+
+class Attending(nn.Module):
+    """Attention over the 64 tokens of a map, of which queries or keys may be rolled."""
+
+    def __init__(self, queries: int, keys: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last, self.rolled = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(4, 5), (queries, keys)
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens = self.first(images).flatten(2).transpose(1, 2)
+        queries, keys = (tokens.roll(by, 1) for by in self.rolled)
+        turned = queries.roll(1, -1)  # features, as rotary embeddings turn them
+        return self.last((turned @ keys.mT).softmax(-1) @ keys).tanh().mean(1)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(("queries", "is_there"), [(0, True), (5, False)])
+@pytest.mark.parametrize("keys", [0, 5])
+def test_attention_is_where_its_queries_are(queries: int, keys: int, is_there: bool) -> None:
+    full = full_gradient(Attending(queries, keys).double().eval(), IMAGES, 0)
+    assert ("last" in full.planes()) == is_there
+    assert full.error().max() < 1e-12
 
 
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
@@ -119,6 +154,11 @@ class Closed(torch.optim.SGD):
         super().step()
 
 
+class Named(torch.optim.SGD):
+    def step(self, function: Any = None) -> None:  # type: ignore[override]
+        super().step(function)
+
+
 class Reading(torch.optim.SGD):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         assert closure().item() == 0
@@ -127,7 +167,9 @@ class Reading(torch.optim.SGD):
 SETTINGS: Any = {"batch_size": 1, "schedule": lambda progress: 1.0, "passes": 1, "steps": None}
 
 
-@pytest.mark.parametrize(("kind", "what"), [(Careless, "does not call its closure"), (Closed, "takes no closure")])
+@pytest.mark.parametrize(
+    ("kind", "what"), [(Careless, "does not call its closure"), (Closed, "takes no `closure`"), (Named, "takes no `closure`")]
+)
 def test_an_optimizer_calls_its_closure(kind: type[torch.optim.SGD], what: str) -> None:
     with pytest.raises(UserError, match=rf"optim.optimizer: {kind.__name__}\.step {what}, which computes the"):
         Optim(optimizer=partial(kind, lr=0.1), **SETTINGS)

@@ -189,19 +189,19 @@ def test_a_caption_counts_the_uses_of_each_file_of_a_teacher_that_ran_more_than_
     records[2]["seconds"] = ALONE
     second["remade"] = {"test/accuracy": 63.8612}  # as older records have it
     sentences, details, *_ = provenance.origin_of(records)
-    files = "file 01234567 by 2 runs, file 98765432 (test/accuracy 63.8612) by 1 run"
-    assert sentences[1:] == [f"The teacher (run aa) ran more than once; used are {files}."]
+    files = "2 runs use file 01234567, 1 run uses file 98765432 (test/accuracy 63.8612)"
+    assert sentences[1:] == [f"The teacher (run aa) ran more than once: {files}."]
     assert details == ["File 01234567 of run aa: run0, run1.", "File 98765432 of run aa: run2."]
     # All runs may use the second file, while the teacher's record describes the first one.
     (sentence,) = provenance.origin_of(records[2:]).sentences[1:]
-    only = "file 98765432 (test/accuracy 63.8612) by 1 run"
-    assert sentence == f"The teacher (run aa) ran more than once; used are {only}."
+    only = "1 run uses file 98765432 (test/accuracy 63.8612)"
+    assert sentence == f"The teacher (run aa) ran more than once: {only}."
     origin = "its record, which is of the first training, does not name the file"
     (sentence,) = provenance.origin_of(records[2:], [{"id": "aa", **HERE, "seconds": ALONE}]).sentences[1:]
-    assert sentence == f"The teacher (run aa) ran more than once; used are {only}; {origin}."
+    assert sentence == f"The teacher (run aa) ran more than once: {only}; {origin}."
     second["remade"] = {}  # nothing was measured
     (sentence,) = provenance.origin_of(records[2:]).sentences[1:]
-    assert sentence == "The teacher (run aa) ran more than once; used are file 98765432 by 1 run."
+    assert sentence == "The teacher (run aa) ran more than once: 1 run uses file 98765432."
 
 
 def test_a_table_says_where_the_models_that_it_looks_at_were_trained(tmp_path: Path) -> None:

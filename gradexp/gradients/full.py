@@ -55,11 +55,11 @@ class FullGradient:
         return torch.stack(self._sums).sum(0)
 
     def error(self) -> Tensor:
-        """How far `total` is from what it should be, relative to that. (B,)."""
+        """Absolute difference of `total` from `expected`, relative to the latter. (B,)."""
         return self.relative(self.total() - self.expected).abs()
 
     def relative(self, values: Tensor) -> Tensor:
-        """`values` divided by what `total` should be. Where that is 0, 0 for a value of 0, and infinite for others. (B,)."""
+        """`values` divided by `expected`; where that is 0, 0 for a value of 0, and infinite for others. (B,)."""
         return torch.where(values == 0, 0, values / self.expected)
 
     def planes(self, values: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:

@@ -354,6 +354,7 @@ class Operations(TorchFunctionMode):
         if call.name in PLANAR and output.ndim == 4:
             self.grids.add(tuple(output.shape[-2:]))
         layout, self._shifts[id(output)] = self._place(output, call)
+        self._layouts.pop(id(output), None)  # of what stood there before a call wrote to it
         if layout:
             self._layouts[id(output)] = layout
             if output.ndim == 4 and layout != MOVED:
@@ -375,22 +376,37 @@ class Operations(TorchFunctionMode):
     def _place(self, output: Tensor, call: Call) -> tuple[str | None, Shifts]:
         """The layout that an output would have if nothing were rolled, and by how much it is.
 
-        Rolled pixels are elsewhere until they are rolled back, as behind the attention of shifted windows.
+        Rolled pixels are elsewhere until they are rolled back, as behind the attention of shifted windows. A sum of rolled
+        pixels and of others is where the others are; a product, as in attention, is where its first operand is.
         """
-        known = [each for each in call.operands if id(each) in self._layouts or self._shifts.get(id(each))]
-        found = {self._shifts.get(id(each), UNSHIFTED) for each in known if self._layouts.get(id(each)) != MOVED}
-        shifts = UNSHIFTED if UNSHIFTED in found or not found else found.pop()
-        if found - {shifts} and shifts:
-            return MOVED, UNSHIFTED
+        given = [each for each in call.operands if self.depends(each) and each is not call.overwritten]
+        if not given:
+            return None, UNSHIFTED
         if call.name == "roll":
-            return self._rolled(call, shifts)
-        layout = self._layout(output, call)
-        return layout, UNSHIFTED if layout == MOVED else shifts
+            return self._rolled(given[0], call)
+        if call.name in PRODUCTS and len(given) > 1:
+            found = {self._shifts.get(id(given[0]), UNSHIFTED)}
+        else:
+            found = {self._shifts.get(id(each), UNSHIFTED) for each in given if self._has_pixels(each)}
+        if len(found) > 1 and UNSHIFTED not in found:
+            return MOVED, UNSHIFTED
+        layout = self._layout(output, call, given)
+        return layout, UNSHIFTED if layout == MOVED or UNSHIFTED in found or not found else found.pop()
 
-    def _rolled(self, call: Call, shifts: Shifts) -> tuple[str | None, Shifts]:
-        """Layout and shifts behind a `roll` of a tensor with these shifts. No pixel moves if channels are rolled."""
-        given, moves = call.operands[0], call.moves()
+    def _has_pixels(self, given: Tensor) -> bool:
+        """Whether a tensor has a place for each pixel or token, unlike a gate, a mean over them or a class token."""
+        layout = self._layouts.get(id(given))
+        if layout is None or layout == MOVED:
+            return bool(self._shifts.get(id(given)))
+        return all(size > 1 for letter, size in zip(layout, given.shape, strict=True) if letter in "hwn")
+
+    def _rolled(self, given: Tensor, call: Call) -> tuple[str | None, Shifts]:
+        """Layout and shifts behind a `roll`. Rolled channels and features move no pixel."""
+        shifts, moves = self._shifts.get(id(given), UNSHIFTED), call.moves()
         layout = self._layouts.get(id(given), MOVED)
+        is_vector = id(given) not in self._layouts and given.ndim <= 4  # or the heads of an attention
+        if is_vector and moves and all(dim % given.ndim == given.ndim - 1 for dim, _ in moves):
+            return None, shifts
         if layout == MOVED or moves is None:
             return MOVED, UNSHIFTED
         total = Counter(dict(shifts))
@@ -399,9 +415,8 @@ class Operations(TorchFunctionMode):
         left = ((of, by % of[1]) for of, by in total.items() if of[0] != "c")
         return layout, frozenset((of, by) for of, by in left if by)
 
-    def _layout(self, output: Tensor, call: Call) -> str | None:
-        """The layout of an output; None for one without pixels, such as a product of maps."""
-        given = [operand for operand in call.operands if self.depends(operand)]
+    def _layout(self, output: Tensor, call: Call, given: list[Tensor]) -> str | None:
+        """The layout of an output of `given`; None for one without pixels, such as a product of maps."""
         known = [layout for each in given if (layout := self._layouts.get(id(each)))]
         if (known and set(known) == {MOVED}) or (known and call.name in MOVING) or (known and call.picks()):
             return MOVED
@@ -508,6 +523,14 @@ class Call:
             assert isinstance(first, Tensor)
             return first
         return None
+
+    @property
+    def overwritten(self) -> Tensor | None:
+        """The tensor all values of which the call replaces, if it does."""
+        place = {"copy_": 1, "__setitem__": 2}.get(self.name)
+        if place is None or self.changed is None or len(self.args) <= place:
+            return None
+        return self.changed if getattr(self.args[place], "shape", None) == self.changed.shape else None
 
     def aside(self) -> Call | None:
         """The same call of a function with an argument `inplace`, with a result of its own; None for other calls."""

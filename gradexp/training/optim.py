@@ -19,12 +19,12 @@ Schedule = Callable[[float], float]
 
 
 class _Closure:
-    """A computation of the loss, which an optimizer's step may or may not call."""
+    """A computation of the loss, which counts how often an optimizer's step calls it."""
 
-    called = False
+    calls = 0
 
     def __call__(self) -> Any:
-        self.called = True
+        self.calls += 1
         return torch.zeros(())
 
 
@@ -44,19 +44,20 @@ class Optim:
     def __post_init__(self) -> None:
         """Raises UserError for settings that the optimizer refuses, such as a negative learning rate."""
         parameter = torch.nn.Parameter(torch.zeros(1))
-        parameter.grad = torch.zeros(1)
+        parameter.grad = torch.ones(1)  # LBFGS stops where it is 0
         try:
             optimizer = self.optimizer([parameter])
-            takes = inspect.signature(optimizer.step).parameters
-            if not takes:
-                raise ValueError(f"{type(optimizer).__name__}.step takes no closure, which computes the gradients")
-            if "closure" in takes and takes["closure"].default is inspect.Parameter.empty:
-                raise ValueError(f"{type(optimizer).__name__} evaluates the loss several times a step; choose another one")
-            closure = _Closure()
+            name, closure = type(optimizer).__name__, _Closure()
+            try:
+                inspect.signature(optimizer.step).bind(closure=closure)
+            except TypeError:
+                raise ValueError(f"{name}.step takes no `closure`, which computes the gradients") from None
             with suppress(AssertionError):  # capturable=true is for other devices
                 optimizer.step(closure=closure)
-                if not closure.called:
-                    raise ValueError(f"{type(optimizer).__name__}.step does not call its closure, which computes the gradients")
+                if closure.calls == 0:
+                    raise ValueError(f"{name}.step does not call its closure, which computes the gradients")
+                if closure.calls > 1:
+                    raise ValueError(f"{name} evaluates the loss several times a step; choose another one")
         except (ValueError, RuntimeError) as error:  # SparseAdam refuses its gradients at the first step
             raise UserError(f"optim.optimizer: {error}") from None
 
