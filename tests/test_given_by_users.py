@@ -128,6 +128,11 @@ def test_attention_is_where_its_queries_are(queries: int, keys: int, is_there: b
     assert full.error().max() < 1e-12
 
 
+def test_a_product_with_a_gate_is_where_the_map_is() -> None:
+    model = Moving(lambda maps: torch.einsum("bc,bchw->bchw", maps.mean((2, 3)), maps.roll(3, 2)))
+    assert full_gradient(model.double().eval(), IMAGES, 0).planes().keys() == {"first"}
+
+
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
 def test_maps_of_low_precision_are_summed_in_float32(precision: torch.dtype) -> None:
     """Pixels that tie would be removed in an order that the network did not choose."""

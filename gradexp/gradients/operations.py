@@ -377,7 +377,8 @@ class Operations(TorchFunctionMode):
         """The layout that an output would have if nothing were rolled, and by how much it is.
 
         Rolled pixels are elsewhere until they are rolled back, as behind the attention of shifted windows. A sum of rolled
-        pixels and of others is where the others are; a product, as in attention, is where its first operand is.
+        pixels and of others is where the others are; a product, as in attention, is where its first operand of as many
+        dimensions is.
         """
         given = [each for each in call.operands if self.depends(each) and each is not call.overwritten]
         if not given:
@@ -385,13 +386,14 @@ class Operations(TorchFunctionMode):
         if call.name == "roll":
             return self._rolled(given[0], call)
         if call.name in PRODUCTS and len(given) > 1:
-            found = {self._shifts.get(id(given[0]), UNSHIFTED)}
+            placed = [each for each in given if each.ndim == output.ndim][:1]
         else:
-            found = {self._shifts.get(id(each), UNSHIFTED) for each in given if self._has_pixels(each)}
-        if len(found) > 1 and UNSHIFTED not in found:
+            placed = [each for each in given if self._has_pixels(each)]
+        shifts = {self._shifts.get(id(each), UNSHIFTED) for each in placed} or {UNSHIFTED}
+        if len(shifts) > 1 and UNSHIFTED not in shifts:
             return MOVED, UNSHIFTED
         layout = self._layout(output, call, given)
-        return layout, UNSHIFTED if layout == MOVED or UNSHIFTED in found or not found else found.pop()
+        return layout, UNSHIFTED if layout == MOVED or UNSHIFTED in shifts else shifts.pop()
 
     def _has_pixels(self, given: Tensor) -> bool:
         """Whether a tensor has a place for each pixel or token, unlike a gate, a mean over them or a class token."""

@@ -231,10 +231,9 @@ def judge(found: Judged) -> Judged:
     A claim is post hoc if no seed of one of its comparisons is fresh. All comparisons of a claim must hold: once all are
     tested, the largest p-value supports it (an intersection-union test). One that fails is enough, so the smallest,
     times the number planned, opposes it. Columns: comparisons, fitted and held_back (the numbers of those left out), planned
-    (of this scale that count), run, agreeing, opposing, n (the smallest sample), seeds
-    (planned), post_hoc, refuting (how many are significantly against it, without Holm's correction), p_for, p_against
-    (one-sided), p (two-sided), p_holm, verdict, and words (the verdict with its direction, extent, sample or restriction to
-    one model).
+    (of this scale that count), run, agreeing, opposing, n (the smallest sample), seeds (planned), post_hoc, refuting (how
+    many are significantly against it, without Holm's correction), p_for, p_against (one-sided), p (two-sided), p_holm,
+    verdict, and words (the verdict with its direction, extent, sample or restriction to one model).
     """
     in_scale = found.comparisons[found.comparisons["in_scale"]]
     counted = in_scale[in_scale["left_out"] == ""]
